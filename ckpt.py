@@ -1,0 +1,1443 @@
+"""Distributed checkpoints for PyTorch: save from any layout, load into any other, in plain files, without pickle.
+
+    training code  ->  DistributedCheckpoint (here)  ->  ckpt_coord.py (ranks)  ->  ckpt_storage.py (bytes)
+
+    checkpoint = DistributedCheckpointFactory.create(options=CheckpointOptions(storage=...))
+    checkpoint.save(model, optimizer, SaveOptions(checkpoint_prefix="step_100"), extra_state={"scheduler": scheduler})
+    checkpoint.load(model, optimizer, LoadOptions(checkpoint_prefix="step_100"), extra_state={"scheduler": scheduler})
+
+Under these names a checkpoint keeps its tensors and values:
+
+    model/<key>           a tensor of `model.state_dict()`; `model-values/<key>` is what is no tensor there
+    optimizer/<fqn>/...   a tensor of the optimizer's state, by the *name* of its parameter; `optimizer/state` the rest
+    extra/<key>...        extra_state
+    rng/state             random number generators, per rank
+
+The steps S1 to S7 of a save and L1 to L5 of a load are told in ckpt_coord.py, the bytes and "committed" in ckpt_storage.py.
+Guaranteed: after `save` returned the checkpoint is durable; until its commit the old one is whole; a bit that changed on disk
+is never loaded. Not guaranteed: protection against malicious edits, or against damage before the bytes reached `save`.
+
+Read next: `DistributedCheckpoint.save` and `.load`, then `ModelState`, `OptimizerState`, then ckpt_coord.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import datetime
+import json
+import logging
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+if __package__:
+    from . import ckpt_coord as coord
+    from . import ckpt_storage as st
+    from .ckpt_coord import (
+        CheckpointCoordinator,
+        CheckpointFormat,
+        CheckpointLoader,
+        CheckpointReader,
+        DistributedCoordinator,
+        FaultToleranceHandler,
+        LocalCoordinator,
+        Progress,
+        RetryPolicy,
+        ShardData,
+        TorchCoordinator,
+    )
+    from .ckpt_storage import (
+        CheckpointException,
+        CheckpointMetadata,
+        CheckpointStorage,
+        CompressionLevel,
+        ExceptionType,
+        LocalStorage,
+        ShardMetadata,
+        StorageFactory,
+        StorageOptions,
+        StoredFile,
+        TensorMetadata,
+    )
+else:
+    import ckpt_coord as coord
+    import ckpt_storage as st
+    from ckpt_coord import (
+        CheckpointCoordinator,
+        CheckpointFormat,
+        CheckpointLoader,
+        CheckpointReader,
+        DistributedCoordinator,
+        FaultToleranceHandler,
+        LocalCoordinator,
+        Progress,
+        RetryPolicy,
+        ShardData,
+        TorchCoordinator,
+    )
+    from ckpt_storage import (
+        CheckpointException,
+        CheckpointMetadata,
+        CheckpointStorage,
+        CompressionLevel,
+        ExceptionType,
+        LocalStorage,
+        ShardMetadata,
+        StorageFactory,
+        StorageOptions,
+        StoredFile,
+        TensorMetadata,
+    )
+
+__all__ = [
+    "CheckpointCoordinator", "CheckpointException", "CheckpointFormat", "CheckpointInfo", "CheckpointLoadResult",
+    "CheckpointLoader", "CheckpointMetadata", "CheckpointOptions", "CheckpointReader", "CheckpointStorage",
+    "CheckpointValidator", "ChecksumIntegrityChecker", "CompatibilityChecker", "CompressionLevel", "DistributedCheckpoint",
+    "DistributedCheckpointFactory", "DistributedCoordinator", "ExceptionType", "FaultToleranceHandler", "IntegrityChecker",
+    "LoadOptions", "LocalCoordinator", "LocalStorage", "PendingSave", "Progress", "RetryPolicy", "SaveOptions",
+    "SchemaCompatibilityChecker", "ShardData", "ShardMetadata", "SizeIntegrityChecker", "Stateful", "StorageFactory",
+    "StorageOptions", "StoredFile", "TensorMetadata", "TorchCoordinator", "ValidationResult",
+    "VersionCompatibilityChecker",
+]  # fmt: skip
+
+log = logging.getLogger("ckpt")
+log.addHandler(logging.NullHandler())
+
+# --------------------------------------------------------------------------------------------------------------------
+# Options and results
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with a state: every nn.Module, Optimizer and LRScheduler is one."""
+
+    def state_dict(self) -> Mapping[str, object]: ...
+    def load_state_dict(self, state_dict: dict[str, object]) -> object: ...
+
+
+Model = Stateful | Mapping[str, Stateful]  # mappings: pipeline stages, or several optimizers
+
+
+def _check_member(value: object, allowed: type | tuple[str, ...], what: str) -> None:
+    if isinstance(allowed, tuple):
+        good, names = value in allowed, ", ".join(map(repr, allowed))
+    else:
+        good, names = isinstance(value, allowed), ", ".join(map(str, allowed))
+    if not good:
+        raise ValueError(f"unknown {what} {value!r}; allowed: {names}")
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+        raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How to save; the same on every rank. `timeout` in seconds, None: the default of `CheckpointOptions`."""
+
+    checkpoint_prefix: str | None = None
+    format: CheckpointFormat = CheckpointFormat.MULTI_SHARD
+    compression_level: CompressionLevel = CompressionLevel.NONE
+    include_optimizer: bool = True
+    include_rng_state: bool = True
+    timeout: float | None = None
+    custom_metadata: Mapping[str, object] = field(default_factory=dict)
+    overwrite: bool = True
+    staging: str = "eager"  # save_async only
+    replicas: str = "verify"
+    progress: Callable[[Progress], None] | None = None
+
+    def check(self) -> None:
+        """ValueError for a value that is not allowed."""
+        if self.checkpoint_prefix is not None:
+            st.check_prefix(self.checkpoint_prefix)
+        _check_member(self.format, CheckpointFormat, "format")
+        _check_member(self.compression_level, CompressionLevel, "compression_level")
+        _check_member(self.staging, ("eager", "overlapped"), "staging")
+        _check_member(self.replicas, ("verify", "trust"), "replicas")
+        _check_timeout(self.timeout)
+        if not isinstance(self.custom_metadata, Mapping):
+            raise ValueError(f"custom_metadata must be a mapping, not {self.custom_metadata!r}")
+        st.encode_value(dict(self.custom_metadata), "custom_metadata")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load; the same on every rank."""
+
+    checkpoint_prefix: str | None = None
+    load_optimizer: bool = True
+    load_rng_state: bool = True
+    resharding_strategy: str = "parallel"
+    timeout: float | None = None
+    skip_validation: bool = False
+    strict_mode: bool = True
+    fallback: bool = False
+    progress: Callable[[Progress], None] | None = None
+
+    def check(self) -> None:
+        """ValueError for a value that is not allowed."""
+        if not self.checkpoint_prefix:
+            raise ValueError("LoadOptions.checkpoint_prefix is required; latest_checkpoint() knows the newest")
+        st.check_prefix(self.checkpoint_prefix)
+        _check_member(self.resharding_strategy, coord.RESHARDING_STRATEGIES, "resharding_strategy")
+        _check_timeout(self.timeout)
+
+
+@dataclass(frozen=True)
+class CheckpointLoadResult:
+    """What was loaded. `extra_state` has every entry that was saved; `warnings` what strict mode would not have allowed."""
+
+    metadata: CheckpointMetadata
+    model_state: dict[str, object]
+    optimizer_state: dict[str, object]
+    source_world_size: int
+    target_world_size: int
+    was_resharded: bool
+    extra_state: dict[str, object]
+    prefix: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A committed checkpoint, for listings."""
+
+    prefix: str
+    version: str
+    timestamp: datetime.datetime  # aware, UTC
+    world_size: int
+    size_bytes: int
+    format: str
+
+    @staticmethod
+    def of(meta: CheckpointMetadata) -> CheckpointInfo:
+        """From its record."""
+        when = datetime.datetime.fromisoformat(meta.timestamp)
+        return CheckpointInfo(meta.prefix, str(meta.version), when, meta.world_size, meta.size_bytes(), meta.format)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Validation
+
+
+@dataclass
+class ValidationResult:
+    """What a validator found; valid where there are no errors."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def is_valid(self) -> bool:
+        return not self.errors
+
+    @property
+    def has_warnings(self) -> bool:
+        return bool(self.warnings)
+
+    def get_summary(self) -> str:
+        """Errors and warnings, a line each."""
+        lines = [f"error: {e}" for e in self.errors] + [f"warning: {w}" for w in self.warnings]
+        return "\n".join(lines) or "valid"
+
+    def add(self, other: ValidationResult) -> None:
+        """Take over what another check found."""
+        self.errors += other.errors
+        self.warnings += other.warnings
+
+
+@runtime_checkable
+class IntegrityChecker(Protocol):
+    """Judges one shard of a checkpoint. What it raises counts as an error that it found."""
+
+    name: str
+
+    def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult: ...
+
+
+@runtime_checkable
+class CompatibilityChecker(Protocol):
+    """Judges a checkpoint's record."""
+
+    name: str
+
+    def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult: ...
+
+
+class SizeIntegrityChecker:
+    """The shard is there, as long as the record says, and its header has the CRC32 that the record says."""
+
+    name = "size"
+
+    def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
+        """Reads the header only."""
+        reader.header(shard)
+        return ValidationResult()
+
+
+class ChecksumIntegrityChecker:
+    """Every block of the shard has the CRC32 that its header says. Reads every byte."""
+
+    name = "checksum"
+
+    def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
+        """An error for each damaged block."""
+        found, header, path = ValidationResult(), reader.header(shard), reader.metadata.shard_path(shard)
+
+        def check(block: int, buffer: st.Bytes) -> None:
+            data = buffer[: st.block_span(header, block, block + 1)]
+            try:
+                st.read_blocks(reader.file(shard), header, block, block + 1, data, path)
+            except CheckpointException as error:
+                found.errors.append(str(error))
+            reader.checked_bytes += len(data)
+
+        blocks = st.block_count(header.data_length)
+        st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.poll)
+        return found
+
+
+class VersionCompatibilityChecker:
+    """The format version is one that this code reads."""
+
+    name = "version"
+
+    def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
+        """An error for any other version; a warning where torch was of another major version."""
+        result = ValidationResult()
+        if metadata.version != st.FORMAT_VERSION:
+            result.errors.append(f"format version {metadata.version}; this code reads {st.FORMAT_VERSION}")
+        if metadata.torch_version.partition(".")[0] != torch.__version__.partition(".")[0]:
+            result.warnings.append(f"saved with torch {metadata.torch_version}, this is {torch.__version__}")
+        return result
+
+
+class SchemaCompatibilityChecker:
+    """The record is consistent in itself: every tensor's pieces add up to the whole of it."""
+
+    name = "schema"
+
+    def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
+        """An error for every tensor (20 at most) of which the pieces leave something out, or store it twice."""
+        result, pieces = ValidationResult(), metadata.pieces
+        volume = np.zeros(len(metadata.tensors), np.int64)
+        np.add.at(volume, pieces.tensor, pieces.size.prod(axis=1))
+        for index, tensor in enumerate(metadata.tensors):
+            expected = 0 if tensor.alias_of is not None else int(np.prod(tensor.shape, dtype=np.int64))
+            if volume[index] != expected and len(result.errors) < 20:
+                result.errors.append(f"{tensor.name}: pieces hold {volume[index]} of {expected} elements")
+        return result
+
+
+class CheckpointValidator:
+    """Runs checkers; the built-in ones always, those given in addition."""
+
+    def __init__(
+        self,
+        storage: CheckpointStorage,
+        integrity_checkers: Sequence[IntegrityChecker] = (),
+        compatibility_checkers: Sequence[CompatibilityChecker] = (),
+    ) -> None:
+        self.storage = storage
+        self.integrity_checkers = [SizeIntegrityChecker(), *integrity_checkers]
+        self.compatibility_checkers = [
+            VersionCompatibilityChecker(),
+            SchemaCompatibilityChecker(),
+            *compatibility_checkers,
+        ]
+
+    def validate_checkpoint(
+        self, checkpoint_prefix: str, poll: Callable[[int, int], None] | None = None
+    ) -> ValidationResult:
+        """Check the record and every byte of every shard. Any process; never raises for damage, but reports it.
+
+        `poll(bytes_checked, bytes_total)` is called a few times a second.
+        """
+        try:
+            meta = st.read_committed(self.storage, checkpoint_prefix)
+        except FileNotFoundError:
+            return ValidationResult([f"there is no checkpoint {checkpoint_prefix!r}"])
+        except (CheckpointException, OSError) as error:
+            return ValidationResult([str(error)])
+        result = self.validate_metadata(meta)
+        with CheckpointReader(self.storage, meta) as reader:
+            if poll is not None:
+                reader.poll = lambda: poll(reader.checked_bytes, meta.size_bytes())
+            result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
+        return result
+
+    def validate_metadata(self, metadata: CheckpointMetadata | str) -> ValidationResult:
+        """Run the compatibility checkers on a record (or on that of a prefix)."""
+        if isinstance(metadata, str):
+            metadata = st.read_committed(self.storage, metadata)
+        result = ValidationResult()
+        for checker in self.compatibility_checkers:
+            result.add(_guarded(checker.name, lambda: checker.check_compatibility(metadata)))
+        return result
+
+    def validate_shards(
+        self,
+        reader: CheckpointReader,
+        shards: Iterable[int] | None = None,
+        extra: Sequence[IntegrityChecker] = (),
+    ) -> ValidationResult:
+        """Run the integrity checkers on some shards (default: all), and `extra` ones."""
+        result = ValidationResult()
+        for shard in range(len(reader.metadata.shards)) if shards is None else shards:
+            for checker in (*self.integrity_checkers, *extra):
+                found = _guarded(checker.name, lambda: checker.check_integrity(reader, shard))
+                result.add(found)
+                if not found.is_valid:
+                    break  # a shard without a sound header has nothing more to check
+        return result
+
+
+def _guarded(name: str, check: Callable[[], ValidationResult]) -> ValidationResult:
+    try:
+        return check()
+    except CheckpointException as error:
+        return ValidationResult([str(error)])
+    except Exception as error:
+        return ValidationResult([f"checker {name!r} raised {type(error).__name__}: {error}"])
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Global configuration for `DistributedCheckpointFactory.create`; times in seconds."""
+
+    storage: StorageOptions = field(default_factory=StorageOptions)
+    retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
+    integrity_checkers: Sequence[IntegrityChecker] = ()
+    compatibility_checkers: Sequence[CompatibilityChecker] = ()
+    default_timeout: float = 600.0
+    keep_last: int | None = None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# State: from state dicts to stored names, and back
+
+
+class Missing(Exception):
+    """A stored name that this rank has no use of, or the other way round."""
+
+
+class Filling:
+    """What a load collects on a rank: targets to fill, and what does not fit."""
+
+    def __init__(self, reader: CheckpointReader, rank: int, strict: bool) -> None:
+        self.reader, self.rank, self.strict = reader, rank, strict
+        self.targets: list[coord.Target] = []
+        self.problems: list[str] = []  # errors in strict mode, else warnings
+        self.errors: list[str] = []  # errors in any mode
+        self.warnings: list[str] = []
+        self.used: set[str] = set()
+        self._seen: set[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = set()
+
+    def value(self, name: str) -> object | None:
+        """A stored value, still encoded; None, and a problem, where this rank has none."""
+        self.used.add(name)
+        if (index := self.find(name)) is None:
+            return None
+        return self.reader.read_value(index)
+
+    def find(self, name: str, what: str = "missing from the checkpoint") -> int | None:
+        """The index of a stored tensor, or None after noting the problem."""
+        self.used.add(name)
+        index = self.reader.find(name, self.rank)
+        if index is None:
+            kept = self.reader.ranks(name)
+            why = f"saved per rank, for ranks {kept}, none for rank {self.rank}" if kept else what
+            self.problems.append(f"{name}: {why}")
+        return index
+
+    def fill(self, name: str, tensor: torch.Tensor) -> None:
+        """Arrange for `tensor` to be filled in place with what is stored as `name`."""
+        if (index := self.find(name)) is None:
+            return
+        meta = self.reader.metadata.tensors[index]
+        if meta.shape != tuple(tensor.shape):
+            self.errors.append(f"{name}: shape {list(meta.shape)} in the checkpoint, {list(tensor.shape)} here")
+            return
+        if st.DTYPES[meta.dtype] != tensor.dtype:
+            self.problems.append(f"{name}: dtype {meta.dtype} in the checkpoint, {tensor.dtype} here")
+        for box, view in coord.local_tensor(name, tensor).pieces:
+            key = (index, view.data_ptr(), tuple(view.stride()), box.offset)
+            if key not in self._seen:  # tied tensors need one fill
+                self._seen.add(key)
+                self.targets.append(coord.Target(index, box, view))
+
+    def new_tensor(self, name: str, like: torch.Tensor | None, param: torch.Tensor | None) -> torch.Tensor:
+        """A tensor for what is stored as `name`: `like` where that fits, else a new one laid out as `param`."""
+        index = self.find(name)
+        if index is None:
+            return torch.empty(0) if like is None else like
+        meta = self.reader.metadata.tensors[index]
+        dtype = st.DTYPES[meta.dtype]
+        fits = like is not None and tuple(like.shape) == meta.shape and like.dtype == dtype
+        tensor = like if fits and like is not None else _allocate(name, meta.shape, dtype, param)
+        self.fill(name, tensor)
+        return tensor
+
+    def decode(self, node: object, like: object, param: torch.Tensor | None = None) -> object:
+        """A stored value with its tensors, which are taken from the same place in `like` where they fit."""
+        known: dict[str, torch.Tensor] = {}
+        if like is not None:
+            with contextlib.suppress(ValueError):  # a structure that could not be saved has nothing to offer
+                st.encode_value(like, "", lambda path, tensor: known.setdefault(path, tensor) and "")
+        places: dict[str, str] = {}
+        _find_tensors(node, "", places)
+        return st.decode_value(node, lambda name: self.new_tensor(name, known.get(places.get(name, "?")), param))
+
+
+def _find_tensors(node: object, path: str, places: dict[str, str]) -> None:
+    """Where in an encoded value each stored tensor is, by the paths that `encode_value` makes."""
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            _find_tensors(item, f"{path}.{index}", places)
+    elif isinstance(node, dict):
+        tag = next(iter(node), "")
+        if tag == "$tensor":
+            places[str(node[tag])] = path
+        elif tag in ("$dict", "$OrderedDict", "$Counter"):
+            for key, item in node[tag]:
+                _find_tensors(item, f"{path}.{st.decode_value(key, str)}", places)
+        elif tag.startswith("$"):
+            _find_tensors(node[tag], path, places)
+        else:
+            for key, item in node.items():
+                _find_tensors(item, f"{path}.{key}", places)
+
+
+def _allocate(name: str, shape: st.Shape, dtype: torch.dtype, param: torch.Tensor | None) -> torch.Tensor:
+    """An empty tensor for optimizer state, laid out as its parameter: sharded alike where the shapes are equal."""
+    if param is None or name.endswith("/step"):  # torch keeps a step on the CPU; load_state_dict moves it where it must
+        return torch.empty(shape, dtype=dtype)
+    if (sharded := coord.as_dtensor(param)) is not None and shape:
+        if tuple(sharded.shape) == shape:
+            return torch.empty_like(sharded.detach(), dtype=dtype)
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor import empty as empty_dtensor
+
+        mesh = sharded.device_mesh
+        return empty_dtensor(shape, dtype=dtype, device_mesh=mesh, placements=[Replicate()] * mesh.ndim)
+    return torch.empty(shape, dtype=dtype, device=param.device)
+
+
+class Collecting:
+    """What a save collects on a rank."""
+
+    def __init__(self) -> None:
+        self.data = ShardData([], {})
+        self._names: set[str] = set()
+
+    def tensor(self, name: str, tensor: torch.Tensor) -> str:
+        """Add a tensor; returns the name that it gets, made unique."""
+        unique, count = name, 0
+        while unique in self._names:
+            count += 1
+            unique = f"{name}#{count}"
+        self._names.add(unique)
+        self.data.tensors.append(coord.local_tensor(unique, tensor))
+        return unique
+
+    def value(self, name: str, value: object, per_rank: bool = False) -> None:
+        """Add a value that is no tensor, with the tensors inside it."""
+        try:
+            node = st.encode_value(value, name, self.tensor)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointException(str(error), type=ExceptionType.SAVE_FAILED) from error
+        self.encoded(name, node, per_rank)
+
+    def encoded(self, name: str, node: object, per_rank: bool = False) -> None:
+        """Add a value that is encoded already."""
+        self.data.values[name] = (st.dump_json(node), per_rank)
+
+
+def _unwrap(module: Stateful) -> Stateful:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile, whose prefixes must not matter."""
+    while True:
+        if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), torch.nn.Module):
+            module = inner
+        else:
+            return module
+
+
+def _canonical(key: str) -> str:
+    """A parameter's fully qualified name, without what wrappers put inside it."""
+    return key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+class ModelState:
+    """The state of a model, or of several by name, under canonical names."""
+
+    def __init__(self, model: Model) -> None:
+        named = model.items() if isinstance(model, Mapping) else [("", model)]
+        self._parts = [(f"{name}." if name else "", _unwrap(part)) for name, part in named]
+        self._states: list[dict[str, object]] = []
+
+    def parameters(self) -> dict[int, str]:
+        """id -> name of every parameter; of tied ones the first name."""
+        names: dict[int, str] = {}
+        for prefix, part in self._parts:
+            if isinstance(part, torch.nn.Module):
+                for key, parameter in part.named_parameters(remove_duplicate=False):
+                    names.setdefault(id(parameter), prefix + _canonical(key))
+        return names
+
+    def _entries(self, keep_vars: bool) -> Iterator[tuple[str, object]]:
+        self._states = []
+        for prefix, part in self._parts:
+            # With keep_vars these are the parameters themselves, and copying one onto itself costs nothing.
+            state = part.state_dict(keep_vars=True) if keep_vars and isinstance(part, torch.nn.Module) else part.state_dict()
+            self._states.append(dict(state))
+            for key, value in state.items():
+                yield prefix + _canonical(key), value
+
+    def collect(self, into: Collecting) -> None:
+        """S2: tensors by name; `_extra_state` and what is no tensor as values."""
+        seen: set[str] = set()
+        for key, value in self._entries(keep_vars=False):
+            if key in seen:
+                raise CheckpointException(f"two entries of the model's state are named {key!r}")
+            seen.add(key)
+            if isinstance(value, torch.Tensor) and not key.endswith("_extra_state"):
+                into.tensor(f"model/{key}", value)
+            else:
+                into.value(f"model-values/{key}", value)
+
+    def fill(self, filling: Filling) -> None:
+        """L3: every tensor of the state is filled in place; values are decoded into it."""
+        decoded: dict[str, object] = {}
+        for key, value in self._entries(keep_vars=True):
+            if isinstance(value, torch.Tensor) and not key.endswith("_extra_state"):
+                filling.fill(f"model/{key}", value)
+            elif (node := filling.value(f"model-values/{key}")) is not None:
+                decoded[key] = filling.decode(node, value)
+        for (prefix, _), state in zip(self._parts, self._states):
+            state |= {key: decoded[full] for key in state if (full := prefix + _canonical(key)) in decoded}
+
+    def apply(self, strict: bool) -> dict[str, object]:
+        """L5: hand the filled state to the model's own `load_state_dict`; returns it under canonical names."""
+        result: dict[str, object] = {}
+        for (prefix, part), state in zip(self._parts, self._states):
+            if isinstance(part, torch.nn.Module):
+                part.load_state_dict(state, strict=strict)
+            else:
+                part.load_state_dict(state)
+            result |= {
+                prefix + _canonical(k): v.detach() if isinstance(v, torch.Tensor) else v for k, v in state.items()
+            }
+        return result
+
+
+class OptimizerState:
+    """The state of one or several optimizers, keyed by the names of their parameters.
+
+    So it survives another order of parameters, other groups and another parallelism. A parameter outside of the model is
+    keyed by its position. Any other Stateful is stored as it is.
+    """
+
+    def __init__(self, optimizer: Model, names: Mapping[int, str]) -> None:
+        named = optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]
+        self._parts: dict[str, Stateful] = dict(named)
+        self._names = names
+        self.outside: list[str] = []
+        self._states: dict[str, dict[str, object]] = {}
+        self._kept: list[tuple[torch.Tensor, dict[str, object]]] = []
+
+    def _is_torch(self, part: Stateful) -> bool:
+        return hasattr(part, "param_groups") and {"state", "param_groups"} == set(part.state_dict())
+
+    def _groups(self, part_name: str) -> list[list[tuple[str, torch.Tensor]]]:
+        """(name, parameter) of every parameter in every group."""
+        groups = []
+        for number, group in enumerate(getattr(self._parts[part_name], "param_groups")):
+            named = []
+            for position, parameter in enumerate(group["params"]):
+                outside = "#" + ".".join(filter(None, (part_name, str(number), str(position))))
+                name = self._names.get(id(parameter), outside)
+                if name is outside:
+                    self.outside.append(name)
+                named.append((name, parameter))
+            groups.append(named)
+        return groups
+
+    def collect(self, into: Collecting) -> None:
+        """S2."""
+        states: dict[str, object] = {}
+        groups: list[object] = []
+        others: dict[str, object] = {}
+        for part_name, part in self._parts.items():
+            state = part.state_dict()
+            if not self._is_torch(part):
+                others[part_name] = _encode(state, f"optimizer/{part_name}", into)
+                continue
+            by_index, packed_groups = _packed(state)
+            for named, packed in zip(self._groups(part_name), packed_groups):
+                options = {key: value for key, value in packed.items() if key not in ("params", "param_names")}
+                path = "optimizer/param_groups"
+                groups.append({"params": [name for name, _ in named], "options": _encode(options, path, into)})
+                for (name, _), index in zip(named, _indices(packed)):
+                    if index in by_index:
+                        states[name] = _encode_state(by_index[index], name, into)
+        into.encoded("optimizer/state", {"groups": groups, "states": states, "others": others})
+
+    def fill(self, filling: Filling) -> None:
+        """L3: state tensors are filled in place where they exist and fit, else made, sharded as their parameter."""
+        saved = _merged_optimizer(filling)
+        options = {name: group for group in saved["groups"] for name in group["params"]}
+        wanted: set[str] = set()
+        for part_name, part in self._parts.items():
+            state = part.state_dict()
+            if not self._is_torch(part):
+                if part_name in saved["others"]:
+                    self._states[part_name] = filling.decode(saved["others"][part_name], state)
+                else:
+                    filling.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
+                continue
+            by_index, packed_groups = _packed(state)
+            new_state: dict[object, object] = dict(by_index)
+            new_groups = []
+            for named, packed in zip(self._groups(part_name), packed_groups):
+                wanted |= {name for name, _ in named}
+                new_groups.append({**packed, **_group_options([n for n, _ in named], packed, options, filling)})
+                for (name, parameter), index in zip(named, _indices(packed)):
+                    new_state.pop(index, None)
+                    if name in saved["states"]:
+                        like = by_index.get(index)
+                        new_state[index] = value = filling.decode(saved["states"][name], like, parameter)
+                        self._kept.append((parameter, value))
+            self._states[part_name] = {"state": new_state, "param_groups": new_groups}
+        filling.used |= {f"optimizer:{name}" for name in wanted}
+
+    def apply(self) -> dict[str, object]:
+        """L5: hand over to `load_state_dict`, then put back the tensors whose dtype it changed."""
+        for part_name, state in self._states.items():
+            self._parts[part_name].load_state_dict(state)
+        states = [s for part in self._parts.values() if isinstance(s := getattr(part, "state", None), Mapping)]
+        for parameter, kept in self._kept:
+            for live in (s[parameter] for s in states if parameter in s):
+                for key, value in kept.items():
+                    now = live.get(key)
+                    if key != "step" and isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
+                        if now.dtype != value.dtype:
+                            live[key] = value.to(now.device)
+        return self._states.get("", dict(self._states))
+
+
+def _encode(value: object, path: str, into: Collecting) -> object:
+    try:
+        return st.encode_value(value, path, into.tensor)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointException(str(error), type=ExceptionType.SAVE_FAILED) from error
+
+
+def _encode_state(state: object, name: str, into: Collecting) -> object:
+    """One parameter's state; its tensors are named optimizer/<fqn>/<path>."""
+
+    def add(path: str, tensor: torch.Tensor) -> str:
+        return into.tensor(f"optimizer/{name}/{path.removeprefix('.')}", tensor)
+
+    try:
+        return st.encode_value(state, "", add)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointException(f"optimizer/{name}: {error}", type=ExceptionType.SAVE_FAILED) from error
+
+
+def _packed(state: Mapping[str, object]) -> tuple[dict[object, object], list[dict[str, object]]]:
+    by_index, groups = state["state"], state["param_groups"]
+    if not isinstance(by_index, dict) or not isinstance(groups, list):
+        raise CheckpointException("an optimizer's state_dict has no state and param_groups")
+    return by_index, groups
+
+
+def _indices(group: Mapping[str, object]) -> list[object]:
+    params = group["params"]
+    return params if isinstance(params, list) else []
+
+
+def _merged_optimizer(filling: Filling) -> dict[str, dict[str, object]]:
+    """The optimizer's values. Pipeline ranks hold different parameters: then each rank's are put together, own first."""
+    name = "optimizer/state"
+    filling.used.add(name)
+    ranks = filling.reader.ranks(name)
+    order: list[int] = sorted(ranks, key=lambda rank: rank != filling.rank) or [filling.rank]
+    merged: dict[str, object] = {"groups": [], "states": {}, "others": {}}
+    for rank in order:
+        index = filling.reader.find(name, rank)
+        node = filling.reader.read_value(index) if index is not None else None
+        if isinstance(node, dict):
+            merged["groups"] = [*merged["groups"], *node["groups"]]
+            merged["states"] = {**node["states"], **merged["states"]}
+            merged["others"] = {**node["others"], **merged["others"]}
+    merged["groups"] = merged["groups"][::-1]  # the first rank's come last, and win
+    return merged
+
+
+def _group_options(
+    names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, Mapping[str, object]], filling: Filling
+) -> dict[str, object]:
+    """The saved options of a group; where its parameters were saved with different ones, it keeps its own."""
+    found: list[object] = []
+    for name in names:
+        if name not in saved:
+            filling.problems.append(f"optimizer/{name}: missing from the checkpoint")
+        elif saved[name]["options"] not in found:
+            found.append(saved[name]["options"])
+    if not found:
+        return {}
+    decoded = [filling.decode(node, {k: v for k, v in packed.items() if k != "params"}) for node in found]
+    options: dict[str, object] = {}
+    for key, value in decoded[0].items():
+        if any(other.get(key) != value for other in decoded[1:]):
+            filling.warnings.append(
+                f"optimizer group of {names[0]}: its parameters were saved with different {key!r}; it keeps {packed.get(key)!r}"
+            )
+        else:
+            options[key] = value
+    return options
+
+
+def rng_state() -> dict[str, object]:
+    """The state of every random number generator in use: torch CPU and CUDA devices, numpy, random."""
+    state: dict[str, object] = {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": np.random.get_state(),
+        "random": random.getstate(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = [torch.cuda.get_rng_state(d).numpy().tobytes() for d in range(torch.cuda.device_count())]
+    return state
+
+
+def set_rng_state(state: Mapping[str, object]) -> None:
+    """Inverse of `rng_state`; CUDA devices that the state does not have keep theirs."""
+
+    def tensor(data: object) -> torch.Tensor:
+        return torch.frombuffer(bytearray(data if isinstance(data, bytes) else b""), dtype=torch.uint8)
+
+    torch.set_rng_state(tensor(state["torch"]))
+    np.random.set_state(state["numpy"])
+    random.setstate(state["random"])
+    devices = state.get("cuda")
+    if isinstance(devices, list) and torch.cuda.is_available():
+        for device, data in enumerate(devices[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(tensor(data), device)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The checkpoint
+
+
+class PendingSave(concurrent.futures.Future[str]):
+    """A save under way; `result()` is the prefix once it is committed and announced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cancel_event = threading.Event()
+        self._staged = threading.Event()
+        self._asked = False
+
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Return once the live tensors may be changed; TimeoutError after `timeout` seconds."""
+        if not self._staged.wait(timeout):
+            raise TimeoutError(f"not staged within {timeout} s")
+
+    def cancel(self) -> bool:
+        """Ask every rank to stop; True unless it is over already. The outcome is still `result()`'s to tell."""
+        self._cancel_event.set()
+        return not self.done()
+
+    def result(self, timeout: float | None = None) -> str:
+        self._asked = True
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._asked = True
+        return super().exception(timeout)
+
+
+R = TypeVar("R")
+
+
+class DistributedCheckpoint:
+    """Saves and loads checkpoints; also a context manager that waits for pending saves.
+
+    Collective, called by every rank: creating one with `coordinator=None` under torch.distributed, `save`, `save_async`,
+    `save_model_only`, `load`. Local, from any one rank: everything else.
+    """
+
+    def __init__(
+        self,
+        coordinator: DistributedCoordinator | None = None,
+        storage: CheckpointStorage | None = None,
+        fault_handler: FaultToleranceHandler | None = None,
+        validator: CheckpointValidator | None = None,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        if coordinator is None:
+            initialised = dist.is_available() and dist.is_initialized()
+            coordinator = TorchCoordinator() if initialised else LocalCoordinator()
+        self.coordinator = coordinator
+        self.storage = storage or StorageFactory.create(StorageOptions())
+        self.fault_handler = fault_handler or FaultToleranceHandler(self.storage)
+        self.validator = validator or CheckpointValidator(self.storage)
+        self.logger = logger or log
+        self.default_timeout = CheckpointOptions.default_timeout
+        self.keep_last: int | None = None
+
+    def save(
+        self,
+        model: Model,
+        optimizer: Model | None = None,
+        options: SaveOptions | None = None,
+        *,
+        extra_state: Mapping[str, object] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> str:
+        """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
+
+        ValueError for a misuse, CheckpointException for a failure, on every rank alike; then nothing was committed, an
+        older checkpoint of this prefix is untouched, and this save's files are gone.
+        """
+        options = options or SaveOptions()
+        return self._save(lambda: self._collect(model, optimizer, options, extra_state), model, optimizer, options, extra_state, cancel)
+
+    def save_model_only(
+        self, model: Model, options: SaveOptions | None = None, *, cancel: threading.Event | None = None
+    ) -> str:
+        """Save the model alone: no optimizer, no random number generators. Otherwise as `save`."""
+        options = options or SaveOptions()
+        return self._save(lambda: self._collect(model, None, options, None, rng=False), model, None, options, None, cancel)
+
+    def load(
+        self,
+        model: Model,
+        optimizer: Model | None = None,
+        options: LoadOptions | None = None,
+        *,
+        extra_state: Mapping[str, object] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> CheckpointLoadResult:
+        """Restore a checkpoint in place, whatever layout it was saved from. Collective; blocks until every rank has its own.
+
+        ValueError for a misuse, CheckpointException for a failure, on every rank alike. Before any byte was read into a tensor
+        nothing has changed; after that tensors are undefined, and the error says so. With `fallback`, the newest
+        older checkpoint that verifies is loaded instead of one that is corrupt.
+        """
+        options = options or LoadOptions()
+        tried: list[str] = []
+        warnings: list[str] = []
+        prefix = options.checkpoint_prefix
+        while True:
+            try:
+                return self._load(prefix, model, optimizer, options, extra_state, cancel, warnings)
+            except CheckpointException as error:
+                if not options.fallback or error.type is not ExceptionType.CORRUPTED_CHECKPOINT:
+                    raise
+                tried.append(str(prefix))
+                warnings.append(f"{prefix} is corrupt, falling back: {error}")
+                self.logger.warning("%s", warnings[-1])
+                found = self._older(tried, options)
+                if found is None:
+                    raise
+                prefix = found
+
+    def list_checkpoints(self) -> list[CheckpointInfo]:
+        """Committed checkpoints, oldest first. Local."""
+        with _typed("", ExceptionType.UNKNOWN):
+            return [CheckpointInfo.of(meta) for meta in st.list_committed(self.storage)]
+
+    def latest_checkpoint(self) -> CheckpointInfo | None:
+        """The newest committed checkpoint, by the order of saves. Local."""
+        found = self.list_checkpoints()
+        return found[-1] if found else None
+
+    def delete_checkpoint(self, checkpoint_prefix: str) -> None:
+        """Delete a checkpoint: its record first, then its shards; safe to repeat. Local: call it on one rank.
+
+        CheckpointException(STORAGE_ERROR) where there is none.
+        """
+        st.check_prefix(checkpoint_prefix)
+        with _typed(checkpoint_prefix, ExceptionType.UNKNOWN):
+            self.fault_handler.rollback(checkpoint_prefix)
+
+    def validate_checkpoint(self, checkpoint_prefix: str) -> ValidationResult:
+        """Read and check every byte of a checkpoint. Local."""
+        return self.validator.validate_checkpoint(checkpoint_prefix)
+
+    def close(self) -> None:
+        """Wait for pending saves."""
+
+    def __enter__(self) -> DistributedCheckpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- save
+
+    def _collect(
+        self,
+        model: Model,
+        optimizer: Model | None,
+        options: SaveOptions,
+        extra_state: Mapping[str, object] | None,
+        rng: bool = True,
+    ) -> ShardData:
+        """S2: everything that this rank holds."""
+        into, state = Collecting(), ModelState(model)
+        state.collect(into)
+        if optimizer is not None and options.include_optimizer:
+            optimizers = OptimizerState(optimizer, state.parameters())
+            optimizers.collect(into)
+            if optimizers.outside:
+                self.logger.warning(
+                    "%d optimizer parameter(s) are not in the model and are kept by position, first %s",
+                    len(optimizers.outside), optimizers.outside[0],
+                )  # fmt: skip
+        for key, value in (extra_state or {}).items():
+            into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
+        if rng and options.include_rng_state:
+            into.value("rng/state", rng_state(), per_rank=True)
+        return into.data
+
+    def _save(
+        self,
+        collect: Callable[[], ShardData],
+        model: Model,
+        optimizer: Model | None,
+        options: SaveOptions,
+        extra_state: Mapping[str, object] | None,
+        cancel: threading.Event | None,
+    ) -> str:
+        started = time.monotonic()
+        shown = options.checkpoint_prefix if isinstance(options.checkpoint_prefix, str) else ""
+
+        def request() -> coord.SaveRequest:
+            options.check()
+            _check_stateful(model, "model")
+            _check_stateful(optimizer, "optimizer", optional=True)
+            _check_extra(extra_state)
+            contents = ("optimizer",) * (optimizer is not None and options.include_optimizer)
+            contents += ("rng",) * options.include_rng_state + tuple(sorted(extra_state or {}))
+            return coord.SaveRequest(
+                options.checkpoint_prefix, options.format, options.compression_level, options.overwrite,
+                options.replicas == "verify", contents, options.custom_metadata,
+            )  # fmt: skip
+
+        def attempt() -> tuple[coord.SaveResult, coord.Operation]:
+            op = self._operation("save", options.timeout, cancel)
+            saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last)
+            return saver.coordinate_save(op, request, collect, options.progress), op
+
+        result, op = self._with_retry(attempt, shown, cancel)
+        if self.coordinator.rank == 0:
+            for warning in result.warnings:
+                self.logger.warning("%s: %s", result.prefix, warning)
+            self._log("saved", result.prefix, result.bytes_written, time.monotonic() - started, op)
+        return result.prefix
+
+    # ---- load
+
+    def _load(
+        self,
+        prefix: str | None,
+        model: Model,
+        optimizer: Model | None,
+        options: LoadOptions,
+        extra_state: Mapping[str, object] | None,
+        cancel: threading.Event | None,
+        warnings: list[str],
+    ) -> CheckpointLoadResult:
+        started = time.monotonic()
+        restore = _Restore(self, model, optimizer, options, extra_state)
+
+        def claim() -> dict[str, object]:
+            options.check()
+            _check_stateful(model, "model")
+            _check_stateful(optimizer, "optimizer", optional=True)
+            _check_extra(extra_state)
+            flags = [options.load_optimizer and optimizer is not None, options.load_rng_state, options.strict_mode]
+            return {
+                "verb": "load", "prefix": prefix, "strategy": options.resharding_strategy, "fallback": options.fallback,
+                "skip_validation": options.skip_validation, "optimizer, rng, strict": flags,
+            }  # fmt: skip
+
+        def attempt() -> tuple[CheckpointMetadata, coord.Operation]:
+            op = self._operation("load", options.timeout, cancel)
+            loader = CheckpointLoader(self.coordinator, self.storage)
+            metadata = loader.coordinate_load(
+                op, claim, restore.validate, lambda reader: restore.prepare(op, reader), options.progress
+            )
+            return metadata, op
+
+        metadata, op = self._with_retry(attempt, prefix if isinstance(prefix, str) else "", cancel)
+        result = restore.apply(metadata, warnings)
+        for warning in result.warnings:
+            self.logger.warning("%s: %s", metadata.prefix, warning)
+        self._log("loaded", metadata.prefix, restore.bytes, time.monotonic() - started, op)
+        return result
+
+    def _older(self, tried: Sequence[str], options: LoadOptions) -> str | None:
+        """The next checkpoint to fall back to, as rank 0 sees it."""
+        op = self._operation("load", options.timeout, None)
+        with _agreed(""), op.step("L1 record"):
+            choice = None
+            if op.rank == 0:
+                candidates = st.list_committed(self.storage)
+                limit = min((m.sequence for p in tried if (m := self._record(p)) is not None), default=None)
+                choice = next(
+                    (m.prefix for m in reversed(candidates)
+                     if m.prefix not in tried and (limit is None or m.sequence < limit)), None,
+                )  # fmt: skip
+            found = op.broadcast(choice)
+        return found if isinstance(found, str) else None
+
+    def _record(self, prefix: str) -> CheckpointMetadata | None:
+        try:
+            return st.decode_record(st.read_file(self.storage, st.record_name(prefix)), prefix)
+        except (CheckpointException, FileNotFoundError):
+            return None
+
+    # ---- both
+
+    def _operation(self, verb: str, timeout: float | None, cancel: threading.Event | None) -> coord.Operation:
+        good = isinstance(timeout, (int, float)) and timeout > 0
+        limit = float(timeout) if good and timeout is not None else self.default_timeout
+        retryable = self.fault_handler.retry_policy.retryable_exceptions
+        return coord.Operation(self.coordinator, verb, limit, cancel, retryable)
+
+    def _with_retry(self, attempt: Callable[[], R], path: str, cancel: threading.Event | None) -> R:
+        with _agreed(path):
+            return self.fault_handler.execute_with_retry(attempt, cancel)
+
+    def _log(self, verb: str, prefix: str, count: int, seconds: float, op: coord.Operation) -> None:
+        steps = " ".join(f"{name.split()[0]} {took:.3f}" for name, took in op.seconds.items())
+        level = logging.INFO if self.coordinator.rank == 0 else logging.DEBUG
+        self.logger.log(
+            level, "%s %s: %.3f GB on rank %d in %.3f s, %.2f GB/s (%s)",
+            verb, prefix, count / 1e9, self.coordinator.rank, seconds, count / 1e9 / max(seconds, 1e-9), steps,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _agreed(path: str) -> Iterator[None]:
+    """Turn the failure that all ranks agreed on into the public exception, with its cause where that is here."""
+    try:
+        yield
+    except coord.OperationFailed as failed:
+        raise failed.public(path) from failed.__cause__
+
+
+@contextlib.contextmanager
+def _typed(path: str, kind: ExceptionType) -> Iterator[None]:
+    """Turn an OSError of the storage into a CheckpointException, for the local calls."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointException(f"{type(error).__name__}: {error}", path, ExceptionType.STORAGE_ERROR) from error
+
+
+def _check_stateful(value: object, what: str, optional: bool = False) -> None:
+    parts = list(value.values()) if isinstance(value, Mapping) else [value]
+    for part in parts:
+        if not isinstance(part, Stateful) and not (optional and value is None):
+            raise ValueError(f"{what} must have state_dict() and load_state_dict(), or be a mapping of such: {type(part)}")
+
+
+def _check_extra(extra_state: object) -> None:
+    if extra_state is not None and not (
+        isinstance(extra_state, Mapping) and all(isinstance(key, str) for key in extra_state)
+    ):
+        raise ValueError("extra_state must be a mapping of names to values")
+
+
+class _Restore:
+    """One load on one rank: what to fill (L3), and handing it over (after L5)."""
+
+    def __init__(
+        self, owner: DistributedCheckpoint, model: Model, optimizer: Model | None, options: LoadOptions,
+        extra_state: Mapping[str, object] | None,
+    ) -> None:  # fmt: skip
+        self.owner, self.options, self.extra_state = owner, options, extra_state or {}
+        self.model_argument, self.optimizer_argument = model, optimizer
+        self.bytes = 0
+
+    def validate(self, reader: CheckpointReader) -> None:
+        """L2: the record, and this rank's part of the shards."""
+        if self.options.skip_validation:
+            return
+        validator, coordinator = self.owner.validator, self.owner.coordinator
+        result = validator.validate_metadata(reader.metadata)
+        if not result.is_valid:
+            raise CheckpointException(f"validation failed: {result.get_summary()}", type=ExceptionType.VALIDATION_FAILED)
+        for shard in range(coordinator.rank, len(reader.metadata.shards), coordinator.world_size):
+            reader.header(shard)  # raises CORRUPTED_CHECKPOINT itself
+        mine = range(coordinator.rank, len(reader.metadata.shards), coordinator.world_size)
+        result.add(validator.validate_shards(reader, mine))
+        if not result.is_valid:
+            raise CheckpointException(f"validation failed: {result.get_summary()}", type=ExceptionType.VALIDATION_FAILED)
+        self.notes = result.warnings
+
+    def prepare(self, op: coord.Operation, reader: CheckpointReader) -> list[coord.Target]:
+        """L3: match the state here with what is stored."""
+        options = self.options
+        self.notes = getattr(self, "notes", [])
+        self.filling = filling = Filling(reader, op.rank, options.strict_mode)
+        self.model = ModelState(self.model_argument)
+        self.model.fill(filling)
+        self.optimizer = None
+        names = set(reader.names())
+        if self.optimizer_argument is not None and options.load_optimizer:
+            if "optimizer/state" in names:
+                self.optimizer = OptimizerState(self.optimizer_argument, self.model.parameters())
+                self.optimizer.fill(filling)
+            else:
+                filling.problems.append("the checkpoint has no optimizer state (load with load_optimizer=False)")
+        self._prepare_extra(names)
+        self.rng: object = None
+        if options.load_rng_state and "rng/state" in names:
+            index = reader.find("rng/state", op.rank)
+            self.rng = None if index is None else st.decode_value(reader.read_value(index), str)
+            if index is None:
+                filling.warnings.append(f"no random number generator state for rank {op.rank}: it keeps its own")
+        self._judge(op, names)
+        widths = (t.view.dtype.itemsize * t.view.numel() for t in filling.targets)
+        self.bytes = sum(widths)
+        return filling.targets
+
+    def _prepare_extra(self, names: set[str]) -> None:
+        self.extra: dict[str, object] = {}
+        stored = {name.removeprefix("extra/") for name in names if name.startswith("extra/")}
+        filling = self.filling
+        tops = {key for key in stored if self._is_value(filling.reader, f"extra/{key}")}
+        for key in sorted(tops | set(self.extra_state)):
+            if key not in tops:
+                filling.problems.append(f"extra/{key}: missing from the checkpoint")
+                continue
+            like = self.extra_state.get(key)
+            current = like.state_dict() if isinstance(like, Stateful) else None
+            if (node := filling.value(f"extra/{key}")) is not None:
+                self.extra[key] = filling.decode(node, current)
+
+    @staticmethod
+    def _is_value(reader: CheckpointReader, name: str) -> bool:
+        return any(reader.metadata.tensors[i].dtype == "JSON" for i in reader.indices(name))
+
+    def _judge(self, op: coord.Operation, names: set[str]) -> None:
+        """Errors, or in loose mode warnings, for all that does not fit; what no rank wants is unexpected."""
+        filling = self.filling
+        mine = {n for n in names if coord.in_model(n)} - filling.used
+        mine = {n for n in mine if n.startswith("model/") or self._is_value(filling.reader, n)}
+        if self.optimizer is not None:
+            stored = {n for g in _merged_optimizer(filling)["groups"] for n in g["params"]}
+            mine |= {f"optimizer/{n}" for n in stored if f"optimizer:{n}" not in filling.used}
+        told = op.gather(sorted(mine))
+        unwanted = set.intersection(*(set(t) for t in told if isinstance(t, list)))
+        filling.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
+        wrong = filling.errors + (filling.problems if self.options.strict_mode else [])
+        if not self.options.strict_mode:
+            filling.warnings += filling.problems
+        if wrong:
+            more = f"\n  ... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+            lines = "".join(f"\n  {line}" for line in wrong[:20])
+            raise CheckpointException(
+                f"{reader_prefix(filling.reader)} does not fit ({len(wrong)} problem(s)):{lines}{more}",
+                type=ExceptionType.VALIDATION_FAILED,
+            )
+
+    def apply(self, metadata: CheckpointMetadata, warnings: list[str]) -> CheckpointLoadResult:
+        """After L5: hand the filled states over."""
+        owner = self.owner
+        strict = self.options.strict_mode
+        model_state = self.model.apply(strict)
+        optimizer_state = self.optimizer.apply() if self.optimizer is not None else {}
+        for key, value in self.extra.items():
+            if isinstance(like := self.extra_state.get(key), Stateful) and isinstance(value, dict):
+                like.load_state_dict(value)
+        if isinstance(self.rng, dict):
+            set_rng_state(self.rng)
+        return CheckpointLoadResult(
+            metadata, model_state, optimizer_state, metadata.world_size, owner.coordinator.world_size,
+            metadata.world_size != owner.coordinator.world_size, self.extra, metadata.prefix,
+            [*warnings, *self.notes, *self.filling.warnings],
+        )  # fmt: skip
+
+
+def reader_prefix(reader: CheckpointReader) -> str:
+    """The checkpoint a reader reads, for messages."""
+    return f"checkpoint {reader.metadata.prefix!r}"
+
+
+class DistributedCheckpointFactory:
+    """Builds a `DistributedCheckpoint` from `CheckpointOptions`."""
+
+    @staticmethod
+    def create(
+        coordinator: DistributedCoordinator | None = None, options: CheckpointOptions | None = None
+    ) -> DistributedCheckpoint:
+        """Collective where `coordinator` is None and torch.distributed is initialised. ValueError for bad options."""
+        options = options or CheckpointOptions()
+        _check_timeout(options.default_timeout)
+        if options.keep_last is not None and options.keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, not {options.keep_last}")
+        storage = StorageFactory.create(options.storage)
+        made = DistributedCheckpoint(
+            coordinator,
+            storage,
+            FaultToleranceHandler(storage, options.retry_policy),
+            CheckpointValidator(storage, options.integrity_checkers, options.compatibility_checkers),
+        )
+        made.default_timeout, made.keep_last = options.default_timeout, options.keep_last
+        return made
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def _human(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def _command_ls(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+    infos = [CheckpointInfo.of(meta) for meta in st.list_committed(storage)]
+    if args.json:
+        print(json.dumps([{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]))
+        return 0
+    rows = [("PREFIX", "SAVED (UTC)", "RANKS", "SIZE", "FORMAT")]
+    rows += [
+        (i.prefix, f"{i.timestamp:%Y-%m-%d %H:%M:%S}", str(i.world_size), _human(i.size_bytes), i.format) for i in infos
+    ]
+    print(_table(rows))
+    return 0
+
+
+def _command_show(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+    meta = st.read_committed(storage, args.prefix)
+    counts = np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()
+    tensors = [
+        {
+            "name": t.name, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "pieces": counts[index],
+            "bytes": int(np.prod(t.shape, dtype=np.int64)) * st.itemsize(t.dtype),
+            "tied_to": None if t.alias_of is None else meta.tensors[t.alias_of].name,
+        }
+        for index, t in enumerate(meta.tensors)
+    ]  # fmt: skip
+    head = {
+        "prefix": meta.prefix, "save_id": meta.save_id, "sequence": meta.sequence, "version": meta.version,
+        "timestamp": meta.timestamp, "world_size": meta.world_size, "format": meta.format, "compression": meta.compression,
+        "torch_version": meta.torch_version, "size_bytes": meta.size_bytes(),
+        "custom_metadata": st.encode_value(dict(meta.custom_metadata), "custom_metadata"),
+        "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards],
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps({**head, "tensors": tensors}))
+        return 0
+    for key, value in head.items():
+        if key != "shards":
+            print(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
+    print("\n" + _table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)]))
+    rows = [("TENSOR", "DTYPE", "SHAPE", "SIZE", "PIECES", "")]
+    for t in tensors:
+        note = f"tied to {t['tied_to']}" if t["tied_to"] else "" if t["rank"] is None else f"rank {t['rank']}"
+        shape = "x".join(map(str, t["shape"])) or "scalar"
+        rows.append((t["name"], t["dtype"], shape, _human(t["bytes"]), str(t["pieces"]), note))
+    print("\n" + _table(rows))
+    return 0
+
+
+def _command_verify(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+    prefixes = [args.prefix] if args.prefix else st.recorded_prefixes(storage)
+    validator, bad, report = CheckpointValidator(storage), 0, {}
+    show = sys.stderr.isatty() and not args.json
+
+    def poll(done: int, total: int) -> None:
+        if show:
+            sys.stderr.write(f"\r{_human(done)} of {_human(total)} ")
+
+    for prefix in prefixes:
+        result = validator.validate_checkpoint(prefix, poll)
+        if show:
+            sys.stderr.write("\r\033[K")
+        bad += not result.is_valid
+        report[prefix] = {"valid": result.is_valid, "errors": result.errors, "warnings": result.warnings}
+        if not args.json:
+            print(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}")
+            if result.errors or result.warnings:
+                print("  " + result.get_summary().replace("\n", "\n  "))
+    if args.json:
+        print(json.dumps(report))
+    return 1 if bad else 0
+
+
+def _command_rm(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+    st.delete_committed(storage, args.prefix)
+    print(json.dumps({"deleted": args.prefix}) if args.json else f"deleted {args.prefix}")
+    return 0
+
+
+def _command_gc(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+    removed = st.collect_garbage(storage)
+    print(json.dumps({"removed": removed}) if args.json else "\n".join([*removed, f"{len(removed)} file(s) removed"]))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 good, 1 damage or failure, 2 misuse."""
+    parser = argparse.ArgumentParser(prog="ckpt.py", description="Look at, verify and delete checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    table: dict[str, tuple[Callable[[CheckpointStorage, argparse.Namespace], int], str, str]] = {
+        "ls": (_command_ls, "list the committed checkpoints below DIR", ""),
+        "show": (_command_show, "show the tensors, shards and metadata of a checkpoint", "prefix"),
+        "verify": (_command_verify, "read and check every byte of one checkpoint, or of all", "[prefix]"),
+        "rm": (_command_rm, "delete a checkpoint", "prefix"),
+        "gc": (_command_gc, "remove what crashed saves left behind", ""),
+    }
+    for name, (_, text, prefix) in table.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("dir")
+        if prefix:
+            command.add_argument("prefix", nargs="?" if prefix.startswith("[") else None)
+        command.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    if not os.path.isdir(args.dir):
+        print(f"ckpt.py: {args.dir}: no such directory", file=sys.stderr)
+        return 2
+    try:
+        return table[args.command][0](LocalStorage(args.dir), args)
+    except ValueError as error:
+        print(f"ckpt.py: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointException, OSError) as error:
+        print(f"ckpt.py: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

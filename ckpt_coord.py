@@ -1,0 +1,2171 @@
+"""Ranks: who writes and reads which bytes, and how all of them agree that it happened.
+
+    ckpt.py  ->  ckpt_coord.py  ->  ckpt_storage.py        (this file does not import ckpt)
+
+The save protocol (`CheckpointCoordinator.coordinate_save`); the checkpoint exists from the rename in S6 on:
+
+    step        | who    | what                                                             | a crash leaves
+    S1 agree    | all    | same prefix and options on every rank; rank 0 draws the save id  | nothing
+    S2 collect  | each   | state dicts -> pieces held by this rank (`LocalTensor`)          | nothing
+    S3 plan     | rank 0 | who writes which bytes, handed out; rank 0 raises the fence      | the fence
+    S4 write    | each   | its blocks, checksummed in the same pass, fsync                  | orphan shards
+    S5 report   | all    | every rank's lengths and CRCs to rank 0                          | orphan shards
+    S6 commit   | rank 0 | headers of shared files, fsync directories, record, RENAME, fsync | old or new, whole
+    S7 announce | all    | every rank learns; then superseded shards and old checkpoints go | extra files
+
+The load protocol (`CheckpointLoader.coordinate_load`):
+
+    L1 record · L2 validate · L3 plan · L4 read (only the blocks needed, verified, straight into place) · L5 agree
+
+Invariants, cited where they are upheld:
+    I1  A block has exactly one writer.
+    I2  Every byte that a record names is fsynced, and its directory entry too, before the record is renamed.
+    I3  No file of the old checkpoint is touched before the new one is committed.
+    I4  Whoever gives a save up removes its fence first, then looks at the record: the storage decides (`_settle`).
+    I5  A failure on one rank ends the operation on all of them with that rank's error (`Operation.step`).
+
+Read next: coordinators, `Operation`, `coordinate_save`, the planner (`plan_save`), `coordinate_load`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import datetime
+import enum
+import hashlib
+import json
+import math
+import random
+import secrets
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+if __package__:
+    from . import ckpt_storage as st
+    from .ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Shape
+else:
+    import ckpt_storage as st
+    from ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Shape
+
+GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
+IO_THREADS = 4
+T = TypeVar("T")
+
+# --------------------------------------------------------------------------------------------------------------------
+# Coordinators
+
+
+@runtime_checkable
+class DistributedCoordinator(Protocol):
+    """How ranks talk. Values are what `encode_value` takes. Every wait ends at `timeout` (seconds) with TIMEOUT.
+
+    All methods but `fail` and `failure` are collective: every rank calls them, in the same order.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    def barrier(self, timeout: float = 600.0) -> None: ...
+    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object: ...
+    def all_gather(self, value: object, timeout: float = 600.0) -> list[object]: ...
+
+    def exchange(self, outgoing: Mapping[int, Bytes], timeout: float = 600.0) -> dict[int, Bytes]:
+        """Send bytes to ranks, and return what every rank sent here."""
+        ...
+
+    def begin(self, poll: Callable[[], None]) -> None:
+        """Start a collective operation; `poll` runs in every wait and may raise to leave it."""
+        ...
+
+    def fail(self, failure: dict[str, object]) -> dict[str, object]:
+        """Announce that this operation failed here; returns the failure that was announced first."""
+        ...
+
+    def failure(self) -> dict[str, object] | None:
+        """The failure that some rank announced for this operation."""
+        ...
+
+
+class LocalCoordinator:
+    """One process: rank 0 of 1."""
+
+    rank = 0
+    world_size = 1
+
+    def barrier(self, timeout: float = 600.0) -> None:
+        """Nothing to wait for."""
+
+    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
+        return value
+
+    def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
+        return [value]
+
+    def exchange(self, outgoing: Mapping[int, Bytes], timeout: float = 600.0) -> dict[int, Bytes]:
+        return dict(outgoing)
+
+    def begin(self, poll: Callable[[], None]) -> None:
+        """Nothing to prepare."""
+
+    def fail(self, failure: dict[str, object]) -> dict[str, object]:
+        return failure
+
+    def failure(self) -> dict[str, object] | None:
+        return None
+
+
+class TorchCoordinator:
+    """The ranks of a `torch.distributed` process group. Creating one is collective over that group.
+
+    Control goes over keys of the rendezvous store: it can tell who is missing, and survives a timeout. Bulk bytes go over
+    a private gloo group, also where training runs on NCCL; it is made at first need and again after a failure.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        if not dist.is_initialized():
+            raise ValueError("torch.distributed is not initialised: call init_process_group, or use LocalCoordinator()")
+        ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+        if dist.get_rank() not in ranks:
+            raise ValueError(f"rank {dist.get_rank()} is not in the process group of ranks {ranks}")
+        self._rank, self._world_size = ranks.index(dist.get_rank()), len(ranks)
+        store = dist.distributed_c10d._get_default_store()
+        if hasattr(store, "clone"):  # a connection of our own: training threads block on theirs
+            store = store.clone()
+        name = "ckpt/" + hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+        instance = store.add(f"{name}/made/{self._rank}", 1)
+        self._store = dist.PrefixStore(f"{name}/{instance}", store)
+        self._operation = self._step = 0
+        self._posted: list[str] = []
+        self._poll: Callable[[], None] = lambda: None
+        self._group: dist.ProcessGroupGloo | None = None
+        self._generation = ""
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    def begin(self, poll: Callable[[], None]) -> None:
+        self._operation += 1
+        self._step = 0
+        self._poll = poll
+
+    def barrier(self, timeout: float = 600.0) -> None:
+        self.all_gather(None, timeout)
+
+    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
+        key = self._next_step()
+        if self.rank == src:
+            self._post(key, value)
+            return value
+        self._wait([key], timeout, lambda: [src])
+        return self._get([key])[0]
+
+    def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
+        """Two hops: everybody posts, rank 0 collects and posts the whole."""
+        step, before = self._next_step(), len(self._posted)
+        keys = [f"{step}/{rank}" for rank in range(self.world_size)]
+
+        def missing() -> list[int]:
+            return [rank for rank, key in enumerate(keys) if not self._check([key])] or [0]
+
+        self._post(keys[self.rank], value)
+        if self.rank == 0:
+            self._wait(keys, timeout, missing)
+            values = self._get(keys)
+            self._post(f"{step}/all", values)
+        else:
+            self._wait([f"{step}/all"], timeout, missing)
+            (gathered,) = self._get([f"{step}/all"])
+            values = gathered if isinstance(gathered, list) else []
+        # Everybody has come as far as this step, so nobody still reads what was posted before it.
+        retired, self._posted = self._posted[:before], self._posted[before:]
+        for key in retired:
+            self._call(self._store.delete_key, key)
+        return values
+
+    def exchange(self, outgoing: Mapping[int, Bytes], timeout: float = 600.0) -> dict[int, Bytes]:
+        deadline = time.monotonic() + timeout
+        sizes = {str(rank): len(data) for rank, data in outgoing.items() if len(data)}
+        told = self.all_gather([self._generation, sizes], timeout)
+        tables = [row[1] for row in told if isinstance(row, list)]
+        if not any(tables):
+            return {}
+        incoming = [int(table.get(str(self.rank), 0)) for table in tables]
+        problem, received = "", np.empty(sum(incoming), np.uint8)
+        try:
+            if any(row[0] != told[0][0] for row in told if isinstance(row, list)) or not self._generation:
+                self._rebuild(max(0.1, deadline - time.monotonic()))
+            options = dist.AllToAllOptions()
+            options.timeout = datetime.timedelta(seconds=max(0.1, deadline - GRACE_S - time.monotonic()))
+            order = [outgoing.get(rank, np.empty(0, np.uint8)) for rank in range(self.world_size)]
+            sent = torch.from_numpy(np.concatenate(order))
+            lengths = [len(data) for data in order]
+            if self._group is not None:
+                self._group.alltoall_base(torch.from_numpy(received), sent, incoming, lengths, options).wait()
+        except RuntimeError as error:
+            problem, self._generation = str(error), ""
+        problems = self.all_gather(problem, max(0.1, deadline - time.monotonic()))
+        for rank, text in enumerate(problems):
+            if text:
+                self._generation = ""  # a group that failed once is not usable again
+                raise CheckpointException(f"gloo exchange failed on rank {rank}: {text}", rank=rank)
+        parts = np.split(received, np.cumsum(incoming)[:-1])
+        return {rank: part for rank, part in enumerate(parts) if len(part)}
+
+    def fail(self, failure: dict[str, object]) -> dict[str, object]:
+        self._generation = ""
+        key = f"{self._operation}/failed"
+        try:
+            if self._call(self._store.add, f"{key}/count", 1) == 1:
+                self._post(key, failure)
+                self._posted.append(f"{key}/count")
+                return failure
+            deadline = time.monotonic() + GRACE_S
+            while (first := self.failure()) is None and time.monotonic() < deadline:
+                time.sleep(0.002)
+            return first or failure
+        except CheckpointException:  # the store is gone: nobody is left to agree with
+            return failure
+
+    def failure(self) -> dict[str, object] | None:
+        key = f"{self._operation}/failed"
+        if not self._check([key]):
+            return None
+        (failure,) = self._get([key])
+        self._generation = ""
+        return failure if isinstance(failure, dict) else None
+
+    def _rebuild(self, timeout: float) -> None:
+        self._generation = f"{self._operation}.{self._step}"
+        store = dist.PrefixStore(f"gloo/{self._generation}", self._store)
+        self._group = dist.ProcessGroupGloo(store, self.rank, self.world_size, datetime.timedelta(seconds=timeout))
+
+    def _next_step(self) -> str:
+        self._step += 1
+        return f"{self._operation}/{self._step}"
+
+    def _post(self, key: str, value: object) -> None:
+        self._call(self._store.set, key, st.dump_json(st.encode_value(value, key)))
+        self._posted.append(key)
+
+    def _get(self, keys: list[str]) -> list[object]:
+        texts: list[bytes] = self._call(self._store.multi_get, keys)
+        return [st.decode_value(json.loads(text), str) for text in texts]
+
+    def _check(self, keys: list[str]) -> bool:
+        return bool(self._call(self._store.check, keys))
+
+    def _call(self, function: Callable[..., T], *args: object) -> T:
+        try:
+            return function(*args)
+        except (RuntimeError, OSError) as error:
+            raise CheckpointException(
+                f"the rendezvous store is unreachable (has the process that hosts it, by default rank 0, died?): {error}",
+                type=ExceptionType.TIMEOUT,
+            ) from error
+
+    def _wait(self, keys: list[str], timeout: float, missing: Callable[[], list[int]]) -> None:
+        deadline, pause = time.monotonic() + timeout, 0.0005
+        while not self._check(keys):
+            self._poll()
+            if time.monotonic() > deadline:
+                ranks = missing()
+                names = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
+                raise CheckpointException(
+                    f"no answer from rank(s) {names} of {self.world_size} by the deadline",
+                    type=ExceptionType.TIMEOUT,
+                    rank=ranks[0],
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Operations: a deadline, a cancel event, and one failure for all
+
+
+class OperationFailed(Exception):
+    """Every rank has agreed that the operation failed, and how. Turned into the public exception at the API."""
+
+    def __init__(self, info: Mapping[str, object]) -> None:
+        super().__init__(str(info.get("message")))
+        self.info = info
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the rank that failed first would try again."""
+        return bool(self.info.get("retryable"))
+
+    def public(self, checkpoint_path: str) -> Exception:
+        """The exception that the user sees, the same on every rank."""
+        kind, message = str(self.info.get("type")), str(self)
+        if kind == "value_error":
+            return ValueError(message)
+        rank = self.info.get("rank")
+        return CheckpointException(
+            message, checkpoint_path, ExceptionType(kind), rank if isinstance(rank, int) else None
+        )
+
+
+class Operation:
+    """One collective save or load, as one rank sees it."""
+
+    def __init__(
+        self,
+        coordinator: DistributedCoordinator,
+        verb: str,
+        timeout: float,
+        cancel: threading.Event | None = None,
+        retryable: tuple[type[BaseException], ...] = (),
+    ) -> None:
+        self.coordinator, self.rank, self.world_size = coordinator, coordinator.rank, coordinator.world_size
+        self.timeout = timeout
+        self._default = ExceptionType.SAVE_FAILED if verb == "save" else ExceptionType.LOAD_FAILED
+        self._deadline = time.monotonic() + timeout
+        self._cancel, self._retryable = cancel, retryable
+        self.step_name = ""
+        self.seconds: dict[str, float] = {}
+        coordinator.begin(self.interrupted)
+
+    def interrupted(self) -> None:
+        """Raise if this rank was cancelled or another one failed."""
+        if self._cancel is not None and self._cancel.is_set():
+            raise CheckpointException("cancelled", type=ExceptionType.CANCELLED)
+        if (failure := self.coordinator.failure()) is not None:
+            raise OperationFailed(failure)
+
+    def poll(self) -> None:
+        """Raise if interrupted, or if the deadline has passed; called a few times a second while working."""
+        self.interrupted()
+        if time.monotonic() > self._deadline:
+            raise CheckpointException(
+                f"not done by the deadline of {self.timeout:g} s", type=ExceptionType.TIMEOUT, rank=self.rank
+            )
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Run a step; I5: what goes wrong in it is announced to all ranks, and the first announcement is raised."""
+        self.step_name = name
+        started = time.monotonic()
+        try:
+            self.interrupted()
+            yield
+        except OperationFailed:
+            raise
+        except Exception as error:
+            raise OperationFailed(self.coordinator.fail(self._describe(error))) from error
+        except BaseException as error:  # KeyboardInterrupt, SystemExit: tell the others, then go
+            self.coordinator.fail(self._describe(error))
+            raise
+        finally:
+            self.seconds[name] = time.monotonic() - started
+
+    def _describe(self, error: BaseException) -> dict[str, object]:
+        kind, rank = self._default.value, self.rank
+        if isinstance(error, CheckpointException):
+            kind = self._default.value if error.type is ExceptionType.UNKNOWN else error.type.value
+            rank = self.rank if error.rank is None else error.rank
+        elif isinstance(error, OSError):
+            kind = ExceptionType.STORAGE_ERROR.value
+        elif isinstance(error, ValueError) and self.step_name[:2] in ("S1", "L1"):
+            kind = "value_error"
+        text = str(error) if isinstance(error, (CheckpointException, ValueError)) else f"{type(error).__name__}: {error}"
+        message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
+        return {
+            "type": kind, "rank": rank, "message": message, "retryable": isinstance(error, self._retryable),
+        }  # fmt: skip
+
+    def remaining(self) -> float:
+        """Seconds until waits for other ranks end: the deadline and the grace."""
+        return max(0.05, self._deadline + GRACE_S - time.monotonic())
+
+    def gather(self, value: object) -> list[object]:
+        """All ranks' values."""
+        return self.coordinator.all_gather(value, timeout=self.remaining())
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value."""
+        return self.coordinator.broadcast(value, 0, timeout=self.remaining())
+
+    def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
+        """Bytes to and from every rank."""
+        return self.coordinator.exchange(outgoing, timeout=self.remaining())
+
+    def collect_at_0(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, on rank 0; elsewhere an empty list."""
+        got = self.exchange({0: np.frombuffer(bytearray(data), np.uint8)})
+        return [got[rank].tobytes() if rank in got else b"" for rank in range(self.world_size)] if self.rank == 0 else []
+
+    def hand_out(self, parts: Sequence[bytes]) -> bytes:
+        """This rank's part of what rank 0 gives out."""
+        got = self.exchange({rank: np.frombuffer(bytearray(part), np.uint8) for rank, part in enumerate(parts)})
+        return got[0].tobytes()
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """When to try again: `max_retries` attempts in all, waiting `initial_delay` s, growing by `backoff_factor`."""
+
+    max_retries: int = 3
+    initial_delay: float = 1.0
+    max_delay: float = 30.0
+    backoff_factor: float = 2.0
+    jitter: float = 0.1  # as a part of the delay
+    retryable_exceptions: tuple[type[BaseException], ...] = (OSError,)
+
+    def delay(self, attempt: int) -> float:
+        """Seconds to wait after failed attempt number `attempt` (from 0)."""
+        base = min(self.max_delay, self.initial_delay * self.backoff_factor**attempt)
+        return base * (1 + random.uniform(-self.jitter, self.jitter))
+
+
+class FaultToleranceHandler:
+    """Retries, timeouts and rollback."""
+
+    def __init__(self, storage: st.CheckpointStorage, retry_policy: RetryPolicy | None = None) -> None:
+        self.storage = storage
+        self.retry_policy = retry_policy or RetryPolicy()
+
+    def execute_with_retry(self, function: Callable[[], T], cancel: threading.Event | None = None) -> T:
+        """Call `function` until it succeeds, fails in a way not worth retrying, or the policy's attempts are used up.
+
+        A collective operation fails as `OperationFailed`, whose verdict all ranks share: they all retry, or none.
+        """
+        for attempt in range(max(1, self.retry_policy.max_retries)):
+            try:
+                return function()
+            except (OperationFailed, *self.retry_policy.retryable_exceptions) as error:
+                hopeless = isinstance(error, OperationFailed) and not error.retryable
+                if hopeless or attempt + 1 >= self.retry_policy.max_retries or (cancel and cancel.is_set()):
+                    raise
+                (cancel or threading.Event()).wait(self.retry_policy.delay(attempt))
+        raise AssertionError("unreachable")
+
+    def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
+        """Call `function` in a thread; TIMEOUT if it takes longer than `timeout` seconds (it may go on in the background)."""
+        result: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, name="ckpt-timeout", daemon=True).start()
+        try:
+            return result.result(timeout)
+        except TimeoutError as error:
+            if result.done():
+                raise
+            raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT) from error
+
+    def rollback(self, checkpoint_prefix: str) -> None:
+        """Delete a checkpoint, committed or not: record first, then shards. FileNotFoundError where there is none."""
+        st.delete_committed(self.storage, checkpoint_prefix.removesuffix(st.RECORD_SUFFIX))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a rank holds
+
+
+class LocalTensor(NamedTuple):
+    """A tensor as one rank holds it."""
+
+    name: str
+    dtype: str
+    shape: Shape  # global
+    pieces: list[tuple[Box, torch.Tensor]]  # none where the rank's shard is empty
+    declared: bool = False  # a DTensor: equal copies on several ranks are declared by its placements
+    per_rank: bool = False  # always kept apart for each rank
+    alias_of: str | None = None
+
+
+def dtensor_class() -> type[DTensor] | None:
+    """DTensor, if anybody has imported it: importing it takes as long as torch itself."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module.DTensor if module else None
+
+
+def as_dtensor(tensor: object) -> DTensor | None:
+    """`tensor` if it is a DTensor."""
+    kind = dtensor_class()
+    return tensor if kind is not None and isinstance(tensor, kind) else None
+
+
+def local_tensor(name: str, tensor: torch.Tensor, per_rank: bool = False) -> LocalTensor:
+    """The pieces of `tensor` on this rank. CheckpointException, naming it, for what cannot be stored."""
+    if (sharded := as_dtensor(tensor)) is not None:
+        _refuse_unsupported(name, sharded.to_local())
+        boxes = local_boxes(name, sharded)
+        local = sharded.to_local().detach()
+        pieces = [(box, local) for box in boxes]
+        return LocalTensor(name, st.CODES[tensor.dtype], tuple(tensor.shape), pieces, declared=True)
+    _refuse_unsupported(name, tensor)
+    data = tensor.detach()
+    if data.is_conj() or data.is_neg():
+        data = data.resolve_conj().resolve_neg()
+    shape = tuple(data.shape)
+    pieces = [(Box((0,) * len(shape), shape), data)] if data.numel() else []
+    return LocalTensor(name, st.CODES[data.dtype], shape, pieces, per_rank=per_rank)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
+    problem = ""
+    if type(tensor).__name__ == "ShardedTensor":
+        problem = "is an FSDP1 ShardedTensor; use FSDP2 (torch.distributed.fsdp.fully_shard), which holds DTensors"
+    elif type(tensor) not in _PLAIN:
+        problem = f"is a {type(tensor).__name__}, a tensor subclass without a known layout; convert it to a plain tensor"
+    elif tensor.layout is not torch.strided:
+        problem = f"has layout {tensor.layout}; store to_dense(), or its indices and values"
+    elif tensor.is_quantized or tensor.dtype not in st.CODES:
+        problem = f"has dtype {tensor.dtype}; store dequantize(), or int_repr() with its scales"
+    elif tensor.device.type == "meta":
+        problem = "is on the meta device, which holds no data; materialise it (to_empty) first"
+    if problem:
+        raise CheckpointException(f"{name} {problem}", type=ExceptionType.SAVE_FAILED)
+
+
+def local_boxes(name: str, tensor: DTensor) -> list[Box]:
+    """The part of a DTensor that this rank holds, as [] (nothing) or one box."""
+    from torch.distributed.tensor import Partial
+
+    local = tuple(tensor.to_local().shape)
+    if any(isinstance(p, Partial) for p in tensor.placements):
+        raise CheckpointException(
+            f"{name} has a Partial() placement, a sum not yet taken: redistribute it to Replicate() or Shard() first",
+            type=ExceptionType.SAVE_FAILED,
+        )
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None or math.prod(local) == 0:
+        return []
+    box = _strided_box(tensor, coordinate)
+    if box is None or box.size != local:
+        chunks = tensor.__create_chunk_list__()
+        box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
+        if len(chunks) != 1 or box.size != local:
+            raise CheckpointException(
+                f"{name}: its local shape {list(local)} is not what placements {tensor.placements} imply",
+                type=ExceptionType.SAVE_FAILED,
+            )
+    return [box]
+
+
+def _strided_box(tensor: DTensor, coordinate: Sequence[int]) -> Box | None:
+    """The box of an FSDP2+TP shard: the later mesh dimensions cut first, the strided one cuts what they left.
+
+    torch's own offsets are wrong for some such tensors whose dimension does not divide; None where this rule is not theirs.
+    """
+    offset, size, mesh = [0] * tensor.ndim, list(tensor.shape), tensor.device_mesh
+    strided = [i for i, p in enumerate(tensor.placements) if hasattr(p, "split_factor")]
+    if not strided:
+        return None
+    for index in [i for i in range(mesh.ndim) if i not in strided] + strided[::-1]:
+        placement = tensor.placements[index]
+        if placement.is_replicate():
+            continue
+        dim = placement.dim
+        chunk = -(-size[dim] // mesh.size(index))  # as torch.chunk
+        low = min(size[dim], chunk * coordinate[index])
+        offset[dim], size[dim] = offset[dim] + low, min(chunk, size[dim] - low)
+    return Box(tuple(offset), tuple(size))
+
+
+def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
+    """Mark those that are the same view of the same memory as an earlier one: their bytes are stored once."""
+    seen: dict[object, str] = {}
+    marked = []
+    for item in tensors:
+        if item.pieces and not item.per_rank:
+            box, view = item.pieces[0]
+            key = (view.data_ptr(), view.device, item.dtype, item.shape, box, view.stride(), tuple(view.shape))
+            first = seen.setdefault(key, item.name)
+            item = item if first == item.name else item._replace(alias_of=first)
+        marked.append(item)
+    return marked
+
+
+class CheckpointFormat(enum.Enum):
+    """How tensors are spread over files."""
+
+    SINGLE_FILE = "single_file"
+    MULTI_SHARD = "multi_shard"
+    CONSOLIDATED = "consolidated"
+
+
+class ShardData(NamedTuple):
+    """What S2 collects on a rank: tensors, and values as JSON text by name (True: kept per rank)."""
+
+    tensors: list[LocalTensor]
+    values: dict[str, tuple[bytes, bool]]
+
+
+def in_model(name: str) -> bool:
+    """Whether a stored name belongs to the model: such entries come first in a file."""
+    return name.startswith(("model/", "model-values/"))
+
+
+def in_model_file(tensor: st.TensorMetadata) -> bool:
+    """Whether CONSOLIDATED puts it into the model file: the entries of `model.state_dict()` that safetensors knows."""
+    return tensor.name.startswith("model/") and tensor.dtype not in ("C128", "C32", "JSON")
+
+
+def entry_name(tensor: st.TensorMetadata, offset: Sequence[int], whole: bool) -> str:
+    """The name of a piece in its file: the tensor's, then the piece's offset, then the rank that it is kept for."""
+    name = tensor.name.replace("~", "~0").replace("@", "~1")
+    return (
+        name + ("" if whole else "@" + ",".join(map(str, offset))) + ("" if tensor.rank is None else f"~r{tensor.rank}")
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# S3: the plan, made on rank 0 from every rank's description, as columns of numpy arrays
+
+
+class Rows(NamedTuple):
+    """Pieces in columns: who holds them (`rank`), as which of its pieces (`source`), of which tensor, and where."""
+
+    rank: np.ndarray
+    source: np.ndarray
+    tensor: np.ndarray
+    box: np.ndarray  # (rows, 2, dimensions): offset and size, padded with 0 and 1
+
+    def take(self, index: np.ndarray) -> Rows:
+        """The rows at `index`."""
+        return Rows(*(column[index] for column in self))
+
+
+def describe(data: ShardData, reference: str | None = None) -> tuple[dict[str, object], str]:
+    """What a rank holds, for the planner, and a digest of its tensor table.
+
+    Where the digest equals `reference` (rank 0's), the table is left out: at thousands of ranks it is nearly always equal.
+    """
+    table = [[t.name, t.dtype, t.shape, t.declared, t.per_rank, t.alias_of or ""] for t in data.tensors]
+    digest = hashlib.sha256(st.dump_json(table)).hexdigest()
+    boxes = [(index, box) for index, t in enumerate(data.tensors) for box, _ in t.pieces]
+    width = max((len(t.shape) for t in data.tensors), default=0)
+    columns = np.array([b.offset + (0,) * (width - len(b.offset)) for _, b in boxes], np.int64).reshape(-1, width)
+    sizes = np.array([b.size + (1,) * (width - len(b.size)) for _, b in boxes], np.int64).reshape(-1, width)
+    values = [[name, len(text), st.crc32(text), kept] for name, (text, kept) in data.values.items()]
+    return {
+        "tensors": None if digest == reference else table,
+        "values": values,
+        "count": len(boxes),
+        "tensor": st.encode_runs(np.array([index for index, _ in boxes], np.int64)),
+        "offset": [st.encode_runs(c) for c in columns.T],
+        "size": [st.encode_runs(c) for c in sizes.T],
+    }, digest
+
+
+class Holdings:
+    """Every rank's description put together: one list of tensors, and the rows of all pieces."""
+
+    def __init__(self, descriptions: Sequence[Mapping[str, object]]) -> None:
+        self.tensors: list[st.TensorMetadata] = []
+        self.declared: list[bool] = []
+        self._ids: dict[tuple[str, int | None], int] = {}
+        self._aliases: dict[int, set[str]] = {}
+        self._conflicts: set[str] = set()
+        tables = {id(d): self._table(d, descriptions[0]) for d in descriptions}
+        self._find_conflicts({id(t): t for t in tables.values()}.values())
+        self._find_value_conflicts(descriptions)
+        width = max((len(row[2]) for t in tables.values() for row in t), default=0)
+        self.width = max(width, 1)
+        maps: dict[tuple[int, int], np.ndarray] = {}
+        parts = [self._rows(rank, d, tables[id(d)], maps) for rank, d in enumerate(descriptions)]
+        self.rows = Rows(*(np.concatenate(columns) for columns in zip(*parts)))
+        self._resolve_aliases()
+
+    def _table(self, description: Mapping[str, object], first: Mapping[str, object]) -> list[list[object]]:
+        table = description["tensors"] if description["tensors"] is not None else first["tensors"]
+        return table if isinstance(table, list) else []
+
+    def _find_conflicts(self, tables: Iterable[list[list[object]]]) -> None:
+        """Plain tensors of one name but different shape or dtype are kept per rank; for DTensors that is an error."""
+        seen: dict[str, list[object]] = {}
+        for table in tables:
+            for row in table:
+                other = seen.setdefault(str(row[0]), row)
+                if [*other[1:3]] != [*row[1:3]]:
+                    if row[3] or other[3]:
+                        raise CheckpointException(
+                            f"{row[0]}: ranks disagree: {other[1]}{other[2]} against {row[1]}{row[2]}",
+                            type=ExceptionType.VALIDATION_FAILED,
+                        )
+                    self._conflicts.add(str(row[0]))
+
+    def _find_value_conflicts(self, descriptions: Sequence[Mapping[str, object]]) -> None:
+        seen: dict[str, list[object]] = {}
+        for description in descriptions:
+            for name, *rest in description["values"]:
+                if seen.setdefault(name, rest) != rest or rest[2]:
+                    self._conflicts.add(name)
+
+    def tensor_id(self, name: str, dtype: str, shape: Sequence[int], rank: int | None, declared: bool) -> int:
+        """The index of a tensor, added at first sight."""
+        key = (name, rank)
+        if key not in self._ids:
+            self._ids[key] = len(self.tensors)
+            self.tensors.append(st.TensorMetadata(name, dtype, tuple(shape), rank))
+            self.declared.append(declared)
+        return self._ids[key]
+
+    def _rows(
+        self, rank: int, d: Mapping[str, object], table: list[list[object]], maps: dict[tuple[int, int], np.ndarray]
+    ) -> Rows:
+        own = any(row[4] for row in table) or bool(self._conflicts)
+        key = (id(table), rank if own else -1)
+        if key not in maps:
+            ids = []
+            for name, dtype, shape, declared, per_rank, alias in table:
+                kept = rank if per_rank or name in self._conflicts else None
+                ids.append(self.tensor_id(name, dtype, shape, kept, declared))
+                if kept is None:
+                    self._aliases.setdefault(ids[-1], set()).add(alias)
+            maps[key] = np.array(ids, np.int64)
+        count = int(d["count"])
+        box = np.zeros((count, 2, self.width), np.int64)
+        box[:, 1] = 1
+        for half, field_name in enumerate(("offset", "size")):
+            for dim, runs in enumerate(d[field_name]):
+                box[:, half, dim] = st.decode_runs(runs, count)
+        tensor = maps[key][st.decode_runs(d["tensor"], count)] if count else np.empty(0, np.int64)
+        values = [
+            self.tensor_id(name, "JSON", (length,), rank if name in self._conflicts else None, False)
+            for name, length, *_ in d["values"]
+        ]
+        extra = np.zeros((len(values), 2, self.width), np.int64)
+        extra[:, 1] = 1
+        extra[:, 1, 0] = [length for _, length, *_ in d["values"]]
+        ranks = np.full(count + len(values), rank, np.int64)
+        sources = np.arange(count + len(values))
+        return Rows(ranks, sources, np.concatenate([tensor, np.array(values, np.int64)]), np.concatenate([box, extra]))
+
+    def _resolve_aliases(self) -> None:
+        """A tensor is an alias where every rank that holds any of it says so; it then needs no bytes of its own."""
+        for index, names in self._aliases.items():
+            if len(names) == 1 and (target := next(iter(names))) and (target, None) in self._ids:
+                self.tensors[index] = self.tensors[index]._replace(alias_of=self._ids[target, None])
+        aliased = np.array([t.alias_of is not None for t in self.tensors], bool)
+        if len(self.rows.tensor):
+            self.rows = self.rows.take(np.flatnonzero(~aliased[self.rows.tensor]))
+
+    def nbytes(self, rows: Rows) -> np.ndarray:
+        """Logical bytes of each row."""
+        widths = np.array([st.itemsize(t.dtype) for t in self.tensors], np.int64)
+        return rows.box[:, 1].prod(axis=1) * widths[rows.tensor]
+
+    def keep_per_rank(self, names: set[str]) -> None:
+        """Plain tensors whose copies differ: from now on every rank has its own, and what is tied to them too."""
+        dropped = {i for i, t in enumerate(self.tensors) if t.name in names and t.rank is None}
+        tied = [(i, t) for i, t in enumerate(self.tensors) if t.alias_of in dropped]
+        for row, index in enumerate(self.rows.tensor.tolist()):
+            if index in dropped:
+                t, rank = self.tensors[index], int(self.rows.rank[row])
+                self.rows.tensor[row] = own = self.tensor_id(t.name, t.dtype, t.shape, rank, False)
+                for _, alias in (pair for pair in tied if pair[1].alias_of == index):
+                    copy = self.tensor_id(alias.name, t.dtype, t.shape, rank, False)
+                    self.tensors[copy] = self.tensors[copy]._replace(alias_of=own)
+        gone = dropped | {i for i, _ in tied}
+        kept = [i for i in range(len(self.tensors)) if i not in gone]
+        place = np.full(len(self.tensors), -1, np.int64)
+        place[kept] = np.arange(len(kept))
+        self.rows = self.rows._replace(tensor=place[self.rows.tensor])
+        self.declared = [self.declared[i] for i in kept]
+        self.tensors = [
+            t if t.alias_of is None else t._replace(alias_of=int(place[t.alias_of]))
+            for t in (self.tensors[i] for i in kept)
+        ]
+
+    def lowest_ranks(self) -> dict[str, int]:
+        """Of every tensor that is kept per rank, the lowest rank that has it."""
+        lowest: dict[str, int] = {}
+        for t in self.tensors:
+            if t.rank is not None:
+                lowest[t.name] = min(t.rank, lowest.get(t.name, t.rank))
+        return lowest
+
+    def check_complete(self, groups: Groups) -> None:
+        """Every tensor's pieces must make up the whole of it; else VALIDATION_FAILED."""
+        volume = np.zeros(len(self.tensors), np.int64)
+        np.add.at(volume, groups.rows.tensor, groups.rows.box[:, 1].prod(axis=1))
+        expected = [0 if t.alias_of is not None else math.prod(t.shape) for t in self.tensors]
+        wrong = np.flatnonzero(volume != np.array(expected, np.int64)) if self.tensors else []
+        if len(wrong):
+            t, found = self.tensors[wrong[0]], int(volume[wrong[0]])
+            raise CheckpointException(
+                f"{t.name}: the ranks together hold {found} of its {math.prod(t.shape)} elements (and {len(wrong) - 1} more "
+                "tensors so): save with all ranks of its mesh, and with the same parallelism for it on each",
+                type=ExceptionType.VALIDATION_FAILED,
+            )
+
+
+class Groups:
+    """Equal pieces (same tensor, same box) on several ranks: one row a group, and which rows hold it."""
+
+    def __init__(self, rows: Rows) -> None:
+        keys = _mix(rows.tensor)
+        for column in rows.box.reshape(len(rows.box), -1).T:
+            keys = _mix(keys * np.uint64(31) + column.astype(np.uint64))
+        order = np.argsort(keys, kind="stable")  # within a group by rank, since rows come in the order of ranks
+        ordered = rows.take(order)
+        new = np.ones(len(order), bool)
+        if len(order):
+            same = (ordered.tensor[1:] == ordered.tensor[:-1]) & (ordered.box[1:] == ordered.box[:-1]).all(axis=(1, 2))
+            if not (same == (keys[order][1:] == keys[order][:-1])).all():
+                raise CheckpointException("hash collision while planning; save again")  # one in 10^7 at 4M pieces
+            new[1:] = ~same
+        self.start = np.flatnonzero(new)
+        self.count = np.diff(np.append(self.start, len(order)))
+        self.members = ordered
+        self.rows = ordered.take(self.start)  # the lowest rank stands for the group
+
+    def holders(self, group: int) -> np.ndarray:
+        """Ranks that hold a group, ascending."""
+        return self.members.rank[self.start[group] : self.start[group] + self.count[group]]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64, the finaliser of Steele, Lea and Flood's generator: a hash of each integer."""
+    z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+MIN_SPLIT_BYTES = 1 << 20  # smaller replicas are written whole by one of their holders
+
+
+def assign_writers(holdings: Holdings, groups: Groups, world_size: int) -> Rows:
+    """One writer for every byte (I1): pieces held once by their holder, replicas shared out so that loads are level."""
+    nbytes = holdings.nbytes(groups.rows)
+    single = groups.count == 1
+    load = np.bincount(groups.rows.rank[single], nbytes[single], world_size)
+    parts = [groups.rows.take(np.flatnonzero(single))]
+    multi = np.flatnonzero(~single)
+    sums = np.add.reduceat(_mix(groups.members.rank), groups.start) if len(groups.start) else np.empty(0, np.uint64)
+    for kind in np.unique(sums[multi]):
+        chosen = multi[sums[multi] == kind]
+        chosen = chosen[np.lexsort((groups.rows.source[chosen], groups.rows.rank[chosen]))]
+        holders = groups.holders(chosen[0])
+        shares = _level(load[holders], float(nbytes[chosen].sum()))
+        load[holders] += shares
+        parts += _cut(groups, chosen, nbytes[chosen], holders, shares)
+    return Rows(*(np.concatenate(columns) for columns in zip(*parts)))
+
+
+def _level(load: np.ndarray, total: float) -> np.ndarray:
+    """How much each of some ranks gets of `total` more, so that the least loaded fill up first."""
+    order = np.sort(load)
+    levels = (total + np.cumsum(order)) / np.arange(1, len(load) + 1)
+    usable = levels >= order
+    level = levels[np.flatnonzero(usable)[-1]]
+    return np.maximum(0.0, level - load)
+
+
+def _cut(groups: Groups, chosen: np.ndarray, nbytes: np.ndarray, holders: np.ndarray, shares: np.ndarray) -> list[Rows]:
+    """Lay the chosen groups end to end and cut the row of bytes where each holder's share ends."""
+    ends, starts = np.cumsum(nbytes), np.cumsum(nbytes) - nbytes
+    cuts = np.cumsum(shares)[:-1]
+    owner = np.searchsorted(cuts, (starts + ends) / 2, side="right")
+    straddling = np.searchsorted(cuts, starts, "right") != np.searchsorted(cuts, ends, "left")
+    split = np.flatnonzero(straddling & (nbytes >= MIN_SPLIT_BYTES))
+    members = groups.start[chosen] + owner
+    whole = np.setdiff1d(np.arange(len(chosen)), split)
+    parts = [groups.members.take(members[whole])]
+    for index in split.tolist():
+        group, (offset, size) = chosen[index], groups.rows.box[chosen[index]]
+        dim = int(np.argmax(size > 1))
+        points = (cuts - starts[index]) / nbytes[index] * size[dim]
+        edges = [0, *np.clip(np.rint(points), 0, size[dim]).astype(int).tolist(), int(size[dim])]
+        for holder, (low, high) in enumerate(zip(edges, edges[1:])):
+            if high > low:
+                part = groups.members.take(np.array([groups.start[group] + holder]))
+                part.box[0, 0, dim], part.box[0, 1, dim] = offset[dim] + low, high - low
+                parts.append(part)
+    return parts
+
+
+@dataclass
+class SavePlan:
+    """The result of S3, on rank 0."""
+
+    tensors: list[st.TensorMetadata]
+    rows: Rows  # every piece once, under its writer, in the order of the files
+    begin: np.ndarray  # of each row, in the data of its shard
+    shard: np.ndarray
+    bases: list[int]  # first byte of each rank's region in a shared file, and the end of the last
+    shared: bool  # one file for all ranks
+    warnings: list[str] = field(default_factory=list)
+    model_rows: Rows | None = None  # CONSOLIDATED: all holders of the model file's tensors
+    model_entries: list[tuple[int, int]] = field(default_factory=list)  # (tensor, begin)
+
+
+def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> SavePlan:
+    """Who writes which bytes where, from what every rank holds."""
+    holdings.check_complete(groups := Groups(holdings.rows))
+    plan = SavePlan(holdings.tensors, holdings.rows, np.empty(0), np.empty(0), [], form is not CheckpointFormat.MULTI_SHARD)
+    if form is CheckpointFormat.CONSOLIDATED:
+        _plan_model_file(plan, holdings)
+        lowest = holdings.lowest_ranks()
+        apart = np.array([in_model_file(t) and t.rank == lowest.get(t.name) for t in holdings.tensors], bool)
+        groups = Groups(holdings.rows.take(np.flatnonzero(~apart[holdings.rows.tensor])))
+    rows = assign_writers(holdings, groups, world_size)
+    nbytes = holdings.nbytes(rows)
+    other = np.array([not in_model(t.name) for t in holdings.tensors], np.int64)
+    width = np.array([st.itemsize(t.dtype) for t in holdings.tensors], np.int64)
+    section = other[rows.tensor]
+    order = np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor, -width[rows.tensor], section, rows.rank))
+    rows, nbytes, section = rows.take(order), nbytes[order], section[order]
+    # Sections start on 16 bytes and hold wide elements first, so every entry is aligned to its element size.
+    model_bytes = np.bincount(rows.rank[section == 0], nbytes[section == 0], world_size).astype(np.int64)
+    totals = np.bincount(rows.rank, nbytes, world_size).astype(np.int64)
+    pads = np.where(totals > model_bytes, -model_bytes % 16, 0)
+    first = np.cumsum(totals) - totals
+    begin = np.cumsum(nbytes) - nbytes - first[rows.rank] + pads[rows.rank] * section
+    lengths = totals + pads
+    if plan.shared:
+        rounded = -(-lengths // st.BLOCK_BYTES) * st.BLOCK_BYTES  # I1: regions start on block boundaries
+        last = max(np.flatnonzero(lengths), default=0)
+        rounded[last] = lengths[last]
+        plan.bases = [0, *np.cumsum(rounded).tolist()]
+        begin = begin + np.array(plan.bases[:-1], np.int64)[rows.rank]
+        shard = np.full(len(begin), int(form is CheckpointFormat.CONSOLIDATED), np.int64)
+    else:
+        plan.bases = [0] * (world_size + 1)
+        shard = rows.rank
+    plan.rows, plan.begin, plan.shard = rows, begin, shard
+    return plan
+
+
+def _plan_model_file(plan: SavePlan, holdings: Holdings) -> None:
+    """Whole tensors under their own names, tied ones each; of per-rank copies the lowest rank's."""
+    lowest = holdings.lowest_ranks()
+    chosen = [i for i, t in enumerate(plan.tensors) if in_model_file(t) and t.rank == lowest.get(t.name)]
+    chosen.sort(key=lambda i: (-st.itemsize(plan.tensors[i].dtype), i))
+    position = 0
+    for index in chosen:
+        plan.model_entries.append((index, position))
+        position += math.prod(plan.tensors[index].shape) * st.itemsize(plan.tensors[index].dtype)
+    wanted = [index if (alias := plan.tensors[index].alias_of) is None else alias for index in chosen]
+    plan.model_rows = holdings.rows.take(np.flatnonzero(np.isin(holdings.rows.tensor, wanted)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# S4: writing
+
+
+class Source(NamedTuple):
+    """Bytes of this rank to be written at `begin` of a file's data: the row-major bytes of `view`."""
+
+    begin: int
+    view: torch.Tensor
+    meta: st.TensorMetadata
+    box: Box
+
+    def nbytes(self) -> int:
+        """Logical bytes."""
+        return self.view.numel() * self.view.dtype.itemsize
+
+
+class Progress(NamedTuple):
+    """How far a save or load is: the step ("S4 write", "L4 read"), and its bytes on this rank."""
+
+    step: str
+    bytes_done: int
+    bytes_total: int
+
+
+class Meter:
+    """Counts bytes from several threads and reports them from one: `tick` is what `in_parallel` polls."""
+
+    def __init__(self, op: Operation, total: int, report: Callable[[Progress], None] | None) -> None:
+        self._op, self._total, self._report = op, total, report
+        self._done: deque[int] = deque()
+        self._sum = 0
+
+    def add(self, count: int) -> None:
+        """From any thread."""
+        self._done.append(count)
+
+    def tick(self) -> None:
+        """Poll the operation, and report."""
+        self._op.poll()
+        while self._done:
+            self._sum += self._done.popleft()
+        if self._report is not None:
+            self._report(Progress(self._op.step_name, self._sum, self._total))
+
+
+def write_raw(file: st.StoredFile, data_start: int, base: int, sources: Sequence[Source], meter: Meter) -> list[int]:
+    """Write this rank's region block by block: gather, checksum while in cache, write. Returns the blocks' CRCs."""
+    if not sources:
+        return []
+    ends = [s.begin + s.nbytes() for s in sources]
+    stop, first = ends[-1], base // st.BLOCK_BYTES
+    crcs = [0] * (st.block_count(stop) - first)
+    flats = [st.byte_view(s.view) for s in sources]
+
+    def write_block(block: int, buffer: Bytes) -> None:
+        low, high = block * st.BLOCK_BYTES, min(stop, (block + 1) * st.BLOCK_BYTES)
+        index = bisect.bisect_right(ends, low)
+        flat = flats[index]
+        if flat is not None and sources[index].begin <= low and high <= ends[index]:  # no need to gather
+            data = flat[low - sources[index].begin : high - sources[index].begin]
+        else:
+            data = buffer[: high - low]
+            position = low
+            while index < len(sources) and sources[index].begin < high:
+                begin, flat = sources[index].begin, flats[index]
+                start, end = max(begin, low), min(ends[index], high)
+                data[position - low : start - low] = 0
+                if flat is not None:
+                    data[start - low : end - low] = flat[start - begin : end - begin]
+                else:
+                    st.copy_out(sources[index].view, start - begin, data[start - low : end - low])
+                position, index = end, index + 1
+        crcs[block - first] = st.crc32(data)
+        file.write(data_start + low, memoryview(data))
+        meter.add(high - low)
+
+    blocks = range(first, first + len(crcs))
+    st.in_parallel(blocks, write_block, min(IO_THREADS, len(crcs)), meter.tick)
+    return crcs
+
+
+def write_compressed(
+    file: st.StoredFile, data_start: int, base: int, sources: Sequence[Source], level: st.CompressionLevel, meter: Meter
+) -> tuple[list[int], list[tuple[int, tuple[int, ...]]]]:
+    """Compress frames on a few threads, and write them packed, in order.
+
+    Returns the blocks' CRCs, and for every source where it begins and the stored length of its frames.
+    """
+    crcs: list[int] = []
+    placed: list[tuple[int, tuple[int, ...]]] = []
+    position, pending = base, bytearray()
+
+    def compress(source: Source, start: int) -> bytes:
+        raw = np.empty(min(st.FRAME_BYTES, source.nbytes() - start), np.uint8)
+        st.copy_out(source.view, start, raw)
+        meter.add(len(raw))
+        return st.compress_frame(raw, source.view.dtype.itemsize, level)
+
+    def flush(least: int) -> None:
+        nonlocal position
+        while len(pending) >= least and pending:
+            block = pending[: st.BLOCK_BYTES]
+            crcs.append(st.crc32(block))
+            file.write(data_start + position, memoryview(block))
+            position += len(block)
+            del pending[: len(block)]
+
+    with ThreadPoolExecutor(IO_THREADS, "ckpt-compress") as pool:
+        queue: deque[Future[bytes]] = deque()
+        frames = [(s, at) for s in sources for at in range(0, s.nbytes(), st.FRAME_BYTES)]
+        upcoming = iter(frames)
+        for source, start in frames:
+            while len(queue) < 2 * IO_THREADS and (item := next(upcoming, None)) is not None:
+                queue.append(pool.submit(compress, *item))
+            try:
+                packed = queue.popleft().result()
+                meter.tick()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            if start == 0:
+                placed.append((position + len(pending), ()))
+            placed[-1] = (placed[-1][0], (*placed[-1][1], len(packed)))
+            pending += packed
+            flush(st.BLOCK_BYTES)
+        flush(1)
+    return crcs, placed
+
+
+class Segment(NamedTuple):
+    """A part of a block of the consolidated file: where from (a piece of a rank), and where to (a box of the block)."""
+
+    provider: int
+    source: int
+    common: Box  # of the whole tensor
+    inside: Box  # the box of the whole tensor that the block's bytes [at, at + ...) are
+    at: int
+    dtype: torch.dtype
+
+
+class Gathering:
+    """The consolidated model file: whole tensors, cut into blocks, each written by the rank that holds most of it.
+
+    Every rank works out the same schedule. What an owner lacks is sent to it, a few blocks of every owner a round, so the
+    extra memory is a few blocks a rank, whatever the size of the model.
+    """
+
+    BLOCKS_A_ROUND = 4
+
+    def __init__(self, entries: list[tuple[str, str, Shape, int, int]], holders: Mapping[int, list[tuple[Box, int, int]]]):
+        """`entries`: (key, dtype, shape, begin, tensor whose pieces to use); `holders`: tensor -> (box, rank, piece)."""
+        self._entries = [entry for entry in entries if math.prod(entry[2])]
+        self._ends = [begin + math.prod(shape) * st.itemsize(dtype) for _, dtype, shape, begin, _ in self._entries]
+        self._holders = holders
+        self.length = self._ends[-1] if self._ends else 0
+        self.blocks = st.block_count(self.length)
+
+    def segments(self, block: int, owner: int) -> list[Segment]:
+        """What makes up a block; a piece held by several ranks comes from the owner if it can, else the lowest."""
+        low, high = block * st.BLOCK_BYTES, min(self.length, (block + 1) * st.BLOCK_BYTES)
+        found = []
+        for index in range(bisect.bisect_right(self._ends, low), len(self._entries)):
+            _, code, shape, begin, tensor = self._entries[index]
+            if begin >= high:
+                break
+            width = st.itemsize(code)
+            start, stop = (max(low, begin) - begin) // width, (min(high, self._ends[index]) - begin) // width
+            for at, inside in st.row_boxes(shape, start, stop):
+                sources: dict[Box, tuple[int, int]] = {}
+                for box, rank, piece in self._holders[tensor]:
+                    if (rank == owner or box not in sources) and (common := box.intersect(inside)) is not None:
+                        sources[box] = (rank, piece)
+                for box, (rank, piece) in sources.items():
+                    if (common := box.intersect(inside)) is not None:
+                        place = begin + at * width - low
+                        found.append(Segment(rank, piece, common, inside, place, st.DTYPES[code]))
+        return found
+
+    def schedule(self, world_size: int) -> list[list[int]]:
+        """The blocks that each rank owns: those of which it holds most, levelled where it is a draw."""
+        owned: list[list[int]] = [[] for _ in range(world_size)]
+        for block in range(self.blocks):
+            held = [0] * world_size
+            for rank in range(world_size):
+                held[rank] = sum(
+                    math.prod(s.common.size) * s.dtype.itemsize for s in self.segments(block, rank) if s.provider == rank
+                )
+            owned[min(range(world_size), key=lambda r: (-held[r], len(owned[r]), r))].append(block)
+        return owned
+
+    def write(
+        self, op: Operation, file: st.StoredFile, data_start: int, views: Sequence[tuple[Box, torch.Tensor]], meter: Meter
+    ) -> dict[int, int]:
+        """Exchange and write; returns the CRC of every block that this rank owns."""
+        owned = self.schedule(op.world_size)
+        crcs: dict[int, int] = {}
+        step = self.BLOCKS_A_ROUND
+        for first in range(0, max(map(len, owned)), step):
+            mine = [(b, self.segments(b, op.rank)) for b in owned[op.rank][first : first + step]]
+            outgoing: dict[int, list[Bytes]] = {}
+            for rank in range(op.world_size):
+                if rank != op.rank:
+                    for block in owned[rank][first : first + step]:
+                        parts = [_pick(s, views) for s in self.segments(block, rank) if s.provider == op.rank]
+                        outgoing.setdefault(rank, []).extend(parts)
+            received = op.exchange({rank: np.concatenate(parts) for rank, parts in outgoing.items() if parts})
+            cursors = dict.fromkeys(received, 0)
+            for block, segments in mine:
+                data = np.empty(min(st.BLOCK_BYTES, self.length - block * st.BLOCK_BYTES), np.uint8)
+                for segment in segments:
+                    if segment.provider == op.rank:
+                        _place(segment, _pick(segment, views), data)
+                        continue
+                    at = cursors[segment.provider]
+                    size = math.prod(segment.common.size) * segment.dtype.itemsize
+                    _place(segment, received[segment.provider][at : at + size], data)
+                    cursors[segment.provider] = at + size
+                crcs[block] = st.crc32(data)
+                file.write(data_start + block * st.BLOCK_BYTES, memoryview(data))
+                meter.add(len(data))
+            meter.tick()
+        return crcs
+
+
+def _pick(segment: Segment, views: Sequence[tuple[Box, torch.Tensor]]) -> Bytes:
+    box, view = views[segment.source]
+    out = np.empty(math.prod(segment.common.size) * segment.dtype.itemsize, np.uint8)
+    st.copy_out(view[segment.common.within(box)], 0, out)
+    return out
+
+
+def _place(segment: Segment, data: Bytes, block: Bytes) -> None:
+    size = math.prod(segment.inside.size) * segment.dtype.itemsize
+    area = torch.from_numpy(block[segment.at : segment.at + size]).view(segment.dtype).view(segment.inside.size)
+    st.copy_in(data, 0, segment.dtype, segment.common, segment.inside, area)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The save protocol
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What all ranks must ask for alike; `prefix` None lets rank 0 make one up from the time."""
+
+    prefix: str | None
+    format: CheckpointFormat
+    compression: st.CompressionLevel
+    overwrite: bool
+    verify_replicas: bool
+    contents: tuple[str, ...]  # which arguments were given
+    custom_metadata: Mapping[str, object]
+
+    def claim(self) -> dict[str, object]:
+        """As a value to compare between ranks."""
+        return {
+            "verb": "save", "prefix": self.prefix, "format": self.format.value, "compression": self.compression.value,
+            "overwrite": self.overwrite, "verify_replicas": self.verify_replicas, "contents": list(self.contents),
+            "custom_metadata": dict(self.custom_metadata),
+        }  # fmt: skip
+
+
+def demand_equal(claims: Sequence[object]) -> None:
+    """ValueError that names the first difference between what the ranks ask for."""
+    first = claims[0]
+    for rank, claim in enumerate(claims):
+        if claim != first and isinstance(claim, dict) and isinstance(first, dict):
+            key = next((k for k in [*first, *claim] if first.get(k) != claim.get(k)), "?")
+            raise ValueError(
+                f"ranks disagree about {key}: rank 0 has {first.get(key)!r}, rank {rank} has {claim.get(key)!r}"
+            )
+
+
+class Ticket(NamedTuple):
+    """The outcome of S1."""
+
+    prefix: str
+    save_id: str
+    sequence: int
+
+
+class SaveResult(NamedTuple):
+    """A committed save."""
+
+    prefix: str
+    warnings: list[str]
+    bytes_written: int  # by this rank
+
+
+class CheckpointCoordinator:
+    """Runs S1 to S7 on one rank."""
+
+    def __init__(
+        self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage, keep_last: int | None = None
+    ) -> None:
+        self.coordinator, self.storage, self.keep_last = coordinator, storage, keep_last
+
+    def coordinate_save(
+        self,
+        op: Operation,
+        request: Callable[[], SaveRequest],
+        collect: Callable[[], ShardData],
+        progress: Callable[[Progress], None] | None = None,
+    ) -> SaveResult:
+        """Save what `collect` returns on every rank. Collective; blocks until committed and announced.
+
+        `OperationFailed` on all ranks if nothing was committed, with this save's files removed again. Once S6 has renamed
+        the record, the save has succeeded, whatever happens to a rank: what goes wrong then is a warning.
+        """
+        attempt = _Attempt(self, op, progress)
+        try:
+            attempt.agree(request)
+            attempt.collect(collect)
+            attempt.plan()
+            attempt.write()
+            attempt.report()
+            attempt.commit()
+            attempt.announce()
+        except BaseException as error:
+            if not attempt.settle() or not isinstance(error, Exception):
+                raise
+            attempt.warnings.append(f"committed, but not every rank may know: {error}")
+        finally:
+            attempt.release()
+        return SaveResult(attempt.ticket.prefix, attempt.warnings, attempt.bytes_written)
+
+
+class _Attempt:
+    """One try at a save: the seven steps, and what they hold in common on this rank."""
+
+    def __init__(
+        self, parent: CheckpointCoordinator, op: Operation, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.storage, self.keep_last = parent.storage, parent.keep_last
+        self.op, self.progress = op, progress
+        self.ticket = Ticket("", "", 0)
+        self.warnings: list[str] = []
+        self.bytes_written = 0
+        self._fence: st.StoredFile | None = None
+        self._created: list[str] = []
+        self._superseded: list[str] = []
+        self._committed = False
+
+    # S1
+    def agree(self, request: Callable[[], SaveRequest]) -> None:
+        with self.op.step("S1 agree"):
+            self.request = request()
+            demand_equal(self.op.gather(self.request.claim()))
+            ticket = self.op.broadcast(list(self._draw_ticket()) if self.op.rank == 0 else None)
+            self.ticket = Ticket(*ticket)
+
+    def _draw_ticket(self) -> Ticket:
+        sequence = 0
+        for other in st.recorded_prefixes(self.storage):
+            try:
+                meta = st.decode_record(st.read_file(self.storage, st.record_name(other)), other)
+                sequence = max(sequence, meta.sequence)
+            except (CheckpointException, FileNotFoundError):
+                continue  # unreadable: it takes no part in the order
+        prefix = self.request.prefix
+        if prefix is None:
+            base = prefix = datetime.datetime.now(datetime.timezone.utc).strftime("checkpoint_%Y%m%d_%H%M%S")
+            count = 0
+            while self.storage.length(st.record_name(prefix)) is not None:
+                count += 1
+                prefix = f"{base}_{count}"
+        elif not self.request.overwrite and self.storage.length(st.record_name(prefix)) is not None:
+            raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
+        return Ticket(prefix, secrets.token_hex(4), sequence + 1)
+
+    # S2
+    def collect(self, collect: Callable[[], ShardData]) -> None:
+        with self.op.step("S2 collect"):
+            self._data = collect()
+            self._data = self._data._replace(tensors=mark_tied(self._data.tensors))
+            self._pieces = [(box, view) for t in self._data.tensors for box, view in t.pieces]
+            for text, _ in self._data.values.values():
+                array = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+                self._pieces.append((Box((0,), (len(text),)), array))
+
+    # S3
+    def plan(self) -> None:
+        with self.op.step("S3 plan"):
+            reference = self.op.broadcast(describe(self._data)[1] if self.op.rank == 0 else None)
+            description, _ = describe(self._data, None if self.op.rank == 0 else str(reference))
+            gathered = self.op.collect_at_0(st.dump_json(description))
+            holdings = Holdings([json.loads(text) for text in gathered]) if self.op.rank == 0 else None
+            if self.request.verify_replicas and self.op.world_size > 1:
+                self._prove_replicas(holdings)
+            orders: list[bytes] = []
+            if holdings is not None:
+                self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
+                self._raise_fence()
+                orders = self._orders()
+            order = json.loads(self.op.hand_out(orders))
+            self._sources = self._read_order(order)
+            self._base, self._data_start = order["base"], order["data_start"]
+            self._gathering = self._read_model_order(order)
+
+    def _prove_replicas(self, holdings: Holdings | None) -> None:
+        """Every holder of a replica checksums its copy; where they differ, a plain tensor is kept per rank."""
+        parts: list[bytes] = []
+        if holdings is not None:
+            groups = Groups(holdings.rows)
+            json_like = np.array([t.dtype == "JSON" for t in holdings.tensors], bool)  # compared while planning
+            multi = (groups.count > 1) & ~json_like[groups.rows.tensor]
+            chosen = np.repeat(multi, groups.count)
+            ranks, sources = groups.members.rank[chosen], groups.members.source[chosen]
+            parts = [
+                st.dump_json(st.encode_runs(sources[ranks == rank])) for rank in range(self.op.world_size)
+            ]
+        wanted = json.loads(self.op.hand_out(parts))
+        indices = st.decode_runs(wanted, sum(wanted[2::3])).tolist()
+        views = [self._pieces[index][1] for index in indices]
+        answers = self.op.collect_at_0(np.array(self._checksums(views), np.uint32).tobytes())
+        if holdings is not None:
+            crcs = np.empty(len(ranks), np.uint32)
+            for rank, answer in enumerate(answers):
+                crcs[ranks == rank] = np.frombuffer(answer, np.uint32)
+            self._split_differing(holdings, groups, np.flatnonzero(multi), crcs)
+
+    def _checksums(self, views: Sequence[torch.Tensor]) -> list[int]:
+        crcs = [0] * len(views)
+        meter = Meter(self.op, 0, None)
+
+        def checksum(index: int, buffer: Bytes) -> None:
+            view, crc = views[index], 0
+            flat, total = st.byte_view(view), view.numel() * view.dtype.itemsize
+            for start in range(0, total, len(buffer)):
+                data = flat[start : start + len(buffer)] if flat is not None else buffer[: min(len(buffer), total - start)]
+                if flat is None:
+                    st.copy_out(view, start, data)
+                crc = st.crc32(data, crc)
+            crcs[index] = crc
+
+        if views:
+            st.in_parallel(range(len(views)), checksum, IO_THREADS, meter.tick)
+        return crcs
+
+    def _split_differing(self, holdings: Holdings, groups: Groups, multi: np.ndarray, crcs: np.ndarray) -> None:
+        ends = np.cumsum(groups.count[multi])
+        apart: set[str] = set()
+        drop: list[np.ndarray] = []
+        for group, end in zip(multi.tolist(), ends.tolist()):
+            own = crcs[end - groups.count[group] : end]
+            if (own == own[0]).all():
+                continue
+            index, holders = int(groups.rows.tensor[group]), groups.holders(group)
+            name = holdings.tensors[index].name
+            odd = ", ".join(map(str, holders[own != own[0]].tolist()))
+            if holdings.declared[index]:
+                drop.append(groups.start[group] + np.arange(1, groups.count[group]))
+                self.warnings.append(
+                    f"{name}: copies that its placement declares equal differ: rank(s) {odd} from rank {holders[0]}, "
+                    "whose copy is kept"
+                )
+            elif name not in apart:
+                apart.add(name)
+                self.warnings.append(
+                    f"{name}: differs between ranks (rank(s) {odd} from rank {holders[0]}); it is saved per rank"
+                )
+        holdings.rows = groups.members
+        if drop:
+            holdings.rows = groups.members.take(np.setdiff1d(np.arange(len(groups.members.rank)), np.concatenate(drop)))
+        order = np.argsort(holdings.rows.rank, kind="stable")  # `Groups` relies on the order of ranks
+        holdings.rows = holdings.rows.take(order)
+        if apart:
+            holdings.keep_per_rank(apart)
+
+    def _raise_fence(self) -> None:
+        name = st.fence_name(self.ticket.prefix, self.ticket.save_id)
+        self._fence = self.storage.create(name)
+
+    def _orders(self) -> list[bytes]:
+        """What each rank needs to know to write its bytes; creates the files that ranks share."""
+        plan, orders = self._plan, []
+        data_start = model_start = 0
+        if plan.shared:
+            entries = self._entries(range(len(plan.begin)), {})
+            data_start = self._create_shared(self._shared_name(), entries, plan.bases[-1])
+        if self.request.format is CheckpointFormat.CONSOLIDATED:
+            model = self._model_entries()
+            model_start = self._create_shared(self._model_name(), model, model[-1].end if model else 0)
+            if self.request.compression is not st.CompressionLevel.NONE:
+                self.warnings.append("the consolidated model file is not compressed: others could not read it")
+        starts = np.searchsorted(plan.rows.rank, np.arange(self.op.world_size + 1))
+        for rank, (low, high) in enumerate(zip(starts.tolist(), starts[1:].tolist())):
+            rows = plan.rows.take(np.arange(low, high))
+            used, local = np.unique(rows.tensor, return_inverse=True)
+            order: dict[str, object] = {
+                "base": plan.bases[rank],
+                "data_start": data_start,
+                "tensors": [[t.name, t.dtype, t.shape, t.rank] for t in (plan.tensors[i] for i in used.tolist())],
+                "count": high - low,
+                "tensor": st.encode_runs(local),
+                "source": st.encode_runs(rows.source),
+                "begin": st.encode_runs(plan.begin[low:high]),
+                "offset": [st.encode_runs(column) for column in rows.box[:, 0].T],
+                "size": [st.encode_runs(column) for column in rows.box[:, 1].T],
+                "model": None if plan.model_rows is None else {"data_start": model_start, **self._model_order()},
+            }
+            orders.append(st.dump_json(order))
+        return orders
+
+    def _create_shared(self, name: str, entries: Sequence[st.Entry], data_length: int) -> int:
+        blocks = [0] * st.block_count(data_length)
+        room = [] if not any(e.frames for e in entries) else [
+            st.Entry(f"pad/{data_length}{rank:06d}", "U8", (data_length,), data_length, data_length, (0,), (data_length,))
+            for rank in range(self.op.world_size)
+        ]  # compression leaves a gap behind every region
+        header = st.encode_header([*entries, *room], blocks)
+        self._created.append(name)
+        with _closing(self.storage.create(f"{self.ticket.prefix}/{name}")) as file:
+            file.resize(len(header) + data_length)
+        return len(header)
+
+    def _model_order(self) -> dict[str, object]:
+        plan = self._plan
+        assert plan.model_rows is not None
+        rows = plan.model_rows
+        return {
+            "entries": [
+                [t.name.removeprefix("model/"), t.dtype, t.shape, begin, index if t.alias_of is None else t.alias_of]
+                for index, begin in plan.model_entries
+                for t in [plan.tensors[index]]
+            ],
+            "holders": [
+                [tensor, *map(list, (box[0][: len(plan.tensors[tensor].shape)], box[1][: len(plan.tensors[tensor].shape)])),
+                 rank, source]
+                for tensor, box, rank, source in zip(*(c.tolist() for c in (rows.tensor, rows.box, rows.rank, rows.source)))
+            ],
+        }  # fmt: skip
+
+    def _read_order(self, order: dict[str, list[object]]) -> list[Source]:
+        count = int(str(order["count"]))
+        metas = [st.TensorMetadata(name, dtype, tuple(shape), rank) for name, dtype, shape, rank in order["tensors"]]
+        tensor, source, begin = (st.decode_runs(order[key], count).tolist() for key in ("tensor", "source", "begin"))
+        offset, size = (
+            np.array([st.decode_runs(runs, count) for runs in order[key]], np.int64).reshape(-1, count).T.tolist()
+            for key in ("offset", "size")
+        )
+        sources = []
+        for row in range(count):
+            meta = metas[tensor[row]]
+            box = Box(tuple(offset[row][: len(meta.shape)]), tuple(size[row][: len(meta.shape)]))
+            held, view = self._pieces[source[row]]
+            sources.append(Source(begin[row], view if held == box else view[box.within(held)], meta, box))
+        return sources
+
+    def _read_model_order(self, order: dict[str, dict[str, list[list[object]]]]) -> Gathering | None:
+        if (model := order["model"]) is None:
+            return None
+        holders: dict[int, list[tuple[Box, int, int]]] = {}
+        for tensor, offset, size, rank, source in model["holders"]:
+            holders.setdefault(tensor, []).append((Box(tuple(offset), tuple(size)), rank, source))
+        self._model_start = int(str(model["data_start"]))
+        return Gathering([(key, code, tuple(shape), at, of) for key, code, shape, at, of in model["entries"]], holders)
+
+    # S4
+    def write(self) -> None:
+        with self.op.step("S4 write"):
+            total = sum(source.nbytes() for source in self._sources)
+            meter = Meter(self.op, total, self.progress)
+            self._report: dict[str, object] = {}
+            if self._gathering is not None:
+                file = self.storage.open(f"{self.ticket.prefix}/{self._model_name()}", write=True)
+                with _closing(file):
+                    crcs = self._gathering.write(self.op, file, self._model_start, self._pieces, meter)
+                    file.sync()  # I2
+                self._report["model"] = [list(crcs), list(crcs.values())]
+            if self._data_start:
+                if self._sources:
+                    with _closing(self.storage.open(f"{self.ticket.prefix}/{self._shared_name()}", write=True)) as file:
+                        self._write_region(file, self._data_start, meter)
+                        file.sync()  # I2
+            else:
+                self._write_shard(meter)
+            meter.tick()
+            self.bytes_written = total
+
+    def _write_region(self, file: st.StoredFile, data_start: int, meter: Meter) -> tuple[list[int], dict[int, Placed]]:
+        level, placed = self.request.compression, {}
+        if level is st.CompressionLevel.NONE:
+            crcs = write_raw(file, data_start, self._base, self._sources, meter)
+        else:
+            crcs, places = write_compressed(file, data_start, self._base, self._sources, level, meter)
+            placed = dict(enumerate(places))
+        self._report |= {"crcs": crcs, "placed": [[begin, list(frames)] for begin, frames in placed.values()]}
+        return crcs, placed
+
+    def _write_shard(self, meter: Meter) -> None:
+        name = st.shard_name(self.ticket.save_id, self.op.rank, self.op.world_size)
+        self._created.append(name)
+        compressed = self.request.compression is not st.CompressionLevel.NONE
+        places = {i: (s.begin, _frame_lengths(s)) for i, s in enumerate(self._sources)} if compressed else {}
+        draft = [_entry(s.meta, s.box, places.get(i, (s.begin, ()))) for i, s in enumerate(self._sources)]
+        end = draft[-1].end if draft else 0
+        reserve = len(st.encode_header(draft, [0] * st.block_count(end)))
+        with _closing(self.storage.create(f"{self.ticket.prefix}/{name}")) as file:
+            crcs, placed = self._write_region(file, reserve, meter)
+            entries = [_entry(s.meta, s.box, placed.get(i, (s.begin, ()))) for i, s in enumerate(self._sources)]
+            header = st.encode_header(entries, crcs, reserve)
+            file.write(0, memoryview(header))
+            file.sync()  # I2
+        length = reserve + (entries[-1].end if entries else 0)
+        self._report |= {"crcs": [], "shard": [name, length, st.crc32(header)]}
+
+    # S5
+    def report(self) -> None:
+        with self.op.step("S5 report"):
+            self._reports = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(self._report))]
+
+    # S6
+    def commit(self) -> None:
+        with self.op.step("S6 commit"):
+            if self.op.rank == 0:
+                record = st.encode_record(self._metadata(self._finish_shards()))
+                self.storage.sync_directory(f"{self.ticket.prefix}/x")  # I2: the shards' names
+                assert self._fence is not None
+                self._fence.write(0, memoryview(record))
+                self._fence.sync()
+                self._superseded = st.shard_files(self.storage, self.ticket.prefix)
+                old = st.committed_id(self.storage, self.ticket.prefix)
+                self._superseded = [n for n in self._superseded if old and n.rpartition("/")[2].startswith(old)]
+                self._rename()
+
+    def _rename(self) -> None:
+        """The instant of commit. A rename that reports an error may have happened: the record tells."""
+        prefix, save_id = self.ticket.prefix, self.ticket.save_id
+        target = st.record_name(prefix)
+        try:
+            self.storage.publish(st.fence_name(prefix, save_id), target, self.request.overwrite)
+        except OSError as error:
+            if st.committed_id(self.storage, prefix) != save_id:
+                if isinstance(error, FileExistsError):
+                    raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix) from error
+                raise
+        self._committed = True
+        try:
+            self.storage.sync_directory(target)
+        except OSError as error:
+            self._superseded = []  # the rename may not be durable: the old checkpoint must stay whole
+            self.warnings.append(f"committed, but its directory could not be synced: {error}")
+
+    def _finish_shards(self) -> list[st.ShardMetadata]:
+        """Write the headers of shared files; the list of shards for the record."""
+        plan, reports, shards = self._plan, self._reports, []
+        starts = np.searchsorted(plan.rows.rank, np.arange(self.op.world_size + 1)).tolist()
+        placed: dict[int, Placed] = {}
+        for rank, report in enumerate(reports):
+            for index, (begin, frames) in enumerate(report.get("placed", [])):
+                placed[starts[rank] + index] = (begin, tuple(frames))
+                plan.begin[starts[rank] + index] = begin
+        if plan.model_rows is not None:
+            crcs = dict(pair for report in reports for pair in zip(*report["model"]))
+            entries = self._model_entries()
+            shards.append(self._finish_shared(self._model_name(), entries, [crcs[b] for b in range(len(crcs))]))
+        if not plan.shared:
+            return [st.ShardMetadata(*report["shard"]) for report in reports]
+        entries = self._entries(range(len(plan.begin)), placed)
+        end = entries[-1].end if entries else 0
+        crcs_in_order: list[int] = []
+        for rank, report in enumerate(reports):
+            stop = min(end, plan.bases[rank + 1])
+            last = entries[starts[rank + 1] - 1].end if starts[rank + 1] > starts[rank] else plan.bases[rank]
+            crcs_in_order += _pad_crcs(report.get("crcs", []), plan.bases[rank], last, stop)
+        shards.append(self._finish_shared(self._shared_name(), entries, crcs_in_order))
+        return shards
+
+    def _finish_shared(self, name: str, entries: Sequence[st.Entry], crcs: Sequence[int]) -> st.ShardMetadata:
+        end = entries[-1].end if entries else 0
+        with _closing(self.storage.open(f"{self.ticket.prefix}/{name}", write=True)) as file:
+            start = self._model_start if name == self._model_name() else self._data_start
+            header = st.encode_header(entries, crcs, start)
+            if len(header) != start:
+                raise AssertionError(f"{name}: header of {len(header)} bytes in a room of {start}")
+            file.resize(start + end)
+            file.write(0, memoryview(header))
+            file.sync()  # I2
+        return st.ShardMetadata(name, start + end, st.crc32(header))
+
+    def _entries(self, rows: Iterable[int], placed: Mapping[int, Placed]) -> list[st.Entry]:
+        plan = self._plan
+        columns = (plan.rows.tensor.tolist(), plan.rows.box.tolist(), plan.begin.tolist())
+        found = []
+        for row in rows:
+            meta, (offset, size), begin = plan.tensors[columns[0][row]], columns[1][row], columns[2][row]
+            box = Box(tuple(offset[: len(meta.shape)]), tuple(size[: len(meta.shape)]))
+            found.append(_entry(meta, box, placed.get(row, (begin, ()))))
+        if self.request.compression is not st.CompressionLevel.NONE and not placed:  # the longest that the header may get
+            found = [e._replace(frames=_raw_frames(e.end - e.begin)) for e in found]
+        return found
+
+    def _model_entries(self) -> list[st.Entry]:
+        entries = []
+        for index, begin in self._plan.model_entries:
+            t = self._plan.tensors[index]
+            end = begin + math.prod(t.shape) * st.itemsize(t.dtype)
+            key, zero = t.name.removeprefix("model/"), (0,) * len(t.shape)
+            entries.append(st.Entry(key, t.dtype, t.shape, begin, end, zero, t.shape))
+        return entries
+
+    def _metadata(self, shards: Sequence[st.ShardMetadata]) -> st.CheckpointMetadata:
+        plan, request = self._plan, self.request
+        tensors, rows, shard, begin = list(plan.tensors), plan.rows, plan.shard, plan.begin
+        boxes = rows.box
+        if plan.model_entries:
+            index = np.array([i for i, _ in plan.model_entries], np.int64)
+            filled = [i for i, t in enumerate(tensors) if math.prod(t.shape)]
+            keep = np.isin(index, filled)
+            whole = np.zeros((len(index), 2, boxes.shape[2]), np.int64)
+            whole[:, 1] = 1
+            for row, i in enumerate(index.tolist()):
+                whole[row, 1, : len(tensors[i].shape)] = tensors[i].shape
+                tensors[i] = tensors[i]._replace(alias_of=None)
+            boxes = np.concatenate([boxes, whole[keep]])
+            shard = np.concatenate([shard, np.zeros(keep.sum(), np.int64)])
+            begin = np.concatenate([begin, np.array([b for _, b in plan.model_entries], np.int64)[keep]])
+            rows = rows._replace(tensor=np.concatenate([rows.tensor, index[keep]]))
+        width = max((len(t.shape) for t in tensors), default=0)
+        return st.CheckpointMetadata(
+            self.ticket.prefix, self.ticket.save_id, self.ticket.sequence, self.op.world_size, request.format.value,
+            request.compression.value, torch.__version__, datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            request.custom_metadata, tuple(shards), tuple(tensors),
+            st.PieceTable.stack(rows.tensor, shard, begin, boxes[:, :, :width]),
+        )  # fmt: skip
+
+    # S7
+    def announce(self) -> None:
+        with self.op.step("S7 announce"):
+            told = self.op.broadcast(self.warnings if self.op.rank == 0 else None)
+            self.warnings = list(told) if isinstance(told, list) else []
+            self._committed = True
+            if self.op.rank == 0:
+                st.delete_files(self.storage, self.ticket.prefix, self._superseded)  # I3: only now
+                self._retain()
+
+    def _retain(self) -> None:
+        if self.keep_last is not None:
+            others = [m for m in st.list_committed(self.storage) if m.prefix != self.ticket.prefix]
+            for meta in others[: max(0, len(others) + 1 - self.keep_last)]:
+                st.delete_committed(self.storage, meta.prefix)
+
+    # After a failure
+    def settle(self) -> bool:
+        """I4: whether the save was committed after all; if not, no trace of it stays, and it cannot commit any more."""
+        if self._committed:
+            return True
+        prefix, save_id = self.ticket.prefix, self.ticket.save_id
+        if not save_id:
+            return False
+        try:
+            self.storage.delete(st.fence_name(prefix, save_id))
+            if st.committed_id(self.storage, prefix) == save_id:
+                return True
+            st.delete_files(self.storage, prefix, [f"{prefix}/{name}" for name in self._created])
+        except OSError as error:  # the failure that brought us here matters more; `gc` finds what is left
+            self.warnings.append(f"could not clean up after the failed save: {error}")
+        return False
+
+    def release(self) -> None:
+        """Let go of the fence's lock."""
+        try:
+            if self._fence is not None:
+                self._fence.close()
+        except OSError as error:  # the outcome stands already
+            self.warnings.append(f"closing the record failed: {error}")
+
+    def _shared_name(self) -> str:
+        rest = ".rest" if self.request.format is CheckpointFormat.CONSOLIDATED else ""
+        return f"{self.ticket.save_id}{rest}.safetensors"
+
+    def _model_name(self) -> str:
+        return f"{self.ticket.save_id}.model.safetensors"
+
+
+Placed = tuple[int, tuple[int, ...]]  # where a compressed entry begins, and the stored length of its frames
+
+
+@contextmanager
+def _closing(file: st.StoredFile) -> Iterator[st.StoredFile]:
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def _entry(meta: st.TensorMetadata, box: Box, place: Placed) -> st.Entry:
+    begin, frames = place
+    end = begin + (sum(frames) if frames else math.prod(box.size) * st.itemsize(meta.dtype))
+    name = entry_name(meta, box.offset, box.size == meta.shape)
+    return st.Entry(name, meta.dtype, box.size, begin, end, box.offset, meta.shape, frames)
+
+
+def _raw_frames(nbytes: int) -> tuple[int, ...]:
+    return tuple(min(st.FRAME_BYTES, nbytes - at) for at in range(0, nbytes, st.FRAME_BYTES))
+
+
+def _frame_lengths(source: Source) -> tuple[int, ...]:
+    return _raw_frames(source.nbytes())
+
+
+def _pad_crcs(crcs: Sequence[int], base: int, end: int, stop: int) -> list[int]:
+    """CRCs of the blocks of a region [base, stop) of which [base, end) was written and the rest is zeros."""
+    zeros, found = bytes(st.BLOCK_BYTES), list(crcs)
+    for index, low in enumerate(range(base, stop, st.BLOCK_BYTES)):
+        high = min(stop, low + st.BLOCK_BYTES)
+        if index >= len(found):
+            found.append(st.crc32(memoryview(zeros)[: high - low]))
+        elif high > end:
+            found[index] = st.crc32(memoryview(zeros)[: high - max(end, low)], found[index])
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loading: L3 plan and L4 read
+
+
+class Target(NamedTuple):
+    """Where stored bytes shall go: `box` of the stored tensor `tensor` (its index) into `view`, of the box's size."""
+
+    tensor: int
+    box: Box
+    view: torch.Tensor
+
+
+class Copy(NamedTuple):
+    """A part of a read task: the stored piece `entry`, of which `box` goes to `view` (which holds `held`)."""
+
+    entry: st.Entry
+    piece: Box
+    box: Box
+    held: Box
+    view: torch.Tensor
+    flat: Bytes | None  # the memory of `view`, where the whole piece goes there as it is
+    frame: int = -1
+
+
+class Task(NamedTuple):
+    """Blocks [first, last) of a shard, and what to do with them once they are read and verified."""
+
+    shard: int
+    first: int
+    last: int
+    copies: list[Copy]
+
+
+COMPRESSED_WINDOW = 4  # blocks a task over compressed entries: their frames do not end where blocks do
+
+
+class CheckpointReader:
+    """Verified reads of one committed checkpoint: every byte that it hands out has passed its block's CRC32."""
+
+    def __init__(self, storage: st.CheckpointStorage, metadata: st.CheckpointMetadata) -> None:
+        self.storage, self.metadata = storage, metadata
+        self._headers: dict[int, st.Header] = {}
+        self._entries: dict[int, dict[int, st.Entry]] = {}
+        self._files: dict[int, st.StoredFile] = {}
+        self._lock = threading.Lock()
+        self.checked_bytes = 0
+        self.poll: Callable[[], None] = lambda: None  # called a few times a second by long checks
+        pieces = metadata.pieces
+        self._rows = np.searchsorted(pieces.tensor, np.arange(len(metadata.tensors) + 1)).tolist()
+        self._index: dict[str, dict[int | None, int]] = {}
+        for index, t in enumerate(metadata.tensors):
+            self._index.setdefault(t.name, {})[t.rank] = index
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def names(self) -> list[str]:
+        """Every stored name once."""
+        return list(self._index)
+
+    def indices(self, name: str) -> list[int]:
+        """Everything that is stored as `name`: one for all ranks, or one each."""
+        return list(self._index.get(name, {}).values())
+
+    def find(self, name: str, rank: int) -> int | None:
+        """The index of what is stored as `name` for `rank`: shared by all, or its own; None where it has none."""
+        kept = self._index.get(name, {})
+        index = kept.get(None, kept.get(rank))
+        if index is None:
+            return None
+        alias = self.metadata.tensors[index].alias_of
+        return index if alias is None else alias
+
+    def ranks(self, name: str) -> list[int]:
+        """Ranks for which `name` is kept apart."""
+        return sorted(rank for rank in self._index.get(name, {}) if rank is not None)
+
+    def file(self, shard: int) -> st.StoredFile:
+        """The open file of a shard."""
+        with self._lock:
+            if shard not in self._files:
+                try:
+                    self._files[shard] = self.storage.open(self.metadata.shard_path(shard))
+                except FileNotFoundError as error:
+                    path = self.metadata.shard_path(shard)
+                    raise st.corrupted(f"{path}: shard is missing", path) from error
+            return self._files[shard]
+
+    def header(self, shard: int) -> st.Header:
+        """The checked header of a shard."""
+        if shard not in self._headers:
+            info, path = self.metadata.shards[shard], self.metadata.shard_path(shard)
+            file = self.file(shard)
+            if file.length() != info.length:
+                raise st.corrupted(f"{path}: {file.length()} bytes, the record says {info.length}", path)
+            self._headers[shard] = st.read_header(file, path, info.header_crc)
+        return self._headers[shard]
+
+    def _entry(self, shard: int, begin: int, box: Box, tensor: st.TensorMetadata) -> st.Entry:
+        if shard not in self._entries:
+            self._entries[shard] = {e.begin: e for e in self.header(shard).entries if e.end > e.begin}
+        entry = self._entries[shard].get(begin)
+        if entry is None or entry.shape != box.size or entry.dtype != tensor.dtype:
+            path = self.metadata.shard_path(shard)
+            raise st.corrupted(f"{path}: the record places {tensor.name} at byte {begin}, the header does not", path)
+        return entry
+
+    def pieces(self, tensor: int, box: Box) -> list[tuple[int, int, Box]]:
+        """Stored pieces of a tensor that overlap `box`: (shard, begin, piece). CORRUPTED if they leave a hole in it."""
+        table, (low, high) = self.metadata.pieces, self._rows[tensor : tensor + 2]
+        ndim, rows = len(box.size), range(low, high)
+        if high - low > 4 and ndim:
+            start, size = table.offset[low:high, :ndim], table.size[low:high, :ndim]
+            first, count = np.array(box.offset), np.array(box.size)
+            overlaps = ((start < first + count) & (start + size > first)).all(axis=1)
+            rows = (np.flatnonzero(overlaps) + low).tolist()
+        found, volume = [], 0
+        for row in rows:
+            piece = Box(tuple(table.offset[row, :ndim].tolist()), tuple(table.size[row, :ndim].tolist()))
+            if (common := piece.intersect(box)) is not None:
+                found.append((int(table.shard[row]), int(table.begin[row]), piece))
+                volume += math.prod(common.size)
+        if volume != math.prod(box.size):
+            name = self.metadata.tensors[tensor].name
+            raise st.corrupted(f"{name}: stored pieces cover {volume} of {math.prod(box.size)} elements", name)
+        return found
+
+    def plan(self, targets: Iterable[Target]) -> list[Task]:
+        """L3: which blocks to read, and where each part of them goes."""
+        tasks: dict[tuple[int, int], list[Copy]] = {}
+        for tensor, want, view in targets:
+            if math.prod(want.size) == 0:
+                continue
+            meta = self.metadata.tensors[tensor]
+            for shard, begin, piece in self.pieces(tensor, want):
+                entry = self._entry(shard, begin, piece, meta)
+                common = piece.intersect(want)
+                assert common is not None
+                exact = piece == want and view.dtype == st.DTYPES[meta.dtype]
+                copy = Copy(entry, piece, common, want, view, st.byte_view(view) if exact else None)
+                for key, part in self._spread(shard, copy):
+                    tasks.setdefault(key, []).append(part)
+        return [self._task(shard, window, tasks[shard, window]) for shard, window in sorted(tasks)]
+
+    def _spread(self, shard: int, copy: Copy) -> Iterator[tuple[tuple[int, int], Copy]]:
+        """The windows of blocks that a copy needs, with the copy, or its frame there."""
+        entry, width = copy.entry, st.itemsize(copy.entry.dtype)
+        strides = [math.prod(copy.piece.size[dim + 1 :]) for dim in range(len(copy.piece.size))]
+        inner = copy.box.within(copy.piece)
+        first = sum(s.start * stride for s, stride in zip(inner, strides)) * width
+        last = sum((s.stop - 1) * stride for s, stride in zip(inner, strides)) * width + width
+        if not entry.frames:
+            low, high = (entry.begin + first) // st.BLOCK_BYTES, -(-(entry.begin + last) // st.BLOCK_BYTES)
+            for block in range(low, high):
+                yield (shard, block), copy
+            return
+        starts = np.cumsum((0, *entry.frames)) + entry.begin
+        for frame in range(first // st.FRAME_BYTES, -(-last // st.FRAME_BYTES)):
+            window = int(starts[frame]) // (st.BLOCK_BYTES * COMPRESSED_WINDOW)
+            yield (shard, -1 - window), copy._replace(frame=frame)
+
+    def _task(self, shard: int, window: int, copies: list[Copy]) -> Task:
+        if window >= 0:
+            return Task(shard, window, window + 1, copies)
+        low = min(_frame_span(copy)[0] for copy in copies)
+        high = max(_frame_span(copy)[1] for copy in copies)
+        return Task(shard, low // st.BLOCK_BYTES, -(-high // st.BLOCK_BYTES), copies)
+
+    def run(self, task: Task, buffer: Bytes) -> int:
+        """L4 for one task: read, verify, put into place. Returns the bytes read."""
+        header, path = self.header(task.shard), self.metadata.shard_path(task.shard)
+        size = st.block_span(header, task.first, task.last)
+        whole = self._straight(task, size)
+        if whole is not None:
+            st.read_blocks(self.file(task.shard), header, task.first, task.last, whole, path)
+            return size
+        data = buffer[:size] if size <= len(buffer) else np.empty(size, np.uint8)
+        st.read_blocks(self.file(task.shard), header, task.first, task.last, data, path)
+        self.place(task, data)
+        return size
+
+    def _straight(self, task: Task, size: int) -> Bytes | None:
+        """Where a task is a block that lies within one tensor's memory: that memory."""
+        copy = task.copies[0]
+        start = task.first * st.BLOCK_BYTES - copy.entry.begin
+        if len(task.copies) > 1 or copy.flat is None or copy.frame >= 0 or start < 0 or start + size > len(copy.flat):
+            return None
+        return copy.flat[start : start + size]
+
+    def place(self, task: Task, data: Bytes) -> None:
+        """Put the verified bytes of a task where they belong."""
+        base = task.first * st.BLOCK_BYTES
+        for copy in task.copies:
+            entry, dtype = copy.entry, st.DTYPES[copy.entry.dtype]
+            if copy.frame >= 0:
+                low, high = _frame_span(copy)
+                start = copy.frame * st.FRAME_BYTES
+                length = min(st.FRAME_BYTES, entry.nbytes() - start)
+                part = st.expand_frame(data[low - base : high - base].tobytes(), length, dtype.itemsize)
+            else:
+                low, high = max(entry.begin, base), min(entry.end, base + len(data))
+                start, part = low - entry.begin, data[low - base : high - base]
+            if copy.flat is not None:
+                copy.flat[start : start + len(part)] = part
+            else:
+                st.copy_in(part, start, dtype, copy.piece, copy.held, copy.view)
+
+    def read_value(self, tensor: int) -> object:
+        """A stored JSON value, still encoded."""
+        meta = self.metadata.tensors[tensor]
+        out = torch.empty(meta.shape, dtype=torch.uint8)
+        for task in self.plan([Target(tensor, Box((0,), meta.shape), out)]):
+            self.run(task, np.empty(st.BLOCK_BYTES, np.uint8))
+        return st.parse_json(out.numpy().tobytes(), meta.name)
+
+
+def _frame_span(copy: Copy) -> tuple[int, int]:
+    low = copy.entry.begin + sum(copy.entry.frames[: copy.frame])
+    return low, low + copy.entry.frames[copy.frame]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The load protocol
+
+RESHARDING_STRATEGIES = ("parallel", "sequential", "broadcast")
+
+
+class CheckpointLoader:
+    """Runs L1 to L5 on one rank."""
+
+    def __init__(self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage) -> None:
+        self.coordinator, self.storage = coordinator, storage
+
+    def coordinate_load(
+        self,
+        op: Operation,
+        claim: Callable[[], Mapping[str, object]],
+        validate: Callable[[CheckpointReader], None],
+        prepare: Callable[[CheckpointReader], list[Target]],
+        progress: Callable[[Progress], None] | None = None,
+    ) -> st.CheckpointMetadata:
+        """Fill the targets that `prepare` names on every rank. Collective; blocks until all ranks have theirs.
+
+        `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are undefined,
+        and the message says so.
+        """
+        with op.step("L1 record"):
+            request = claim()
+            demand_equal(op.gather(request))
+            metadata = self._read_record(op, str(request["prefix"]))
+        with CheckpointReader(self.storage, metadata) as reader:
+            with op.step("L2 validate"):
+                validate(reader)
+            with op.step("L3 plan"):
+                tasks = reader.plan(prepare(reader))
+                op.gather(None)  # nobody writes into a tensor before everybody has a plan
+            with op.step("L4 read"):
+                try:
+                    self._read(op, reader, tasks, str(request["strategy"]), progress)
+                except CheckpointException as error:
+                    note = "; tensors being loaded are undefined now: load again, or restart"
+                    raise CheckpointException(f"{error}{note}", error.checkpoint_path, error.type, error.rank) from error
+        with op.step("L5 agree"):
+            op.gather(None)
+        return metadata
+
+    def _read_record(self, op: Operation, prefix: str) -> st.CheckpointMetadata:
+        text = ""
+        if op.rank == 0:
+            try:
+                st.read_committed(self.storage, prefix)
+                text = st.read_file(self.storage, st.record_name(prefix)).decode("ascii")
+            except FileNotFoundError as error:
+                known = ", ".join(st.recorded_prefixes(self.storage)[-5:]) or "none"
+                message = f"there is no checkpoint {prefix!r}; the last ones here: {known}"
+                raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
+        return st.decode_record(str(op.broadcast(text)).encode("ascii"), prefix)
+
+    def _read(
+        self, op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:  # fmt: skip
+        total = sum(st.block_span(reader.header(t.shard), t.first, t.last) for t in tasks)
+        meter = Meter(op, total, progress)
+
+        def run(task: Task, buffer: Bytes) -> None:
+            meter.add(reader.run(task, buffer))
+
+        for turn in range(op.world_size if strategy == "sequential" else 1):
+            if strategy == "broadcast" and op.world_size > 1:
+                Relay(op, reader, tasks, meter).run()
+            elif strategy != "sequential" or turn == op.rank:
+                st.in_parallel(tasks, run, min(IO_THREADS, len(tasks)), meter.tick)
+            if strategy == "sequential":
+                op.gather(None)
+        meter.tick()
+
+
+class Relay:
+    """The "broadcast" strategy: every stored block is read by one of the ranks that need it, and sent to the others."""
+
+    BLOCKS_A_ROUND = 8
+
+    def __init__(self, op: Operation, reader: CheckpointReader, tasks: list[Task], meter: Meter) -> None:
+        self._op, self._reader, self._meter = op, reader, meter
+        self._waiting = [(task, Arrival(reader, task)) for task in tasks]
+        wanted = sorted({(t.shard, block) for t in tasks for block in range(t.first, t.last)})
+        shards, blocks = (np.array(column, np.int64) for column in (zip(*wanted) if wanted else ((), ())))
+        told = op.gather([len(wanted), st.encode_runs(shards), st.encode_runs(blocks)])
+        self._needs: dict[tuple[int, int], list[int]] = {}
+        for rank, row in enumerate(told):
+            if isinstance(row, list):
+                columns = [st.decode_runs(runs, row[0]).tolist() for runs in row[1:]]
+                for key in zip(*columns):
+                    self._needs.setdefault(key, []).append(rank)
+
+    def run(self) -> None:
+        """Round by round: read own blocks, exchange, put into place."""
+        order = sorted(self._needs)
+        turns = {key: self._needs[key][n % len(self._needs[key])] for n, key in enumerate(order)}
+        for at in range(0, len(order), self.BLOCKS_A_ROUND):
+            batch = order[at : at + self.BLOCKS_A_ROUND]
+            own = {key: self._fetch(key) for key in batch if turns[key] == self._op.rank}
+            outgoing: dict[int, list[Bytes]] = {}
+            for key, data in own.items():
+                for rank in self._needs[key]:
+                    if rank != self._op.rank:
+                        outgoing.setdefault(rank, []).append(data)
+            received = self._op.exchange({rank: np.concatenate(parts) for rank, parts in outgoing.items()})
+            cursors = dict.fromkeys(received, 0)
+            for key in batch:
+                if self._op.rank not in self._needs[key]:
+                    continue
+                if (whole := own.get(key)) is None:
+                    shard, block = key
+                    size = st.block_span(self._reader.header(shard), block, block + 1)
+                    low = cursors[turns[key]]
+                    whole = received[turns[key]][low : low + size]
+                    cursors[turns[key]] += size
+                self._arrive(key, whole)
+            self._meter.tick()
+
+    def _fetch(self, key: tuple[int, int]) -> Bytes:
+        shard, block = key
+        header = self._reader.header(shard)
+        data = np.empty(st.block_span(header, block, block + 1), np.uint8)
+        path = self._reader.metadata.shard_path(shard)
+        st.read_blocks(self._reader.file(shard), header, block, block + 1, data, path)
+        return data
+
+    def _arrive(self, key: tuple[int, int], data: Bytes) -> None:
+        """Tasks are in the order of blocks too, so the ones that a block completes are at the front."""
+        for task, arrival in self._waiting:
+            if (task.shard, task.first) > key:
+                break
+            if task.shard == key[0] and key[1] < task.last:
+                arrival.take(key[1], data)
+        while self._waiting and self._waiting[0][1].missing == 0:
+            task, arrival = self._waiting.pop(0)
+            self._reader.place(task, arrival.data)
+            self._meter.add(len(arrival.data))
+
+
+class Arrival:
+    """The blocks of a task that have come so far."""
+
+    def __init__(self, reader: CheckpointReader, task: Task) -> None:
+        self._task, self._size = task, st.block_span(reader.header(task.shard), task.first, task.last)
+        self.missing = task.last - task.first
+        self.data: Bytes = np.empty(0, np.uint8)
+
+    def take(self, block: int, data: Bytes) -> None:
+        """Note one block."""
+        if not len(self.data):
+            self.data = np.empty(self._size, np.uint8)
+        low = (block - self._task.first) * st.BLOCK_BYTES
+        self.data[low : low + len(data)] = data
+        self.missing -= 1

@@ -1,0 +1,1421 @@
+"""Bytes: where checkpoints lie, what their files look like, and when one counts as committed.
+
+    ckpt.py  ->  ckpt_coord.py  ->  ckpt_storage.py        (this file imports neither of the others)
+
+Layout below the base path, for the prefix `run/step_100` saved as `4f2a9c1e` by two ranks:
+
+    run/step_100.metadata.json                         the record: the checkpoint exists if and only if this does
+    run/step_100.metadata.json.4f2a9c1e.tmp            the fence: a save under way, renamed to the record at the commit
+    run/step_100/4f2a9c1e-00000-of-00002.safetensors   a tensor file ("shard"), one a rank
+
+A checkpoint is **committed** when all of this holds; `read_committed` is the one place that says so:
+    C1  the record is a regular file whose last field is the CRC32 of every byte before it;
+    C2  its format version is one that this code knows;
+    C3  it is well formed, and every name in it passes the name rules;
+    C4  every shard that it names is a regular file of exactly the length that it states.
+
+The tensor file (all integers little-endian) is a valid safetensors file:
+
+    Offset | Size | Field
+    0      | 8    | N: length of the JSON header, u64 (struct "<Q")
+    8      | N    | JSON header, starts with "{", padded with spaces so that 8 + N is a multiple of 4096
+    8 + N  | rest | data: the entries, contiguous, in the order of their offsets, in blocks of 4 MiB
+
+The header's `__metadata__` (strings to strings) has `ckpt_version`, `block_bytes`, `crc32` (eight hex digits a
+block, in order) and `pieces` (JSON: for every entry that is part of a larger tensor, or compressed, its `offset` in
+the whole, the `whole` shape, and its logical `dtype`, `shape` and `frames`). CRCs cover the stored bytes of a block; the
+record holds the CRC32 of the header itself (offset 0 up to the data). So every byte of a checkpoint is under a checksum.
+
+Assumed of the file system: rename and link within a directory are atomic; fsync of a file and of its directory make
+both durable. Not assumed: clocks, ordering of unsynced operations, that a failed fsync can be tried again.
+
+Read next: `FileOps` (every system call), `LocalStorage`, the tensor file, the record, then `ckpt_coord.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import enum
+import errno
+import fcntl
+import json
+import math
+import mmap
+import os
+import re
+import stat
+import struct
+import threading
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 4 << 20  # the unit of checksums, of I/O and of who writes what
+FRAME_BYTES = 4 << 20  # logical bytes behind one compressed frame
+ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be read and written directly
+MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
+RECORD_SUFFIX = ".metadata.json"
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+class ExceptionType(enum.Enum):
+    """What kind of failure a `CheckpointException` reports."""
+
+    UNKNOWN = "unknown"
+    SAVE_FAILED = "save_failed"
+    LOAD_FAILED = "load_failed"
+    VALIDATION_FAILED = "validation_failed"
+    CORRUPTED_CHECKPOINT = "corrupted_checkpoint"
+    INCOMPATIBLE_VERSION = "incompatible_version"
+    TIMEOUT = "timeout"
+    STORAGE_ERROR = "storage_error"
+    CANCELLED = "cancelled"
+
+
+class CheckpointException(Exception):
+    """A checkpoint operation failed; `type` says how, `rank` which rank failed first, where that is known."""
+
+    def __init__(
+        self,
+        message: str,
+        checkpoint_path: str = "",
+        type: ExceptionType = ExceptionType.UNKNOWN,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.checkpoint_path = checkpoint_path
+        self.type = type
+        self.rank = rank
+
+
+def corrupted(message: str, path: str = "") -> CheckpointException:
+    """The exception for bytes that are not what was written."""
+    return CheckpointException(message, path, ExceptionType.CORRUPTED_CHECKPOINT)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names: every file name is made and judged here
+
+_PART = re.compile(r"[A-Za-z0-9._-]{1,200}")
+_SHARD = re.compile(r"[0-9a-f]{8}(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors")
+_FENCE = re.compile(r"(.+)\.metadata\.json\.([0-9a-f]{8})\.tmp")
+
+
+def check_prefix(prefix: str) -> str:
+    """Return `prefix` if it is a legal checkpoint name, else raise ValueError; touches no file."""
+    parts = prefix.split("/") if isinstance(prefix, str) else []
+    good = all(_PART.fullmatch(p) and p not in (".", "..") and not p.endswith(RECORD_SUFFIX) for p in parts)
+    if not parts or not good:
+        raise ValueError(
+            f"illegal checkpoint prefix {prefix!r}: use '/'-separated parts of letters, digits, '.', '_' and '-', each "
+            f"at most 200 long, none empty, '.', '..' or ending in {RECORD_SUFFIX!r}"
+        )
+    return prefix
+
+
+def record_name(prefix: str) -> str:
+    """The commit record of `prefix`."""
+    return prefix + RECORD_SUFFIX
+
+
+def fence_name(prefix: str, save_id: str) -> str:
+    """The record under construction; removing it makes it impossible for that save to commit."""
+    return f"{prefix}{RECORD_SUFFIX}.{save_id}.tmp"
+
+
+def shard_name(save_id: str, rank: int, world_size: int) -> str:
+    """One rank's tensor file."""
+    return f"{save_id}-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The seam: every system call that touches a checkpoint goes through these methods, so tests can log, fail or stop it
+
+
+class FileOps:
+    """The operating system's file calls, one method each; `dir_fd` is an open directory, names are single parts."""
+
+    def open(self, name: str, flags: int, dir_fd: int | None = None) -> int:
+        """Open, never following a link in the last part, never blocking on a FIFO."""
+        return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=dir_fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def pread(self, fd: int, buffer: memoryview, offset: int) -> int:
+        return os.preadv(fd, [buffer], offset)
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def truncate(self, fd: int, length: int) -> None:
+        os.ftruncate(fd, length)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def fsync_dir(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def rename(self, source: str, target: str, dir_fd: int) -> None:
+        os.rename(source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    def link(self, source: str, target: str, dir_fd: int) -> None:
+        os.link(source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+
+    def unlink(self, name: str, dir_fd: int) -> None:
+        os.unlink(name, dir_fd=dir_fd)
+
+    def mkdir(self, name: str, dir_fd: int) -> None:
+        os.mkdir(name, dir_fd=dir_fd)
+
+    def rmdir(self, name: str, dir_fd: int) -> None:
+        os.rmdir(name, dir_fd=dir_fd)
+
+    def stat(self, name: str, dir_fd: int) -> os.stat_result:
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+
+    def listdir(self, fd: int) -> list[str]:
+        return os.listdir(fd)
+
+    def lock(self, fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Storage
+
+
+@runtime_checkable
+class StoredFile(Protocol):
+    """An open file of a storage. Reads and writes are positioned and may come from several threads at once."""
+
+    def read(self, offset: int, buffer: memoryview) -> None: ...
+    def write(self, offset: int, data: memoryview) -> None: ...
+    def length(self) -> int: ...
+    def resize(self, length: int) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class CheckpointStorage(Protocol):
+    """Where checkpoints are kept; names are '/'-separated paths below the storage's root."""
+
+    def create(self, name: str) -> StoredFile:
+        """Make a new file, and the directories above it; it is locked until closed. FileExistsError if there."""
+        ...
+
+    def open(self, name: str, write: bool = False) -> StoredFile:
+        """Open an existing regular file; FileNotFoundError if there is none."""
+        ...
+
+    def length(self, name: str) -> int | None:
+        """Bytes in the regular file `name`, or None where there is none."""
+        ...
+
+    def names(self, directory: str = "") -> list[str]:
+        """Every regular file below `directory`, sorted."""
+        ...
+
+    def publish(self, temporary: str, name: str, overwrite: bool) -> None:
+        """Atomically give `temporary` its final name, in the same directory. FileExistsError unless `overwrite`."""
+        ...
+
+    def delete(self, name: str) -> bool:
+        """Remove a file; False where there was none."""
+        ...
+
+    def prune(self, directory: str) -> None:
+        """Remove `directory` if it is empty."""
+        ...
+
+    def sync_directory(self, name: str) -> None:
+        """Make creations, renames and removals in the directory that holds `name` durable."""
+        ...
+
+    def in_use(self, name: str) -> bool:
+        """Whether a living process holds the lock of `create` on `name` (or that cannot be ruled out)."""
+        ...
+
+
+class LocalFile:
+    """A file on a local or mounted file system."""
+
+    def __init__(self, files: FileOps, fd: int, name: str) -> None:
+        self._files, self._fd, self._name = files, fd, name
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`; short reads go on, an early end of the file is corruption."""
+        done = 0
+        while done < len(buffer):
+            count = self._files.pread(self._fd, buffer[done:], offset + done)
+            if count == 0:
+                raise corrupted(f"{self._name}: ends at byte {offset + done}, {len(buffer) - done} bytes missing")
+            done += count
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at `offset`; short writes go on."""
+        done = 0
+        while done < len(data):
+            done += self._files.pwrite(self._fd, data[done : done + (1 << 30)], offset + done)
+
+    def length(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def resize(self, length: int) -> None:
+        self._files.truncate(self._fd, length)
+
+    def sync(self) -> None:
+        self._files.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self._files.close(fd)
+
+
+class LocalStorage:
+    """Plain files below `base_path`. No path component below it is ever followed through a symbolic link."""
+
+    def __init__(self, base_path: str | os.PathLike[str] = "./checkpoints", files: FileOps | None = None) -> None:
+        self.base_path = os.path.abspath(base_path)
+        self.files = files or FileOps()
+
+    def create(self, name: str) -> LocalFile:
+        with self._parent(name, make=True) as (directory, leaf):
+            fd = self.files.open(leaf, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
+        try:
+            self.files.lock(fd)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                self.files.close(fd)
+                raise
+        return LocalFile(self.files, fd, name)
+
+    def open(self, name: str, write: bool = False) -> LocalFile:
+        with self._parent(name) as (directory, leaf):
+            fd = self.files.open(leaf, os.O_RDWR if write else os.O_RDONLY, directory)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            self.files.close(fd)
+            raise corrupted(f"{name}: not a regular file", name)
+        return LocalFile(self.files, fd, name)
+
+    def length(self, name: str) -> int | None:
+        try:
+            with self._parent(name) as (directory, leaf):
+                status = self.files.stat(leaf, directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def names(self, directory: str = "") -> list[str]:
+        found: list[str] = []
+        try:
+            with self._parent(f"{directory}/x" if directory else "x") as (fd, _):
+                entries = [(name, self.files.stat(name, fd).st_mode) for name in self.files.listdir(fd)]
+        except (FileNotFoundError, NotADirectoryError):
+            return found
+        for name, mode in entries:
+            path = f"{directory}/{name}" if directory else name
+            if stat.S_ISDIR(mode):
+                found += self.names(path)
+            elif stat.S_ISREG(mode):
+                found.append(path)
+        return sorted(found)
+
+    def publish(self, temporary: str, name: str, overwrite: bool) -> None:
+        with self._parent(name) as (directory, leaf):
+            source = temporary.rpartition("/")[2]
+            if overwrite:
+                self.files.rename(source, leaf, directory)
+            else:
+                self.files.link(source, leaf, directory)
+                self.files.unlink(source, directory)
+
+    def delete(self, name: str) -> bool:
+        try:
+            with self._parent(name) as (directory, leaf):
+                self.files.unlink(leaf, directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def prune(self, directory: str) -> None:
+        try:
+            with self._parent(directory) as (parent, leaf):
+                self.files.rmdir(leaf, parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+
+    def sync_directory(self, name: str) -> None:
+        """Also syncs the directories above, up to the one that holds the base path: they may be new."""
+        parts = name.split("/")
+        for depth in range(len(parts) - 1, -1, -1):
+            with self._parent("/".join([*parts[:depth], "x"])) as (directory, _):
+                self.files.fsync_dir(directory)
+        above = self.files.open(os.path.dirname(self.base_path), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self.files.fsync_dir(above)
+        finally:
+            self.files.close(above)
+
+    def in_use(self, name: str) -> bool:
+        try:
+            with self._parent(name) as (directory, leaf):
+                fd = self.files.open(leaf, os.O_RDONLY, directory)
+        except OSError as error:
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+        try:
+            self.files.lock(fd)
+        except OSError:
+            return True
+        finally:
+            self.files.close(fd)
+        return False
+
+    @contextmanager
+    def _parent(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
+        """The open directory that holds `name`, reached part by part without following links, and its last part."""
+        *parents, leaf = name.split("/")
+        if any(p in ("", ".", "..") or "\0" in p for p in (*parents, leaf)):
+            raise ValueError(f"illegal path {name!r}")
+        if make:
+            os.makedirs(self.base_path, exist_ok=True)
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        # The base path itself may be, or lie behind, a link of the user's own making.
+        directory = self.files.open(os.path.realpath(self.base_path), flags)
+        try:
+            for part in parents:
+                directory = self._enter(directory, part, flags, make)
+            yield directory, leaf
+        finally:
+            self.files.close(directory)
+
+    def _enter(self, directory: int, part: str, flags: int, make: bool) -> int:
+        try:
+            inner = self.files.open(part, flags, directory)
+        except FileNotFoundError:
+            if not make:
+                raise
+            try:
+                self.files.mkdir(part, directory)
+            except FileExistsError:  # another rank was faster
+                return self._enter(directory, part, flags, make=False)
+            inner = self.files.open(part, flags, directory)
+        self.files.close(directory)
+        return inner
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """Which registered provider to build a storage with, and its settings."""
+
+    provider: str = "local"
+    connection_settings: Mapping[str, str] = field(default_factory=lambda: {"base_path": "./checkpoints"})
+
+
+class StorageFactory:
+    """Builds storages by provider name."""
+
+    _providers: dict[str, Callable[[Mapping[str, str]], CheckpointStorage]] = {}
+
+    @staticmethod
+    def create(options: StorageOptions) -> CheckpointStorage:
+        """The storage of `options.provider`; ValueError for an unknown provider or setting."""
+        if options.provider not in StorageFactory._providers:
+            known = ", ".join(sorted(StorageFactory._providers))
+            raise ValueError(f"unknown storage provider {options.provider!r}; registered: {known}")
+        return StorageFactory._providers[options.provider](options.connection_settings)
+
+    @staticmethod
+    def register(provider: str, factory: Callable[[Mapping[str, str]], CheckpointStorage]) -> None:
+        """Make `factory(connection_settings)` available as `provider`, replacing one of that name."""
+        StorageFactory._providers[provider] = factory
+
+
+def _local(settings: Mapping[str, str]) -> LocalStorage:
+    if unknown := set(settings) - {"base_path"}:
+        raise ValueError(f"unknown setting(s) {sorted(unknown)} for the local provider; allowed: base_path")
+    return LocalStorage(settings.get("base_path", "./checkpoints"))
+
+
+StorageFactory.register("local", _local)
+
+# --------------------------------------------------------------------------------------------------------------------
+# JSON: strict parsing, and an exact, pickle-free form for every value that is not a tensor
+
+
+def parse_json(text: bytes, path: str) -> object:
+    """Parse UTF-8 JSON; duplicate keys, NaN, overflowing floats and absurd nesting are corruption."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            raise ValueError("duplicate key")
+        return mapping
+
+    def finite(literal: str) -> float:
+        if math.isinf(number := float(literal)):
+            raise ValueError(f"number out of range: {literal}")
+        return number
+
+    def refuse(literal: str) -> float:
+        raise ValueError(f"{literal} is not JSON")
+
+    try:
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=refuse
+        )
+    except (ValueError, RecursionError) as error:
+        raise corrupted(f"{path}: not valid JSON: {error}", path) from error
+
+
+def dump_json(value: object) -> bytes:
+    """Compact JSON as bytes."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+OnTensor = Callable[[str, torch.Tensor], str]
+
+
+def encode_value(value: object, path: str, on_tensor: OnTensor | None = None) -> object:
+    """`value` as plain JSON; what JSON lacks becomes {"$type": ...}. Tensors become {"$tensor": on_tensor(path, t)}.
+
+    Raises ValueError, naming `path` and the type, for anything that could not be restored exactly.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, str):
+        return value
+    if isinstance(value, torch.Tensor):
+        if on_tensor is None:
+            raise ValueError(f"{path}: a tensor cannot be stored here; put it into extra_state")
+        return {"$tensor": on_tensor(path, value)}
+    if isinstance(value, int) and kind is int:
+        return value if abs(value) < 1 << 53 else {"$int": hex(value)}
+    if isinstance(value, float) and kind is float:
+        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
+
+    def inner(items: Iterable[object]) -> list[object]:
+        return [encode_value(item, f"{path}.{index}", on_tensor) for index, item in enumerate(items)]
+
+    if isinstance(value, list) and kind is list:
+        return inner(value)
+    if isinstance(value, dict) and kind in (dict, OrderedDict, Counter):
+        if kind is dict and all(type(k) is str and not k.startswith("$") for k in value):
+            return {k: encode_value(v, f"{path}.{k}", on_tensor) for k, v in value.items()}
+        pairs = [[encode_value(k, path), encode_value(v, f"{path}.{k}", on_tensor)] for k, v in value.items()]
+        return {f"${kind.__name__}": pairs}
+    if isinstance(value, torch.Size):
+        return {"$Size": list(value)}
+    if isinstance(value, tuple) and kind is tuple:
+        return {"$tuple": inner(value)}
+    if isinstance(value, (set, frozenset)) and kind in (set, frozenset):
+        return {f"${kind.__name__}": sorted(inner(value), key=dump_json)}
+    return _encode_leaf(value, path)
+
+
+def _encode_leaf(value: object, path: str) -> object:
+    if type(value) is bytes:
+        return {"$bytes": _base64(value)}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufcmMSU":
+        array = np.asarray(value)
+        name = "$ndarray" if isinstance(value, np.ndarray) else "$scalar"
+        return {name: [array.dtype.str, list(array.shape), _base64(array.tobytes())]}
+    if type(value) is datetime.datetime and (value.tzinfo is None or type(value.tzinfo) is datetime.timezone):
+        return {"$datetime": value.isoformat()}
+    raise ValueError(
+        f"{path}: cannot store a {type(value).__module__}.{type(value).__qualname__}; convert it to tensors, numbers, "
+        "strings, or lists, tuples, sets and dicts of them (for an Enum its .value, for a dataclass dataclasses.asdict)"
+    )
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def decode_value(node: object, tensor: Callable[[str], object]) -> object:
+    """Inverse of `encode_value`; `tensor(name)` supplies what stands for {"$tensor": name}."""
+    if isinstance(node, list):
+        return [decode_value(item, tensor) for item in node]
+    if not isinstance(node, dict):
+        return node
+    tag = next(iter(node), "")
+    if not tag.startswith("$"):
+        return {key: decode_value(item, tensor) for key, item in node.items()}
+    body = node[tag]
+    try:
+        return _decode_tagged(tag, body, tensor)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise corrupted(f"stored value {tag} is malformed: {error}") from error
+
+
+def _decode_tagged(tag: str, body: object, tensor: Callable[[str], object]) -> object:
+    if tag in ("$dict", "$OrderedDict", "$Counter") and isinstance(body, list):
+        pairs = [(decode_value(key, tensor), decode_value(item, tensor)) for key, item in body]
+        return {"$dict": dict, "$OrderedDict": OrderedDict, "$Counter": lambda p: Counter(dict(p))}[tag](pairs)
+    if tag in ("$tuple", "$set", "$frozenset", "$Size") and isinstance(body, list):
+        items = [decode_value(item, tensor) for item in body]
+        return {"$tuple": tuple, "$set": set, "$frozenset": frozenset, "$Size": torch.Size}[tag](items)
+    if tag in ("$ndarray", "$scalar") and isinstance(body, list):
+        dtype, shape, data = body
+        if np.dtype(dtype).kind not in "biufcmMSU":
+            raise ValueError(f"dtype {dtype}")
+        array = np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
+        return array if tag == "$ndarray" else array[()]
+    if not isinstance(body, str):
+        raise ValueError(f"unexpected {type(body).__name__}")
+    if tag == "$tensor":
+        return tensor(body)
+    if tag == "$float":
+        return struct.unpack(">d", bytes.fromhex(body))[0]
+    if tag == "$dtype":
+        dtype_object = getattr(torch, body)
+        if not isinstance(dtype_object, torch.dtype):
+            raise ValueError(body)
+        return dtype_object
+    decoders: dict[str, Callable[[str], object]] = {
+        "$int": lambda text: int(text, 16),
+        "$bytes": base64.b64decode,
+        "$device": torch.device,
+        "$datetime": datetime.datetime.fromisoformat,
+    }
+    return decoders[tag](body)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Dtypes and the row-major geometry of boxes
+
+_CODES = {
+    "BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "I8": "int8", "I16": "int16",
+    "I32": "int32", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
+    "C128": "complex128", "C32": "complex32",
+}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in _CODES.items() if hasattr(torch, name)}
+DTYPES["JSON"] = torch.uint8  # a value that is no tensor, as UTF-8
+CODES = {dtype: code for code, dtype in DTYPES.items() if code != "JSON"}
+_PAIRS = {"C128": "F64", "C32": "F16"}  # not in safetensors: stored with a last dimension of 2
+
+Shape = tuple[int, ...]
+
+
+def itemsize(code: str) -> int:
+    """Bytes an element of dtype `code`."""
+    return DTYPES[code].itemsize
+
+
+def stored_form(code: str, shape: Shape) -> tuple[str, Shape]:
+    """Dtype and shape under which safetensors knows a tensor of dtype `code`."""
+    if code in _PAIRS:
+        return _PAIRS[code], (*shape, 2)
+    if code == "F4":  # torch counts pairs, safetensors single elements
+        return code, (*shape[:-1], shape[-1] * 2) if shape else (2,)
+    return ("U8" if code == "JSON" else code), shape
+
+
+class Box(NamedTuple):
+    """A rectangular part of a tensor: `offset` and `size` in each dimension."""
+
+    offset: Shape
+    size: Shape
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common part, or None where it is empty."""
+        low = tuple(map(max, self.offset, other.offset))
+        high = tuple(min(o + s, p + t) for o, s, p, t in zip(*self, *other))
+        size = tuple(h - lo for h, lo in zip(high, low))
+        return Box(low, size) if all(s > 0 for s in size) else None
+
+    def within(self, outer: Box) -> tuple[slice, ...]:
+        """Index of this box in an array that holds `outer`."""
+        return tuple(slice(o - p, o - p + s) for o, s, p in zip(self.offset, self.size, outer.offset))
+
+
+def row_boxes(shape: Shape, start: int, stop: int) -> list[tuple[int, Box]]:
+    """Cover elements [start, stop) of a row-major array by boxes: (position of its first element, box), in order.
+
+    At most 2 * ndim - 1 boxes: a ragged head and tail in each dimension, whole rows between.
+    """
+    if start >= stop:
+        return []
+    if not shape:
+        return [(0, Box((), ()))]
+    row = math.prod(shape[1:])
+    rest = shape[1:]
+
+    def in_row(index: int, low: int, high: int) -> list[tuple[int, Box]]:
+        parts = row_boxes(rest, low, high)
+        return [(index * row + at, Box((index, *box.offset), (1, *box.size))) for at, box in parts]
+
+    first, head = divmod(start, row)
+    last, tail = divmod(stop, row)
+    if first == last:
+        return in_row(first, head, tail)
+    found = in_row(first, head, row) if head else []
+    first += bool(head)
+    if last > first:
+        found.append((first * row, Box((first, *(0 for _ in rest)), (last - first, *rest))))
+    return found + (in_row(last, 0, tail) if tail else [])
+
+
+Bytes = np.ndarray  # one-dimensional, uint8
+
+
+def byte_view(tensor: torch.Tensor) -> Bytes | None:
+    """The memory of a contiguous CPU tensor as bytes, or None where it is elsewhere or strided."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None
+    array: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return array
+
+
+def _typed(data: Bytes, tensor: torch.Tensor, shape: Shape, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.from_numpy(data).view(dtype or tensor.dtype).view(shape)
+
+
+def copy_out(tensor: torch.Tensor, start: int, out: Bytes) -> None:
+    """Copy the row-major bytes of `tensor` (any strides, any device) from byte `start` into `out`."""
+    width = tensor.dtype.itemsize
+    with torch.no_grad():
+        for at, box in row_boxes(tuple(tensor.shape), start // width, (start + len(out)) // width):
+            part = tensor[tuple(slice(o, o + s) for o, s in zip(*box))]
+            low = at * width - start
+            _typed(out[low : low + part.numel() * width], tensor, box.size).copy_(part)
+
+
+def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, target: torch.Tensor) -> None:
+    """Put the row-major bytes of `piece` from byte `start` where they fall into `want`, which `target` holds.
+
+    `data` has elements of `dtype`; a target of another dtype gets them cast.
+    """
+    width = dtype.itemsize
+    with torch.no_grad():
+        for at, part in row_boxes(piece.size, start // width, (start + len(data)) // width):
+            here = Box(tuple(p + o for p, o in zip(piece.offset, part.offset)), part.size)
+            if (common := here.intersect(want)) is None:
+                continue
+            low = at * width - start
+            source = _typed(data[low : low + math.prod(part.size) * width], target, part.size, dtype)
+            target[common.within(want)].copy_(source[common.within(here)])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# CRC32, compression, threads
+
+
+def _fastest_crc32() -> tuple[str, Callable[..., int]]:
+    """The same polynomial from whichever package is there: ISA-L and zlib-ng fold with vector instructions."""
+    for package, module in (("isal", "isal_zlib"), ("zlib_ng", "zlib_ng")):
+        try:
+            return package, getattr(__import__(f"{package}.{module}", fromlist=["crc32"]), "crc32")
+        except ImportError:
+            continue
+    return "zlib", zlib.crc32
+
+
+CRC_PROVIDER, crc32 = _fastest_crc32()
+
+
+class CompressionLevel(enum.Enum):
+    """How hard to compress: NONE, FAST (entropy coding only), BALANCED, MAXIMUM."""
+
+    NONE = "none"
+    FAST = "fast"
+    BALANCED = "balanced"
+    MAXIMUM = "maximum"
+
+
+_ZLIB = {  # level, strategy: FAST only entropy-codes, which is all that exponents of weights can give
+    CompressionLevel.FAST: (1, zlib.Z_HUFFMAN_ONLY),
+    CompressionLevel.BALANCED: (6, zlib.Z_DEFAULT_STRATEGY),
+    CompressionLevel.MAXIMUM: (9, zlib.Z_DEFAULT_STRATEGY),
+}
+
+
+def _deflate(data: bytes, level: CompressionLevel) -> bytes:
+    """`data` compressed, or as it is where a sample of it does not shrink by 2 % or the whole does not shrink."""
+    depth, strategy = _ZLIB[level]
+    if level is not CompressionLevel.MAXIMUM and len(data) > 1 << 16:
+        middle = len(data) // 2
+        sample = data[middle : middle + (1 << 14)]
+        if len(zlib.compress(sample, 1)) > 0.98 * len(sample):
+            return data
+    stream = zlib.compressobj(depth, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
+    packed = stream.compress(data) + stream.flush()
+    return packed if len(packed) < len(data) else data
+
+
+def compress_frame(data: Bytes, width: int, level: CompressionLevel) -> bytes:
+    """Compress one frame of elements of `width` bytes. A frame as long as its input is the input, raw.
+
+    Else: u8 number of planes P (1 or `width`), P times u32 stored length, the planes. Plane i holds byte i of every
+    element, since the exponents of neighbouring weights are alike while their mantissas are noise; a plane as long as its
+    share is raw. The idea is Blosc's shuffle filter.
+    """
+    candidates = [width] if level is not CompressionLevel.MAXIMUM else sorted({1, width})
+    best = data.tobytes()
+    for count in candidates:
+        planes = [_deflate(plane.tobytes(), level) for plane in data.reshape(-1, count).T]
+        packed = struct.pack(f"<B{count}I", count, *map(len, planes)) + b"".join(planes)
+        best = min(best, packed, key=len)
+    return best
+
+
+def expand_frame(data: bytes, length: int, width: int) -> Bytes:
+    """Inverse of `compress_frame`; never takes more memory than the `length` bytes that the header declares."""
+    if len(data) == length:
+        return np.frombuffer(bytearray(data), np.uint8)
+    try:
+        count = data[0]
+        if count not in (1, width) or length % count:
+            raise ValueError(f"{count} planes")
+        lengths = struct.unpack_from(f"<{count}I", data, 1)
+        at, share = 1 + 4 * count, length // count
+        out = np.empty((share, count), np.uint8)
+        for index, size in enumerate(lengths):
+            plane = data[at : at + size]
+            at += size
+            if size != share:
+                stream = zlib.decompressobj()
+                plane = stream.decompress(plane, share + 1)
+                if stream.unconsumed_tail or not stream.eof:
+                    raise ValueError("plane longer than declared")
+            out[:, index] = np.frombuffer(plane, np.uint8, share)
+            if len(plane) != share:
+                raise ValueError("plane of another length than declared")
+        if at != len(data):
+            raise ValueError("frame of another length than declared")
+    except (ValueError, IndexError, struct.error, zlib.error) as error:
+        raise corrupted(f"compressed frame is damaged: {error}") from error
+    return out.reshape(-1)
+
+
+def aligned_buffer(length: int) -> Bytes:
+    """Page-aligned memory (mmap), pinned where CUDA is in use, so that device copies and direct I/O are fast."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        pinned: Bytes = torch.empty(length, dtype=torch.uint8, pin_memory=True).numpy()
+        return pinned
+    return np.frombuffer(mmap.mmap(-1, max(1, length)), np.uint8)[:length]
+
+
+T = TypeVar("T")
+
+
+def in_parallel(
+    items: Iterable[T], work: Callable[[T, Bytes], None], threads: int, poll: Callable[[], None] = lambda: None
+) -> None:
+    """Run `work(item, buffer)` for every item on a few threads, each with its own buffer of `BLOCK_BYTES`.
+
+    `poll` runs in the calling thread a few times a second and may raise to stop. The first error of any thread is
+    raised here after the others have stopped: none vanishes.
+    """
+    source, lock, stop = iter(items), threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+
+    def drain() -> None:
+        buffer = aligned_buffer(BLOCK_BYTES)
+        try:
+            while not stop.is_set():
+                with lock:
+                    try:
+                        item = next(source)
+                    except StopIteration:
+                        return
+                work(item, buffer)
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+
+    workers = [threading.Thread(target=drain, name=f"ckpt-io-{n}", daemon=True) for n in range(threads)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(0.05)
+                poll()
+    finally:
+        stop.set()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join(2.0)  # a thread stuck in the kernel must not hold up the error
+    if errors:
+        raise errors[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The tensor file
+
+
+class Entry(NamedTuple):
+    """One entry of a tensor file: a piece (a box) of the tensor `whole`, at [begin, end) of the file's data."""
+
+    name: str
+    dtype: str  # logical code, a key of DTYPES
+    shape: Shape  # logical shape of the piece
+    begin: int
+    end: int
+    offset: Shape  # where the piece lies in the whole tensor
+    whole: Shape
+    frames: tuple[int, ...] = ()  # stored length of each compressed frame; () where stored raw
+
+    def nbytes(self) -> int:
+        """Logical bytes of the piece."""
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+
+class Header(NamedTuple):
+    """A parsed tensor-file header; `entries` are in the order of their bytes."""
+
+    entries: list[Entry]
+    block_crcs: list[int]
+    data_start: int
+    data_length: int
+    crc: int  # of the header itself, bytes [0, data_start)
+
+
+def block_count(data_length: int) -> int:
+    """Blocks in that many bytes of data."""
+    return -(-data_length // BLOCK_BYTES)
+
+
+def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: int = 0) -> bytes:
+    """The header's bytes, up to the data. Gaps between entries become named pad entries.
+
+    CRCs are fixed-width fields: a header with zeros for CRCs is as long as the final one. `reserve` is the least length.
+    Raises ValueError over safetensors' limit of 100,000,000 bytes.
+    """
+    pieces: dict[str, object] = {}
+    table: dict[str, object] = {}
+    position = 0
+    for entry in entries:
+        if entry.begin > position:
+            pad = [position, entry.begin]
+            table[f"pad/{position}"] = {"dtype": "U8", "shape": [pad[1] - pad[0]], "data_offsets": pad}
+        code, shape = stored_form(entry.dtype, entry.shape)
+        info: dict[str, object] = {}
+        if entry.shape != entry.whole:
+            info = {"offset": entry.offset, "whole": entry.whole}
+        if code != entry.dtype or entry.frames:
+            info["dtype"] = entry.dtype
+        if entry.frames:
+            info |= {"shape": entry.shape, "frames": "".join(f"{length:08x}" for length in entry.frames)}
+            code, shape = "U8", (entry.end - entry.begin,)
+        if info:
+            pieces[entry.name] = info
+        if entry.name in table or entry.name == "__metadata__":
+            raise ValueError(f"two entries of one file are named {entry.name!r}")
+        table[entry.name] = {"dtype": code, "shape": shape, "data_offsets": (entry.begin, entry.end)}
+        position = entry.end
+    metadata = {
+        "format": "pt",
+        "ckpt_version": str(FORMAT_VERSION),
+        "block_bytes": str(BLOCK_BYTES),
+        "crc32": "".join(f"{crc:08x}" for crc in block_crcs),
+        "pieces": dump_json(pieces).decode(),
+    }
+    text = dump_json({"__metadata__": metadata, **table})
+    length = max(reserve, -(-(8 + len(text)) // ALIGN_BYTES) * ALIGN_BYTES)
+    if length - 8 > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"a tensor file's header would take {length} bytes, more than the {MAX_HEADER_BYTES} that safetensors readers "
+            "accept; save with CheckpointFormat.MULTI_SHARD, which spreads the tensors over one file a rank"
+        )
+    return struct.pack("<Q", length - 8) + text + b" " * (length - 8 - len(text))
+
+
+def read_header(file: StoredFile, path: str, expected_crc: int | None = None) -> Header:
+    """Read and check the header of an open tensor file; CORRUPTED_CHECKPOINT for whatever is wrong with it."""
+    length = file.length()
+    prefix = bytearray(8)
+    if length < 8:
+        raise corrupted(f"{path}: {length} bytes are too short for a tensor file", path)
+    file.read(0, memoryview(prefix))
+    (size,) = struct.unpack("<Q", prefix)
+    if not 2 <= size <= min(MAX_HEADER_BYTES, length - 8) or (8 + size) % ALIGN_BYTES:
+        raise corrupted(f"{path}: impossible header length {size} in a file of {length} bytes", path)
+    text = bytearray(size)
+    file.read(8, memoryview(text))
+    crc = crc32(text, crc32(prefix))
+    if expected_crc is not None and crc != expected_crc:
+        raise corrupted(f"{path}: header has CRC32 {crc:08x}, the record says {expected_crc:08x}", path)
+    try:
+        return _parse_header(bytes(text), 8 + size, length - 8 - size, crc, path)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise corrupted(f"{path}: malformed header: {error}", path) from error
+
+
+def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path: str) -> Header:
+    if not text.startswith(b"{"):
+        raise ValueError("does not start with '{'")
+    table = parse_json(text, path)
+    metadata = table.pop("__metadata__") if isinstance(table, dict) else None
+    if not isinstance(table, dict) or not isinstance(metadata, dict):
+        raise ValueError("no __metadata__")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ holds something else than strings")
+    if metadata["ckpt_version"] != str(FORMAT_VERSION):
+        message = f"{path}: tensor-file version {metadata['ckpt_version']!r}, this code reads {FORMAT_VERSION}"
+        raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
+    if metadata["block_bytes"] != str(BLOCK_BYTES):
+        raise ValueError(f"block size {metadata['block_bytes']!r}")
+    crcs = metadata["crc32"]
+    if len(crcs) != 8 * block_count(data_length) or not re.fullmatch("[0-9a-f]*", crcs):
+        raise ValueError("checksum field does not fit the data")
+    pieces = parse_json(metadata["pieces"].encode(), path)
+    if not isinstance(pieces, dict) or not pieces.keys() <= table.keys():
+        raise ValueError("pieces of unknown entries")
+    entries = [_parse_entry(name, item, pieces.get(name, {})) for name, item in table.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    position = 0
+    for entry in entries:
+        if entry.begin != position:
+            raise ValueError(f"hole or overlap at byte {position} of the data, before {entry.name!r}")
+        position = entry.end
+    if position != data_length:
+        raise ValueError(f"entries end at byte {position} of {data_length} bytes of data")
+    block_crcs: list[int] = np.frombuffer(bytes.fromhex(crcs), ">u4").tolist()
+    return Header(entries, block_crcs, data_start, data_length, crc)
+
+
+def _parse_entry(name: str, item: dict[str, object], info: dict[str, object]) -> Entry:
+    if item.keys() != {"dtype", "shape", "data_offsets"} or not info.keys() <= {
+        "offset", "whole", "dtype", "shape", "frames",
+    }:  # fmt: skip
+        raise ValueError(f"{name!r}: unexpected fields")
+    begin, end = int_tuple(item["data_offsets"])
+    shape = int_tuple(item["shape"])
+    dtype = info.get("dtype", item["dtype"])
+    if not isinstance(dtype, str) or dtype not in DTYPES or begin > end:
+        raise ValueError(f"{name!r}: dtype {dtype!r} at bytes {begin} to {end}")
+    frames: tuple[int, ...] = ()
+    if "frames" in info:
+        lengths = info["frames"]
+        logical = int_tuple(info["shape"])
+        if not isinstance(lengths, str) or len(lengths) % 8 or not re.fullmatch("[0-9a-f]+", lengths):
+            raise ValueError(f"{name!r}: malformed frames")
+        frames = tuple(np.frombuffer(bytes.fromhex(lengths), ">u4").tolist())
+        count = -(-math.prod(logical) * itemsize(dtype) // FRAME_BYTES)
+        if sum(frames) != end - begin or len(frames) != count or shape != (end - begin,):
+            raise ValueError(f"{name!r}: frames do not fit its bytes")
+    else:
+        logical = shape
+        if dtype != item["dtype"]:  # JSON, or a pair: undo `stored_form`
+            logical = shape if dtype == "JSON" else shape[:-1]
+        elif dtype == "F4":
+            logical = (*shape[:-1], shape[-1] // 2)
+        if stored_form(dtype, logical) != (item["dtype"], shape):
+            raise ValueError(f"{name!r}: {dtype} stored as {item['dtype']}")
+        if math.prod(logical) * itemsize(dtype) != end - begin:
+            raise ValueError(f"{name!r}: {dtype} of shape {list(logical)} in {end - begin} bytes")
+    whole, offset = logical, tuple(0 for _ in logical)
+    if "whole" in info:
+        whole, offset = int_tuple(info["whole"]), int_tuple(info["offset"])
+        if not len(whole) == len(offset) == len(logical) or any(
+            o + s > w for o, s, w in zip(offset, logical, whole)
+        ):
+            raise ValueError(f"{name!r}: piece outside of its tensor")
+    return Entry(name, dtype, logical, begin, end, offset, whole, frames)
+
+
+def int_tuple(value: object) -> Shape:
+    """`value` as a tuple of ints in [0, 2**62), or ValueError."""
+    if not isinstance(value, (list, tuple)) or len(value) > 64:
+        raise ValueError(f"expected a short list of integers, found {type(value).__name__}")
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
+        raise ValueError("expected non-negative integers")
+    return tuple(value)
+
+
+def read_blocks(file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str) -> None:
+    """Read blocks [first, last) into `out` and check each one's CRC32 before anybody uses it.
+
+    CORRUPTED_CHECKPOINT names the file, the block and the tensors in it.
+    """
+    file.read(header.data_start + first * BLOCK_BYTES, memoryview(out))
+    for block in range(first, last):
+        low = (block - first) * BLOCK_BYTES
+        found = crc32(out[low : low + BLOCK_BYTES])
+        if found != header.block_crcs[block]:
+            start, stop = block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES
+            names = [entry.name for entry in header.entries if entry.begin < stop and entry.end > start]
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise corrupted(
+                f"{path}: block {block} has CRC32 {found:08x}, expected {header.block_crcs[block]:08x}; it holds {shown}",
+                path,
+            )
+
+
+def block_span(header: Header, first: int, last: int) -> int:
+    """Bytes in blocks [first, last)."""
+    return min(last * BLOCK_BYTES, header.data_length) - first * BLOCK_BYTES
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The record
+
+
+class ShardMetadata(NamedTuple):
+    """One tensor file of a checkpoint."""
+
+    file: str  # name within the checkpoint's directory
+    length: int  # bytes
+    header_crc: int
+
+
+class TensorMetadata(NamedTuple):
+    """One tensor (or JSON value) of a checkpoint. `rank` is set for what is kept per rank."""
+
+    name: str
+    dtype: str
+    shape: Shape  # global
+    rank: int | None = None
+    alias_of: int | None = None  # index of the tensor that holds the bytes, for tied tensors
+
+
+class PieceTable(NamedTuple):
+    """Where the bytes of all tensors lie: one row a piece, in columns, sorted by tensor and offset.
+
+    `tensor` and `shard` are indices, `begin` is the byte offset in the shard's data; `offset` and `size` are
+    (pieces, dimensions), padded with offset 0 and size 1 for tensors of fewer dimensions.
+    """
+
+    tensor: np.ndarray
+    shard: np.ndarray
+    begin: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+
+    @staticmethod
+    def stack(tensor: np.ndarray, shard: np.ndarray, begin: np.ndarray, boxes: np.ndarray) -> PieceTable:
+        """From `boxes` of shape (pieces, 2, dimensions), sorting the rows."""
+        order = np.lexsort((*boxes[:, 0].T[::-1], tensor))
+        return PieceTable(tensor[order], shard[order], begin[order], boxes[order, 0], boxes[order, 1])
+
+
+@dataclass(frozen=True)
+class CheckpointMetadata:
+    """The commit record, parsed."""
+
+    prefix: str
+    save_id: str
+    sequence: int  # orders checkpoints, instead of clocks
+    world_size: int
+    format: str
+    compression: str
+    torch_version: str
+    timestamp: str  # ISO 8601, UTC
+    custom_metadata: Mapping[str, object]
+    shards: tuple[ShardMetadata, ...]
+    tensors: tuple[TensorMetadata, ...]
+    pieces: PieceTable
+    version: int = FORMAT_VERSION
+
+    def shard_path(self, index: int) -> str:
+        """Storage name of a shard."""
+        return f"{self.prefix}/{self.shards[index].file}"
+
+    def size_bytes(self) -> int:
+        """Bytes in all shards."""
+        return sum(shard.length for shard in self.shards)
+
+
+def encode_runs(column: np.ndarray) -> list[int]:
+    """A column of integers as arithmetic runs: start, step, count, start, step, count, ...
+
+    Regular sharding makes long runs, so a table of millions of pieces takes a few numbers a tensor.
+    """
+    values = np.asarray(column, np.int64)
+    if not len(values):
+        return []
+    steps = np.diff(values)
+    changes = np.flatnonzero(np.diff(steps)) + 1  # steps[k] differs from steps[k - 1]
+    ends = np.append(changes, len(steps)).tolist()
+    runs: list[int] = []
+    at = 0
+    starts, gaps = values.tolist() if len(ends) > len(values) // 8 else values, steps
+    for end in ends:
+        if end < at:
+            continue
+        step = int(gaps[at]) if at < len(gaps) else 0
+        runs += [int(starts[at]), step, end - at + 1]
+        at = end + 1
+    if at < len(values):
+        runs += [int(values[at]), 0, 1]
+    return runs
+
+
+def decode_runs(runs: object, length: int) -> np.ndarray:
+    """Inverse of `encode_runs`; ValueError unless the runs are well formed and make exactly `length` values >= 0."""
+    if not isinstance(runs, list) or len(runs) % 3 or not all(type(n) is int and abs(n) < 1 << 62 for n in runs):
+        raise ValueError("malformed runs")
+    table = np.array(runs, np.int64).reshape(-1, 3)
+    start, step, count = table.T
+    if (count < 1).any() or (count > length).any() or int(count.sum()) != length:
+        raise ValueError("runs do not add up")
+    last = start.astype(float) + step.astype(float) * (count - 1)
+    if (start < 0).any() or (last < 0).any() or (last > 2.0**62).any():
+        raise ValueError("runs leave the range of offsets")
+    first = np.repeat(np.cumsum(count) - count, count)
+    return np.repeat(start, count) + np.repeat(step, count) * (np.arange(length) - first)
+
+
+def encode_record(meta: CheckpointMetadata) -> bytes:
+    """The record's bytes; `decode_record` is the inverse."""
+    pieces = meta.pieces
+    body: dict[str, object] = {
+        "format_version": meta.version,
+        "save_id": meta.save_id,
+        "sequence": meta.sequence,
+        "world_size": meta.world_size,
+        "format": meta.format,
+        "compression": meta.compression,
+        "torch_version": meta.torch_version,
+        "timestamp": meta.timestamp,
+        "custom_metadata": encode_value(dict(meta.custom_metadata), "custom_metadata"),
+        "shards": [list(shard) for shard in meta.shards],
+        "tensors": {
+            "name": [t.name for t in meta.tensors],
+            "dtype": [t.dtype for t in meta.tensors],
+            "shape": [t.shape for t in meta.tensors],
+            "rank": [[i, t.rank] for i, t in enumerate(meta.tensors) if t.rank is not None],
+            "alias_of": [[i, t.alias_of] for i, t in enumerate(meta.tensors) if t.alias_of is not None],
+        },
+        "pieces": {
+            "count": len(pieces.tensor),
+            "tensor": encode_runs(pieces.tensor),
+            "shard": encode_runs(pieces.shard),
+            "begin": encode_runs(pieces.begin),
+            "offset": [encode_runs(column) for column in pieces.offset.T],
+            "size": [encode_runs(column) for column in pieces.size.T],
+        },
+    }
+    text = dump_json(body)[:-1]
+    return text + b',"crc32":"%08x"}\n' % crc32(text)
+
+
+_RECORD_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\n')
+_RECORD_TAIL = len(',"crc32":"01234567"}\n')
+
+
+def decode_record(data: bytes, prefix: str) -> CheckpointMetadata:
+    """Parse a record: C1 to C3 of "committed". CORRUPTED_CHECKPOINT or INCOMPATIBLE_VERSION otherwise."""
+    path = record_name(prefix)
+    end = _RECORD_END.fullmatch(data[-_RECORD_TAIL:]) if len(data) > _RECORD_TAIL else None
+    if end is None or int(end[1], 16) != crc32(data[:-_RECORD_TAIL]):  # C1
+        raise corrupted(f"{path}: the commit record fails its CRC32; the checkpoint is damaged", path)
+    body = parse_json(data[:-_RECORD_TAIL] + b"}", path)
+    version = body.get("format_version") if isinstance(body, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:  # C2
+        message = f"{path}: written in format version {version}; this code knows up to {FORMAT_VERSION}: update it"
+        raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
+    try:
+        if not isinstance(body, dict) or version != FORMAT_VERSION:
+            raise ValueError(f"format version {version!r}")
+        return _decode_body(body, prefix)  # C3
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError) as error:
+        raise corrupted(f"{path}: malformed record: {error}", path) from error
+
+
+def _decode_body(body: dict[str, object], prefix: str) -> CheckpointMetadata:
+    shards = tuple(ShardMetadata(*row) for row in body["shards"])
+    for shard in shards:
+        int_tuple([shard.length, shard.header_crc])
+        if not isinstance(shard.file, str) or not _SHARD.fullmatch(shard.file):
+            raise ValueError(f"illegal shard name {shard.file!r}")
+    columns = body["tensors"]
+    names, dtypes, shapes = columns["name"], columns["dtype"], [int_tuple(s) for s in columns["shape"]]
+    if not len(names) == len(dtypes) == len(shapes) or not all(isinstance(name, str) for name in names):
+        raise ValueError("tensor columns of different lengths")
+    if unknown := {code for code in dtypes} - DTYPES.keys():
+        raise ValueError(f"dtype(s) {sorted(unknown)} unknown to torch {torch.__version__}")
+    ranks = dict(int_tuple(pair) for pair in columns["rank"])
+    aliases = dict(int_tuple(pair) for pair in columns["alias_of"])
+    tensors = tuple(
+        TensorMetadata(name, dtype, shape, ranks.get(i), aliases.get(i))
+        for i, (name, dtype, shape) in enumerate(zip(names, dtypes, shapes))
+    )
+    if not all(0 <= target < len(tensors) and target not in aliases for target in aliases.values()):
+        raise ValueError("alias of nothing")
+    numbers = int_tuple([body["sequence"], body["world_size"]])
+    texts = [body[key] for key in ("save_id", "format", "compression", "torch_version", "timestamp")]
+    custom = decode_value(body["custom_metadata"], str)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(custom, dict):
+        raise ValueError("a field has the wrong type")
+    datetime.datetime.fromisoformat(texts[4])
+    return CheckpointMetadata(
+        prefix, texts[0], *numbers, *texts[1:], custom, shards, tensors, _decode_pieces(body["pieces"], tensors, shards)
+    )
+
+
+def _decode_pieces(
+    columns: dict[str, object], tensors: Sequence[TensorMetadata], shards: Sequence[ShardMetadata]
+) -> PieceTable:
+    (count,) = int_tuple([columns["count"]])
+    if count > sum(shard.length for shard in shards):  # every piece has at least a byte: no row out of thin air
+        raise ValueError(f"{count} pieces in less bytes")
+    tensor, shard, begin = (decode_runs(columns[name], count) for name in ("tensor", "shard", "begin"))
+    width = max((len(t.shape) for t in tensors), default=0)
+    if len(columns["offset"]) != width or len(columns["size"]) != width:
+        raise ValueError("pieces of other dimensions than the tensors")
+    boxes = [np.empty((count, width), np.int64) for _ in range(2)]
+    for out, name in zip(boxes, ("offset", "size")):
+        for dim, runs in enumerate(columns[name]):
+            out[:, dim] = decode_runs(runs, count)
+    if count:
+        shapes = np.array([t.shape + (1,) * (width - len(t.shape)) for t in tensors], np.int64).reshape(-1, width)
+        if (np.diff(tensor) < 0).any() or tensor[-1] >= len(tensors) or shard.max() >= len(shards):
+            raise ValueError("pieces of unknown tensors or shards")
+        if (boxes[1] < 1).any() or (boxes[0] + boxes[1] > shapes[tensor]).any():
+            raise ValueError("piece outside of its tensor")
+        lengths = np.array([s.length for s in shards], np.int64)
+        if (begin >= lengths[shard]).any():
+            raise ValueError("piece behind the end of its shard")
+    return PieceTable(tensor, shard, begin, boxes[0], boxes[1])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Committed, and what follows from it
+
+
+def read_file(storage: CheckpointStorage, name: str) -> bytes:
+    """All bytes of a file; FileNotFoundError where there is none."""
+    file = storage.open(name)
+    try:
+        data = bytearray(file.length())
+        file.read(0, memoryview(data))
+    finally:
+        file.close()
+    return bytes(data)
+
+
+def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadata:
+    """The record of a committed checkpoint: C1 to C4 hold. Any process, at any time.
+
+    FileNotFoundError where no checkpoint exists; CORRUPTED_CHECKPOINT or INCOMPATIBLE_VERSION where one exists that
+    is not intact. An overwrite between the reading of the record and of its shards gets one retry.
+    """
+    meta = decode_record(read_file(storage, record_name(check_prefix(prefix))), prefix)
+    for attempt in range(2):
+        problem = ""
+        for index, shard in enumerate(meta.shards):  # C4
+            if (found := storage.length(path := meta.shard_path(index))) != shard.length:
+                what = "is missing" if found is None else f"has {found} bytes"
+                problem = f"{path}: shard {what}, the record says {shard.length} bytes"
+                break
+        if not problem:
+            return meta
+        again = decode_record(read_file(storage, record_name(prefix)), prefix)
+        if attempt or again.save_id == meta.save_id:
+            break
+        meta = again
+    raise corrupted(problem, prefix)
+
+
+def committed_id(storage: CheckpointStorage, prefix: str) -> str | None:
+    """The save id in the record of `prefix`, None where there is no readable record."""
+    try:
+        return decode_record(read_file(storage, record_name(prefix)), prefix).save_id
+    except (FileNotFoundError, CheckpointException):
+        return None
+
+
+def recorded_prefixes(storage: CheckpointStorage) -> list[str]:
+    """Every prefix that has a record, intact or not."""
+    names = [name.removesuffix(RECORD_SUFFIX) for name in storage.names() if name.endswith(RECORD_SUFFIX)]
+    return [name for name in names if all(_PART.fullmatch(p) and p not in (".", "..") for p in name.split("/"))]
+
+
+def list_committed(storage: CheckpointStorage) -> list[CheckpointMetadata]:
+    """Every committed checkpoint, oldest first."""
+    found = []
+    for prefix in recorded_prefixes(storage):
+        try:
+            found.append(read_committed(storage, prefix))
+        except (FileNotFoundError, CheckpointException):
+            continue  # gone meanwhile, or not intact: not committed
+    return sorted(found, key=lambda meta: (meta.sequence, meta.timestamp, meta.prefix))
+
+
+def shard_files(storage: CheckpointStorage, prefix: str) -> list[str]:
+    """The tensor files that lie directly in the directory of `prefix`."""
+    inside = (name.removeprefix(prefix + "/") for name in storage.names(prefix))
+    return [f"{prefix}/{name}" for name in inside if _SHARD.fullmatch(name)]
+
+
+def delete_files(storage: CheckpointStorage, prefix: str, files: Iterable[str]) -> None:
+    """Remove files in the directory of `prefix`, then the directory if nothing is left in it."""
+    for name in files:
+        storage.delete(name)
+    storage.prune(prefix)
+
+
+def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
+    """Delete a checkpoint backwards: the record, made durable, then its shards. Safe to repeat after a crash.
+
+    FileNotFoundError where there is nothing. Files of a save under way are left alone.
+    """
+    files = shard_files(storage, check_prefix(prefix))
+    live = live_saves(storage, prefix)
+    existed = storage.delete(record_name(prefix))
+    if not existed and not files:
+        raise FileNotFoundError(f"no checkpoint {prefix!r}")
+    if existed:
+        storage.sync_directory(record_name(prefix))
+    delete_files(storage, prefix, (name for name in files if _save_id(name) not in live))
+
+
+def live_saves(storage: CheckpointStorage, prefix: str) -> set[str]:
+    """Ids of saves to `prefix` whose fence a living process holds."""
+    directory = prefix.rpartition("/")[0]
+    fences = [name for name in storage.names(directory) if (m := _FENCE.fullmatch(name)) and m[1] == prefix]
+    return {name.rpartition(".tmp")[0][-8:] for name in fences if storage.in_use(name)}
+
+
+def _save_id(path: str) -> str:
+    return path.rpartition("/")[2][:8]
+
+
+def collect_garbage(storage: CheckpointStorage) -> list[str]:
+    """Remove what crashed saves and deletes left behind, and return its names. Any process, at any time.
+
+    Never touches a committed checkpoint, a save whose fence is locked by a living process, or anything under a prefix
+    whose record cannot be read. The order (files, then fences, then records) lets a save commit at any moment.
+    """
+    everything = storage.names()
+    shards = [name for name in everything if "/" in name and _SHARD.fullmatch(name.rpartition("/")[2])]
+    fences = [name for name in everything if _FENCE.fullmatch(name)]
+    prefixes = {name.rpartition("/")[0] for name in shards} | {m[1] for f in fences if (m := _FENCE.fullmatch(f))}
+    removed: list[str] = []
+    for prefix in sorted(prefixes):
+        live = live_saves(storage, prefix)
+        try:
+            keep = {decode_record(read_file(storage, record_name(prefix)), prefix).save_id}
+        except FileNotFoundError:
+            keep = set()
+        except CheckpointException:
+            continue
+        for name in fences:
+            if (m := _FENCE.fullmatch(name)) and m[1] == prefix and m[2] not in live:
+                removed += [name] * storage.delete(name)
+        dead = [n for n in shards if n.rpartition("/")[0] == prefix and _save_id(n) not in live | keep]
+        removed += dead
+        delete_files(storage, prefix, dead)
+    return removed
