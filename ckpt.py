@@ -35,13 +35,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-if __package__:
+if __package__ and not TYPE_CHECKING:
     from . import ckpt_coord as coord
     from . import ckpt_storage as st
     from .ckpt_coord import (
@@ -424,6 +424,7 @@ class CheckpointOptions:
     compatibility_checkers: Sequence[CompatibilityChecker] = ()
     default_timeout: float = 600.0
     keep_last: int | None = None
+    staging_budget_bytes: int | None = None  # host memory that save_async may hold a rank; None: what is available
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -603,7 +604,11 @@ class ModelState:
         self._states = []
         for prefix, part in self._parts:
             # With keep_vars these are the parameters themselves, and copying one onto itself costs nothing.
-            state = part.state_dict(keep_vars=True) if keep_vars and isinstance(part, torch.nn.Module) else part.state_dict()
+            state = (
+                part.state_dict(keep_vars=True)
+                if keep_vars and isinstance(part, torch.nn.Module)
+                else part.state_dict()
+            )
             self._states.append(dict(state))
             for key, value in state.items():
                 yield prefix + _canonical(key), value
@@ -666,7 +671,7 @@ class OptimizerState:
     def _groups(self, part_name: str) -> list[list[tuple[str, torch.Tensor]]]:
         """(name, parameter) of every parameter in every group."""
         groups = []
-        for number, group in enumerate(getattr(self._parts[part_name], "param_groups")):
+        for number, group in enumerate(self._parts[part_name].param_groups):
             named = []
             for position, parameter in enumerate(group["params"]):
                 outside = "#" + ".".join(filter(None, (part_name, str(number), str(position))))
@@ -847,11 +852,12 @@ def set_rng_state(state: Mapping[str, object]) -> None:
 class PendingSave(concurrent.futures.Future[str]):
     """A save under way; `result()` is the prefix once it is committed and announced."""
 
-    def __init__(self) -> None:
+    def __init__(self, cancel: threading.Event | None = None) -> None:
         super().__init__()
-        self._cancel_event = threading.Event()
+        self.cancel_event = cancel or threading.Event()
+        self.asked = False  # whether somebody has seen the outcome
         self._staged = threading.Event()
-        self._asked = False
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def wait_staged(self, timeout: float | None = None) -> None:
         """Return once the live tensors may be changed; TimeoutError after `timeout` seconds."""
@@ -859,17 +865,119 @@ class PendingSave(concurrent.futures.Future[str]):
             raise TimeoutError(f"not staged within {timeout} s")
 
     def cancel(self) -> bool:
-        """Ask every rank to stop; True unless it is over already. The outcome is still `result()`'s to tell."""
-        self._cancel_event.set()
+        """Ask every rank to stop; False if it is over already. `result()` still tells the outcome."""
+        self.cancel_event.set()
         return not self.done()
 
     def result(self, timeout: float | None = None) -> str:
-        self._asked = True
-        return super().result(timeout)
+        """The prefix; raises what the save raised."""
+        try:
+            return super().result(timeout)
+        finally:
+            self.asked = self.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._asked = True
-        return super().exception(timeout)
+        """What the save raised, or None."""
+        try:
+            return super().exception(timeout)
+        finally:
+            self.asked = self.done()
+
+    def wait_done(self, timeout: float) -> bool:
+        """Wait for the end without asking how it ended."""
+        return not concurrent.futures.wait([self], timeout).not_done
+
+    def hook(self, register: Callable[[Callable[..., None]], torch.utils.hooks.RemovableHandle]) -> None:
+        """Make an optimizer's next step wait until the copy is done."""
+        self._hooks.append(register(lambda *_: self.wait_staged()))
+
+    def staged(self) -> None:
+        """The copy is done, or given up: the live tensors are free."""
+        for handle in self._hooks:
+            handle.remove()
+        self._staged.set()
+
+
+class StagedCopy(NamedTuple):
+    """A copy that overlaps with training; `version` is the live tensor's when the save was asked for."""
+
+    name: str
+    view: torch.Tensor
+    room: torch.Tensor
+    version: int
+
+
+def _copy_staged(copies: Sequence[StagedCopy]) -> None:
+    """Copy in the background; a tensor that was changed meanwhile fails the save."""
+    for name, view, room, version in copies:
+        room.copy_(view)
+        if view._version != version:
+            raise CheckpointException(
+                f"{name} was changed in place while it was being copied; wait_staged() first, or use staging='eager'",
+                type=ExceptionType.SAVE_FAILED,
+            )
+
+
+def _optimizer_memory(optimizers: Sequence[object]) -> set[int]:
+    """Addresses of what only an optimizer's step changes: its parameters and its state."""
+    found: set[int] = set()
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            tensors = [p for group in optimizer.param_groups for p in group["params"]]
+            tensors += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+            for tensor in tensors:
+                local = tensor if (sharded := coord.as_dtensor(tensor)) is None else sharded.to_local()
+                found.add(local.data_ptr())
+    return found
+
+
+class Staging:
+    """Host memory for `save_async`: allocated once, reused by every save, pinned where CUDA is in use."""
+
+    def __init__(self) -> None:
+        self._memory: st.Bytes = np.empty(0, np.uint8)
+
+    def reserve(self, data: ShardData, budget: int | None) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Room for every piece: (name, live view, host copy to be filled). MemoryError where the budget forbids it."""
+        rooms: dict[tuple[object, ...], tuple[str, torch.Tensor, int]] = {}
+        total = 0
+        for name, view in ((t.name, view) for t in data.tensors for _, view in t.pieces):
+            if (key := _view_key(view)) not in rooms:
+                rooms[key] = (name, view, total)
+                total += -(-view.numel() * view.dtype.itemsize // 64) * 64
+        if total > len(self._memory):
+            self._memory = np.empty(0, np.uint8)
+            limit = _available_bytes() if budget is None else budget
+            if limit is not None and total > limit:
+                raise MemoryError(
+                    f"staging needs {total} bytes of host memory, {limit} are allowed: use save(), or raise staging_budget_bytes"
+                )
+            self._memory = st.aligned_buffer(total)
+        copies = []
+        for name, view, at in rooms.values():
+            room = torch.from_numpy(self._memory[at : at + view.numel() * view.dtype.itemsize])
+            copies.append((name, view, room.view(view.dtype).view(view.shape)))
+        return copies
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._memory = np.empty(0, np.uint8)
+
+
+def _view_key(view: torch.Tensor) -> tuple[object, ...]:
+    return (view.data_ptr(), view.device, view.dtype, tuple(view.shape), tuple(view.stride()))
+
+
+def _available_bytes() -> int | None:
+    """Host memory that can be had without swapping, where the system tells."""
+    try:
+        with open("/proc/meminfo") as table:
+            for line in table:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024 * 9 // 10
+    except OSError:
+        return None
+    return None
 
 
 R = TypeVar("R")
@@ -900,6 +1008,9 @@ class DistributedCheckpoint:
         self.logger = logger or log
         self.default_timeout = CheckpointOptions.default_timeout
         self.keep_last: int | None = None
+        self.staging_budget_bytes: int | None = None
+        self._staging = Staging()
+        self._pending: PendingSave | None = None
 
     def save(
         self,
@@ -916,14 +1027,77 @@ class DistributedCheckpoint:
         older checkpoint of this prefix is untouched, and this save's files are gone.
         """
         options = options or SaveOptions()
-        return self._save(lambda: self._collect(model, optimizer, options, extra_state), model, optimizer, options, extra_state, cancel)
+        self._drain(options.timeout)
+        return self._save(
+            lambda: self._collect(model, optimizer, options, extra_state),
+            model,
+            optimizer,
+            options,
+            extra_state,
+            cancel,
+        )
+
+    def save_async(
+        self,
+        model: Model,
+        optimizer: Model | None = None,
+        options: SaveOptions | None = None,
+        *,
+        extra_state: Mapping[str, object] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> PendingSave:
+        """Copy the state to host memory, and save it in the background. Collective; one save is in flight at a time.
+
+        With staging="eager" the copy is done on return. With "overlapped" parameters and optimizer state are copied while
+        forward and backward run: the optimizer's next step waits for it, and a change from elsewhere (an EMA, clipping in
+        place; not one through `.data`, which leaves no trace) fails the save with the tensor's name. Every failure is
+        raised by `result()`, or, if nobody asks, by the next save, load or `close`.
+        """
+        options = options or SaveOptions()
+        self._drain(options.timeout)
+        pending = PendingSave(cancel)
+        error: Exception | None = None
+        data, late = ShardData([], {}), []
+        try:
+            options.check()
+            data, late = self._stage(pending, model, optimizer, options, extra_state)
+        except Exception as caught:  # raised on all ranks alike, in S2 of the background save
+            error = caught
+
+        def collect() -> ShardData:
+            if error is not None:
+                raise error
+            return data
+
+        def run() -> None:
+            nonlocal error
+            try:
+                if error is None:
+                    _copy_staged(late)
+            except Exception as caught:
+                error = caught
+            pending.staged()
+            try:
+                prefix = self._save(collect, model, optimizer, options, extra_state, pending.cancel_event)
+            except BaseException as caught:
+                self.logger.error("background save failed: %s", caught)
+                pending.set_exception(caught)
+            else:
+                pending.set_result(prefix)
+
+        self._pending = pending
+        threading.Thread(target=run, name="ckpt-save").start()  # not a daemon: the interpreter's exit waits for it
+        return pending
 
     def save_model_only(
         self, model: Model, options: SaveOptions | None = None, *, cancel: threading.Event | None = None
     ) -> str:
         """Save the model alone: no optimizer, no random number generators. Otherwise as `save`."""
         options = options or SaveOptions()
-        return self._save(lambda: self._collect(model, None, options, None, rng=False), model, None, options, None, cancel)
+        self._drain(options.timeout)
+        return self._save(
+            lambda: self._collect(model, None, options, None, rng=False), model, None, options, None, cancel
+        )
 
     def load(
         self,
@@ -941,6 +1115,7 @@ class DistributedCheckpoint:
         older checkpoint that verifies is loaded instead of one that is corrupt.
         """
         options = options or LoadOptions()
+        self._drain(options.timeout)
         tried: list[str] = []
         warnings: list[str] = []
         prefix = options.checkpoint_prefix
@@ -982,7 +1157,11 @@ class DistributedCheckpoint:
         return self.validator.validate_checkpoint(checkpoint_prefix)
 
     def close(self) -> None:
-        """Wait for pending saves."""
+        """Wait for a pending save, raise its failure if nobody has asked for it, and free the staging memory."""
+        try:
+            self._drain(None)
+        finally:
+            self._staging.free()
 
     def __enter__(self) -> DistributedCheckpoint:
         return self
@@ -991,6 +1170,44 @@ class DistributedCheckpoint:
         self.close()
 
     # ---- save
+
+    def _drain(self, timeout: float | None) -> None:
+        """Wait for the save in flight; its failure is raised here if nobody has asked for it."""
+        pending = self._pending
+        if pending is None:
+            return
+        limit = timeout if isinstance(timeout, (int, float)) else self.default_timeout
+        if not pending.wait_done(limit + coord.GRACE_S):
+            raise CheckpointException(f"the save in flight is not done after {limit:g} s", type=ExceptionType.TIMEOUT)
+        self._pending = None
+        if not pending.asked and (error := pending.exception()) is not None:
+            raise error
+
+    def _stage(
+        self, pending: PendingSave, model: Model, optimizer: Model | None, options: SaveOptions,
+        extra_state: Mapping[str, object] | None,
+    ) -> tuple[ShardData, list[StagedCopy]]:  # fmt: skip
+        """Collect, and copy to host memory; what may be copied later, and is guarded until then, is returned."""
+        live = self._collect(model, optimizer, options, extra_state)
+        copies = self._staging.reserve(live, self.staging_budget_bytes)
+        places = {_view_key(view): room for _, view, room in copies}
+        tensors = [t._replace(pieces=[(box, places[_view_key(view)]) for box, view in t.pieces]) for t in live.tensors]
+        late: list[StagedCopy] = []
+        optimizers = list(optimizer.values()) if isinstance(optimizer, Mapping) else [optimizer]
+        if options.staging == "overlapped" and all(hasattr(o, "register_step_pre_hook") for o in optimizers):
+            owned = _optimizer_memory(optimizers)
+            late = [StagedCopy(n, v, room, v._version) for n, v, room in copies if v.data_ptr() in owned]
+            for hookable in optimizers:
+                pending.hook(hookable.register_step_pre_hook)
+        waiting = {id(item.room) for item in late}
+        for _, view, room in copies:
+            if id(room) not in waiting:
+                room.copy_(view, non_blocking=True)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        if not late:
+            pending.staged()
+        return ShardData(tensors, live.values), late
 
     def _collect(
         self,
@@ -1158,7 +1375,9 @@ def _check_stateful(value: object, what: str, optional: bool = False) -> None:
     parts = list(value.values()) if isinstance(value, Mapping) else [value]
     for part in parts:
         if not isinstance(part, Stateful) and not (optional and value is None):
-            raise ValueError(f"{what} must have state_dict() and load_state_dict(), or be a mapping of such: {type(part)}")
+            raise ValueError(
+                f"{what} must have state_dict() and load_state_dict(), or be a mapping of such: {type(part)}"
+            )
 
 
 def _check_extra(extra_state: object) -> None:
@@ -1186,13 +1405,17 @@ class _Restore:
         validator, coordinator = self.owner.validator, self.owner.coordinator
         result = validator.validate_metadata(reader.metadata)
         if not result.is_valid:
-            raise CheckpointException(f"validation failed: {result.get_summary()}", type=ExceptionType.VALIDATION_FAILED)
+            raise CheckpointException(
+                f"validation failed: {result.get_summary()}", type=ExceptionType.VALIDATION_FAILED
+            )
         for shard in range(coordinator.rank, len(reader.metadata.shards), coordinator.world_size):
             reader.header(shard)  # raises CORRUPTED_CHECKPOINT itself
         mine = range(coordinator.rank, len(reader.metadata.shards), coordinator.world_size)
         result.add(validator.validate_shards(reader, mine))
         if not result.is_valid:
-            raise CheckpointException(f"validation failed: {result.get_summary()}", type=ExceptionType.VALIDATION_FAILED)
+            raise CheckpointException(
+                f"validation failed: {result.get_summary()}", type=ExceptionType.VALIDATION_FAILED
+            )
         self.notes = result.warnings
 
     def prepare(self, op: coord.Operation, reader: CheckpointReader) -> list[coord.Target]:
@@ -1305,6 +1528,7 @@ class DistributedCheckpointFactory:
             CheckpointValidator(storage, options.integrity_checkers, options.compatibility_checkers),
         )
         made.default_timeout, made.keep_last = options.default_timeout, options.keep_last
+        made.staging_budget_bytes = options.staging_budget_bytes
         return made
 
 

@@ -42,9 +42,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -54,7 +54,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-if __package__:
+if __package__ and not TYPE_CHECKING:
     from . import ckpt_storage as st
     from .ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Shape
 else:
@@ -153,6 +153,8 @@ class TorchCoordinator:
         self._posted: list[str] = []
         self._poll: Callable[[], None] = lambda: None
         self._group: dist.ProcessGroupGloo | None = None
+        # gloo's threads must not drop the last reference to a tensor: at interpreter exit that ends the process.
+        self._in_flight: tuple[object, ...] = ()
         self._generation = ""
 
     @property
@@ -220,7 +222,10 @@ class TorchCoordinator:
             sent = torch.from_numpy(np.concatenate(order))
             lengths = [len(data) for data in order]
             if self._group is not None:
-                self._group.alltoall_base(torch.from_numpy(received), sent, incoming, lengths, options).wait()
+                output = torch.from_numpy(received)
+                work = self._group.alltoall_base(output, sent, incoming, lengths, options)
+                self._in_flight = (work, output, sent)
+                work.wait()
         except RuntimeError as error:
             problem, self._generation = str(error), ""
         problems = self.all_gather(problem, max(0.1, deadline - time.monotonic()))
@@ -388,7 +393,9 @@ class Operation:
             kind = ExceptionType.STORAGE_ERROR.value
         elif isinstance(error, ValueError) and self.step_name[:2] in ("S1", "L1"):
             kind = "value_error"
-        text = str(error) if isinstance(error, (CheckpointException, ValueError)) else f"{type(error).__name__}: {error}"
+        text = (
+            str(error) if isinstance(error, (CheckpointException, ValueError)) else f"{type(error).__name__}: {error}"
+        )
         message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
         return {
             "type": kind, "rank": rank, "message": message, "retryable": isinstance(error, self._retryable),
@@ -413,7 +420,9 @@ class Operation:
     def collect_at_0(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, on rank 0; elsewhere an empty list."""
         got = self.exchange({0: np.frombuffer(bytearray(data), np.uint8)})
-        return [got[rank].tobytes() if rank in got else b"" for rank in range(self.world_size)] if self.rank == 0 else []
+        return (
+            [got[rank].tobytes() if rank in got else b"" for rank in range(self.world_size)] if self.rank == 0 else []
+        )
 
     def hand_out(self, parts: Sequence[bytes]) -> bytes:
         """This rank's part of what rank 0 gives out."""
@@ -536,7 +545,9 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
     if type(tensor).__name__ == "ShardedTensor":
         problem = "is an FSDP1 ShardedTensor; use FSDP2 (torch.distributed.fsdp.fully_shard), which holds DTensors"
     elif type(tensor) not in _PLAIN:
-        problem = f"is a {type(tensor).__name__}, a tensor subclass without a known layout; convert it to a plain tensor"
+        problem = (
+            f"is a {type(tensor).__name__}, a tensor subclass without a known layout; convert it to a plain tensor"
+        )
     elif tensor.layout is not torch.strided:
         problem = f"has layout {tensor.layout}; store to_dense(), or its indices and values"
     elif tensor.is_quantized or tensor.dtype not in st.CODES:
@@ -925,7 +936,9 @@ class SavePlan:
 def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> SavePlan:
     """Who writes which bytes where, from what every rank holds."""
     holdings.check_complete(groups := Groups(holdings.rows))
-    plan = SavePlan(holdings.tensors, holdings.rows, np.empty(0), np.empty(0), [], form is not CheckpointFormat.MULTI_SHARD)
+    plan = SavePlan(
+        holdings.tensors, holdings.rows, np.empty(0), np.empty(0), [], form is not CheckpointFormat.MULTI_SHARD
+    )
     if form is CheckpointFormat.CONSOLIDATED:
         _plan_model_file(plan, holdings)
         lowest = holdings.lowest_ranks()
@@ -1061,18 +1074,19 @@ def write_compressed(
 
     Returns the blocks' CRCs, and for every source where it begins and the stored length of its frames.
     """
+    frames = [(s, at) for s in sources for at in range(0, s.nbytes(), st.FRAME_BYTES)]
     crcs: list[int] = []
-    placed: list[tuple[int, tuple[int, ...]]] = []
-    position, pending = base, bytearray()
+    placed: list[Placed] = []
+    pending, turn = bytearray(), threading.Condition()
+    position = base  # of `pending` in the data
+    upcoming = 0  # the frame whose turn it is to be written
 
-    def compress(source: Source, start: int) -> bytes:
-        raw = np.empty(min(st.FRAME_BYTES, source.nbytes() - start), np.uint8)
-        st.copy_out(source.view, start, raw)
-        meter.add(len(raw))
-        return st.compress_frame(raw, source.view.dtype.itemsize, level)
-
-    def flush(least: int) -> None:
+    def emit(packed: bytes, start: int, least: int) -> None:
         nonlocal position
+        if start == 0:
+            placed.append((position + len(pending), ()))
+        placed[-1] = (placed[-1][0], (*placed[-1][1], len(packed)))
+        pending.extend(packed)
         while len(pending) >= least and pending:
             block = pending[: st.BLOCK_BYTES]
             crcs.append(st.crc32(block))
@@ -1080,25 +1094,35 @@ def write_compressed(
             position += len(block)
             del pending[: len(block)]
 
-    with ThreadPoolExecutor(IO_THREADS, "ckpt-compress") as pool:
-        queue: deque[Future[bytes]] = deque()
-        frames = [(s, at) for s in sources for at in range(0, s.nbytes(), st.FRAME_BYTES)]
-        upcoming = iter(frames)
-        for source, start in frames:
-            while len(queue) < 2 * IO_THREADS and (item := next(upcoming, None)) is not None:
-                queue.append(pool.submit(compress, *item))
+    def compress(index: int, buffer: Bytes) -> None:
+        nonlocal upcoming
+        source, start = frames[index]
+        raw = buffer[: min(st.FRAME_BYTES, source.nbytes() - start)]
+        st.copy_out(source.view, start, raw)
+        packed = st.compress_frame(raw, source.view.dtype.itemsize, level)
+        with turn:
+            while upcoming != index and not broken.is_set():
+                turn.wait(0.1)
+            if not broken.is_set():
+                emit(packed, start, 1 if index + 1 == len(frames) else st.BLOCK_BYTES)
+            upcoming = index + 1
+            turn.notify_all()
+        meter.add(len(raw))
+
+    broken = threading.Event()  # nobody waits for the turn of a frame whose thread has failed
+
+    def or_break(function: Callable[..., None]) -> Callable[..., None]:
+        def guarded(*args: object) -> None:
             try:
-                packed = queue.popleft().result()
-                meter.tick()
+                function(*args)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                broken.set()
                 raise
-            if start == 0:
-                placed.append((position + len(pending), ()))
-            placed[-1] = (placed[-1][0], (*placed[-1][1], len(packed)))
-            pending += packed
-            flush(st.BLOCK_BYTES)
-        flush(1)
+
+        return guarded
+
+    threads = min(IO_THREADS, len(frames))
+    st.in_parallel(range(len(frames)), or_break(compress), threads, or_break(meter.tick))
     return crcs, placed
 
 
@@ -1122,7 +1146,9 @@ class Gathering:
 
     BLOCKS_A_ROUND = 4
 
-    def __init__(self, entries: list[tuple[str, str, Shape, int, int]], holders: Mapping[int, list[tuple[Box, int, int]]]):
+    def __init__(
+        self, entries: list[tuple[str, str, Shape, int, int]], holders: Mapping[int, list[tuple[Box, int, int]]]
+    ):
         """`entries`: (key, dtype, shape, begin, tensor whose pieces to use); `holders`: tensor -> (box, rank, piece)."""
         self._entries = [entry for entry in entries if math.prod(entry[2])]
         self._ends = [begin + math.prod(shape) * st.itemsize(dtype) for _, dtype, shape, begin, _ in self._entries]
@@ -1158,13 +1184,20 @@ class Gathering:
             held = [0] * world_size
             for rank in range(world_size):
                 held[rank] = sum(
-                    math.prod(s.common.size) * s.dtype.itemsize for s in self.segments(block, rank) if s.provider == rank
+                    math.prod(s.common.size) * s.dtype.itemsize
+                    for s in self.segments(block, rank)
+                    if s.provider == rank
                 )
             owned[min(range(world_size), key=lambda r: (-held[r], len(owned[r]), r))].append(block)
         return owned
 
     def write(
-        self, op: Operation, file: st.StoredFile, data_start: int, views: Sequence[tuple[Box, torch.Tensor]], meter: Meter
+        self,
+        op: Operation,
+        file: st.StoredFile,
+        data_start: int,
+        views: Sequence[tuple[Box, torch.Tensor]],
+        meter: Meter,
     ) -> dict[int, int]:
         """Exchange and write; returns the CRC of every block that this rank owns."""
         owned = self.schedule(op.world_size)
@@ -1381,9 +1414,7 @@ class _Attempt:
             multi = (groups.count > 1) & ~json_like[groups.rows.tensor]
             chosen = np.repeat(multi, groups.count)
             ranks, sources = groups.members.rank[chosen], groups.members.source[chosen]
-            parts = [
-                st.dump_json(st.encode_runs(sources[ranks == rank])) for rank in range(self.op.world_size)
-            ]
+            parts = [st.dump_json(st.encode_runs(sources[ranks == rank])) for rank in range(self.op.world_size)]
         wanted = json.loads(self.op.hand_out(parts))
         indices = st.decode_runs(wanted, sum(wanted[2::3])).tolist()
         views = [self._pieces[index][1] for index in indices]
@@ -1402,7 +1433,9 @@ class _Attempt:
             view, crc = views[index], 0
             flat, total = st.byte_view(view), view.numel() * view.dtype.itemsize
             for start in range(0, total, len(buffer)):
-                data = flat[start : start + len(buffer)] if flat is not None else buffer[: min(len(buffer), total - start)]
+                data = (
+                    flat[start : start + len(buffer)] if flat is not None else buffer[: min(len(buffer), total - start)]
+                )
                 if flat is None:
                     st.copy_out(view, start, data)
                 crc = st.crc32(data, crc)
@@ -1479,10 +1512,16 @@ class _Attempt:
 
     def _create_shared(self, name: str, entries: Sequence[st.Entry], data_length: int) -> int:
         blocks = [0] * st.block_count(data_length)
-        room = [] if not any(e.frames for e in entries) else [
-            st.Entry(f"pad/{data_length}{rank:06d}", "U8", (data_length,), data_length, data_length, (0,), (data_length,))
-            for rank in range(self.op.world_size)
-        ]  # compression leaves a gap behind every region
+        room = (
+            []
+            if not any(e.frames for e in entries)
+            else [
+                st.Entry(
+                    f"pad/{data_length}{rank:06d}", "U8", (data_length,), data_length, data_length, (0,), (data_length,)
+                )
+                for rank in range(self.op.world_size)
+            ]
+        )  # compression leaves a gap behind every region
         header = st.encode_header([*entries, *room], blocks)
         self._created.append(name)
         with _closing(self.storage.create(f"{self.ticket.prefix}/{name}")) as file:
@@ -1662,7 +1701,9 @@ class _Attempt:
             meta, (offset, size), begin = plan.tensors[columns[0][row]], columns[1][row], columns[2][row]
             box = Box(tuple(offset[: len(meta.shape)]), tuple(size[: len(meta.shape)]))
             found.append(_entry(meta, box, placed.get(row, (begin, ()))))
-        if self.request.compression is not st.CompressionLevel.NONE and not placed:  # the longest that the header may get
+        if (
+            self.request.compression is not st.CompressionLevel.NONE and not placed
+        ):  # the longest that the header may get
             found = [e._replace(frames=_raw_frames(e.end - e.begin)) for e in found]
         return found
 
@@ -2052,7 +2093,9 @@ class CheckpointLoader:
                     self._read(op, reader, tasks, str(request["strategy"]), progress)
                 except CheckpointException as error:
                     note = "; tensors being loaded are undefined now: load again, or restart"
-                    raise CheckpointException(f"{error}{note}", error.checkpoint_path, error.type, error.rank) from error
+                    raise CheckpointException(
+                        f"{error}{note}", error.checkpoint_path, error.type, error.rank
+                    ) from error
         with op.step("L5 agree"):
             op.gather(None)
         return metadata

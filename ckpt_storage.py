@@ -52,7 +52,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -429,7 +429,7 @@ class StorageOptions:
 class StorageFactory:
     """Builds storages by provider name."""
 
-    _providers: dict[str, Callable[[Mapping[str, str]], CheckpointStorage]] = {}
+    _providers: ClassVar[dict[str, Callable[[Mapping[str, str]], CheckpointStorage]]] = {}
 
     @staticmethod
     def create(options: StorageOptions) -> CheckpointStorage:
@@ -475,9 +475,7 @@ def parse_json(text: bytes, path: str) -> object:
         raise ValueError(f"{literal} is not JSON")
 
     try:
-        return json.loads(
-            text.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=refuse
-        )
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise corrupted(f"{path}: not valid JSON: {error}", path) from error
 
@@ -724,7 +722,7 @@ def _fastest_crc32() -> tuple[str, Callable[..., int]]:
     """The same polynomial from whichever package is there: ISA-L and zlib-ng fold with vector instructions."""
     for package, module in (("isal", "isal_zlib"), ("zlib_ng", "zlib_ng")):
         try:
-            return package, getattr(__import__(f"{package}.{module}", fromlist=["crc32"]), "crc32")
+            return package, __import__(f"{package}.{module}", fromlist=["crc32"]).crc32
         except ImportError:
             continue
     return "zlib", zlib.crc32
@@ -1028,9 +1026,7 @@ def _parse_entry(name: str, item: dict[str, object], info: dict[str, object]) ->
     whole, offset = logical, tuple(0 for _ in logical)
     if "whole" in info:
         whole, offset = int_tuple(info["whole"]), int_tuple(info["offset"])
-        if not len(whole) == len(offset) == len(logical) or any(
-            o + s > w for o, s, w in zip(offset, logical, whole)
-        ):
+        if not len(whole) == len(offset) == len(logical) or any(o + s > w for o, s, w in zip(offset, logical, whole)):
             raise ValueError(f"{name!r}: piece outside of its tensor")
     return Entry(name, dtype, logical, begin, end, offset, whole, frames)
 
