@@ -495,9 +495,14 @@ class Filling:
     def decode(self, node: object, like: object, param: torch.Tensor | None = None) -> object:
         """A stored value with its tensors, which are taken from the same place in `like` where they fit."""
         known: dict[str, torch.Tensor] = {}
+
+        def note(path: str, tensor: torch.Tensor) -> str:
+            known[path] = tensor
+            return ""
+
         if like is not None:
             with contextlib.suppress(ValueError):  # a structure that could not be saved has nothing to offer
-                st.encode_value(like, "", lambda path, tensor: known.setdefault(path, tensor) and "")
+                st.encode_value(like, "", note)
         places: dict[str, str] = {}
         _find_tensors(node, "", places)
         return st.decode_value(node, lambda name: self.new_tensor(name, known.get(places.get(name, "?")), param))
