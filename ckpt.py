@@ -63,6 +63,7 @@ if __package__ and not TYPE_CHECKING:
         CheckpointStorage,
         CompressionLevel,
         ExceptionType,
+        FileOps,
         LocalStorage,
         ShardMetadata,
         StorageFactory,
@@ -92,6 +93,7 @@ else:
         CheckpointStorage,
         CompressionLevel,
         ExceptionType,
+        FileOps,
         LocalStorage,
         ShardMetadata,
         StorageFactory,
@@ -104,7 +106,8 @@ __all__ = [
     "CheckpointCoordinator", "CheckpointException", "CheckpointFormat", "CheckpointInfo", "CheckpointLoadResult",
     "CheckpointLoader", "CheckpointMetadata", "CheckpointOptions", "CheckpointReader", "CheckpointStorage",
     "CheckpointValidator", "ChecksumIntegrityChecker", "CompatibilityChecker", "CompressionLevel", "DistributedCheckpoint",
-    "DistributedCheckpointFactory", "DistributedCoordinator", "ExceptionType", "FaultToleranceHandler", "IntegrityChecker",
+    "DistributedCheckpointFactory", "DistributedCoordinator", "ExceptionType", "FaultToleranceHandler", "FileOps",
+    "IntegrityChecker",
     "LoadOptions", "LocalCoordinator", "LocalStorage", "PendingSave", "Progress", "RetryPolicy", "SaveOptions",
     "SchemaCompatibilityChecker", "ShardData", "ShardMetadata", "SizeIntegrityChecker", "Stateful", "StorageFactory",
     "StorageOptions", "StoredFile", "TensorMetadata", "TorchCoordinator", "ValidationResult",
@@ -447,12 +450,10 @@ class Filling:
         self.used: set[str] = set()
         self._seen: set[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = set()
 
-    def value(self, name: str) -> object | None:
-        """A stored value, still encoded; None, and a problem, where this rank has none."""
-        self.used.add(name)
-        if (index := self.find(name)) is None:
-            return None
-        return self.reader.read_value(index)
+    def value(self, name: str, key: str, like: object, into: dict[str, object]) -> None:
+        """Put the stored value, with its tensors, into `into[key]`, or note the problem where there is none."""
+        if (index := self.find(name)) is not None:
+            into[key] = self.decode(self.reader.read_value(index), like)
 
     def find(self, name: str, what: str = "missing from the checkpoint") -> int | None:
         """The index of a stored tensor, or None after noting the problem."""
@@ -473,7 +474,8 @@ class Filling:
             self.errors.append(f"{name}: shape {list(meta.shape)} in the checkpoint, {list(tensor.shape)} here")
             return
         if st.DTYPES[meta.dtype] != tensor.dtype:
-            self.problems.append(f"{name}: dtype {meta.dtype} in the checkpoint, {tensor.dtype} here")
+            here = st.CODES.get(tensor.dtype, tensor.dtype)
+            self.problems.append(f"{name}: dtype {meta.dtype} in the checkpoint, {here} here")
         for box, view in coord.local_tensor(name, tensor).pieces:
             key = (index, view.data_ptr(), tuple(view.stride()), box.offset)
             if key not in self._seen:  # tied tensors need one fill
@@ -561,6 +563,7 @@ class Collecting:
 
     def value(self, name: str, value: object, per_rank: bool = False) -> None:
         """Add a value that is no tensor, with the tensors inside it."""
+        self._names.add(name)
         try:
             node = st.encode_value(value, name, self.tensor)
         except (ValueError, RecursionError) as error:
@@ -636,8 +639,8 @@ class ModelState:
         for key, value in self._entries(keep_vars=True):
             if isinstance(value, torch.Tensor) and not key.endswith("_extra_state"):
                 filling.fill(f"model/{key}", value)
-            elif (node := filling.value(f"model-values/{key}")) is not None:
-                decoded[key] = filling.decode(node, value)
+            else:
+                filling.value(f"model-values/{key}", key, value, decoded)
         for (prefix, _), state in zip(self._parts, self._states):
             state |= {key: decoded[full] for key in state if (full := prefix + _canonical(key)) in decoded}
 
@@ -1305,12 +1308,12 @@ class DistributedCheckpoint:
             op = self._operation("load", options.timeout, cancel)
             loader = CheckpointLoader(self.coordinator, self.storage)
             metadata = loader.coordinate_load(
-                op, claim, restore.validate, lambda reader: restore.prepare(op, reader), options.progress
+                op, claim, restore.validate, lambda reader: restore.prepare(op, reader), restore.apply, options.progress
             )
             return metadata, op
 
         metadata, op = self._with_retry(attempt, prefix if isinstance(prefix, str) else "", cancel)
-        result = restore.apply(metadata, warnings)
+        result = restore.result(metadata, warnings)
         for warning in result.warnings:
             self.logger.warning("%s: %s", metadata.prefix, warning)
         self._log("loaded", metadata.prefix, restore.bytes, time.monotonic() - started, op)
@@ -1440,11 +1443,13 @@ class _Restore:
                 filling.problems.append("the checkpoint has no optimizer state (load with load_optimizer=False)")
         self._prepare_extra(names)
         self.rng: object = None
-        if options.load_rng_state and "rng/state" in names:
+        if options.load_rng_state:
             index = reader.find("rng/state", op.rank)
             self.rng = None if index is None else st.decode_value(reader.read_value(index), str)
             if index is None:
-                filling.warnings.append(f"no random number generator state for rank {op.rank}: it keeps its own")
+                filling.warnings.append(
+                    f"rng/state: the checkpoint has no RNG state for rank {op.rank}: it keeps its own"
+                )
         self._judge(op, names)
         widths = (t.view.dtype.itemsize * t.view.numel() for t in filling.targets)
         self.bytes = sum(widths)
@@ -1461,8 +1466,7 @@ class _Restore:
                 continue
             like = self.extra_state.get(key)
             current = like.state_dict() if isinstance(like, Stateful) else None
-            if (node := filling.value(f"extra/{key}")) is not None:
-                self.extra[key] = filling.decode(node, current)
+            filling.value(f"extra/{key}", key, current, self.extra)
 
     @staticmethod
     def _is_value(reader: CheckpointReader, name: str) -> bool:
@@ -1490,20 +1494,22 @@ class _Restore:
                 type=ExceptionType.VALIDATION_FAILED,
             )
 
-    def apply(self, metadata: CheckpointMetadata, warnings: list[str]) -> CheckpointLoadResult:
-        """After L5: hand the filled states over."""
-        owner = self.owner
-        strict = self.options.strict_mode
-        model_state = self.model.apply(strict)
-        optimizer_state = self.optimizer.apply() if self.optimizer is not None else {}
+    def apply(self) -> None:
+        """L5: hand the filled states over."""
+        self.model_state = self.model.apply(self.options.strict_mode)
+        self.optimizer_state = self.optimizer.apply() if self.optimizer is not None else {}
         for key, value in self.extra.items():
             if isinstance(like := self.extra_state.get(key), Stateful) and isinstance(value, dict):
                 like.load_state_dict(value)
         if isinstance(self.rng, dict):
             set_rng_state(self.rng)
+
+    def result(self, metadata: CheckpointMetadata, warnings: list[str]) -> CheckpointLoadResult:
+        """What the caller gets."""
+        here = self.owner.coordinator.world_size
         return CheckpointLoadResult(
-            metadata, model_state, optimizer_state, metadata.world_size, owner.coordinator.world_size,
-            metadata.world_size != owner.coordinator.world_size, self.extra, metadata.prefix,
+            metadata, self.model_state, self.optimizer_state, metadata.world_size, here,
+            metadata.world_size != here, self.extra, metadata.prefix,
             [*warnings, *self.notes, *self.filling.warnings],
         )  # fmt: skip
 

@@ -43,6 +43,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -482,7 +483,7 @@ class FaultToleranceHandler:
         threading.Thread(target=run, name="ckpt-timeout", daemon=True).start()
         try:
             return result.result(timeout)
-        except TimeoutError as error:
+        except FutureTimeout as error:  # the built-in one from Python 3.11 on
             if result.done():
                 raise
             raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT) from error
@@ -2071,9 +2072,10 @@ class CheckpointLoader:
         claim: Callable[[], Mapping[str, object]],
         validate: Callable[[CheckpointReader], None],
         prepare: Callable[[CheckpointReader], list[Target]],
+        apply: Callable[[], None],
         progress: Callable[[Progress], None] | None = None,
     ) -> st.CheckpointMetadata:
-        """Fill the targets that `prepare` names on every rank. Collective; blocks until all ranks have theirs.
+        """Fill the targets that `prepare` names, then `apply`, on every rank. Collective; blocks until all ranks are done.
 
         `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are undefined,
         and the message says so.
@@ -2097,6 +2099,8 @@ class CheckpointLoader:
                         f"{error}{note}", error.checkpoint_path, error.type, error.rank
                     ) from error
         with op.step("L5 agree"):
+            op.gather(None)  # every rank has its bytes
+            apply()
             op.gather(None)
         return metadata
 

@@ -740,24 +740,26 @@ class CompressionLevel(enum.Enum):
     MAXIMUM = "maximum"
 
 
-_ZLIB = {  # level, strategy: FAST only entropy-codes, which is all that exponents of weights can give
-    CompressionLevel.FAST: (1, zlib.Z_HUFFMAN_ONLY),
-    CompressionLevel.BALANCED: (6, zlib.Z_DEFAULT_STRATEGY),
-    CompressionLevel.MAXIMUM: (9, zlib.Z_DEFAULT_STRATEGY),
+_ENTROPY_ONLY = (1, zlib.Z_HUFFMAN_ONLY)  # level, strategy: fast, and all that the exponents of weights can give
+_ZLIB = {
+    CompressionLevel.FAST: (_ENTROPY_ONLY,),
+    CompressionLevel.BALANCED: (_ENTROPY_ONLY, (6, zlib.Z_DEFAULT_STRATEGY)),
+    CompressionLevel.MAXIMUM: (_ENTROPY_ONLY, (9, zlib.Z_DEFAULT_STRATEGY)),
 }
 
 
 def _deflate(data: bytes, level: CompressionLevel) -> bytes:
-    """`data` compressed, or as it is where a sample of it does not shrink by 2 % or the whole does not shrink."""
-    depth, strategy = _ZLIB[level]
+    """`data` compressed the best way of the level, or as it is where it does not shrink (or a sample not by 2 %)."""
     if level is not CompressionLevel.MAXIMUM and len(data) > 1 << 16:
         middle = len(data) // 2
         sample = data[middle : middle + (1 << 14)]
         if len(zlib.compress(sample, 1)) > 0.98 * len(sample):
             return data
-    stream = zlib.compressobj(depth, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
-    packed = stream.compress(data) + stream.flush()
-    return packed if len(packed) < len(data) else data
+    best = data
+    for depth, strategy in _ZLIB[level]:
+        stream = zlib.compressobj(depth, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
+        best = min(best, stream.compress(data) + stream.flush(), key=len)
+    return best
 
 
 def compress_frame(data: Bytes, width: int, level: CompressionLevel) -> bytes:

@@ -1,0 +1,2348 @@
+"""The specification of ckpt, as tests: every promise of the README, tried on real files and real processes.
+
+    python -m pytest -q test_ckpt.py                 all of it
+    python -m pytest -q test_ckpt.py -k reshard      one section
+
+Sections follow the README's promises: API, bytes, protocol, resharding, resume, bad input, command line, README.
+Nothing is mocked. Ranks are real processes that speak gloo (`run` below); files are reopened with a reader that
+shares no code with the library (`Shard` below, and the `safetensors` package where it is installed); the truth
+that a restored tensor is compared with never went through a checkpoint. A hang is a failure, never a wait.
+"""
+
+import copy
+import dataclasses
+import datetime
+import enum
+import errno
+import functools
+import importlib
+import io
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+import zlib
+from multiprocessing import connection
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import ckpt
+from ckpt import CheckpointException, CheckpointFormat, CompressionLevel, ExceptionType, LoadOptions, SaveOptions
+from ckpt_storage import FileOps
+
+HERE = Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))  # for children
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch is chatty
+torch.set_num_threads(1)
+MiB = 1 << 20
+BLOCK = 4 * MiB
+PAGE = 4096
+FORMATS = list(CheckpointFormat)
+LEVELS = list(CompressionLevel)
+STRATEGIES = ["parallel", "sequential", "broadcast"]
+
+
+# ---- the one multi-process helper ------------------------------------------------------------------------------------
+# A fork server imports torch once; each rank of each test is a fresh fork of it, so a rank starts in milliseconds, no
+# state leaks from test to test, and a killed rank costs nothing. The parent hosts the store, as torchrun does.
+
+CTX = multiprocessing.get_context("forkserver")
+CTX.set_forkserver_preload(["torch._dynamo", "test_ckpt"])
+
+
+def _rank_main(pipe, port, rank, world_size, body, tmp, args):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        answer = (True, body(rank, world_size, Path(tmp), *args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send(answer)
+    pipe.recv()  # stay until every rank has reported: leaving early closes sockets that others still use
+
+
+def run(world_size, body, tmp, *args, limit_s=60.0, dies=()):
+    """Run `body(rank, world_size, tmp, *args)` in `world_size` processes; return their results in the order of ranks.
+
+    Fails with the tracebacks of the ranks that raised, died (except those in `dies`) or still run after `limit_s`.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes, pending, results, failures = [], {}, [None] * world_size, []
+    for rank in range(world_size):
+        pipe, theirs = CTX.Pipe()
+        arguments = (theirs, store.port, rank, world_size, body, str(tmp), args)
+        processes.append(CTX.Process(target=_rank_main, args=arguments))
+        processes[-1].start()
+        theirs.close()
+        pending[pipe] = rank
+    deadline = time.monotonic() + limit_s
+    try:
+        while pending and (ready := connection.wait(list(pending), max(0.0, deadline - time.monotonic()))):
+            for pipe in ready:
+                rank = pending.pop(pipe)
+                processes[rank].pipe = pipe  # keep our end open until the end
+                try:
+                    ok, results[rank] = pipe.recv()
+                except EOFError:
+                    ok, results[rank] = rank in dies, "died"
+                if not ok:
+                    failures.append(f"rank {rank}: {results[rank]}")
+                    deadline = min(deadline, time.monotonic() + 10)
+        if pending:
+            failures.append(f"ranks {sorted(pending.values())} hang: still running at the limit of {limit_s} s")
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
+    return results
+
+
+# ---- opening, comparing, reading by hand -----------------------------------------------------------------------------
+
+
+def opened(tmp, coordinator=None, **options):
+    """The library, as a user opens it, on the directory `tmp`."""
+    storage = ckpt.StorageOptions(connection_settings={"base_path": str(tmp)})
+    options = ckpt.CheckpointOptions(**{"storage": storage, "default_timeout": 30.0, **options})
+    return ckpt.DistributedCheckpointFactory.create(coordinator, options)
+
+
+def to(prefix="p", **options):
+    return SaveOptions(checkpoint_prefix=prefix, **options)
+
+
+def at(prefix="p", **options):
+    return LoadOptions(checkpoint_prefix=prefix, **options)
+
+
+def told(call):
+    """The exception of `call()` as plain values (type, rank, message), or ("returned", None, value)."""
+    try:
+        return "returned", None, call()
+    except CheckpointException as error:
+        return error.type.name, error.rank, str(error)
+    except ValueError as error:
+        return "ValueError", None, str(error)
+
+
+def refusal(call, kind=None):
+    """The message of the CheckpointException (of type `kind`) that `call()` must raise."""
+    with pytest.raises(CheckpointException) as caught:
+        call()
+    assert kind is None or caught.value.type is kind, (caught.value.type, str(caught.value))
+    return str(caught.value)
+
+
+class Bag:
+    """The smallest Stateful: named tensors (or anything else) in a dict."""
+
+    def __init__(self, **state):
+        self.state = state
+
+    def state_dict(self):
+        return dict(self.state)
+
+    def load_state_dict(self, state):
+        self.state = dict(state)
+
+
+def identical(a, b):
+    """Same type, same structure, same bits; -0.0 is not 0.0, and a NaN equals only itself."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, DTensor):
+        return a.shape == b.shape and identical(a.to_local().detach(), b.to_local().detach())
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
+    if isinstance(a, (np.ndarray, np.generic)):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    if isinstance(a, float):
+        return struct.pack("<d", a) == struct.pack("<d", b)
+    return a == b
+
+
+def raw(tensor):
+    """A tensor's elements as bytes, whatever its dtype."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def listing(tmp):
+    """Every file below `tmp`, with its bytes: a directory as a value."""
+    return {str(p.relative_to(tmp)): p.read_bytes() for p in sorted(Path(tmp).rglob("*")) if p.is_file()}
+
+
+def shards(tmp, prefix="p"):
+    return sorted((Path(tmp) / prefix).glob("*.safetensors"))
+
+
+class Shard:
+    """A safetensors file read by hand, with the rules that their reader enforces, and ours on top."""
+
+    ITEM: ClassVar = dict.fromkeys(
+        ["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"], 1
+    )
+    ITEM |= dict.fromkeys(["U16", "I16", "F16", "BF16"], 2) | dict.fromkeys(["U32", "I32", "F32"], 4)
+    ITEM |= dict.fromkeys(["U64", "I64", "F64", "C64"], 8) | {"F4": 0.5}
+
+    def __init__(self, path):
+        def no_duplicates(pairs):
+            assert len(dict(pairs)) == len(pairs), "duplicate keys"
+            return dict(pairs)
+
+        self.path, self.bytes = Path(path), Path(path).read_bytes()
+        (length,) = struct.unpack("<Q", self.bytes[:8])
+        text = self.bytes[8 : 8 + length]
+        assert length <= 100_000_000 and text.startswith(b"{")
+        self.header = json.loads(text.decode(), object_pairs_hook=no_duplicates)
+        assert text.rstrip(b" ").endswith(b"}")
+        self.metadata = self.header.pop("__metadata__", {})
+        assert all(type(value) is str for value in self.metadata.values())
+        self.data_at = 8 + length
+        assert self.data_at % PAGE == 0
+        end = 0
+        for name, entry in sorted(self.header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, stop = entry["data_offsets"]
+            size = self.ITEM[entry["dtype"]]
+            assert begin == end and stop - begin == size * math.prod(entry["shape"]), (name, entry, end)
+            assert begin % max(1, size) == 0, f"{name} is not aligned"
+            end = stop
+        assert self.data_at + end == len(self.bytes)
+        blocks = [self.bytes[at : at + BLOCK] for at in range(self.data_at, len(self.bytes), BLOCK)]
+        assert self.metadata["crc32"] == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
+
+    def data(self, name):
+        begin, end = self.header[name]["data_offsets"]
+        return self.bytes[self.data_at + begin : self.data_at + end]
+
+    def place(self, name):
+        """Where an entry's bytes are in the file: (first, end)."""
+        begin, end = self.header[name]["data_offsets"]
+        return self.data_at + begin, self.data_at + end
+
+    def find(self, start):
+        """The one entry whose name starts so."""
+        (name,) = [name for name in self.header if name.startswith(start)]
+        return name
+
+
+def flip(path, position):
+    """Flip one bit of one byte of a file."""
+    data = bytearray(Path(path).read_bytes())
+    data[position] ^= 1
+    Path(path).write_bytes(data)
+
+
+def reseal(path, edit):
+    """Rewrite a commit record through `edit(dict)`, with a right CRC: damage that only its meaning can betray."""
+    text = path.read_bytes()
+    body, tail = text[: text.rindex(b',"crc32":"')], text[text.rindex(b',"crc32":"') :]
+    assert tail == b',"crc32":"%08x"}\n' % zlib.crc32(body)
+    record = json.loads(text)
+    del record["crc32"]
+    edit(record)
+    body = json.dumps(record, separators=(",", ":")).encode()[:-1]
+    path.write_bytes(body + b',"crc32":"%08x"}\n' % zlib.crc32(body))
+
+
+def filled(module, salt):
+    """Fill parameters and buffers with values that depend on `salt` and the name alone; return the module."""
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{salt}/{name}".encode()))
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            else:
+                tensor.copy_(torch.randint(-(1 << 30), 1 << 30, tensor.shape, generator=generator) % 3 - 1)
+    return module
+
+
+def stepped(model, optimizer=torch.optim.AdamW, steps=2, **options):
+    """An optimizer over `model` that has taken `steps` steps, so that all its state exists."""
+    optimizer = optimizer(model.parameters(), **options)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def small(salt="truth"):
+    """A little plain model with its optimizer, both in a known state."""
+    model = filled(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), salt)
+    return model, stepped(model, lr=0.1 if salt == "truth" else 0.2)
+
+
+def state_of(model, optimizer=None):
+    """A deep copy of everything that a load may change."""
+    return copy.deepcopy((model.state_dict(), optimizer and optimizer.state_dict()))
+
+
+# ---- API: every public name, every option has its effect -------------------------------------------------------------
+
+PUBLIC = [
+    "DistributedCheckpoint", "PendingSave", "DistributedCheckpointFactory", "StorageFactory", "Stateful",
+    "SaveOptions", "LoadOptions", "CheckpointLoadResult", "CheckpointInfo", "CheckpointOptions", "StorageOptions",
+    "RetryPolicy", "CheckpointException", "ExceptionType", "CheckpointValidator", "ValidationResult",
+    "IntegrityChecker", "CompatibilityChecker", "ChecksumIntegrityChecker", "SizeIntegrityChecker",
+    "VersionCompatibilityChecker", "SchemaCompatibilityChecker", "FaultToleranceHandler", "DistributedCoordinator",
+    "LocalCoordinator", "TorchCoordinator", "CheckpointCoordinator", "CheckpointLoader", "CheckpointStorage",
+    "LocalStorage", "CheckpointMetadata", "ShardMetadata", "TensorMetadata", "ShardData", "CheckpointFormat",
+    "CompressionLevel",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_imported_from_ckpt_and_says_what_it_is(name):
+    assert getattr(ckpt, name).__doc__
+
+
+def test_options_have_the_documented_fields_and_defaults():
+    def defaults(cls):
+        return {f.name: getattr(cls(), f.name) for f in dataclasses.fields(cls)}
+
+    save = dict(checkpoint_prefix=None, format=CheckpointFormat.MULTI_SHARD, compression_level=CompressionLevel.NONE)
+    save |= dict(include_optimizer=True, include_rng_state=True, timeout=None, custom_metadata={}, overwrite=True)
+    assert defaults(SaveOptions) == save | dict(staging="eager", replicas="verify", progress=None)
+    load = dict(checkpoint_prefix=None, load_optimizer=True, load_rng_state=True, resharding_strategy="parallel")
+    load |= dict(timeout=None, skip_validation=False, strict_mode=True, fallback=False, progress=None)
+    assert defaults(LoadOptions) == load
+    assert defaults(ckpt.StorageOptions) == dict(provider="local", connection_settings={"base_path": "./checkpoints"})
+    assert ckpt.CheckpointOptions().default_timeout == 600.0 and ckpt.CheckpointOptions().keep_last is None
+    retry = ckpt.RetryPolicy()
+    assert (retry.max_retries, retry.initial_delay, retry.max_delay, retry.backoff_factor) == (3, 1.0, 30.0, 2.0)
+    members = "UNKNOWN SAVE_FAILED LOAD_FAILED VALIDATION_FAILED CORRUPTED_CHECKPOINT INCOMPATIBLE_VERSION TIMEOUT"
+    assert {m.name for m in ExceptionType} == {*members.split(), "STORAGE_ERROR", "CANCELLED"}
+
+
+def test_the_exception_is_a_plain_exception_with_path_type_and_rank():
+    error = CheckpointException("m", "p/x", ExceptionType.TIMEOUT)
+    assert isinstance(error, Exception) and str(error) == "m"
+    assert (error.checkpoint_path, error.type, error.rank) == ("p/x", ExceptionType.TIMEOUT, None)
+    assert CheckpointException("m").type is ExceptionType.UNKNOWN
+
+
+def test_modules_optimizers_and_schedulers_are_stateful():
+    model, optimizer = small()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert all(isinstance(thing, ckpt.Stateful) for thing in (model, optimizer, scheduler, Bag()))
+    assert not isinstance(object(), ckpt.Stateful)
+
+
+def test_what_was_saved_is_restored_in_place_bit_for_bit(tmp_path):
+    model, optimizer = small()
+    other, other_optimizer = small("other")
+    weight = other[0].weight
+    with opened(tmp_path) as checkpoint:
+        assert checkpoint.save(model, optimizer, to("a/b")) == "a/b"
+        result = checkpoint.load(other, other_optimizer, at("a/b"))
+    assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
+    assert other[0].weight is weight and result.prefix == "a/b" and not result.warnings
+    assert (result.source_world_size, result.target_world_size, result.was_resharded) == (1, 1, False)
+    assert identical(dict(result.model_state), dict(other.state_dict()))
+    assert set(result.optimizer_state) >= {"state", "param_groups"}
+
+
+def test_one_object_saves_with_defaults_and_names_checkpoints_by_utc_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _ = small()
+    checkpoint = ckpt.DistributedCheckpoint()
+    before = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
+    first, second = checkpoint.save(model), checkpoint.save(model)
+    after = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
+    assert before <= re.fullmatch(r"checkpoint_(\d{8}_\d{6})", first)[1] <= after
+    assert second.startswith("checkpoint_") and second != first
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == [first, second]
+    assert (tmp_path / "checkpoints" / f"{first}.metadata.json").is_file()
+
+
+def test_list_gives_committed_checkpoints_oldest_first_whatever_the_clock_says(tmp_path):
+    model, optimizer = small()
+    checkpoint = opened(tmp_path)
+    assert checkpoint.list_checkpoints() == [] and checkpoint.latest_checkpoint() is None
+    for age, prefix in enumerate(["z", "deep/er/m", "a"]):
+        checkpoint.save(model, optimizer, to(prefix, format=FORMATS[age]))
+        os.utime(tmp_path / f"{prefix}.metadata.json", (1e9 - age, 1e9 - age))
+    infos = checkpoint.list_checkpoints()
+    assert [info.prefix for info in infos] == ["z", "deep/er/m", "a"]
+    assert checkpoint.latest_checkpoint() == infos[-1]
+    for info, form in zip(infos, FORMATS):
+        assert info.format in (form, form.name, form.value) and info.world_size == 1 and info.version
+        assert abs((datetime.datetime.now(datetime.timezone.utc) - info.timestamp).total_seconds()) < 60
+        assert info.timestamp.utcoffset() == datetime.timedelta(0)
+        stored = sum(path.stat().st_size for path in shards(tmp_path, info.prefix))
+        assert stored <= info.size_bytes <= stored + (tmp_path / f"{info.prefix}.metadata.json").stat().st_size
+
+
+def test_delete_removes_one_checkpoint_and_leaves_those_below_it_alone(tmp_path):
+    model, _ = small()
+    checkpoint = opened(tmp_path)
+    for prefix in ("a", "a/b", "c"):
+        checkpoint.save(model, None, to(prefix))
+    checkpoint.delete_checkpoint("a")
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["a/b", "c"]
+    assert not (tmp_path / "a.metadata.json").exists() and not shards(tmp_path, "a")
+    checkpoint.load(small("other")[0], None, at("a/b"))
+    checkpoint.delete_checkpoint("a/b")
+    checkpoint.delete_checkpoint("c")
+    assert listing(tmp_path) == {}
+    assert "c" in refusal(lambda: checkpoint.delete_checkpoint("c"))
+
+
+def test_include_optimizer_false_stores_none_and_model_only_does_the_same(tmp_path):
+    model, optimizer = small()
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizer, to("a", include_optimizer=False))
+    assert checkpoint.save_model_only(model, to("b")) == "b"
+    for prefix in ("a", "b"):
+        assert not any("exp_avg" in name for path in shards(tmp_path, prefix) for name in Shard(path).header)
+        other, other_optimizer = small("other")
+        before = state_of(other, other_optimizer)
+        strict = functools.partial(checkpoint.load, other, other_optimizer, at(prefix))
+        refusal(strict, ExceptionType.VALIDATION_FAILED)
+        assert identical(state_of(other, other_optimizer), before)
+        result = checkpoint.load(other, other_optimizer, at(prefix, strict_mode=False))
+        assert result.warnings and identical(state_of(other_optimizer)[0], before[1])
+        assert identical(state_of(other)[0], state_of(model)[0])
+        checkpoint.load(small("other")[0], None, at(prefix))
+
+
+def test_load_optimizer_false_leaves_the_optimizer_as_it_is(tmp_path):
+    model, optimizer = small()
+    other, other_optimizer = small("other")
+    before = state_of(other, other_optimizer)
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizer, to())
+    checkpoint.load(other, other_optimizer, at(load_optimizer=False))
+    assert identical(state_of(other_optimizer)[0], before[1]) and identical(state_of(other)[0], state_of(model)[0])
+
+
+def draws():
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
+
+
+@pytest.mark.parametrize("included, loaded", [(True, True), (True, False), (False, True)])
+def test_rng_of_torch_numpy_and_random_come_back_if_saved_and_asked_for(tmp_path, included, loaded):
+    model, _ = small()
+    checkpoint = opened(tmp_path)
+    draws()
+    checkpoint.save(model, None, to(include_rng_state=included))
+    first, second = draws(), draws()
+    result = checkpoint.load(model, None, at(load_rng_state=loaded))
+    again = draws()
+    assert (again == first) == (included and loaded) and again != second
+    assert bool(result.warnings) == (loaded and not included)
+
+
+def test_custom_metadata_comes_back_and_must_be_json(tmp_path):
+    model, _ = small()
+    checkpoint = opened(tmp_path)
+    mine = {"epoch": 3, "ünï": [1.5, None, {"deep": True}]}
+    checkpoint.save(model, None, to(custom_metadata=mine))
+    assert checkpoint.load(model, None, at()).metadata.custom_metadata == mine
+    with pytest.raises(ValueError, match="epoch"):
+        checkpoint.save(model, None, to("q", custom_metadata={"epoch": object()}))
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["p"]
+
+
+def test_overwrite_replaces_the_old_checkpoint_and_its_files(tmp_path):
+    checkpoint = opened(tmp_path)
+    model, optimizer = small()
+    for form in FORMATS:
+        checkpoint.save(model, optimizer, to(format=form))
+    checkpoint.save(*small("second"), to())
+    assert len(listing(tmp_path)) == 2
+    checkpoint.load(model, optimizer, at())
+    assert identical(state_of(model, optimizer), state_of(*small("second")))
+
+
+def test_overwrite_false_refuses_and_keeps_the_old_checkpoint(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to())
+    before = listing(tmp_path)
+    assert "p" in refusal(lambda: checkpoint.save(*small("second"), to(overwrite=False)))
+    assert listing(tmp_path) == before
+    assert checkpoint.save(*small("second"), to("q", overwrite=False)) == "q"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_format_and_compression_level_restores_the_same_bits(tmp_path, form, level):
+    checkpoint = opened(tmp_path)
+    model = filled(nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), "truth")  # over one frame
+    optimizer = stepped(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+    other = filled(nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), "other")
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.3, momentum=0.9)
+    checkpoint.save(model, optimizer, to(format=form, compression_level=level))
+    checkpoint.load(other, other_optimizer, at())
+    assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
+    assert checkpoint.validate_checkpoint("p").is_valid
+    names = [path.name for path in shards(tmp_path)]
+    patterns = {"MULTI_SHARD": [r"[0-9a-f]{8}-00000-of-00001"], "SINGLE_FILE": [r"[0-9a-f]{8}"]}
+    patterns["CONSOLIDATED"] = [r"[0-9a-f]{8}\.model", r"[0-9a-f]{8}\.rest"]
+    expected = patterns[form.name]
+    assert len(names) == len(expected)
+    assert all(re.fullmatch(pattern + r"\.safetensors", name) for pattern, name in zip(expected, names))
+
+
+def test_compression_shrinks_what_it_can_and_costs_next_to_nothing_where_it_cannot(tmp_path):
+    checkpoint = opened(tmp_path)
+    generator = torch.Generator().manual_seed(1)
+    weights = Bag(w=torch.randn(1 << 20, generator=generator).bfloat16())
+    noise = Bag(w=torch.randint(0, 256, (2 << 20,), generator=generator, dtype=torch.uint8))
+    size = {}
+    for level in LEVELS:
+        for name, bag in (("weights", weights), ("noise", noise)):
+            checkpoint.save(bag, None, to(f"{name}-{level.name}", compression_level=level))
+            size[name, level.name] = sum(path.stat().st_size for path in shards(tmp_path, f"{name}-{level.name}"))
+    for level in ("FAST", "BALANCED", "MAXIMUM"):
+        assert size["weights", level] < 0.85 * size["weights", "NONE"]  # exponents share a plane
+        assert size["noise", level] < 1.01 * size["noise", "NONE"]
+    assert size["weights", "MAXIMUM"] <= size["weights", "BALANCED"] <= size["weights", "FAST"]
+
+
+class Objector:
+    """A checker of either kind that counts its calls and may object."""
+
+    name = "objector"
+
+    def __init__(self, *errors):
+        self.errors, self.calls = list(errors), 0
+
+    def check_integrity(self, *_args):
+        self.calls += 1
+        return ckpt.ValidationResult(errors=list(self.errors))
+
+    check_compatibility = check_integrity
+
+
+@pytest.mark.parametrize("kind", ["integrity_checkers", "compatibility_checkers"])
+def test_a_custom_checker_can_refuse_a_load_unless_validation_is_skipped(tmp_path, kind):
+    model, optimizer = small()
+    other, other_optimizer = small("other")
+    before = state_of(other, other_optimizer)
+    checker = Objector("the moon is full")
+    checkpoint = opened(tmp_path, **{kind: [checker]})
+    checkpoint.save(model, optimizer, to())
+    message = refusal(lambda: checkpoint.load(other, other_optimizer, at()), ExceptionType.VALIDATION_FAILED)
+    assert "the moon is full" in message and checker.calls
+    assert identical(state_of(other, other_optimizer), before)
+    summary = checkpoint.validate_checkpoint("p")
+    assert not summary.is_valid and "the moon is full" in summary.get_summary()
+    calls = checker.calls
+    checkpoint.load(other, other_optimizer, at(skip_validation=True))
+    assert checker.calls == calls and identical(state_of(other, other_optimizer), state_of(model, optimizer))
+
+
+def test_skip_validation_never_skips_the_checksums_of_bytes_read(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to())
+    (path,) = shards(tmp_path)
+    flip(path, Shard(path).data_at)
+    refusal(lambda: checkpoint.load(*small(), at(skip_validation=True)), ExceptionType.CORRUPTED_CHECKPOINT)
+
+
+def test_keep_last_keeps_the_newest_and_what_other_jobs_saved_elsewhere(tmp_path):
+    model, _ = small()
+    checkpoint = opened(tmp_path, keep_last=2)
+    for prefix in "dcba":
+        checkpoint.save(model, None, to(prefix))
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["b", "a"]
+    assert {name.split("/")[0].split(".")[0] for name in listing(tmp_path)} == {"a", "b"}
+    with pytest.raises(ValueError, match="keep_last"):
+        opened(tmp_path, keep_last=0).save(model, None, to())
+
+
+def test_progress_is_told_of_every_byte_saved_and_loaded(tmp_path):
+    bag = Bag(w=torch.zeros(3 * MiB, dtype=torch.int32))
+    checkpoint = opened(tmp_path)
+    saved, loaded = [], []
+    checkpoint.save(bag, None, to(progress=saved.append))
+    checkpoint.load(bag, None, at(progress=loaded.append))
+    for calls, step in ((saved, "S4 write"), (loaded, "L4 read")):
+        done = [call.bytes_done for call in calls if call.step == step]
+        assert done == sorted(done)
+        assert done[-1] == calls[-1].bytes_total >= 12 * MiB
+
+
+def test_options_objects_are_never_changed(tmp_path):
+    model, optimizer = small()
+    save, load = to(custom_metadata={"a": [1]}), at()
+    save_before, load_before = copy.deepcopy(save), copy.deepcopy(load)
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizer, save)
+    checkpoint.load(model, optimizer, load)
+    assert (save, load) == (save_before, load_before)
+
+
+def test_a_registered_provider_is_used_and_an_unknown_one_is_refused_with_the_list(tmp_path):
+    seen = []
+    ckpt.StorageFactory.register("mine", lambda settings: seen.append(settings) or ckpt.LocalStorage(tmp_path))
+    storage = ckpt.StorageOptions("mine", {"bucket": "b"})
+    checkpoint = ckpt.DistributedCheckpointFactory.create(options=ckpt.CheckpointOptions(storage=storage))
+    checkpoint.save(small()[0], None, to())
+    assert seen == [{"bucket": "b"}] and (tmp_path / "p.metadata.json").exists()
+    with pytest.raises(ValueError, match=r"nowhere.*local"):
+        ckpt.StorageFactory.create(ckpt.StorageOptions(provider="nowhere"))
+
+
+class Doomed:
+    """A Stateful whose state_dict() raises `error`, `times` times."""
+
+    def __init__(self, error, times=10**9):
+        self.error, self.times, self.calls = error, times, 0
+
+    def state_dict(self):
+        self.calls += 1
+        if self.calls <= self.times:
+            raise self.error
+        return {"w": torch.zeros(2)}
+
+    def load_state_dict(self, state):
+        raise self.error
+
+
+class Hiccups(FileOps):
+    """The operating system's file calls, of which the first `times` creations of a tensor file fail."""
+
+    def __init__(self, times):
+        self.times, self.tries = times, 0
+
+    def open(self, name, flags, dir_fd=None):
+        if flags & os.O_CREAT and name.endswith(".safetensors"):
+            self.tries += 1
+            if self.tries <= self.times:
+                raise OSError(errno.EIO, "the disk hiccups")
+        return super().open(name, flags, dir_fd)
+
+
+@pytest.mark.parametrize("attempts, succeeds", [(1, False), (2, False), (3, True)])
+def test_the_retry_policy_decides_how_often_a_storage_error_is_tried_again(tmp_path, attempts, succeeds):
+    files = Hiccups(times=2)
+    ckpt.StorageFactory.register("hiccups", lambda settings: ckpt.LocalStorage(tmp_path, files))
+    retry = ckpt.RetryPolicy(max_retries=attempts, initial_delay=0.01, max_delay=0.02)
+    checkpoint = opened(tmp_path, storage=ckpt.StorageOptions("hiccups"), retry_policy=retry)
+    if succeeds:
+        assert checkpoint.save(*small(), to()) == "p"
+        checkpoint.load(*small(), at())
+    else:
+        assert "hiccups" in refusal(lambda: checkpoint.save(*small(), to()), ExceptionType.STORAGE_ERROR)
+        assert listing(tmp_path) == {}
+    assert files.tries == attempts
+
+
+def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
+    storage = ckpt.LocalStorage(tmp_path)
+    retry = ckpt.RetryPolicy(max_retries=3, initial_delay=0.01, retryable_exceptions=(KeyError,))
+    handler = ckpt.FaultToleranceHandler(storage, retry)
+    errors = [KeyError(), KeyError()]
+
+    def twice_in_vain():
+        if errors:
+            raise errors.pop()
+        return "done"
+
+    assert handler.execute_with_retry(twice_in_vain) == "done"
+    errors[:] = [KeyError(), OSError()]
+    with pytest.raises(OSError):
+        handler.execute_with_retry(twice_in_vain)
+    assert len(errors) == 1
+    refusal(lambda: handler.execute_with_timeout(lambda: time.sleep(5), 0.1), ExceptionType.TIMEOUT)
+    assert handler.execute_with_timeout(lambda: 7, 5.0) == 7
+    ckpt.DistributedCheckpoint(storage=storage).save(*small(), to())
+    handler.rollback("p")
+    assert listing(tmp_path) == {}
+
+
+def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_path):
+    storage = ckpt.LocalStorage(tmp_path)
+    ckpt.DistributedCheckpoint(storage=storage).save(*small(), to())
+    validator = ckpt.CheckpointValidator(storage)
+    metadata = opened(tmp_path).load(*small(), at()).metadata
+    for result in (validator.validate_checkpoint("p"), validator.validate_metadata(metadata)):
+        assert result.is_valid and not result.errors and not result.has_warnings
+    with ckpt.CheckpointReader(storage, metadata) as reader:
+        assert validator.validate_shards(reader).is_valid
+    (path,) = shards(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with ckpt.CheckpointReader(storage, metadata) as reader:
+        assert not validator.validate_shards(reader).is_valid
+    result = ckpt.ValidationResult(errors=["bad"], warnings=["odd"])
+    assert not result.is_valid and result.has_warnings
+    assert "bad" in result.get_summary() and "odd" in result.get_summary()
+    for name in ("ChecksumIntegrityChecker", "SizeIntegrityChecker"):
+        assert isinstance(getattr(ckpt, name)(), ckpt.IntegrityChecker)
+    for name in ("VersionCompatibilityChecker", "SchemaCompatibilityChecker"):
+        assert isinstance(getattr(ckpt, name)(), ckpt.CompatibilityChecker)
+
+
+def test_cancel_stops_a_save_and_a_load_and_leaves_nothing_behind(tmp_path):
+    model, optimizer = small()
+    cancel = threading.Event()
+    cancel.set()
+    checkpoint = opened(tmp_path)
+    refusal(lambda: checkpoint.save(model, optimizer, to(), cancel=cancel), ExceptionType.CANCELLED)
+    assert listing(tmp_path) == {}
+    cancel.clear()
+    large, halfway = Bag(w=torch.zeros(40 * MiB, dtype=torch.uint8)), to(progress=lambda *_: cancel.set())
+    refusal(lambda: checkpoint.save(large, None, halfway, cancel=cancel), ExceptionType.CANCELLED)
+    assert listing(tmp_path) == {}
+    checkpoint.save(model, optimizer, to())
+    other, other_optimizer = small("other")
+    before = state_of(other, other_optimizer)
+    refusal(lambda: checkpoint.load(other, other_optimizer, at(), cancel=cancel), ExceptionType.CANCELLED)
+    assert identical(state_of(other, other_optimizer), before)
+
+
+def test_fallback_takes_the_newest_older_checkpoint_that_verifies_and_says_so(tmp_path):
+    checkpoint = opened(tmp_path)
+    for prefix in ("one", "two", "three", "four"):
+        checkpoint.save(*small(prefix), to(prefix))
+    for prefix in ("two", "three"):
+        flip(shards(tmp_path, prefix)[0], Shard(shards(tmp_path, prefix)[0]).data_at)
+    model, optimizer = small("other")
+    result = checkpoint.load(model, optimizer, at("three", fallback=True))
+    assert result.prefix == "one" and any("three" in warning for warning in result.warnings)
+    assert identical(state_of(model, optimizer), state_of(*small("one")))
+    refusal(lambda: checkpoint.load(model, optimizer, at("three")), ExceptionType.CORRUPTED_CHECKPOINT)
+
+
+def test_the_three_files_work_inside_somebodys_package(tmp_path):
+    vendor = tmp_path / "pkg" / "vendor"
+    vendor.mkdir(parents=True)
+    for name in ("ckpt.py", "ckpt_coord.py", "ckpt_storage.py"):
+        shutil.copy(HERE / name, vendor)
+    (answer,) = run(1, use_the_vendored_copy, tmp_path)
+    assert answer == ("pkg.vendor.ckpt", ["p"])
+
+
+def use_the_vendored_copy(rank, world_size, tmp):
+    for name in ("ckpt", "ckpt_coord", "ckpt_storage"):
+        sys.modules[name] = None  # an import of the top-level name would now fail
+    sys.path[:] = [str(tmp)] + [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+    vendored = importlib.import_module("pkg.vendor.ckpt")
+    checkpoint = vendored.DistributedCheckpoint(storage=vendored.LocalStorage(str(tmp / "c")))
+    checkpoint.save(nn.Linear(2, 2), None, vendored.SaveOptions(checkpoint_prefix="p"))
+    return vendored.__name__, [info.prefix for info in checkpoint.list_checkpoints()]
+
+
+# ---- bytes: the tensor file, the record, what may be in them ---------------------------------------------------------
+
+FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
+DTYPES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16"]
+DTYPES += ["float32", "float64", "complex64", "complex128", *FLOAT8, "float4_e2m1fn_x2"]
+DTYPES = [getattr(torch, name) for name in DTYPES if hasattr(torch, name)]
+
+
+def pattern(dtype, salt=0):
+    """96 bytes of every kind of bit pattern, seen as `dtype`: NaN payloads, infinities, -0.0, denormals."""
+    special = struct.pack("<4d4f", math.nan, -math.inf, -0.0, 5e-324, math.nan, -math.inf, -0.0, 1e-45)
+    bits = special + bytes((37 * i + salt) % 256 for i in range(48 - len(special) % 48))
+    bits += struct.pack("<QQ", 0x7FF4DEADBEEF0001, 0xFFF8000000000123)  # NaNs that carry a payload
+    bits = (bits + bytes(range(96)))[:96]
+    tensor = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
+    return (tensor % 2 if dtype == torch.bool else tensor).view(dtype)
+
+
+def blank(tensor):
+    """A dense tensor of zero bits like `tensor`."""
+    size = tensor.numel() * tensor.element_size()
+    return torch.zeros(size, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+
+
+@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_dtype_survives_bit_by_bit(tmp_path, form, level):
+    truth = {str(dtype).removeprefix("torch."): pattern(dtype) for dtype in DTYPES}
+    target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
+    checkpoint = opened(tmp_path)
+    checkpoint.save(Bag(**truth), None, to(format=form, compression_level=level))
+    checkpoint.load(target, None, at())
+    for name, tensor in truth.items():
+        assert identical(target.state[name], tensor), name
+    for path in shards(tmp_path):
+        Shard(path)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_scalar_empty_strided_expanded_and_tied_tensors_are_fine(tmp_path, form):
+    base = torch.arange(60.0).reshape(3, 4, 5)
+    shared = torch.arange(600.0)
+    truth = {
+        "scalar": torch.tensor(-0.0),
+        "empty": torch.zeros(0, 3),
+        "hollow": torch.zeros(2, 0, 5, dtype=torch.int16),
+        "turned": base.permute(2, 0, 1),
+        "every": base[:, ::2, 1::3],
+        "wide": torch.tensor([[7.0], [8.0]]).expand(2, 9),
+        "first": shared,
+        "second": shared,
+        "half": shared[300:],
+    }
+    target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
+    checkpoint = opened(tmp_path)
+    checkpoint.save(Bag(**truth), None, to(format=form))
+    checkpoint.load(target, None, at())
+    for name, tensor in truth.items():
+        assert identical(target.state[name], tensor.contiguous()), name
+    entries = [name for path in shards(tmp_path) for name in Shard(path).header if "first" in name or "second" in name]
+    assert len(entries) == (2 if form is CheckpointFormat.CONSOLIDATED else 1)  # safetensors knows no shared offsets
+
+
+def test_a_load_fills_tensors_that_are_not_contiguous(tmp_path):
+    checkpoint = opened(tmp_path)
+    truth = torch.arange(5 * MiB // 4, dtype=torch.int32).reshape(-1, 1024)
+    checkpoint.save(Bag(w=truth), None, to())
+    buffer = torch.zeros(1024, truth.shape[0] * 2, dtype=torch.int32)
+    target = buffer.t()[::2]
+    checkpoint.load(Bag(w=target), None, at())
+    assert torch.equal(target, truth) and not buffer.t()[1::2].any()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_file_is_a_valid_safetensors_file_with_aligned_data(tmp_path, world_size, form, level):
+    run(world_size, save_ddp, tmp_path, form, level)
+    assert len(shards(tmp_path)) == {"MULTI_SHARD": world_size, "SINGLE_FILE": 1, "CONSOLIDATED": 2}[form.name]
+    for path in shards(tmp_path):
+        shard = Shard(path)  # asserts the rules
+        kinds = [name.split("/")[0] for name in sorted(shard.header, key=shard.place)]
+        if form is CheckpointFormat.MULTI_SHARD:
+            kinds = [kind for kind in kinds if kind != "pad"]
+            assert kinds == sorted(kinds, key=["model", "optimizer", "extra", "rng"].index), "model entries come first"
+    safe_open = pytest.importorskip("safetensors").safe_open
+    for path in shards(tmp_path):
+        with safe_open(path, framework="pt") as file:
+            shard = Shard(path)
+            assert sorted(file.keys()) == sorted(shard.header)
+            for name in shard.header:
+                if shard.header[name]["dtype"] not in ("F4", "C64"):
+                    assert raw(file.get_tensor(name)) == shard.data(name)
+
+
+def save_ddp(rank, world_size, tmp, form, level):
+    model = filled(nn.Sequential(nn.Embedding(50, 30), nn.Linear(30, 7), nn.Linear(7, 3)), "truth")
+    wrapped = DistributedDataParallel(model) if world_size > 1 else model
+    opened(tmp).save(wrapped, stepped(wrapped), to(format=form, compression_level=level), extra_state={"rank": rank})
+
+
+def test_the_consolidated_model_file_feeds_load_state_dict_directly(tmp_path):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    run(4, save_layout, tmp_path, "fsdp2tp2", [CheckpointFormat.CONSOLIDATED])
+    (path,) = shards(tmp_path, "fsdp2tp2/CONSOLIDATED")[:1]
+    assert path.name.endswith(".model.safetensors")
+    model = Net()
+    assert set(load_file(path)) == set(model.state_dict())
+    model.load_state_dict(load_file(path))
+    assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
+
+
+def test_what_safetensors_cannot_name_goes_to_the_second_consolidated_file(tmp_path):
+    state = Bag(w=torch.ones(3), z=torch.ones(2, dtype=torch.complex128), _extra_state={"calls": 3}, unset=None)
+    target = Bag(w=torch.zeros(3), z=torch.zeros(2, dtype=torch.complex128), _extra_state={"calls": 0}, unset=5)
+    checkpoint = opened(tmp_path)
+    checkpoint.save(state, None, to(format=CheckpointFormat.CONSOLIDATED))
+    checkpoint.load(target, None, at())
+    assert identical(target.state, state.state)
+    model, rest = map(Shard, shards(tmp_path))
+    assert set(model.header) == {"w"} and any("z" in name for name in rest.header)
+
+
+def test_a_consolidated_model_file_is_never_compressed_and_the_save_says_so(tmp_path, caplog):
+    options = to(format=CheckpointFormat.CONSOLIDATED, compression_level=CompressionLevel.FAST)
+    opened(tmp_path).save(Bag(w=torch.zeros(MiB)), None, options)
+    assert Shard(shards(tmp_path)[0]).header["w"]["dtype"] == "F32"
+    assert "compress" in caplog.text
+
+
+def test_the_record_lists_tensors_shards_versions_and_ends_in_its_own_crc(tmp_path):
+    model, optimizer = small()
+    opened(tmp_path).save(model, optimizer, to(custom_metadata={"epoch": 3}))
+    text = (tmp_path / "p.metadata.json").read_bytes()
+    body, tail = text[: text.rindex(b',"crc32":"')], text[text.rindex(b',"crc32":"') :]
+    assert tail == b',"crc32":"%08x"}\n' % zlib.crc32(body)
+    json.loads(text)
+    (path,) = shards(tmp_path)
+    for part in (b"0.weight", b"1.bias", b"exp_avg_sq", b"epoch", torch.__version__.encode(), path.name.encode()):
+        assert part in text
+    assert str(path.stat().st_size).encode() in text
+
+
+def test_nothing_but_the_record_and_its_shards_is_left_on_disk(tmp_path):
+    for form in FORMATS:
+        run(2, save_ddp, tmp_path / form.name, form, CompressionLevel.NONE)
+        names = set(listing(tmp_path / form.name))
+        assert names == {"p.metadata.json", *(f"p/{path.name}" for path in shards(tmp_path / form.name))}
+
+
+def test_a_replicated_tensor_is_written_once_and_its_bytes_are_balanced(tmp_path):
+    run(2, save_replicas, tmp_path)
+    sizes = [path.stat().st_size for path in shards(tmp_path)]
+    assert 16 * MiB <= sum(sizes) < 16.5 * MiB and max(sizes) < 0.6 * sum(sizes)
+
+
+def save_replicas(rank, world_size, tmp):
+    opened(tmp).save(Bag(w=torch.arange(4 * MiB, dtype=torch.int32)), None, to())
+
+
+def test_twenty_thousand_small_tensors_cost_what_their_bytes_cost(tmp_path):
+    bag = Bag(**{f"t{i}": torch.full((16,), i, dtype=torch.int32) for i in range(20_000)})
+    checkpoint = opened(tmp_path)
+    began = time.monotonic()
+    checkpoint.save(bag, None, to())
+    checkpoint.load(Bag(**{name: torch.zeros(16, dtype=torch.int32) for name in bag.state}), None, at())
+    assert time.monotonic() - began < 20
+    shard = Shard(shards(tmp_path)[0])
+    assert len(shard.bytes) - shard.data_at < 20_000 * 64 + 64 * 1024
+
+
+def test_damage_is_named_by_file_block_and_tensor_and_spares_what_lies_in_other_blocks(tmp_path):
+    bag = Bag(alpha=torch.ones(6 * MiB, dtype=torch.uint8), beta=torch.ones(6 * MiB, dtype=torch.uint8))
+    checkpoint = opened(tmp_path)
+    checkpoint.save(bag, None, to(include_rng_state=False))
+    (path,) = shards(tmp_path)
+    flip(path, Shard(path).place(Shard(path).find("model/beta"))[1] - 1)  # in the third block
+    message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
+    assert path.name in message and "beta" in message and "alpha" not in message and re.search(r"block 2\b", message)
+    result = checkpoint.validate_checkpoint("p")
+    assert not result.is_valid and path.name in result.get_summary() and "beta" in result.get_summary()
+    checkpoint.load(Bag(alpha=torch.zeros(6 * MiB, dtype=torch.uint8)), None, at(strict_mode=False))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_flipped_bit_anywhere_in_any_file_is_found(tmp_path, form):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to(format=form))
+    assert checkpoint.validate_checkpoint("p").is_valid
+    for path in [*shards(tmp_path), tmp_path / "p.metadata.json"]:
+        whole = path.read_bytes()
+        places = {0, 9, len(whole) // 2, len(whole) - 1, *range(0, len(whole), len(whole) // 40 + 1)}
+        if path.suffix == ".safetensors":
+            places |= {Shard(path).data_at - 1, Shard(path).data_at}  # header padding, first byte
+        for position in places:
+            flip(path, position)
+            assert not checkpoint.validate_checkpoint("p").is_valid, (path.name, position)
+            path.write_bytes(whole)
+    assert checkpoint.validate_checkpoint("p").is_valid
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass
+class Point:
+    x: int = 0
+
+
+EXTRA = {
+    "none": None,
+    "yes": True,
+    "huge": -(10**60),
+    "third": 1 / 3,
+    "odd floats": [-0.0, math.inf, -math.inf, math.nan],
+    "text": "ünï\ud7ff\u0000\n",
+    "bytes": bytes(range(256)),
+    "list": [1, [2.0, ("three", [])], ()],
+    "set": {1, "a", (2,)},
+    "keys": {1: "int", "1": "str", False: "no", 2.5: "float", (1, "a"): "tuple", None: "none", b"b": "bytes"},
+    "empty": [{}, [], (), set(), "", b""],
+    "torch": [torch.bfloat16, torch.device("cpu"), torch.Size([2, 0])],
+    "numpy": [np.arange(6, dtype=">i2").reshape(2, 3), np.float32(1.1), np.array(["a", "bc"])],
+    "dates": [datetime.datetime(2024, 2, 29, 1, 2, 3, 4), datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)],
+    "tensor": torch.arange(5.0),
+    "nested": {"deep": [torch.ones(2, dtype=torch.float64), {"x": torch.tensor(3)}]},
+    "like a tag": {"$tensor": "x", "$": {}, "@": [], "a/b": {"$int": "0x1"}},
+}
+
+
+@pytest.mark.parametrize("key", EXTRA)
+def test_extra_state_comes_back_exactly(tmp_path, key):
+    checkpoint = opened(tmp_path)
+    model, _ = small()
+    checkpoint.save(model, None, to(), extra_state={key: EXTRA[key]})
+    result = checkpoint.load(model, None, at())
+    assert set(result.extra_state) == {key}
+    assert identical(result.extra_state[key], EXTRA[key]), result.extra_state[key]
+
+
+def test_stateful_extra_state_is_restored_in_place_and_returned(tmp_path):
+    def start():
+        model, optimizer = small()
+        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=50)
+
+    model, optimizer, scheduler = start()
+    for _ in range(7):
+        scheduler.step()
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizer, to(), extra_state={"scheduler": scheduler, "step": 7})
+    model, optimizer, fresh = start()
+    result = checkpoint.load(model, optimizer, at(), extra_state={"scheduler": fresh})
+    assert fresh.last_epoch == 7 and fresh.get_last_lr() == scheduler.get_last_lr()
+    assert set(result.extra_state) == {"scheduler", "step"} and result.extra_state["step"] == 7
+    assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+
+
+UNSUPPORTED = {"enum": Colour.RED, "dataclass": Point(), "lambda": lambda: 0, "object": object(), "file": io.StringIO()}
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_an_object_that_is_not_data_is_refused_by_path_and_type_before_anything_is_written(tmp_path, kind):
+    thing = UNSUPPORTED[kind]
+    with pytest.raises((CheckpointException, ValueError)) as caught:
+        opened(tmp_path).save(small()[0], None, to(), extra_state={"outer": [{"inner": thing}]})
+    message = str(caught.value)
+    assert "outer" in message and "inner" in message and type(thing).__name__ in message
+    assert listing(tmp_path) == {}
+
+
+class Wrapped(torch.Tensor):
+    """A tensor subclass that the library cannot know."""
+
+
+UNSUITED = {
+    "sparse": lambda: torch.eye(3).to_sparse(), "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "meta": lambda: torch.empty(3, device="meta"), "subclass": lambda: torch.ones(3).as_subclass(Wrapped),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNSUITED)
+def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_before_anything_is_written(tmp_path, kind):
+    bag = Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[kind]()})
+    with pytest.raises((CheckpointException, ValueError), match=r"layer\.odd"):
+        opened(tmp_path).save(bag, None, to())
+    assert listing(tmp_path) == {}
+
+
+def test_partial_placements_and_fsdp1_shards_are_refused_by_name(tmp_path):
+    for message, nothing in run(2, save_the_unsaveable, tmp_path):
+        assert "grad_sum" in message[0] and "Partial" in message[0]
+        assert "weight" in message[1] and "fully_shard" in message[1] and nothing
+
+
+def save_the_unsaveable(rank, world_size, tmp):
+    mesh = init_device_mesh("cpu", (2,))
+    partial = Bag(grad_sum=DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    old = FullyShardedDataParallel(nn.Linear(5, 7), device_id=torch.device("cpu"))
+    FullyShardedDataParallel.set_state_dict_type(old, StateDictType.SHARDED_STATE_DICT)
+    checkpoint = opened(tmp / "c")
+    messages = [told(functools.partial(checkpoint.save, model, None, to()))[2] for model in (partial, old)]
+    return messages, not (tmp / "c").exists() or listing(tmp / "c") == {}
+
+
+def test_no_pickle_is_ever_loaded(tmp_path):
+    (events,) = run(1, load_under_audit, tmp_path)
+    assert events == []
+
+
+def load_under_audit(rank, world_size, tmp):
+    events = []
+    checkpoint = opened(tmp)
+    model, optimizer = small()
+    extra = {key: value for key, value in EXTRA.items() if key != "text"}
+    checkpoint.save(model, optimizer, to(), extra_state=extra)
+    watched = ("pickle.find_class", "marshal.loads", "exec", "compile")
+    sys.addaudithook(lambda name, args: events.append((name, str(args))) if name in watched else None)
+    checkpoint.load(model, optimizer, at())
+    return [event for event in events if event[0] != "exec" or "ckpt" in event[1]]
+
+
+# ---- protocol: S1 to S7, L1 to L5, over real ranks -------------------------------------------------------------------
+
+
+def test_a_local_coordinator_is_rank_zero_of_one():
+    local = ckpt.LocalCoordinator()
+    assert (local.rank, local.world_size) == (0, 1) and isinstance(local, ckpt.DistributedCoordinator)
+
+
+def test_a_torch_coordinator_gathers_broadcasts_and_names_who_is_late(tmp_path):
+    for rank, (gathered, sent, late, again) in enumerate(run(3, coordinate, tmp_path)):
+        assert gathered == [{"rank": 0}, {"rank": 1}, {"rank": 2}] and sent == "from 1" and again == [0, 1, 2]
+        assert rank == 1 or (late[0] == "TIMEOUT" and re.search(r"\brank\D*1\b", late[2])), late
+
+
+def coordinate(rank, world_size, tmp):
+    coordinator = ckpt.TorchCoordinator()
+    assert isinstance(coordinator, ckpt.DistributedCoordinator)
+    gathered = coordinator.all_gather({"rank": rank}, timeout=20.0)
+    sent = coordinator.broadcast(f"from {rank}", src=1, timeout=20.0)
+    late = None
+    if rank == 1:
+        await_file(tmp / "gave-up-0")
+        await_file(tmp / "gave-up-2")
+    late = told(lambda: coordinator.barrier(timeout=1.0))
+    (tmp / f"gave-up-{rank}").touch()
+    ckpt.TorchCoordinator().barrier(timeout=20.0)
+    return gathered, sent, late, ckpt.TorchCoordinator().all_gather(rank, timeout=20.0)
+
+
+def await_file(path):
+    """Wait until another rank has made `path`: a gate, not a sleep."""
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def test_the_store_does_not_fill_up_with_keys(tmp_path):
+    for few, many in run(2, count_keys, tmp_path):
+        assert many <= few + 10
+
+
+def count_keys(rank, world_size, tmp):
+    checkpoint, counts = opened(tmp), []
+    for saves in (3, 12):
+        for _ in range(saves):
+            checkpoint.save(Bag(w=torch.zeros(2)), None, to())
+            checkpoint.load(Bag(w=torch.zeros(2)), None, at())
+        dist.barrier()
+        counts.append(dist.distributed_c10d._get_default_store().num_keys())
+        dist.barrier()
+    return counts
+
+
+class Recorded(FileOps):
+    """The operating system's file calls, kept as (call, file name) in the order in which they were made."""
+
+    def __init__(self):
+        self.log, self.open_files = [], {}
+
+    def open(self, name, flags, dir_fd=None):
+        fd = super().open(name, flags, dir_fd)
+        self.open_files[fd] = name
+        self.log += [("create", name)] * bool(flags & os.O_CREAT)
+        return fd
+
+    def pwrite(self, fd, data, offset):
+        self.log.append(("write", self.open_files[fd]))
+        return super().pwrite(fd, data, offset)
+
+    def fsync(self, fd):
+        self.log.append(("fsync", self.open_files[fd]))
+        super().fsync(fd)
+
+    def fsync_dir(self, fd):
+        self.log.append(("fsync_dir", ""))
+        super().fsync_dir(fd)
+
+    def rename(self, source, target, dir_fd):
+        self.log.append(("rename", source))
+        super().rename(source, target, dir_fd)
+
+    def unlink(self, name, dir_fd):
+        self.log.append(("unlink", name))
+        super().unlink(name, dir_fd)
+
+
+def first_after(log, start, call, ending=""):
+    """Where in the log, from `start` on, `call` on a file of that ending comes first."""
+    return next(i for i in range(start, len(log)) if log[i][0] == call and log[i][1].endswith(ending))
+
+
+def test_the_file_operations_of_an_overwrite_and_a_delete_come_in_the_documented_order(tmp_path):
+    files = Recorded()
+    checkpoint = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, files))
+    checkpoint.save(*small(), to())
+    (old,) = shards(tmp_path)
+    files.log.clear()
+    checkpoint.save(*small("second"), to())
+    log, (new,) = files.log, shards(tmp_path)
+    fence = first_after(log, 0, "create", ".tmp")  # the fence, then S4 to S7
+    written = first_after(log, fence, "write", new.name)
+    synced = first_after(log, written, "fsync", new.name)
+    assert ("write", new.name) not in log[synced:]
+    synced_names = first_after(log, synced, "fsync_dir")
+    record = first_after(log, fence, "fsync", ".tmp")
+    rename = first_after(log, max(record, synced_names), "rename", ".tmp")
+    assert ("write", log[rename][1]) not in log[record:] and [call for call, _ in log].count("rename") == 1
+    assert first_after(log, rename, "fsync_dir") < log.index(("unlink", old.name))
+
+    files.log.clear()
+    checkpoint.delete_checkpoint("p")
+    record = log.index(("unlink", "p.metadata.json"))
+    assert first_after(log, record, "fsync_dir") < log.index(("unlink", new.name))
+
+
+def test_without_its_record_a_checkpoint_does_not_exist(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to())
+    (tmp_path / "p.metadata.json").unlink()
+    assert checkpoint.list_checkpoints() == [] and checkpoint.latest_checkpoint() is None
+    refusal(lambda: checkpoint.load(*small(), at()))
+
+
+def test_a_checkpoint_that_lacks_a_shard_is_not_listed_and_is_corrupt_at_load(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to("whole"))
+    checkpoint.save(*small(), to("torn"))
+    shards(tmp_path, "torn")[0].unlink()
+    assert checkpoint.latest_checkpoint().prefix == "whole" and len(checkpoint.list_checkpoints()) == 1
+    message = refusal(lambda: checkpoint.load(*small(), at("torn")), ExceptionType.CORRUPTED_CHECKPOINT)
+    assert ".safetensors" in message
+
+
+def test_a_failed_overwrite_leaves_the_old_checkpoint_as_it_was(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to())
+    before = listing(tmp_path)
+    message = refusal(lambda: checkpoint.save(Doomed(RuntimeError("boom")), None, to()), ExceptionType.SAVE_FAILED)
+    assert "boom" in message and listing(tmp_path) == before
+
+
+def test_the_rank_that_fails_is_named_on_every_rank_and_nothing_is_left(tmp_path):
+    for save, load, stored in run(3, fail_on_rank_one, tmp_path):
+        assert save[:2] == ("SAVE_FAILED", 1) and "boom" in save[2]
+        assert load[:2] == ("LOAD_FAILED", 1) and "boom" in load[2]
+        assert stored == ["good"]
+    assert {name.split("/")[0].split(".")[0] for name in listing(tmp_path)} == {"good"}
+
+
+def fail_on_rank_one(rank, world_size, tmp):
+    checkpoint = opened(tmp)
+    good = Bag(w=torch.zeros(2))
+    model = Doomed(RuntimeError("boom")) if rank == 1 else good
+    save = told(lambda: checkpoint.save(model, None, to("bad")))
+    checkpoint.save(good, None, to("good"))
+    if rank == 1:
+        model = Doomed(RuntimeError("boom"), times=0)
+    load = told(lambda: checkpoint.load(model, None, at("good")))
+    return save, load, [info.prefix for info in checkpoint.list_checkpoints()]
+
+
+@pytest.mark.parametrize("difference", ["prefix", "format", "compression", "optimizer"])
+def test_ranks_that_disagree_are_all_told_about_what(tmp_path, difference):
+    for kind, _, message in run(2, disagree, tmp_path, difference):
+        assert kind == "ValueError" and "disagree" in message and difference in message
+    assert listing(tmp_path) == {}
+
+
+def disagree(rank, world_size, tmp, difference):
+    odd = {
+        "prefix": to("other"),
+        "format": to(format=CheckpointFormat.SINGLE_FILE),
+        "compression": to(compression_level=CompressionLevel.FAST),
+        "optimizer": to(include_optimizer=False),
+    }
+    return told(lambda: opened(tmp).save(*small(), odd[difference] if rank else to()))
+
+
+def test_a_misuse_by_one_rank_alone_is_raised_on_all(tmp_path):
+    for errors in run(2, misuse_on_rank_one, tmp_path):
+        assert errors == [True, True, True]
+
+
+def misuse_on_rank_one(rank, world_size, tmp):
+    checkpoint = opened(tmp)
+    model, optimizer = small()
+    checkpoint.save(model, optimizer, to())
+
+    def raises(call):
+        try:
+            call()
+        except (ValueError, CheckpointException):
+            return True
+        return False
+
+    return [
+        raises(lambda: checkpoint.save(model, optimizer, to("../x" if rank else "p"))),
+        raises(lambda: checkpoint.load(model, optimizer, at(resharding_strategy="psychic" if rank else "parallel"))),
+        raises(lambda: checkpoint.load(model, optimizer, LoadOptions() if rank else at())),
+    ]
+
+
+@pytest.mark.parametrize("operation", ["save", "load"])
+def test_a_dead_rank_is_named_at_the_deadline(tmp_path, operation):
+    survivors = [answer for answer in run(3, outlive_rank_one, tmp_path, operation, dies={1}) if answer != "died"]
+    assert len(survivors) == 2
+    for (kind, _, message), seconds in survivors:
+        assert kind == "TIMEOUT" and re.search(r"\brank\D*1\b", message) and seconds < 2 + 5, (message, seconds)
+
+
+def outlive_rank_one(rank, world_size, tmp, operation):
+    checkpoint = opened(tmp, default_timeout=2.0)
+    model, optimizer = small()
+    checkpoint.save(model, optimizer, to("before", timeout=20.0))
+    if rank == 1:
+        os._exit(9)
+    began = time.monotonic()
+    if operation == "save":
+        answer = told(lambda: checkpoint.save(model, optimizer, to()))
+    else:
+        answer = told(lambda: checkpoint.load(model, optimizer, at("before")))
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["before"]
+    return answer, time.monotonic() - began
+
+
+def test_a_straggler_is_named_cannot_commit_and_then_all_save_again(tmp_path):
+    prompt, late = run(2, straggle, tmp_path)
+    (kind, _, message), seconds = prompt[0], prompt[1]
+    assert kind == "TIMEOUT" and re.search(r"\brank\D*1\b", message) and 1 < seconds < 1.5 + 5
+    assert late[0][0] in ("TIMEOUT", "SAVE_FAILED"), late
+    assert prompt[2] == late[2] == ["again"]
+
+
+def straggle(rank, world_size, tmp):
+    checkpoint = opened(tmp, default_timeout=20.0)
+    model, optimizer = small()
+    gate = tmp / "gave-up"
+    if rank == 1:
+        await_file(gate)
+    began = time.monotonic()
+    answer = told(lambda: checkpoint.save(model, optimizer, to("late", timeout=1.5)))
+    seconds = time.monotonic() - began
+    gate.touch()
+    checkpoint.save(model, optimizer, to("again"))
+    checkpoint.load(model, optimizer, at("again"))
+    return answer, seconds, [info.prefix for info in checkpoint.list_checkpoints()]
+
+
+def test_queries_and_deletes_are_local_and_never_wait_for_other_ranks(tmp_path):
+    assert run(2, ask_alone, tmp_path, limit_s=20)[0] == (["a", "b"], "b", True, ["b"])
+
+
+def ask_alone(rank, world_size, tmp):
+    checkpoint = opened(tmp)
+    for prefix in "ab":
+        checkpoint.save(*small(), to(prefix))
+    if rank:
+        return None
+    listed = [info.prefix for info in checkpoint.list_checkpoints()]
+    answer = listed, checkpoint.latest_checkpoint().prefix, checkpoint.validate_checkpoint("a").is_valid
+    checkpoint.delete_checkpoint("a")
+    checkpoint.close()
+    return *answer, [info.prefix for info in checkpoint.list_checkpoints()]
+
+
+def test_a_process_group_of_some_ranks_saves_without_the_others(tmp_path):
+    answers = run(3, save_in_a_subset, tmp_path, limit_s=30)
+    assert answers == [None, (0, 2, True), (1, 2, True)]
+    assert len(shards(tmp_path)) == 2
+
+
+def save_in_a_subset(rank, world_size, tmp):
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return None
+    coordinator = ckpt.TorchCoordinator(process_group=group)
+    checkpoint = opened(tmp, coordinator)
+    model, optimizer = small()
+    checkpoint.save(model, optimizer, to())
+    other, other_optimizer = small("other")
+    checkpoint.load(other, other_optimizer, at())
+    same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
+    return coordinator.rank, coordinator.world_size, same
+
+
+def test_a_transient_error_on_one_rank_is_retried_by_all(tmp_path):
+    assert run(2, hiccup_on_rank_one, tmp_path) == [(("returned", None, "p"), 2)] * 2
+    assert len(listing(tmp_path)) == 3
+
+
+def hiccup_on_rank_one(rank, world_size, tmp):
+    files = Hiccups(times=rank)
+    ckpt.StorageFactory.register("hiccups", lambda settings: ckpt.LocalStorage(tmp, files))
+    retry = ckpt.RetryPolicy(max_retries=2, initial_delay=0.01)
+    checkpoint = opened(tmp, storage=ckpt.StorageOptions("hiccups"), retry_policy=retry)
+    return told(lambda: checkpoint.save(*small(), to())), files.tries
+
+
+def test_cancel_on_one_rank_stops_all(tmp_path):
+    for kind, _, _ in run(2, cancel_on_rank_one, tmp_path):
+        assert kind == "CANCELLED"
+    assert listing(tmp_path) == {}
+
+
+def cancel_on_rank_one(rank, world_size, tmp):
+    cancel = threading.Event()
+    if rank == 1:
+        cancel.set()
+    return told(lambda: opened(tmp).save(*small(), to(), cancel=cancel))
+
+
+def test_the_default_prefix_is_the_same_on_all_ranks(tmp_path):
+    first, second = run(2, save_without_a_name, tmp_path)
+    assert first == second and first[0] != first[1]
+
+
+def save_without_a_name(rank, world_size, tmp):
+    checkpoint = opened(tmp)
+    return [checkpoint.save(*small()), checkpoint.save(*small())]
+
+
+# ---- resharding: from every layout to every layout, bit for bit ------------------------------------------------------
+
+LAYOUTS = {"plain": 1, "ddp2": 2, "fsdp2": 2, "fsdp3": 3, "fsdp4": 4, "tp2": 2, "fsdp2tp2": 4, "hsdp2x2": 4}
+
+
+class Net(nn.Module):
+    """Dimensions that no world size divides, some smaller than the world size, a tied weight, scalar buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(11, 6), nn.Embedding(7, 5)
+        self.up, self.down = nn.Linear(6, 7), nn.Linear(7, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.tiny, self.row = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1, 3))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("scale", torch.tensor(0.0, dtype=torch.float64))
+        self.register_buffer("mask", torch.zeros(5, dtype=torch.bool))
+
+
+def laid_out(model, layout):
+    """Shard a Net as `layout` says, by torch's own means."""
+    if layout == "ddp2":
+        return DistributedDataParallel(model)
+    mesh = None
+    if layout == "hsdp2x2":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    elif layout == "tp2":
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    elif layout == "fsdp2tp2":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    if "tp" in layout:
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "place": ColwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+    if layout.startswith(("fsdp", "hsdp")):
+        mesh = mesh["dp"] if layout == "fsdp2tp2" else mesh
+        fully_shard(model.up, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def the_truth(layout):
+    """A model and an AdamW in a known state, sharded by torch, not by a checkpoint: what every load must give."""
+    model = laid_out(Net(), layout)
+    optimizer = stepped(model, lr=0.125, foreach=False)
+    donors = {slot: filled(Net(), f"truth{slot}") for slot in ("", "exp_avg", "exp_avg_sq")}
+    with torch.no_grad():
+        for slot, donor in donors.items():
+            donor = laid_out(donor, "plain" if layout == "ddp2" else layout)
+            for (name, source), parameter in zip(donor.named_parameters(), model.parameters()):
+                state = optimizer.state[parameter]
+                (state[slot] if slot else parameter).copy_(source)
+                state["step"].fill_(zlib.crc32(name.encode()) % 1000)
+            if not slot:
+                for source, buffer in zip(donor.buffers(), model.buffers()):
+                    buffer.copy_(source)
+    return model, optimizer
+
+
+def save_layout(rank, world_size, tmp, layout, formats, level=CompressionLevel.NONE):
+    model, optimizer = the_truth(layout)
+    checkpoint = opened(tmp)
+    for form in formats:
+        checkpoint.save(model, optimizer, to(f"{layout}/{form.name}", format=form, compression_level=level))
+
+
+def differences(model, optimizer, truth_model, truth_optimizer):
+    """What differs from the truth, by name; [] if every bit of every local shard is right."""
+    wrong, truth = [], truth_model.state_dict()
+    for name, tensor in model.state_dict().items():
+        if not identical(tensor.detach(), truth[name].detach()):
+            wrong.append(name)
+    named = zip(truth_model.named_parameters(), model.parameters())
+    for (name, there), here in named:
+        a, b = optimizer.state[here], truth_optimizer.state[there]
+        wrong += [f"{name}.{slot}" for slot in sorted(set(a) | set(b)) if not identical(a.get(slot), b.get(slot))]
+    here, there = (dict(o.param_groups[0], params=0) for o in (optimizer, truth_optimizer))
+    return wrong + [f"param_groups.{key}" for key in there if here.get(key) != there[key]]
+
+
+def load_layout(rank, world_size, tmp, layout, prefixes, fresh):
+    """Load each (prefix, strategy) into a model of this layout and report what differs from the truth."""
+    truth, answer = the_truth(layout), {}
+    checkpoint = opened(tmp)
+    for number, (prefix, strategy) in enumerate(prefixes):
+        model = laid_out(Net(), layout)
+        new = (fresh + number) % 2
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False) if new else stepped(model, foreach=False)
+        options = at(prefix, resharding_strategy=strategy)
+        kind, _, message = told(lambda: checkpoint.load(model, optimizer, options))
+        wrong = differences(model, optimizer, *truth) if kind == "returned" else [message]
+        answer[prefix, strategy, "fresh" if new else "stepped"] = wrong
+    return answer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory that holds `<layout>/<format>` of every layout asked for; each is saved once."""
+    base, done = tmp_path_factory.mktemp("layouts"), set()
+
+    def save(layout):
+        if layout not in done:
+            run(LAYOUTS[layout], save_layout, base, layout, FORMATS)
+            done.add(layout)
+        return base
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def reloaded(saved):
+    """What each rank of a target layout got from every source in every format; one set of processes a target."""
+    answers = {}
+
+    def load(target):
+        if target not in answers:
+            pairs = [(source, form) for source in LAYOUTS for form in FORMATS]
+            loads = [(f"{pair[0]}/{pair[1].name}", STRATEGIES[(n // 3 + n) % 3]) for n, pair in enumerate(pairs)]
+            base = [saved(source) for source in LAYOUTS][0]
+            answers[target] = run(LAYOUTS[target], load_layout, base, target, loads, 0)
+        return answers[target]
+
+    return load
+
+
+@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize("target", LAYOUTS)
+def test_reshard_from_any_layout_to_any_other_is_exact(reloaded, target, source):
+    for rank, answer in enumerate(reloaded(target)):
+        loads = [load for load in answer if load[0].split("/")[0] == source]
+        assert len(loads) == 3
+        for load in loads:
+            assert answer[load] == [], f"rank {rank}, {load}"
+
+
+@pytest.mark.parametrize("source, target", [("fsdp3", "fsdp2tp2"), ("fsdp2tp2", "fsdp3")])
+def test_reshard_every_format_by_every_strategy_gives_the_same_bits(saved, source, target):
+    loads = [(f"{source}/{form.name}", strategy) for form in FORMATS for strategy in STRATEGIES]
+    for answer in run(LAYOUTS[target], load_layout, saved(source), target, loads, 0):
+        assert len(answer) == 9 and not any(answer.values()), answer
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level.name != "NONE"])
+def test_reshard_compressed_checkpoints_of_every_format(tmp_path, level):
+    run(3, save_layout, tmp_path, "fsdp3", FORMATS, level)
+    loads = [(f"fsdp3/{form.name}", strategy) for form, strategy in zip(FORMATS, STRATEGIES)]
+    for answer in run(4, load_layout, tmp_path, "fsdp2tp2", loads, 1):
+        assert len(answer) == 3 and not any(answer.values()), answer
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reshard_to_whole_tensors_on_disk_holds_the_unsharded_truth(saved, layout):
+    shard = Shard(shards(saved(layout), f"{layout}/CONSOLIDATED")[0])
+    truth = filled(Net(), "truth").state_dict()
+    assert set(shard.header) == set(truth)
+    for name, tensor in truth.items():
+        assert shard.header[name]["shape"] == list(tensor.shape) and shard.data(name) == raw(tensor), name
+
+
+def test_reshard_reports_what_it_did(saved):
+    for answer in run(2, describe_a_load, saved("fsdp4")):
+        assert answer == (4, 2, True, True)
+
+
+def describe_a_load(rank, world_size, tmp):
+    model, optimizer = the_truth("fsdp2")
+    result = opened(tmp).load(model, optimizer, at("fsdp4/MULTI_SHARD"))
+    rng = any("rng" in warning.lower() for warning in result.warnings)  # ranks 0 and 1 have theirs
+    return result.source_world_size, result.target_world_size, result.was_resharded, not rng
+
+
+def test_a_rank_without_saved_rng_keeps_its_own_and_says_so(saved):
+    (two, four) = run(2, load_rng, saved("plain"))
+    assert two[1] and four[1] and not two[2] and four[2]
+
+
+def load_rng(rank, world_size, tmp):
+    model, optimizer = the_truth("ddp2")
+    result = opened(tmp).load(model, optimizer, at("plain/MULTI_SHARD"))
+    return rank, True, any("rng" in warning.lower() for warning in result.warnings)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain, self.linear = nn.Parameter(torch.tensor(0.0)), nn.Linear(3, 2)
+
+
+def test_a_scalar_parameter_goes_from_one_process_to_ddp_and_back(tmp_path):
+    model = filled(Scaled(), "truth")
+    optimizer = stepped(model)
+    opened(tmp_path).save(model, optimizer, to("one"))
+    run(2, pass_on_through_ddp, tmp_path)
+    other = Scaled()
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    opened(tmp_path).load(other, other_optimizer, at("two"))
+    assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
+
+
+def pass_on_through_ddp(rank, world_size, tmp):
+    model = DistributedDataParallel(Scaled())
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint = opened(tmp)
+    checkpoint.load(model, optimizer, at("one", load_rng_state=False))
+    checkpoint.save(model, optimizer, to("two"))
+
+
+def by_name(model, optimizer):
+    return {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+
+
+def test_optimizer_state_follows_names_through_another_order_and_other_groups(tmp_path):
+    model = filled(Net(), "truth")
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": weights, "lr": 0.5}, {"params": others, "lr": 0.25, "weight_decay": 0.0}])
+    for p in model.parameters():
+        p.grad = torch.rand_like(p)
+    optimizer.step()
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizer, to())
+
+    swapped = Net()
+    others = [p for p in swapped.parameters() if p.ndim <= 1]
+    weights = [p for p in swapped.parameters() if p.ndim > 1]
+    swapped_optimizer = torch.optim.AdamW([{"params": others[::-1]}, {"params": weights[::-1]}])
+    checkpoint.load(swapped, swapped_optimizer, at())
+    assert identical(by_name(swapped, swapped_optimizer), by_name(model, optimizer))
+    assert [(g["lr"], g["weight_decay"]) for g in swapped_optimizer.param_groups] == [(0.25, 0.0), (0.5, 0.01)]
+
+    single = Net()
+    single_optimizer = torch.optim.AdamW(reversed(list(single.parameters())))
+    checkpoint.load(single, single_optimizer, at(strict_mode=False))
+    assert identical(by_name(single, single_optimizer), by_name(model, optimizer))
+
+
+OPTIMIZERS = {
+    "adafactor": (torch.optim.Adafactor, {}), "momentum": (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
+    "lbfgs": (torch.optim.LBFGS, {"lr": 0.1, "max_iter": 3}), "rmsprop": (torch.optim.RMSprop, {"centered": True}),
+    "adamw_amsgrad": (torch.optim.AdamW, {"amsgrad": True}), "sgd_without_state": (torch.optim.SGD, {"lr": 0.1}),
+}  # fmt: skip
+
+
+def train_with(model, optimizer, steps):
+    data = torch.arange(12.0).reshape(4, 3).sin()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(data).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_any_optimizer_continues_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, kind, world_size):
+    for same_state, same_after in run(world_size, continue_with, tmp_path, kind):
+        assert same_state and same_after
+
+
+def continue_with(rank, world_size, tmp, kind):
+    def start():
+        model = filled(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), "start")
+        model = DistributedDataParallel(model) if world_size > 1 else model
+        optimizer, options = OPTIMIZERS[kind]
+        return model, optimizer(model.parameters(), **options)
+
+    model, optimizer = start()
+    train_with(model, optimizer, 3)
+    checkpoint = opened(tmp)
+    checkpoint.save(model, optimizer, to())
+    other, other_optimizer = start()
+    checkpoint.load(other, other_optimizer, at())
+    same_state = identical(state_of(other, other_optimizer), state_of(model, optimizer))
+    train_with(model, optimizer, 2)
+    train_with(other, other_optimizer, 2)
+    return same_state, identical(state_of(other, other_optimizer), state_of(model, optimizer))
+
+
+def test_momentum_of_sharded_parameters_reshards(tmp_path):
+    run(3, save_momentum, tmp_path)
+    model = filled(Net(), "truth")
+    optimizer = stepped(model, torch.optim.SGD, lr=0.01, momentum=0.9)
+    truth = state_of(model, optimizer)
+    fresh = Net()
+    fresh_optimizer = torch.optim.SGD(fresh.parameters(), lr=0.5, momentum=0.1)
+    opened(tmp_path).load(fresh, fresh_optimizer, at())
+    assert identical(state_of(fresh)[0], truth[0])
+    assert identical(by_name(fresh, fresh_optimizer), by_name(model, optimizer))
+    assert fresh_optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def save_momentum(rank, world_size, tmp):
+    model = laid_out(filled(Net(), "truth"), "fsdp3")
+    opened(tmp).save(model, stepped(model, torch.optim.SGD, lr=0.01, momentum=0.9, foreach=False), to())
+
+
+@pytest.mark.parametrize("direction", ["from", "to"])
+def test_the_prefix_of_torch_compile_does_not_matter(tmp_path, direction):
+    def wrap(model):
+        model[0] = torch.compile(model[0])
+        return torch.compile(model)
+
+    source, source_optimizer = small()
+    target, target_optimizer = small("other")
+    truth = state_of(source, source_optimizer)
+    checkpoint = opened(tmp_path)
+    checkpoint.save(wrap(source) if direction == "from" else source, source_optimizer, to())
+    assert not any("_orig_mod" in name for name in Shard(shards(tmp_path)[0]).header)
+    checkpoint.load(wrap(target) if direction == "to" else target, target_optimizer, at())
+    values = {name.replace("_orig_mod.", ""): tensor for name, tensor in target.state_dict().items()}
+    assert identical(values, dict(truth[0])) and identical(state_of(target_optimizer)[0], truth[1])
+
+
+class Counting(FileOps):
+    """The operating system's file calls, counting the bytes read."""
+
+    def __init__(self):
+        self.reads = []
+
+    def pread(self, fd, buffer, offset):
+        self.reads.append(count := super().pread(fd, buffer, offset))
+        return count
+
+
+def test_only_the_models_bytes_are_read_for_only_the_model(tmp_path):
+    model = filled(nn.Linear(1024, 3072), "truth")  # 12 MiB; its optimizer twice that
+    opened(tmp_path).save(model, stepped(model), to())
+    files = Counting()
+    other = nn.Linear(1024, 3072)
+    ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, files)).load(other, None, at(load_rng_state=False))
+    assert 12 * MiB <= sum(files.reads) < 12 * MiB + 2 * BLOCK
+    shard = Shard(shards(tmp_path)[0])
+    last = max(shard.place(name) for name in shard.header if name.startswith("optimizer/") and "exp_avg" in name)
+    flip(shard.path, last[1] - 1)
+    other = nn.Linear(1024, 3072)
+    checkpoint = opened(tmp_path)
+    checkpoint.load(other, None, at(load_rng_state=False))
+    assert identical(state_of(other)[0], state_of(model)[0])
+    full = stepped(other)
+    refusal(lambda: checkpoint.load(other, full, at()), ExceptionType.CORRUPTED_CHECKPOINT)
+
+
+class Stage(nn.Module):
+    """Layers `first`..`last` of a pipeline, under the names that they have in the whole model."""
+
+    def __init__(self, first, last):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(i): nn.Linear(3 + i, 4 + i) for i in range(first, last + 1)})
+
+
+def test_pipeline_ranks_with_the_same_optimizer_indices_join_and_part_again(tmp_path):
+    run(2, save_stage, tmp_path)
+    model, truth = Stage(0, 3), filled(Stage(0, 3), "truth")
+    optimizer, truth_optimizer = torch.optim.AdamW(model.parameters()), stepped(truth, lr=0.125)
+    checkpoint = opened(tmp_path)
+    checkpoint.load(model, optimizer, at("stages"))
+    assert identical(state_of(model)[0], state_of(truth)[0])
+    assert identical(by_name(model, optimizer), by_name(truth, truth_optimizer))
+    assert optimizer.param_groups[0]["lr"] == 0.125
+    checkpoint.save(model, optimizer, to("whole"))
+    assert run(2, load_stage, tmp_path, "whole") == [True, True]
+    assert run(2, load_stage, tmp_path, "stages") == [True, True]
+
+
+def stage_of(rank):
+    model = filled(Stage(2 * rank, 2 * rank + 1), "truth")
+    return model, stepped(model, lr=0.125)
+
+
+def save_stage(rank, world_size, tmp):
+    opened(tmp).save(*stage_of(rank), to("stages"))
+
+
+def load_stage(rank, world_size, tmp, prefix):
+    model = Stage(2 * rank, 2 * rank + 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    opened(tmp).load(model, optimizer, at(prefix))
+    truth, truth_optimizer = stage_of(rank)
+    same = identical(by_name(model, optimizer), by_name(truth, truth_optimizer))
+    return same and identical(state_of(model)[0], state_of(truth)[0])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_plain_tensors_that_differ_between_ranks_are_kept_per_rank_and_named(tmp_path, form):
+    logs, values, trusted = zip(*run(3, save_different, tmp_path, form))
+    assert list(values) == [[0.0, 7.0, 0.5], [1.0, 7.0, 1.5], [2.0, 7.0, 0.5]]
+    assert "layer.place" in logs[0] and "layer.odd" in logs[0] and "layer.same" not in logs[0]
+    assert len(set(trusted)) == 1  # told to trust, the save kept one rank's copy
+
+
+def save_different(rank, world_size, tmp, form):
+    log = io.StringIO()
+    logging.getLogger().addHandler(logging.StreamHandler(log))
+    values = (float(rank), 7.0, rank % 2 + 0.5)
+
+    def bag(place, same, odd):
+        tensors = {"layer.place": torch.full((3,), place), "layer.same": torch.full((3,), same)}
+        return Bag(**tensors, **{"layer.odd": torch.tensor(odd)})
+
+    checkpoint = opened(tmp)
+    checkpoint.save(bag(*values), None, to(format=form))
+    target = bag(-1.0, -1.0, -1.0)
+    result = checkpoint.load(target, None, at())
+    text = log.getvalue() + " ".join(result.warnings)
+    checkpoint.save(bag(*values), None, to("trusted", format=form, replicas="trust"))
+    blind = bag(-1.0, -1.0, -1.0)
+    checkpoint.load(blind, None, at("trusted"))
+    names = ("layer.place", "layer.same", "layer.odd")
+    return text, [target.state[name].flatten()[0].item() for name in names], blind.state["layer.place"][0].item()
+
+
+def test_batch_norm_statistics_of_every_ddp_rank_survive(tmp_path):
+    assert run(2, save_batch_norm, tmp_path) == [(True, True)] * 2
+
+
+def save_batch_norm(rank, world_size, tmp):
+    def start():
+        return DistributedDataParallel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), broadcast_buffers=False)
+
+    model, other = start(), start()
+    model(torch.rand(8, 3, generator=torch.Generator().manual_seed(rank))).sum().backward()
+    checkpoint = opened(tmp)
+    checkpoint.save(model, None, to())
+    checkpoint.load(other, None, at())
+    means = [torch.zeros(4) for _ in range(world_size)]
+    dist.all_gather(means, model.module[1].running_mean)
+    return identical(state_of(other)[0], state_of(model)[0]), not torch.equal(*means)
+
+
+def test_copies_that_a_placement_declares_equal_but_are_not_are_named_and_the_lowest_ranks_is_kept(tmp_path):
+    (values, log), (others, _) = run(2, save_false_replicas, tmp_path)
+    assert values == others == [0.0] * 3 and "declared" in log and re.search(r"\brank\D*[01]\b", log)
+
+
+def save_false_replicas(rank, world_size, tmp):
+    log = io.StringIO()
+    logging.getLogger().addHandler(logging.StreamHandler(log))
+    mesh = init_device_mesh("cpu", (2,))
+    checkpoint = opened(tmp)
+    checkpoint.save(Bag(declared=DTensor.from_local(torch.full((3,), float(rank)), mesh, [Replicate()])), None, to())
+    target = Bag(declared=DTensor.from_local(torch.full((3,), 9.0), mesh, [Replicate()]))
+    result = checkpoint.load(target, None, at())
+    return target.state["declared"].to_local().tolist(), log.getvalue() + " ".join(result.warnings)
+
+
+def test_what_is_no_tensor_is_stored_per_rank_where_it_differs(tmp_path):
+    assert run(2, save_data_place, tmp_path, True) == [({"at": 0}, 5, False), ({"at": 1}, 5, False)]
+    (alone,) = run(1, save_data_place, tmp_path, False)
+    assert alone[:2] == ({"at": 0}, 5)
+    *known, newcomer = run(3, save_data_place, tmp_path, False)
+    assert [k[0] for k in known] == [{"at": 0}, {"at": 1}] and newcomer == ({"at": -1}, 5, True)
+
+
+def save_data_place(rank, world_size, tmp, save):
+    checkpoint = opened(tmp)
+    model = Bag(w=torch.zeros(2))
+    if save:
+        checkpoint.save(model, None, to(), extra_state={"loader": Bag(at=rank), "epoch": 5})
+    loader = Bag(at=-1)
+    options = at(strict_mode=False, load_rng_state=False)
+    result = checkpoint.load(model, None, options, extra_state={"loader": loader})
+    return loader.state, result.extra_state["epoch"], any("loader" in warning for warning in result.warnings)
+
+
+def test_mappings_of_models_and_optimizers_are_saved_under_their_names(tmp_path):
+    def start(salt):
+        models = {"actor": filled(nn.Linear(3, 2), salt), "critic": filled(nn.Linear(3, 1), salt)}
+        optimizers = {name: stepped(model, lr=0.1 + len(name)) for name, model in models.items()}
+        return models, optimizers
+
+    models, optimizers = start("truth")
+    others, other_optimizers = start("other")
+    checkpoint = opened(tmp_path)
+    checkpoint.save(models, optimizers, to())
+    checkpoint.load(others, other_optimizers, at())
+    for name in models:
+        assert identical(state_of(others[name], other_optimizers[name]), state_of(models[name], optimizers[name]))
+
+
+def test_two_optimizers_may_share_one_model(tmp_path):
+    def start(salt):
+        model = filled(Net(), salt)
+        matrices = [model.up.weight, model.down.weight]
+        rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+        optimizers = {"muon": torch.optim.Muon(matrices, lr=0.1), "adamw": torch.optim.AdamW(rest)}
+        for p in model.parameters():
+            p.grad = torch.rand_like(p)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        return model, optimizers
+
+    model, optimizers = start("truth")
+    other, others = start("other")
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizers, to())
+    checkpoint.load(other, others, at())
+    assert identical(state_of(other)[0], state_of(model)[0])
+    assert all(identical(state_of(others[name])[0], state_of(optimizers[name])[0]) for name in optimizers)
+
+
+def test_an_optimizer_over_parameters_outside_the_model_goes_by_position_and_says_so(tmp_path, caplog):
+    def start(salt):
+        model, outside = filled(nn.Linear(3, 2), salt), nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.AdamW([*model.parameters(), outside], lr=0.3)
+        for p in [*model.parameters(), outside]:
+            p.grad = torch.full_like(p, len(salt))
+        optimizer.step()
+        return model, optimizer, outside
+
+    model, optimizer, outside = start("truth")
+    other, other_optimizer, other_outside = start("elsewhere")
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizer, to())
+    assert "position" in caplog.text
+    checkpoint.load(other, other_optimizer, at())
+    assert identical(other_optimizer.state[other_outside], optimizer.state[outside])
+
+
+def test_float32_state_of_bfloat16_parameters_stays_float32(tmp_path):
+    def start(salt):
+        model = filled(nn.Linear(3, 2).bfloat16(), salt)
+        optimizer = stepped(model)
+        for p in model.parameters():
+            for slot in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[p][slot] = torch.rand(p.shape, generator=torch.Generator().manual_seed(len(salt)))
+        return model, optimizer
+
+    model, optimizer = start("truth")
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizer, to())
+    fresh = nn.Linear(3, 2).bfloat16()
+    for other, other_optimizer in (start("elsewhere"), (fresh, torch.optim.AdamW(fresh.parameters()))):
+        checkpoint.load(other, other_optimizer, at())
+        assert identical(by_name(other, other_optimizer), by_name(model, optimizer))
+        assert other_optimizer.state[other.weight]["exp_avg"].dtype == torch.float32
+
+
+# ---- resume: a run that stopped goes on as if it had not -------------------------------------------------------------
+
+
+def train(rank, world_size, tmp, start, stop):
+    """Train from step `start` (from its checkpoint, unless 0) to `stop`; save there; return losses and weights."""
+    model = filled(nn.Sequential(nn.Linear(5, 9), nn.Dropout(0.3), nn.Tanh(), nn.Linear(9, 3)), "start")
+    if world_size > 1:
+        fully_shard(model[0])
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(100 * start + rank)
+    checkpoint = opened(tmp)
+    if start:
+        result = checkpoint.load(model, optimizer, at(f"step{start}"), extra_state={"scheduler": scheduler})
+        assert result.extra_state["step"] == start
+    losses = []
+    for _ in range(start, stop):
+        noise = torch.from_numpy(np.random.rand(4, 5)).float() * random.random()
+        loss = model(torch.randn(4, 5) + noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    checkpoint.save(model, optimizer, to(f"step{stop}"), extra_state={"scheduler": scheduler, "step": stop})
+    return losses, [raw(p.to_local() if isinstance(p, DTensor) else p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2], ids=["one process", "fsdp2"])
+def test_resume_gives_the_losses_and_weights_of_a_run_that_never_stopped(tmp_path, world_size):
+    whole = run(world_size, train, tmp_path / "whole", 0, 10)
+    first = run(world_size, train, tmp_path / "parts", 0, 5)
+    second = run(world_size, train, tmp_path / "parts", 5, 10)  # new processes, nothing shared but the files
+    for rank in range(world_size):
+        assert whole[rank][0] == first[rank][0] + second[rank][0]
+        assert whole[rank][1] == second[rank][1] and len(set(whole[rank][0])) == 10
+
+
+# ---- bad input: refused clearly, and nothing changes -----------------------------------------------------------------
+
+BAD_PREFIXES = ["", "/abs", "..", "../x", "a/../b", "a//b", "a/", "./a", "a/.", "a b", "a\\b", "a\0b", "ü", "a" * 201]
+BAD_PREFIXES += ["a.metadata.json", "a.metadata.json/b", "a\n"]
+
+
+@pytest.mark.parametrize("prefix", BAD_PREFIXES, ids=repr)
+def test_a_bad_prefix_is_refused_before_any_file_is_touched(tmp_path, prefix):
+    base = tmp_path / "inner" / "base"
+    checkpoint = opened(base)
+    model, optimizer = small()
+    checkpoint.save(model, optimizer, to("good"))
+    before = listing(tmp_path)
+    calls = [
+        lambda: checkpoint.save(model, optimizer, to(prefix)),
+        lambda: checkpoint.save_model_only(model, to(prefix)),
+        lambda: checkpoint.load(model, optimizer, at(prefix)),
+        lambda: checkpoint.delete_checkpoint(prefix),
+        lambda: checkpoint.validate_checkpoint(prefix),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="prefix"):
+            call()
+    assert listing(tmp_path) == before
+
+
+MISUSES = {
+    "format": lambda c, m: c.save(m, None, to(format="ZIP")),
+    "compression_level": lambda c, m: c.save(m, None, to(compression_level="ULTRA")),
+    "staging": lambda c, m: c.save(m, None, to(staging="lazy")),
+    "replicas": lambda c, m: c.save(m, None, to(replicas="hope")),
+    "resharding_strategy": lambda c, m: c.load(m, None, at(resharding_strategy="psychic")),
+    "timeout": lambda c, m: c.save(m, None, to(timeout=-1.0)),
+    "checkpoint_prefix": lambda c, m: c.load(m, None, LoadOptions()),
+    "provider": lambda c, m: ckpt.StorageFactory.create(ckpt.StorageOptions(provider="ftp")),
+    "basepath": lambda c, m: ckpt.StorageFactory.create(ckpt.StorageOptions(connection_settings={"basepath": "x"})),
+}
+ALLOWED = {
+    "format": "MULTI_SHARD SINGLE_FILE CONSOLIDATED", "compression_level": "NONE FAST BALANCED MAXIMUM",
+    "staging": "eager overlapped", "replicas": "verify trust", "resharding_strategy": "parallel sequential broadcast",
+    "timeout": "", "checkpoint_prefix": "", "provider": "local", "basepath": "base_path",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", MISUSES)
+def test_an_unknown_value_is_a_value_error_that_lists_what_is_allowed(tmp_path, option):
+    checkpoint = opened(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        MISUSES[option](checkpoint, small()[0])
+    assert option in str(caught.value)
+    for word in ALLOWED[option].split():
+        assert word in str(caught.value)
+    assert listing(tmp_path) == {}
+
+
+def test_a_checkpoint_that_does_not_exist_is_named_with_those_that_do(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to("here"))
+    with pytest.raises(CheckpointException) as caught:
+        checkpoint.load(*small(), at("gone"))
+    assert "gone" in str(caught.value) and "gone" in caught.value.checkpoint_path
+    assert not checkpoint.validate_checkpoint("gone").is_valid
+
+
+def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(Bag(**{f"old{i}": torch.ones(1) for i in range(30)}, both=torch.ones(2)), None, to())
+    target = Bag(new=torch.zeros(1), both=torch.zeros(2))
+    message = refusal(lambda: checkpoint.load(target, None, at()), ExceptionType.VALIDATION_FAILED)
+    assert "new" in message and "old0" in message and "31 problem" in message and "11 more" in message
+    assert not target.state["both"].any()
+    result = checkpoint.load(target, None, at(strict_mode=False))
+    assert target.state["both"].all() and not target.state["new"].any()
+    text = " ".join(result.warnings)
+    assert "new" in text and "old0" in text
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_another_shape_is_always_an_error_that_names_both(tmp_path, strict):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(nn.Linear(3, 5), None, to())
+    model = filled(nn.Linear(4, 5), "mine")
+    before = state_of(model)
+    message = refusal(lambda: checkpoint.load(model, None, at(strict_mode=strict)), ExceptionType.VALIDATION_FAILED)
+    assert "weight" in message and re.search(r"5, ?3", message) and re.search(r"5, ?4", message)
+    assert identical(state_of(model), before)
+
+
+def test_another_dtype_is_an_error_if_strict_and_else_a_cast_with_a_warning(tmp_path):
+    checkpoint = opened(tmp_path)
+    model = filled(nn.Linear(3, 5), "truth")
+    checkpoint.save(model, None, to())
+    half = filled(nn.Linear(3, 5).bfloat16(), "mine")
+    before = state_of(half)
+    message = refusal(lambda: checkpoint.load(half, None, at()), ExceptionType.VALIDATION_FAILED)
+    assert re.search(r"weight.*(float32|\bF32).*(bfloat16|BF16)", message) and identical(state_of(half), before)
+    result = checkpoint.load(half, None, at(strict_mode=False))
+    assert "weight" in " ".join(result.warnings)
+    assert identical(half.weight.data, model.weight.data.bfloat16())
+
+
+CUTS = {"one byte": lambda size: size - 1, "half": lambda size: size // 2, "all": lambda size: 0}
+
+
+@pytest.mark.parametrize("cut", [*CUTS, "extended", "replaced by another save's"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_of_another_length_is_corrupt_and_named_and_nothing_changes(tmp_path, form, cut):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to(format=form))
+    checkpoint.save(*small("second"), to("q", format=form))
+    model, optimizer = small("other")
+    before = state_of(model, optimizer)
+    for path, twin in zip(shards(tmp_path), shards(tmp_path, "q")):
+        whole = path.read_bytes()
+        changed = whole + b"\0" if cut == "extended" else twin.read_bytes()
+        path.write_bytes(whole[: CUTS[cut](len(whole))] if cut in CUTS else changed)
+        message = refusal(lambda: checkpoint.load(model, optimizer, at()), ExceptionType.CORRUPTED_CHECKPOINT)
+        assert path.name in message and identical(state_of(model, optimizer), before)
+        assert not checkpoint.validate_checkpoint("p").is_valid
+        path.write_bytes(whole)
+    checkpoint.load(model, optimizer, at())
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "not json", "a list", "bad utf-8", "deep"])
+def test_a_damaged_record_is_corrupt_never_absent(tmp_path, damage):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to())
+    path = tmp_path / "p.metadata.json"
+    whole = path.read_bytes()
+    flipped = whole[:50] + bytes([whole[50] ^ 1]) + whole[51:]
+    bad = {"empty": b"", "cut": whole[:-20], "flipped": flipped, "a list": b"[]\n", "not json": b"hello"}
+    bad |= {"bad utf-8": b"\xff" + whole, "deep": b"[" * 100_000}
+    path.write_bytes(bad[damage])
+    message = refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.CORRUPTED_CHECKPOINT)
+    assert "p.metadata.json" in message
+    assert not checkpoint.validate_checkpoint("p").is_valid and checkpoint.list_checkpoints() == []
+
+
+def test_a_future_format_version_is_refused_by_its_number(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*small(), to())
+
+    def from_the_future(record):
+        (key,) = [key for key in record if "version" in key and "torch" not in key]
+        record[key] = type(record[key])(99)
+
+    reseal(tmp_path / "p.metadata.json", from_the_future)
+    message = refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.INCOMPATIBLE_VERSION)
+    assert "99" in message and checkpoint.list_checkpoints() == []
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "p.metadata.json", "x/y.safetensors"])
+def test_a_record_that_points_elsewhere_is_refused(tmp_path, name):
+    base = tmp_path / "base"
+    checkpoint = opened(base)
+    checkpoint.save(*small(), to())
+    secret = tmp_path / "secret.safetensors"
+    shutil.move(shards(base)[0], secret)
+
+    def point_elsewhere(record):
+        text = json.dumps(record)
+        swapped = re.sub(r"[0-9a-f]{8}-00000-of-00001\.safetensors", name, text)
+        assert swapped != text
+        record.clear()
+        record.update(json.loads(swapped))
+
+    reseal(base / "p.metadata.json", point_elsewhere)
+    refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.CORRUPTED_CHECKPOINT)
+    told(lambda: checkpoint.delete_checkpoint("p"))
+    assert secret.exists()
+
+
+def test_a_shard_that_is_a_link_out_of_the_directory_is_not_followed(tmp_path):
+    base = tmp_path / "base"
+    checkpoint = opened(base)
+    checkpoint.save(*small(), to())
+    (path,) = shards(base)
+    shutil.move(path, tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    refusal(lambda: checkpoint.load(*small(), at()))
+    told(lambda: checkpoint.delete_checkpoint("p"))
+    assert (tmp_path / "outside").exists()
+
+
+def test_a_base_path_that_is_no_directory_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    checkpoint = opened(tmp_path / "file" / "base", retry_policy=ckpt.RetryPolicy(max_retries=1))
+    refusal(lambda: checkpoint.save(*small(), to()), ExceptionType.STORAGE_ERROR)
+    with pytest.raises(CheckpointException):
+        checkpoint.load(*small(), at())
+
+
+def test_a_directory_that_may_not_be_read_is_a_storage_error(tmp_path):
+    class Denied(FileOps):
+        def open(self, name, flags, dir_fd=None):
+            raise PermissionError(errno.EACCES, "not for you", name)
+
+    opened(tmp_path).save(*small(), to())
+    checkpoint = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, Denied()))
+    assert "not for you" in refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.STORAGE_ERROR)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_full_disk_is_a_storage_error_on_all_ranks_and_harms_nothing(tmp_path, world_size, form):
+    for (kind, _, message), old, files in run(world_size, fill_the_disk, tmp_path, form):
+        assert kind == "STORAGE_ERROR" and old == (3.0, 3.0)
+        assert files["after"] == files["before"], message
+
+
+def fill_the_disk(rank, world_size, tmp, form):
+    retry = ckpt.RetryPolicy(max_retries=2, initial_delay=0.01)
+    checkpoint = opened(tmp, retry_policy=retry)
+    checkpoint.save(Bag(w=torch.full((5 * MiB,), 3.0)), None, to(format=form))
+    files = {"before": sorted(listing(tmp))}
+    dist.barrier()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6 * MiB, resource.RLIM_INFINITY))  # every rank's share is larger
+    answer = told(lambda: checkpoint.save(Bag(w=torch.full((5 * MiB,), 4.0)), None, to(format=form)))
+    dist.barrier()
+    files["after"] = sorted(listing(tmp))
+    target = Bag(w=torch.zeros(5 * MiB))
+    checkpoint.load(target, None, at())
+    return answer, (target.state["w"].min().item(), target.state["w"].max().item()), files
+
+
+def test_a_failure_after_bytes_began_to_land_says_that_tensors_are_undefined(tmp_path):
+    bag = Bag(a=torch.ones(2 * BLOCK, dtype=torch.uint8), b=torch.ones(2 * BLOCK, dtype=torch.uint8))
+    checkpoint = opened(tmp_path)
+    checkpoint.save(bag, None, to(include_rng_state=False))
+    (path,) = shards(tmp_path)
+    flip(path, Shard(path).place(Shard(path).find("model/b"))[1] - 1)
+    message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
+    assert "undefined" in message
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    checkpoint = opened(tmp_path)
+    model, optimizer = small()
+    checkpoint.save(model, optimizer, to("runs/one", custom_metadata={"epoch": 3}))
+    checkpoint.save_model_only(model, to("two"))
+    return tmp_path
+
+
+def command(capsys, *words):
+    """The exit code and what was printed."""
+    code = ckpt.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err, captured.out
+
+
+def test_ls_lists_checkpoints_with_size_ranks_and_format(two_checkpoints, capsys):
+    code, text, _ = command(capsys, "ls", two_checkpoints)
+    assert code == 0 and text.index("runs/one") < text.index("two") and "MULTI_SHARD" in text.upper()
+    code, _, text = command(capsys, "ls", two_checkpoints, "--json")
+    entries = json.loads(text)
+    entries = entries if isinstance(entries, list) else entries["checkpoints"]
+    assert code == 0 and [entry["prefix"] for entry in entries] == ["runs/one", "two"]
+    assert entries[0]["world_size"] == 1 and entries[0]["size_bytes"] > entries[1]["size_bytes"] > 0
+
+
+def test_show_tells_tensors_shapes_dtypes_shards_and_metadata(two_checkpoints, capsys):
+    code, text, _ = command(capsys, "show", two_checkpoints, "runs/one")
+    (path,) = shards(two_checkpoints, "runs/one")
+    assert code == 0
+    for part in ("0.weight", "exp_avg", "F32", "epoch", path.name, torch.__version__):
+        assert part in text
+    assert re.search(r"0\.weight.*5\D+3", text)
+    code, _, text = command(capsys, "show", two_checkpoints, "runs/one", "--json")
+    assert code == 0 and "0.weight" in json.dumps(json.loads(text)) and path.name in text
+
+
+def test_verify_checks_every_byte_and_exits_1_naming_tensor_and_file(two_checkpoints, capsys):
+    assert command(capsys, "verify", two_checkpoints)[0] == 0
+    (path,) = shards(two_checkpoints, "runs/one")
+    shard = Shard(path)
+    flip(path, shard.place(shard.find("model/1.weight"))[0])
+    code, text, _ = command(capsys, "verify", two_checkpoints)
+    assert code == 1 and "1.weight" in text and path.name in text and "runs/one" in text
+    assert command(capsys, "verify", two_checkpoints, "two")[0] == 0
+    code, _, text = command(capsys, "verify", two_checkpoints, "runs/one", "--json")
+    assert code == 1 and "1.weight" in json.dumps(json.loads(text)) and path.name in text
+
+
+def test_verify_exits_1_on_a_damaged_record_and_a_missing_shard(two_checkpoints, capsys):
+    flip(two_checkpoints / "two.metadata.json", 30)
+    code, text, _ = command(capsys, "verify", two_checkpoints)
+    assert code == 1 and "two" in text
+    shards(two_checkpoints, "runs/one")[0].unlink()
+    code, text, _ = command(capsys, "verify", two_checkpoints, "runs/one")
+    assert code == 1 and ".safetensors" in text
+
+
+def test_rm_deletes_one_checkpoint(two_checkpoints, capsys):
+    assert command(capsys, "rm", two_checkpoints, "runs/one")[0] == 0
+    assert [info.prefix for info in opened(two_checkpoints).list_checkpoints()] == ["two"]
+    assert not (two_checkpoints / "runs/one").exists() or not shards(two_checkpoints, "runs/one")
+    code, text, _ = command(capsys, "rm", two_checkpoints, "runs/one")
+    assert code != 0 and "runs/one" in text
+
+
+def test_gc_removes_orphans_and_nothing_that_a_record_names_or_that_is_not_ours(two_checkpoints, capsys):
+    (path,) = shards(two_checkpoints, "two")
+    orphan = path.with_name("0badf00d-00000-of-00001.safetensors")
+    shutil.copy(path, orphan)
+    foreign = two_checkpoints / "two" / "notes.txt"
+    foreign.write_text("mine")
+    damaged = two_checkpoints / "runs" / "one" / "0badf00d-00000-of-00001.safetensors"
+    shutil.copy(path, damaged)
+    flip(two_checkpoints / "runs/one.metadata.json", 30)  # gc touches nothing under a record that it cannot read
+    code, text, _ = command(capsys, "gc", two_checkpoints)
+    assert code == 0 and orphan.name in text
+    assert not orphan.exists() and path.exists() and foreign.exists() and damaged.exists()
+    code, _, text = command(capsys, "gc", two_checkpoints, "--json")
+    assert code == 0 and orphan.name not in json.dumps(json.loads(text))
+
+
+def test_the_command_line_says_what_is_wrong_with_its_arguments(tmp_path, capsys):
+    for words in (["show", tmp_path, "gone"], ["verify", tmp_path, "gone"], ["show", tmp_path, "../x"]):
+        code, text, _ = command(capsys, *words)
+        assert code != 0 and words[-1] in text and "Traceback" not in text
+    code, text, _ = command(capsys, "ls", tmp_path / "nowhere")
+    assert "Traceback" not in text
+
+
+def test_python_ckpt_py_is_the_command(two_checkpoints):
+    def python(*words):
+        command = [sys.executable, str(HERE / "ckpt.py"), *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    done = python("ls", two_checkpoints, "--json")
+    assert done.returncode == 0 and "runs/one" in json.dumps(json.loads(done.stdout))
+    shards(two_checkpoints, "two")[0].unlink()
+    done = python("verify", two_checkpoints)
+    assert done.returncode == 1 and "two" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+# ---- README: its examples run as they stand --------------------------------------------------------------------------
+
+
+def readme_blocks():
+    return re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_ten_line_example_of_the_readme_runs(tmp_path):
+    (tmp_path / "example.py").write_text(readme_blocks()[0])
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("*.metadata.json"))
+
+
+def test_the_torchrun_example_of_the_readme_trains_and_resumes(tmp_path):
+    (script,) = [block for block in readme_blocks() if "init_process_group" in block]
+    (tmp_path / "train.py").write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    for _ in range(2):  # the second run finds the checkpoints of the first
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("*.metadata.json"))
