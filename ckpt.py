@@ -28,6 +28,7 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import os
 import random
 import sys
@@ -132,13 +133,9 @@ class Stateful(Protocol):
 Model = Stateful | Mapping[str, Stateful]  # mappings: pipeline stages, or several optimizers
 
 
-def _check_member(value: object, allowed: type | tuple[str, ...], what: str) -> None:
-    if isinstance(allowed, tuple):
-        good, names = value in allowed, ", ".join(map(repr, allowed))
-    else:
-        good, names = isinstance(value, allowed), ", ".join(map(str, allowed))
-    if not good:
-        raise ValueError(f"unknown {what} {value!r}; allowed: {names}")
+def _check_member(value: object, allowed: Iterable[object], what: str) -> None:
+    if value not in (members := list(allowed)):
+        raise ValueError(f"unknown {what} {value!r}; allowed: {', '.join(map(str, members))}")
 
 
 def _check_timeout(timeout: float | None) -> None:
@@ -337,7 +334,7 @@ class SchemaCompatibilityChecker:
         """An error for every tensor (20 at most) of which the pieces leave something out, or store it twice."""
         result, pieces = ValidationResult(), metadata.pieces
         volume = np.zeros(len(metadata.tensors), np.int64)
-        np.add.at(volume, pieces.tensor, pieces.size.prod(axis=1))
+        np.add.at(volume, pieces.tensor, pieces.box[:, 1].prod(axis=1))
         for index, tensor in enumerate(metadata.tensors):
             expected = 0 if tensor.alias_of is not None else int(np.prod(tensor.shape, dtype=np.int64))
             if volume[index] != expected and len(result.errors) < 20:
@@ -355,8 +352,8 @@ class CheckpointValidator:
         compatibility_checkers: Sequence[CompatibilityChecker] = (),
     ) -> None:
         self.storage = storage
-        self.integrity_checkers = [SizeIntegrityChecker(), *integrity_checkers]
-        self.compatibility_checkers = [
+        self.integrity_checkers: list[IntegrityChecker] = [SizeIntegrityChecker(), *integrity_checkers]
+        self.compatibility_checkers: list[CompatibilityChecker] = [
             VersionCompatibilityChecker(),
             SchemaCompatibilityChecker(),
             *compatibility_checkers,
@@ -388,7 +385,7 @@ class CheckpointValidator:
             metadata = st.read_committed(self.storage, metadata)
         result = ValidationResult()
         for checker in self.compatibility_checkers:
-            result.add(_guarded(checker.name, lambda: checker.check_compatibility(metadata)))
+            result.add(_guarded(checker.name, checker.check_compatibility, metadata))
         return result
 
     def validate_shards(
@@ -401,16 +398,16 @@ class CheckpointValidator:
         result = ValidationResult()
         for shard in range(len(reader.metadata.shards)) if shards is None else shards:
             for checker in (*self.integrity_checkers, *extra):
-                found = _guarded(checker.name, lambda: checker.check_integrity(reader, shard))
+                found = _guarded(checker.name, checker.check_integrity, reader, shard)
                 result.add(found)
                 if not found.is_valid:
                     break  # a shard without a sound header has nothing more to check
         return result
 
 
-def _guarded(name: str, check: Callable[[], ValidationResult]) -> ValidationResult:
+def _guarded(name: str, check: Callable[..., ValidationResult], *args: object) -> ValidationResult:
     try:
-        return check()
+        return check(*args)
     except CheckpointException as error:
         return ValidationResult([str(error)])
     except Exception as error:
@@ -679,7 +676,7 @@ class OptimizerState:
     def _groups(self, part_name: str) -> list[list[tuple[str, torch.Tensor]]]:
         """(name, parameter) of every parameter in every group."""
         groups = []
-        for number, group in enumerate(self._parts[part_name].param_groups):
+        for number, group in enumerate(getattr(self._parts[part_name], "param_groups")):
             named = []
             for position, parameter in enumerate(group["params"]):
                 outside = "#" + ".".join(filter(None, (part_name, str(number), str(position))))
@@ -713,13 +710,14 @@ class OptimizerState:
     def fill(self, filling: Filling) -> None:
         """L3: state tensors are filled in place where they exist and fit, else made, sharded as their parameter."""
         saved = _merged_optimizer(filling)
-        options = {name: group for group in saved["groups"] for name in group["params"]}
+        options = {name: group.child("options") for group in saved.groups for name in group.texts("params")}
         wanted: set[str] = set()
         for part_name, part in self._parts.items():
             state = part.state_dict()
             if not self._is_torch(part):
-                if part_name in saved["others"]:
-                    self._states[part_name] = filling.decode(saved["others"][part_name], state)
+                whole = filling.decode(saved.others.get(part_name), state)
+                if isinstance(whole, dict):
+                    self._states[part_name] = whole
                 else:
                     filling.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
                 continue
@@ -731,10 +729,11 @@ class OptimizerState:
                 new_groups.append({**packed, **_group_options([n for n, _ in named], packed, options, filling)})
                 for (name, parameter), index in zip(named, _indices(packed)):
                     new_state.pop(index, None)
-                    if name in saved["states"]:
+                    if name in saved.states:
                         like = by_index.get(index)
-                        new_state[index] = value = filling.decode(saved["states"][name], like, parameter)
-                        self._kept.append((parameter, value))
+                        new_state[index] = value = filling.decode(saved.states[name], like, parameter)
+                        if isinstance(value, dict):
+                            self._kept.append((parameter, value))
             self._states[part_name] = {"state": new_state, "param_groups": new_groups}
         filling.used |= {f"optimizer:{name}" for name in wanted}
 
@@ -784,45 +783,47 @@ def _indices(group: Mapping[str, object]) -> list[object]:
     return params if isinstance(params, list) else []
 
 
-def _merged_optimizer(filling: Filling) -> dict[str, dict[str, object]]:
+class SavedOptimizer(NamedTuple):
+    """The value `optimizer/state`: groups by the names of their parameters, state by parameter, other Statefuls whole."""
+
+    groups: list[st.Fields]
+    states: dict[str, object]
+    others: dict[str, object]
+
+
+def _merged_optimizer(filling: Filling) -> SavedOptimizer:
     """The optimizer's values. Pipeline ranks hold different parameters: then each rank's are put together, own first."""
     name = "optimizer/state"
     filling.used.add(name)
-    ranks = filling.reader.ranks(name)
-    order: list[int] = sorted(ranks, key=lambda rank: rank != filling.rank) or [filling.rank]
-    merged: dict[str, object] = {"groups": [], "states": {}, "others": {}}
-    for rank in order:
-        index = filling.reader.find(name, rank)
-        node = filling.reader.read_value(index) if index is not None else None
-        if isinstance(node, dict):
-            merged["groups"] = [*merged["groups"], *node["groups"]]
-            merged["states"] = {**node["states"], **merged["states"]}
-            merged["others"] = {**node["others"], **merged["others"]}
-    merged["groups"] = merged["groups"][::-1]  # the first rank's come last, and win
+    merged = SavedOptimizer([], {}, {})
+    ranks = filling.reader.ranks(name) or [filling.rank]
+    for rank in sorted(ranks, key=lambda rank: rank == filling.rank):  # the last one wins
+        if (index := filling.reader.find(name, rank)) is not None:
+            value = st.Fields(filling.reader.read_value(index))
+            merged.groups.extend(st.Fields(group) for group in value.array("groups"))
+            merged.states.update(value.child("states").all)
+            merged.others.update(value.child("others").all)
     return merged
 
 
 def _group_options(
-    names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, Mapping[str, object]], filling: Filling
+    names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, st.Fields], filling: Filling
 ) -> dict[str, object]:
     """The saved options of a group; where its parameters were saved with different ones, it keeps its own."""
-    found: list[object] = []
+    found: list[dict[str, object]] = []
     for name in names:
         if name not in saved:
             filling.problems.append(f"optimizer/{name}: missing from the checkpoint")
-        elif saved[name]["options"] not in found:
-            found.append(saved[name]["options"])
-    if not found:
-        return {}
-    decoded = [filling.decode(node, {k: v for k, v in packed.items() if k != "params"}) for node in found]
+        elif saved[name].all not in found:
+            found.append(saved[name].all)
     options: dict[str, object] = {}
-    for key, value in decoded[0].items():
-        if any(other.get(key) != value for other in decoded[1:]):
+    for key, node in (found[0] if found else {}).items():
+        if any(other.get(key) != node for other in found[1:]):
             filling.warnings.append(
                 f"optimizer group of {names[0]}: its parameters were saved with different {key!r}; it keeps {packed.get(key)!r}"
             )
         else:
-            options[key] = value
+            options[key] = filling.decode(node, packed.get(key))
     return options
 
 
@@ -845,9 +846,10 @@ def set_rng_state(state: Mapping[str, object]) -> None:
         return torch.frombuffer(bytearray(data if isinstance(data, bytes) else b""), dtype=torch.uint8)
 
     torch.set_rng_state(tensor(state["torch"]))
-    np.random.set_state(state["numpy"])
-    random.setstate(state["random"])
-    devices = state.get("cuda")
+    numpy_state, python_state, devices = state["numpy"], state["random"], state.get("cuda")
+    if isinstance(numpy_state, tuple) and isinstance(python_state, tuple):
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
     if isinstance(devices, list) and torch.cuda.is_available():
         for device, data in enumerate(devices[: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(tensor(data), device)
@@ -1065,7 +1067,8 @@ class DistributedCheckpoint:
         self._drain(options.timeout)
         pending = PendingSave(cancel)
         error: Exception | None = None
-        data, late = ShardData([], {}), []
+        data = ShardData([], {})
+        late: list[StagedCopy] = []
         try:
             options.check()
             data, late = self._stage(pending, model, optimizer, options, extra_state)
@@ -1206,7 +1209,7 @@ class DistributedCheckpoint:
             owned = _optimizer_memory(optimizers)
             late = [StagedCopy(n, v, room, v._version) for n, v, room in copies if v.data_ptr() in owned]
             for hookable in optimizers:
-                pending.hook(hookable.register_step_pre_hook)
+                pending.hook(getattr(hookable, "register_step_pre_hook"))
         waiting = {id(item.room) for item in late}
         for _, view, room in copies:
             if id(room) not in waiting:
@@ -1478,7 +1481,7 @@ class _Restore:
         mine = {n for n in names if coord.in_model(n)} - filling.used
         mine = {n for n in mine if n.startswith("model/") or self._is_value(filling.reader, n)}
         if self.optimizer is not None:
-            stored = {n for g in _merged_optimizer(filling)["groups"] for n in g["params"]}
+            stored = {n for group in _merged_optimizer(filling).groups for n in group.texts("params")}
             mine |= {f"optimizer/{n}" for n in stored if f"optimizer:{n}" not in filling.used}
         told = op.gather(sorted(mine))
         unwanted = set.intersection(*(set(t) for t in told if isinstance(t, list)))
@@ -1575,15 +1578,16 @@ def _command_ls(storage: CheckpointStorage, args: argparse.Namespace) -> int:
 
 def _command_show(storage: CheckpointStorage, args: argparse.Namespace) -> int:
     meta = st.read_committed(storage, args.prefix)
-    counts = np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()
-    tensors = [
-        {
-            "name": t.name, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "pieces": counts[index],
-            "bytes": int(np.prod(t.shape, dtype=np.int64)) * st.itemsize(t.dtype),
-            "tied_to": None if t.alias_of is None else meta.tensors[t.alias_of].name,
-        }
-        for index, t in enumerate(meta.tensors)
-    ]  # fmt: skip
+    tensors, rows = [], [("TENSOR", "DTYPE", "SHAPE", "SIZE", "PIECES", "")]
+    for t, count in zip(meta.tensors, np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()):
+        size = math.prod(t.shape) * st.itemsize(t.dtype)
+        tied = None if t.alias_of is None else meta.tensors[t.alias_of].name
+        tensors.append({
+            "name": t.name, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "pieces": count, "bytes": size,
+            "tied_to": tied,
+        })  # fmt: skip
+        note = f"tied to {tied}" if tied else "" if t.rank is None else f"rank {t.rank}"
+        rows.append((t.name, t.dtype, "x".join(map(str, t.shape)) or "scalar", _human(size), str(count), note))
     head = {
         "prefix": meta.prefix, "save_id": meta.save_id, "sequence": meta.sequence, "version": meta.version,
         "timestamp": meta.timestamp, "world_size": meta.world_size, "format": meta.format, "compression": meta.compression,
@@ -1598,11 +1602,6 @@ def _command_show(storage: CheckpointStorage, args: argparse.Namespace) -> int:
         if key != "shards":
             print(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
     print("\n" + _table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)]))
-    rows = [("TENSOR", "DTYPE", "SHAPE", "SIZE", "PIECES", "")]
-    for t in tensors:
-        note = f"tied to {t['tied_to']}" if t["tied_to"] else "" if t["rank"] is None else f"rank {t['rank']}"
-        shape = "x".join(map(str, t["shape"])) or "scalar"
-        rows.append((t["name"], t["dtype"], shape, _human(t["bytes"]), str(t["pieces"]), note))
     print("\n" + _table(rows))
     return 0
 

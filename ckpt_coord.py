@@ -49,18 +49,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 if __package__ and not TYPE_CHECKING:
     from . import ckpt_storage as st
-    from .ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Shape
+    from .ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Fields, Ints, Shape
 else:
     import ckpt_storage as st
-    from ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Shape
+    from ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Fields, Ints, Shape
 
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
 IO_THREADS = 4
@@ -149,7 +151,7 @@ class TorchCoordinator:
             store = store.clone()
         name = "ckpt/" + hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         instance = store.add(f"{name}/made/{self._rank}", 1)
-        self._store = dist.PrefixStore(f"{name}/{instance}", store)
+        self._store = PrefixStore(f"{name}/{instance}", store)
         self._operation = self._step = 0
         self._posted: list[str] = []
         self._poll: Callable[[], None] = lambda: None
@@ -208,14 +210,15 @@ class TorchCoordinator:
     def exchange(self, outgoing: Mapping[int, Bytes], timeout: float = 600.0) -> dict[int, Bytes]:
         deadline = time.monotonic() + timeout
         sizes = {str(rank): len(data) for rank, data in outgoing.items() if len(data)}
-        told = self.all_gather([self._generation, sizes], timeout)
-        tables = [row[1] for row in told if isinstance(row, list)]
-        if not any(tables):
+        told = [Fields(row) for row in self.all_gather({"generation": self._generation, "sizes": sizes}, timeout)]
+        tables = [row.child("sizes") for row in told]
+        if not any(table.all for table in tables):
             return {}
-        incoming = [int(table.get(str(self.rank), 0)) for table in tables]
+        key = str(self.rank)
+        incoming = [table.number(key) if key in table.all else 0 for table in tables]
         problem, received = "", np.empty(sum(incoming), np.uint8)
         try:
-            if any(row[0] != told[0][0] for row in told if isinstance(row, list)) or not self._generation:
+            if len({row.text("generation") for row in told}) > 1 or not self._generation:
                 self._rebuild(max(0.1, deadline - time.monotonic()))
             options = dist.AllToAllOptions()
             options.timeout = datetime.timedelta(seconds=max(0.1, deadline - GRACE_S - time.monotonic()))
@@ -224,7 +227,8 @@ class TorchCoordinator:
             lengths = [len(data) for data in order]
             if self._group is not None:
                 output = torch.from_numpy(received)
-                work = self._group.alltoall_base(output, sent, incoming, lengths, options)
+                send = getattr(self._group, "alltoall_base")  # missing in torch's type stubs
+                work = send(output, sent, incoming, lengths, options)
                 self._in_flight = (work, output, sent)
                 work.wait()
         except RuntimeError as error:
@@ -262,7 +266,7 @@ class TorchCoordinator:
 
     def _rebuild(self, timeout: float) -> None:
         self._generation = f"{self._operation}.{self._step}"
-        store = dist.PrefixStore(f"gloo/{self._generation}", self._store)
+        store = PrefixStore(f"gloo/{self._generation}", self._store)
         self._group = dist.ProcessGroupGloo(store, self.rank, self.world_size, datetime.timedelta(seconds=timeout))
 
     def _next_step(self) -> str:
@@ -463,8 +467,11 @@ class FaultToleranceHandler:
         for attempt in range(max(1, self.retry_policy.max_retries)):
             try:
                 return function()
-            except (OperationFailed, *self.retry_policy.retryable_exceptions) as error:
-                hopeless = isinstance(error, OperationFailed) and not error.retryable
+            except Exception as error:
+                if isinstance(error, OperationFailed):
+                    hopeless = not error.retryable
+                else:
+                    hopeless = not isinstance(error, self.retry_policy.retryable_exceptions)
                 if hopeless or attempt + 1 >= self.retry_policy.max_retries or (cancel and cancel.is_set()):
                     raise
                 (cancel or threading.Event()).wait(self.retry_policy.delay(attempt))
@@ -505,7 +512,6 @@ class LocalTensor(NamedTuple):
     shape: Shape  # global
     pieces: list[tuple[Box, torch.Tensor]]  # none where the rank's shard is empty
     declared: bool = False  # a DTensor: equal copies on several ranks are declared by its placements
-    per_rank: bool = False  # always kept apart for each rank
     alias_of: str | None = None
 
 
@@ -521,7 +527,7 @@ def as_dtensor(tensor: object) -> DTensor | None:
     return tensor if kind is not None and isinstance(tensor, kind) else None
 
 
-def local_tensor(name: str, tensor: torch.Tensor, per_rank: bool = False) -> LocalTensor:
+def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     """The pieces of `tensor` on this rank. CheckpointException, naming it, for what cannot be stored."""
     if (sharded := as_dtensor(tensor)) is not None:
         _refuse_unsupported(name, sharded.to_local())
@@ -535,7 +541,7 @@ def local_tensor(name: str, tensor: torch.Tensor, per_rank: bool = False) -> Loc
         data = data.resolve_conj().resolve_neg()
     shape = tuple(data.shape)
     pieces = [(Box((0,) * len(shape), shape), data)] if data.numel() else []
-    return LocalTensor(name, st.CODES[data.dtype], shape, pieces, per_rank=per_rank)
+    return LocalTensor(name, st.CODES[data.dtype], shape, pieces)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -597,7 +603,7 @@ def _strided_box(tensor: DTensor, coordinate: Sequence[int]) -> Box | None:
         placement = tensor.placements[index]
         if placement.is_replicate():
             continue
-        dim = placement.dim
+        dim: int = getattr(placement, "dim")
         chunk = -(-size[dim] // mesh.size(index))  # as torch.chunk
         low = min(size[dim], chunk * coordinate[index])
         offset[dim], size[dim] = offset[dim] + low, min(chunk, size[dim] - low)
@@ -609,7 +615,7 @@ def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
     seen: dict[object, str] = {}
     marked = []
     for item in tensors:
-        if item.pieces and not item.per_rank:
+        if item.pieces:
             box, view = item.pieces[0]
             key = (view.data_ptr(), view.device, item.dtype, item.shape, box, view.stride(), tuple(view.shape))
             first = seen.setdefault(key, item.name)
@@ -658,12 +664,12 @@ def entry_name(tensor: st.TensorMetadata, offset: Sequence[int], whole: bool) ->
 class Rows(NamedTuple):
     """Pieces in columns: who holds them (`rank`), as which of its pieces (`source`), of which tensor, and where."""
 
-    rank: np.ndarray
-    source: np.ndarray
-    tensor: np.ndarray
-    box: np.ndarray  # (rows, 2, dimensions): offset and size, padded with 0 and 1
+    rank: Ints
+    source: Ints
+    tensor: Ints
+    box: Ints  # (rows, 2, dimensions): offset and size, padded with 0 and 1
 
-    def take(self, index: np.ndarray) -> Rows:
+    def take(self, index: Ints) -> Rows:
         """The rows at `index`."""
         return Rows(*(column[index] for column in self))
 
@@ -673,106 +679,132 @@ def describe(data: ShardData, reference: str | None = None) -> tuple[dict[str, o
 
     Where the digest equals `reference` (rank 0's), the table is left out: at thousands of ranks it is nearly always equal.
     """
-    table = [[t.name, t.dtype, t.shape, t.declared, t.per_rank, t.alias_of or ""] for t in data.tensors]
+    table = st.encode_tensors([st.TensorMetadata(t.name, t.dtype, t.shape) for t in data.tensors])
+    table["declared"] = [i for i, t in enumerate(data.tensors) if t.declared]
+    table["alias"] = [t.alias_of or "" for t in data.tensors]
     digest = hashlib.sha256(st.dump_json(table)).hexdigest()
-    boxes = [(index, box) for index, t in enumerate(data.tensors) for box, _ in t.pieces]
-    width = max((len(t.shape) for t in data.tensors), default=0)
-    columns = np.array([b.offset + (0,) * (width - len(b.offset)) for _, b in boxes], np.int64).reshape(-1, width)
-    sizes = np.array([b.size + (1,) * (width - len(b.size)) for _, b in boxes], np.int64).reshape(-1, width)
-    values = [[name, len(text), st.crc32(text), kept] for name, (text, kept) in data.values.items()]
+    held = [(index, box) for index, t in enumerate(data.tensors) for box, _ in t.pieces]
+    pieces = st.encode_table(
+        {"tensor": np.array([index for index, _ in held], np.int64)}, stack_boxes([b for _, b in held])
+    )
+    values = [(name, len(text), st.crc32(text), kept) for name, (text, kept) in data.values.items()]
     return {
         "tensors": None if digest == reference else table,
-        "values": values,
-        "count": len(boxes),
-        "tensor": st.encode_runs(np.array([index for index, _ in boxes], np.int64)),
-        "offset": [st.encode_runs(c) for c in columns.T],
-        "size": [st.encode_runs(c) for c in sizes.T],
+        "values": [name for name, *_ in values],
+        "lengths": st.encode_runs(np.array([length for _, length, *_ in values], np.int64)),
+        "crcs": st.encode_runs(np.array([crc for *_, crc, _ in values], np.int64)),
+        "per_rank": [name for name, *_, kept in values if kept],
+        "pieces": pieces,
     }, digest
+
+
+def stack_boxes(boxes: Sequence[Box], least_width: int = 0) -> Ints:
+    """Boxes as an array (rows, 2, dimensions), padded with offset 0 and size 1."""
+    width = max(least_width, max((len(box.size) for box in boxes), default=0))
+    stacked = np.zeros((len(boxes), 2, width), np.int64)
+    stacked[:, 1] = 1
+    for row, box in enumerate(boxes):
+        stacked[row, :, : len(box.size)] = box
+    return stacked
+
+
+def _box(row: Sequence[Sequence[int]], ndim: int) -> Box:
+    """A row of such an array as the box of a tensor of `ndim` dimensions."""
+    return Box(tuple(row[0][:ndim]), tuple(row[1][:ndim]))
+
+
+class Description:
+    """What one rank told the planner."""
+
+    def __init__(self, text: bytes, table: Fields | None) -> None:
+        body = Fields(json.loads(text))
+        self.table = table if body.all["tensors"] is None and table is not None else body.child("tensors")
+        (self.tensor,), self.box = st.decode_table(body.child("pieces"), ("tensor",))
+        names = body.texts("values")
+        lengths, crcs = (st.decode_runs(body.array(key), len(names)).tolist() for key in ("lengths", "crcs"))
+        kept = set(body.texts("per_rank"))
+        self.values = [(name, length, crc, name in kept) for name, length, crc in zip(names, lengths, crcs)]
+
+
+class TensorTable:
+    """The tensors that one rank, or many alike, told the planner of."""
+
+    def __init__(self, table: Fields) -> None:
+        self.tensors = st.decode_tensors(table)
+        declared = set(table.array("declared"))
+        self.declared = [index in declared for index in range(len(self.tensors))]
+        self.alias = table.texts("alias")
 
 
 class Holdings:
     """Every rank's description put together: one list of tensors, and the rows of all pieces."""
 
-    def __init__(self, descriptions: Sequence[Mapping[str, object]]) -> None:
+    def __init__(self, texts: Iterable[bytes]) -> None:
         self.tensors: list[st.TensorMetadata] = []
         self.declared: list[bool] = []
         self._ids: dict[tuple[str, int | None], int] = {}
         self._aliases: dict[int, set[str]] = {}
         self._conflicts: set[str] = set()
-        tables = {id(d): self._table(d, descriptions[0]) for d in descriptions}
-        self._find_conflicts({id(t): t for t in tables.values()}.values())
-        self._find_value_conflicts(descriptions)
-        width = max((len(row[2]) for t in tables.values() for row in t), default=0)
-        self.width = max(width, 1)
-        maps: dict[tuple[int, int], np.ndarray] = {}
-        parts = [self._rows(rank, d, tables[id(d)], maps) for rank, d in enumerate(descriptions)]
+        told: list[Description] = []
+        for text in texts:
+            told.append(Description(text, told[0].table if told else None))
+        tables = {id(d.table): TensorTable(d.table) for d in told}
+        self._find_conflicts(tables.values(), told)
+        self.width = max(1, *(d.box.shape[2] for d in told))
+        maps: dict[tuple[int, int], Ints] = {}
+        parts = [self._rows(rank, d, tables[id(d.table)], maps) for rank, d in enumerate(told)]
         self.rows = Rows(*(np.concatenate(columns) for columns in zip(*parts)))
         self._resolve_aliases()
 
-    def _table(self, description: Mapping[str, object], first: Mapping[str, object]) -> list[list[object]]:
-        table = description["tensors"] if description["tensors"] is not None else first["tensors"]
-        return table if isinstance(table, list) else []
-
-    def _find_conflicts(self, tables: Iterable[list[list[object]]]) -> None:
-        """Plain tensors of one name but different shape or dtype are kept per rank; for DTensors that is an error."""
-        seen: dict[str, list[object]] = {}
+    def _find_conflicts(self, tables: Iterable[TensorTable], told: Sequence[Description]) -> None:
+        """What differs between ranks is kept per rank: values, and plain tensors of other shape; a DTensor may not."""
+        seen: dict[str, tuple[st.TensorMetadata, bool]] = {}
         for table in tables:
-            for row in table:
-                other = seen.setdefault(str(row[0]), row)
-                if [*other[1:3]] != [*row[1:3]]:
-                    if row[3] or other[3]:
+            for tensor, declared in zip(table.tensors, table.declared):
+                other, also = seen.setdefault(tensor.name, (tensor, declared))
+                if other != tensor:
+                    if declared or also:
                         raise CheckpointException(
-                            f"{row[0]}: ranks disagree: {other[1]}{other[2]} against {row[1]}{row[2]}",
+                            f"{tensor.name}: ranks disagree: {other.dtype}{list(other.shape)} against "
+                            f"{tensor.dtype}{list(tensor.shape)}",
                             type=ExceptionType.VALIDATION_FAILED,
                         )
-                    self._conflicts.add(str(row[0]))
+                    self._conflicts.add(tensor.name)
+        values: dict[str, tuple[int, int]] = {}
+        for name, length, crc, kept in (value for d in told for value in d.values):
+            if values.setdefault(name, (length, crc)) != (length, crc) or kept:
+                self._conflicts.add(name)
 
-    def _find_value_conflicts(self, descriptions: Sequence[Mapping[str, object]]) -> None:
-        seen: dict[str, list[object]] = {}
-        for description in descriptions:
-            for name, *rest in description["values"]:
-                if seen.setdefault(name, rest) != rest or rest[2]:
-                    self._conflicts.add(name)
-
-    def tensor_id(self, name: str, dtype: str, shape: Sequence[int], rank: int | None, declared: bool) -> int:
+    def tensor_id(self, name: str, dtype: str, shape: Shape, rank: int | None, declared: bool) -> int:
         """The index of a tensor, added at first sight."""
         key = (name, rank)
         if key not in self._ids:
             self._ids[key] = len(self.tensors)
-            self.tensors.append(st.TensorMetadata(name, dtype, tuple(shape), rank))
+            self.tensors.append(st.TensorMetadata(name, dtype, shape, rank))
             self.declared.append(declared)
         return self._ids[key]
 
-    def _rows(
-        self, rank: int, d: Mapping[str, object], table: list[list[object]], maps: dict[tuple[int, int], np.ndarray]
-    ) -> Rows:
-        own = any(row[4] for row in table) or bool(self._conflicts)
-        key = (id(table), rank if own else -1)
+    def _rows(self, rank: int, d: Description, table: TensorTable, maps: dict[tuple[int, int], Ints]) -> Rows:
+        key = (id(table), rank if self._conflicts.intersection(t.name for t in table.tensors) else -1)
         if key not in maps:
             ids = []
-            for name, dtype, shape, declared, per_rank, alias in table:
-                kept = rank if per_rank or name in self._conflicts else None
-                ids.append(self.tensor_id(name, dtype, shape, kept, declared))
+            for t, declared, alias in zip(table.tensors, table.declared, table.alias):
+                kept = rank if t.name in self._conflicts else None
+                ids.append(self.tensor_id(t.name, t.dtype, t.shape, kept, declared))
                 if kept is None:
                     self._aliases.setdefault(ids[-1], set()).add(alias)
             maps[key] = np.array(ids, np.int64)
-        count = int(d["count"])
-        box = np.zeros((count, 2, self.width), np.int64)
+        box = np.zeros((len(d.tensor), 2, self.width), np.int64)
         box[:, 1] = 1
-        for half, field_name in enumerate(("offset", "size")):
-            for dim, runs in enumerate(d[field_name]):
-                box[:, half, dim] = st.decode_runs(runs, count)
-        tensor = maps[key][st.decode_runs(d["tensor"], count)] if count else np.empty(0, np.int64)
+        box[:, :, : d.box.shape[2]] = d.box
         values = [
             self.tensor_id(name, "JSON", (length,), rank if name in self._conflicts else None, False)
-            for name, length, *_ in d["values"]
+            for name, length, *_ in d.values
         ]
-        extra = np.zeros((len(values), 2, self.width), np.int64)
-        extra[:, 1] = 1
-        extra[:, 1, 0] = [length for _, length, *_ in d["values"]]
-        ranks = np.full(count + len(values), rank, np.int64)
-        sources = np.arange(count + len(values))
-        return Rows(ranks, sources, np.concatenate([tensor, np.array(values, np.int64)]), np.concatenate([box, extra]))
+        extra = stack_boxes([Box((0,), (length,)) for _, length, *_ in d.values], self.width)
+        count = len(d.tensor) + len(values)
+        tensor = np.concatenate([maps[key][d.tensor], np.array(values, np.int64)])
+        return Rows(np.full(count, rank, np.int64), np.arange(count), tensor, np.concatenate([box, extra]))
 
     def _resolve_aliases(self) -> None:
         """A tensor is an alias where every rank that holds any of it says so; it then needs no bytes of its own."""
@@ -783,10 +815,11 @@ class Holdings:
         if len(self.rows.tensor):
             self.rows = self.rows.take(np.flatnonzero(~aliased[self.rows.tensor]))
 
-    def nbytes(self, rows: Rows) -> np.ndarray:
+    def nbytes(self, rows: Rows) -> Ints:
         """Logical bytes of each row."""
         widths = np.array([st.itemsize(t.dtype) for t in self.tensors], np.int64)
-        return rows.box[:, 1].prod(axis=1) * widths[rows.tensor]
+        sizes: Ints = rows.box[:, 1].prod(axis=1) * widths[rows.tensor]
+        return sizes
 
     def keep_per_rank(self, names: set[str]) -> None:
         """Plain tensors whose copies differ: from now on every rank has its own, and what is tied to them too."""
@@ -823,7 +856,7 @@ class Holdings:
         volume = np.zeros(len(self.tensors), np.int64)
         np.add.at(volume, groups.rows.tensor, groups.rows.box[:, 1].prod(axis=1))
         expected = [0 if t.alias_of is not None else math.prod(t.shape) for t in self.tensors]
-        wrong = np.flatnonzero(volume != np.array(expected, np.int64)) if self.tensors else []
+        wrong = np.flatnonzero(volume != np.array(expected, np.int64))
         if len(wrong):
             t, found = self.tensors[wrong[0]], int(volume[wrong[0]])
             raise CheckpointException(
@@ -853,12 +886,12 @@ class Groups:
         self.members = ordered
         self.rows = ordered.take(self.start)  # the lowest rank stands for the group
 
-    def holders(self, group: int) -> np.ndarray:
+    def holders(self, group: int) -> Ints:
         """Ranks that hold a group, ascending."""
         return self.members.rank[self.start[group] : self.start[group] + self.count[group]]
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def _mix(values: Ints) -> Ints:
     """splitmix64, the finaliser of Steele, Lea and Flood's generator: a hash of each integer."""
     z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -866,6 +899,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+Floats = npt.NDArray[np.float64]
 MIN_SPLIT_BYTES = 1 << 20  # smaller replicas are written whole by one of their holders
 
 
@@ -873,7 +907,7 @@ def assign_writers(holdings: Holdings, groups: Groups, world_size: int) -> Rows:
     """One writer for every byte (I1): pieces held once by their holder, replicas shared out so that loads are level."""
     nbytes = holdings.nbytes(groups.rows)
     single = groups.count == 1
-    load = np.bincount(groups.rows.rank[single], nbytes[single], world_size)
+    load: Floats = np.bincount(groups.rows.rank[single], nbytes[single], world_size).astype(np.float64)
     parts = [groups.rows.take(np.flatnonzero(single))]
     multi = np.flatnonzero(~single)
     sums = np.add.reduceat(_mix(groups.members.rank), groups.start) if len(groups.start) else np.empty(0, np.uint64)
@@ -887,16 +921,17 @@ def assign_writers(holdings: Holdings, groups: Groups, world_size: int) -> Rows:
     return Rows(*(np.concatenate(columns) for columns in zip(*parts)))
 
 
-def _level(load: np.ndarray, total: float) -> np.ndarray:
+def _level(load: Floats, total: float) -> Floats:
     """How much each of some ranks gets of `total` more, so that the least loaded fill up first."""
     order = np.sort(load)
     levels = (total + np.cumsum(order)) / np.arange(1, len(load) + 1)
     usable = levels >= order
     level = levels[np.flatnonzero(usable)[-1]]
-    return np.maximum(0.0, level - load)
+    share: Floats = np.maximum(0.0, level - load)
+    return share
 
 
-def _cut(groups: Groups, chosen: np.ndarray, nbytes: np.ndarray, holders: np.ndarray, shares: np.ndarray) -> list[Rows]:
+def _cut(groups: Groups, chosen: Ints, nbytes: Ints, holders: Ints, shares: Floats) -> list[Rows]:
     """Lay the chosen groups end to end and cut the row of bytes where each holder's share ends."""
     ends, starts = np.cumsum(nbytes), np.cumsum(nbytes) - nbytes
     cuts = np.cumsum(shares)[:-1]
@@ -925,8 +960,8 @@ class SavePlan:
 
     tensors: list[st.TensorMetadata]
     rows: Rows  # every piece once, under its writer, in the order of the files
-    begin: np.ndarray  # of each row, in the data of its shard
-    shard: np.ndarray
+    begin: Ints  # of each row, in the data of its shard
+    shard: Ints
     bases: list[int]  # first byte of each rank's region in a shared file, and the end of the last
     shared: bool  # one file for all ranks
     warnings: list[str] = field(default_factory=list)
@@ -938,7 +973,12 @@ def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> 
     """Who writes which bytes where, from what every rank holds."""
     holdings.check_complete(groups := Groups(holdings.rows))
     plan = SavePlan(
-        holdings.tensors, holdings.rows, np.empty(0), np.empty(0), [], form is not CheckpointFormat.MULTI_SHARD
+        holdings.tensors,
+        holdings.rows,
+        np.empty(0, np.int64),
+        np.empty(0, np.int64),
+        [],
+        form is not CheckpointFormat.MULTI_SHARD,
     )
     if form is CheckpointFormat.CONSOLIDATED:
         _plan_model_file(plan, holdings)
@@ -1060,7 +1100,7 @@ def write_raw(file: st.StoredFile, data_start: int, base: int, sources: Sequence
                     st.copy_out(sources[index].view, start - begin, data[start - low : end - low])
                 position, index = end, index + 1
         crcs[block - first] = st.crc32(data)
-        file.write(data_start + low, memoryview(data))
+        file.write(data_start + low, data.data)
         meter.add(high - low)
 
     blocks = range(first, first + len(crcs))
@@ -1225,7 +1265,7 @@ class Gathering:
                     _place(segment, received[segment.provider][at : at + size], data)
                     cursors[segment.provider] = at + size
                 crcs[block] = st.crc32(data)
-                file.write(data_start + block * st.BLOCK_BYTES, memoryview(data))
+                file.write(data_start + block * st.BLOCK_BYTES, data.data)
                 meter.add(len(data))
             meter.tick()
         return crcs
@@ -1355,8 +1395,8 @@ class _Attempt:
         with self.op.step("S1 agree"):
             self.request = request()
             demand_equal(self.op.gather(self.request.claim()))
-            ticket = self.op.broadcast(list(self._draw_ticket()) if self.op.rank == 0 else None)
-            self.ticket = Ticket(*ticket)
+            drawn = Fields(self.op.broadcast(self._draw_ticket()._asdict() if self.op.rank == 0 else None))
+            self.ticket = Ticket(drawn.text("prefix"), drawn.text("save_id"), drawn.number("sequence"))
 
     def _draw_ticket(self) -> Ticket:
         sequence = 0
@@ -1393,7 +1433,7 @@ class _Attempt:
             reference = self.op.broadcast(describe(self._data)[1] if self.op.rank == 0 else None)
             description, _ = describe(self._data, None if self.op.rank == 0 else str(reference))
             gathered = self.op.collect_at_0(st.dump_json(description))
-            holdings = Holdings([json.loads(text) for text in gathered]) if self.op.rank == 0 else None
+            holdings = Holdings(gathered) if self.op.rank == 0 else None
             if self.request.verify_replicas and self.op.world_size > 1:
                 self._prove_replicas(holdings)
             orders: list[bytes] = []
@@ -1401,9 +1441,9 @@ class _Attempt:
                 self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
                 self._raise_fence()
                 orders = self._orders()
-            order = json.loads(self.op.hand_out(orders))
+            order = Fields(json.loads(self.op.hand_out(orders)))
             self._sources = self._read_order(order)
-            self._base, self._data_start = order["base"], order["data_start"]
+            self._base, self._data_start = order.number("base"), order.number("data_start")
             self._gathering = self._read_model_order(order)
 
     def _prove_replicas(self, holdings: Holdings | None) -> None:
@@ -1421,7 +1461,7 @@ class _Attempt:
         views = [self._pieces[index][1] for index in indices]
         answers = self.op.collect_at_0(np.array(self._checksums(views), np.uint32).tobytes())
         if holdings is not None:
-            crcs = np.empty(len(ranks), np.uint32)
+            crcs = np.empty(len(ranks), np.int64)
             for rank, answer in enumerate(answers):
                 crcs[ranks == rank] = np.frombuffer(answer, np.uint32)
             self._split_differing(holdings, groups, np.flatnonzero(multi), crcs)
@@ -1446,10 +1486,10 @@ class _Attempt:
             st.in_parallel(range(len(views)), checksum, IO_THREADS, meter.tick)
         return crcs
 
-    def _split_differing(self, holdings: Holdings, groups: Groups, multi: np.ndarray, crcs: np.ndarray) -> None:
+    def _split_differing(self, holdings: Holdings, groups: Groups, multi: Ints, crcs: Ints) -> None:
         ends = np.cumsum(groups.count[multi])
         apart: set[str] = set()
-        drop: list[np.ndarray] = []
+        drop: list[Ints] = []
         for group, end in zip(multi.tolist(), ends.tolist()):
             own = crcs[end - groups.count[group] : end]
             if (own == own[0]).all():
@@ -1492,23 +1532,19 @@ class _Attempt:
             model_start = self._create_shared(self._model_name(), model, model[-1].end if model else 0)
             if self.request.compression is not st.CompressionLevel.NONE:
                 self.warnings.append("the consolidated model file is not compressed: others could not read it")
+        shared = {"data_start": data_start, "model": self._model_order(model_start)}
         starts = np.searchsorted(plan.rows.rank, np.arange(self.op.world_size + 1))
         for rank, (low, high) in enumerate(zip(starts.tolist(), starts[1:].tolist())):
             rows = plan.rows.take(np.arange(low, high))
             used, local = np.unique(rows.tensor, return_inverse=True)
-            order: dict[str, object] = {
+            tensors = [plan.tensors[index]._replace(alias_of=None) for index in used.tolist()]
+            columns = {"tensor": local, "source": rows.source, "begin": plan.begin[low:high]}
+            order = {
                 "base": plan.bases[rank],
-                "data_start": data_start,
-                "tensors": [[t.name, t.dtype, t.shape, t.rank] for t in (plan.tensors[i] for i in used.tolist())],
-                "count": high - low,
-                "tensor": st.encode_runs(local),
-                "source": st.encode_runs(rows.source),
-                "begin": st.encode_runs(plan.begin[low:high]),
-                "offset": [st.encode_runs(column) for column in rows.box[:, 0].T],
-                "size": [st.encode_runs(column) for column in rows.box[:, 1].T],
-                "model": None if plan.model_rows is None else {"data_start": model_start, **self._model_order()},
+                "tensors": st.encode_tensors(tensors),
+                "rows": st.encode_table(columns, rows.box),
             }
-            orders.append(st.dump_json(order))
+            orders.append(st.dump_json({**shared, **order}))
         return orders
 
     def _create_shared(self, name: str, entries: Sequence[st.Entry], data_length: int) -> int:
@@ -1529,47 +1565,43 @@ class _Attempt:
             file.resize(len(header) + data_length)
         return len(header)
 
-    def _model_order(self) -> dict[str, object]:
-        plan = self._plan
-        assert plan.model_rows is not None
-        rows = plan.model_rows
+    def _model_order(self, data_start: int) -> dict[str, object] | None:
+        if (rows := self._plan.model_rows) is None:
+            return None
+        entries = [(self._plan.tensors[index], index, begin) for index, begin in self._plan.model_entries]
+        of = [index if t.alias_of is None else t.alias_of for t, index, _ in entries]
         return {
-            "entries": [
-                [t.name.removeprefix("model/"), t.dtype, t.shape, begin, index if t.alias_of is None else t.alias_of]
-                for index, begin in plan.model_entries
-                for t in [plan.tensors[index]]
-            ],
-            "holders": [
-                [tensor, *map(list, (box[0][: len(plan.tensors[tensor].shape)], box[1][: len(plan.tensors[tensor].shape)])),
-                 rank, source]
-                for tensor, box, rank, source in zip(*(c.tolist() for c in (rows.tensor, rows.box, rows.rank, rows.source)))
-            ],
-        }  # fmt: skip
+            "data_start": data_start,
+            "tensors": st.encode_tensors([t._replace(alias_of=None) for t, *_ in entries]),
+            "begin": st.encode_runs(np.array([begin for *_, begin in entries], np.int64)),
+            "of": st.encode_runs(np.array(of, np.int64)),
+            "holders": st.encode_table({"tensor": rows.tensor, "rank": rows.rank, "source": rows.source}, rows.box),
+        }
 
-    def _read_order(self, order: dict[str, list[object]]) -> list[Source]:
-        count = int(str(order["count"]))
-        metas = [st.TensorMetadata(name, dtype, tuple(shape), rank) for name, dtype, shape, rank in order["tensors"]]
-        tensor, source, begin = (st.decode_runs(order[key], count).tolist() for key in ("tensor", "source", "begin"))
-        offset, size = (
-            np.array([st.decode_runs(runs, count) for runs in order[key]], np.int64).reshape(-1, count).T.tolist()
-            for key in ("offset", "size")
-        )
+    def _read_order(self, order: Fields) -> list[Source]:
+        tensors = st.decode_tensors(order.child("tensors"))
+        columns, boxes = st.decode_table(order.child("rows"), ("tensor", "source", "begin"))
         sources = []
-        for row in range(count):
-            meta = metas[tensor[row]]
-            box = Box(tuple(offset[row][: len(meta.shape)]), tuple(size[row][: len(meta.shape)]))
-            held, view = self._pieces[source[row]]
-            sources.append(Source(begin[row], view if held == box else view[box.within(held)], meta, box))
+        for tensor, source, begin, row in zip(*(column.tolist() for column in columns), boxes.tolist()):
+            meta = tensors[tensor]
+            box = _box(row, len(meta.shape))
+            held, view = self._pieces[source]
+            sources.append(Source(begin, view if held == box else view[box.within(held)], meta, box))
         return sources
 
-    def _read_model_order(self, order: dict[str, dict[str, list[list[object]]]]) -> Gathering | None:
-        if (model := order["model"]) is None:
+    def _read_model_order(self, order: Fields) -> Gathering | None:
+        if order.all["model"] is None:
             return None
+        model = order.child("model")
+        self._model_start = model.number("data_start")
+        tensors = st.decode_tensors(model.child("tensors"))
+        begin, of = (st.decode_runs(model.array(key), len(tensors)).tolist() for key in ("begin", "of"))
+        columns, boxes = st.decode_table(model.child("holders"), ("tensor", "rank", "source"))
+        ndim = {index: len(t.shape) for t, index in zip(tensors, of)}
         holders: dict[int, list[tuple[Box, int, int]]] = {}
-        for tensor, offset, size, rank, source in model["holders"]:
-            holders.setdefault(tensor, []).append((Box(tuple(offset), tuple(size)), rank, source))
-        self._model_start = int(str(model["data_start"]))
-        return Gathering([(key, code, tuple(shape), at, of) for key, code, shape, at, of in model["entries"]], holders)
+        for tensor, rank, source, row in zip(*(column.tolist() for column in columns), boxes.tolist()):
+            holders.setdefault(tensor, []).append((_box(row, ndim[tensor]), rank, source))
+        return Gathering([(t.name, t.dtype, t.shape, at, index) for t, at, index in zip(tensors, begin, of)], holders)
 
     # S4
     def write(self) -> None:
@@ -1699,9 +1731,8 @@ class _Attempt:
         columns = (plan.rows.tensor.tolist(), plan.rows.box.tolist(), plan.begin.tolist())
         found = []
         for row in rows:
-            meta, (offset, size), begin = plan.tensors[columns[0][row]], columns[1][row], columns[2][row]
-            box = Box(tuple(offset[: len(meta.shape)]), tuple(size[: len(meta.shape)]))
-            found.append(_entry(meta, box, placed.get(row, (begin, ()))))
+            meta = plan.tensors[columns[0][row]]
+            found.append(_entry(meta, _box(columns[1][row], len(meta.shape)), placed.get(row, (columns[2][row], ()))))
         if (
             self.request.compression is not st.CompressionLevel.NONE and not placed
         ):  # the longest that the header may get
@@ -1725,10 +1756,9 @@ class _Attempt:
             index = np.array([i for i, _ in plan.model_entries], np.int64)
             filled = [i for i, t in enumerate(tensors) if math.prod(t.shape)]
             keep = np.isin(index, filled)
-            whole = np.zeros((len(index), 2, boxes.shape[2]), np.int64)
-            whole[:, 1] = 1
-            for row, i in enumerate(index.tolist()):
-                whole[row, 1, : len(tensors[i].shape)] = tensors[i].shape
+            shapes = [tensors[i].shape for i in index.tolist()]
+            whole = stack_boxes([Box((0,) * len(shape), shape) for shape in shapes], boxes.shape[2])
+            for i in index.tolist():
                 tensors[i] = tensors[i]._replace(alias_of=None)
             boxes = np.concatenate([boxes, whole[keep]])
             shard = np.concatenate([shard, np.zeros(keep.sum(), np.int64)])
@@ -1739,7 +1769,7 @@ class _Attempt:
             self.ticket.prefix, self.ticket.save_id, self.ticket.sequence, self.op.world_size, request.format.value,
             request.compression.value, torch.__version__, datetime.datetime.now(datetime.timezone.utc).isoformat(),
             request.custom_metadata, tuple(shards), tuple(tensors),
-            st.PieceTable.stack(rows.tensor, shard, begin, boxes[:, :, :width]),
+            st.PieceTable(rows.tensor, shard, begin, boxes[:, :, :width]).sort(),
         )  # fmt: skip
 
     # S7
@@ -1945,13 +1975,13 @@ class CheckpointReader:
         table, (low, high) = self.metadata.pieces, self._rows[tensor : tensor + 2]
         ndim, rows = len(box.size), range(low, high)
         if high - low > 4 and ndim:
-            start, size = table.offset[low:high, :ndim], table.size[low:high, :ndim]
+            start, size = table.box[low:high, 0, :ndim], table.box[low:high, 1, :ndim]
             first, count = np.array(box.offset), np.array(box.size)
             overlaps = ((start < first + count) & (start + size > first)).all(axis=1)
             rows = (np.flatnonzero(overlaps) + low).tolist()
         found, volume = [], 0
         for row in rows:
-            piece = Box(tuple(table.offset[row, :ndim].tolist()), tuple(table.size[row, :ndim].tolist()))
+            piece = _box(table.box[row].tolist(), ndim)
             if (common := piece.intersect(box)) is not None:
                 found.append((int(table.shard[row]), int(table.begin[row]), piece))
                 volume += math.prod(common.size)

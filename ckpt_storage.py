@@ -55,7 +55,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4 << 20  # the unit of checksums, of I/O and of who writes what
@@ -480,6 +483,57 @@ def parse_json(text: bytes, path: str) -> object:
         raise corrupted(f"{path}: not valid JSON: {error}", path) from error
 
 
+class Fields:
+    """A JSON object whose fields are read as the type that they must have; ValueError where they are not."""
+
+    def __init__(self, node: object) -> None:
+        if not isinstance(node, dict):
+            raise ValueError(f"expected an object, found {type(node).__name__}")
+        self.all: dict[str, object] = node
+
+    def _typed(self, key: str, kind: type[T]) -> T:
+        value = self.all.get(key)
+        if type(value) is not kind:
+            raise ValueError(f"{key!r}: expected {kind.__name__}, found {type(value).__name__}")
+        return value
+
+    def text(self, key: str) -> str:
+        """A string."""
+        return self._typed(key, str)
+
+    def texts(self, key: str) -> list[str]:
+        """A list of strings."""
+        found = self._typed(key, list)
+        if not all(type(item) is str for item in found):
+            raise ValueError(f"{key!r}: expected strings")
+        return found
+
+    def number(self, key: str) -> int:
+        """An integer in [0, 2**62)."""
+        return int_tuple([self._typed(key, int)])[0]
+
+    def array(self, key: str) -> list[object]:
+        """A list of anything."""
+        return self._typed(key, list)
+
+    def shapes(self, key: str) -> list[Shape]:
+        """A list of lists of integers."""
+        return [int_tuple(item) for item in self.array(key)]
+
+    def child(self, key: str) -> Fields:
+        """An object."""
+        return Fields(self.all.get(key))
+
+
+def int_tuple(value: object) -> Shape:
+    """`value` as a tuple of at most 64 ints in [0, 2**62), or ValueError."""
+    if not isinstance(value, (list, tuple)) or len(value) > 64:
+        raise ValueError(f"expected a short list of integers, found {type(value).__name__}")
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
+        raise ValueError("expected non-negative integers")
+    return tuple(value)
+
+
 def dump_json(value: object) -> bytes:
     """Compact JSON as bytes."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
@@ -566,7 +620,8 @@ def decode_value(node: object, tensor: Callable[[str], object]) -> object:
 def _decode_tagged(tag: str, body: object, tensor: Callable[[str], object]) -> object:
     if tag in ("$dict", "$OrderedDict", "$Counter") and isinstance(body, list):
         pairs = [(decode_value(key, tensor), decode_value(item, tensor)) for key, item in body]
-        return {"$dict": dict, "$OrderedDict": OrderedDict, "$Counter": lambda p: Counter(dict(p))}[tag](pairs)
+        plain = dict(pairs)
+        return plain if tag == "$dict" else OrderedDict(pairs) if tag == "$OrderedDict" else Counter(plain)
     if tag in ("$tuple", "$set", "$frozenset", "$Size") and isinstance(body, list):
         items = [decode_value(item, tensor) for item in body]
         return {"$tuple": tuple, "$set": set, "$frozenset": frozenset, "$Size": torch.Size}[tag](items)
@@ -628,6 +683,13 @@ def stored_form(code: str, shape: Shape) -> tuple[str, Shape]:
     return ("U8" if code == "JSON" else code), shape
 
 
+def _logical_shape(code: str, stored: Shape) -> Shape:
+    """The shape that `stored_form` was given."""
+    if code in _PAIRS:
+        return stored[:-1]
+    return (*stored[:-1], stored[-1] // 2) if code == "F4" and stored else stored
+
+
 class Box(NamedTuple):
     """A rectangular part of a tensor: `offset` and `size` in each dimension."""
 
@@ -673,7 +735,8 @@ def row_boxes(shape: Shape, start: int, stop: int) -> list[tuple[int, Box]]:
     return found + (in_row(last, 0, tail) if tail else [])
 
 
-Bytes = np.ndarray  # one-dimensional, uint8
+Bytes = npt.NDArray[np.uint8]  # one-dimensional
+Ints = npt.NDArray[np.int64]
 
 
 def byte_view(tensor: torch.Tensor) -> Bytes | None:
@@ -813,9 +876,6 @@ def aligned_buffer(length: int) -> Bytes:
         pinned: Bytes = torch.empty(length, dtype=torch.uint8, pin_memory=True).numpy()
         return pinned
     return np.frombuffer(mmap.mmap(-1, max(1, length)), np.uint8)[:length]
-
-
-T = TypeVar("T")
 
 
 def in_parallel(
@@ -965,24 +1025,23 @@ def read_header(file: StoredFile, path: str, expected_crc: int | None = None) ->
 def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path: str) -> Header:
     if not text.startswith(b"{"):
         raise ValueError("does not start with '{'")
-    table = parse_json(text, path)
-    metadata = table.pop("__metadata__") if isinstance(table, dict) else None
-    if not isinstance(table, dict) or not isinstance(metadata, dict):
-        raise ValueError("no __metadata__")
-    if not all(isinstance(value, str) for value in metadata.values()):
+    table = Fields(parse_json(text, path))
+    metadata = table.child("__metadata__")
+    if not all(isinstance(value, str) for value in metadata.all.values()):
         raise ValueError("__metadata__ holds something else than strings")
-    if metadata["ckpt_version"] != str(FORMAT_VERSION):
-        message = f"{path}: tensor-file version {metadata['ckpt_version']!r}, this code reads {FORMAT_VERSION}"
+    if (version := metadata.text("ckpt_version")) != str(FORMAT_VERSION):
+        message = f"{path}: tensor-file version {version!r}, this code reads {FORMAT_VERSION}"
         raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
-    if metadata["block_bytes"] != str(BLOCK_BYTES):
-        raise ValueError(f"block size {metadata['block_bytes']!r}")
-    crcs = metadata["crc32"]
-    if len(crcs) != 8 * block_count(data_length) or not re.fullmatch("[0-9a-f]*", crcs):
+    if metadata.text("block_bytes") != str(BLOCK_BYTES):
+        raise ValueError(f"block size {metadata.text('block_bytes')!r}")
+    block_crcs = _fixed_width(metadata.text("crc32"))
+    if len(block_crcs) != block_count(data_length):
         raise ValueError("checksum field does not fit the data")
-    pieces = parse_json(metadata["pieces"].encode(), path)
-    if not isinstance(pieces, dict) or not pieces.keys() <= table.keys():
+    pieces = Fields(parse_json(metadata.text("pieces").encode(), path)).all
+    names = table.all.keys() - {"__metadata__"}
+    if not pieces.keys() <= names:
         raise ValueError("pieces of unknown entries")
-    entries = [_parse_entry(name, item, pieces.get(name, {})) for name, item in table.items()]
+    entries = [_parse_entry(name, table.child(name), Fields(pieces.get(name, {}))) for name in names]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = 0
     for entry in entries:
@@ -991,55 +1050,44 @@ def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path
         position = entry.end
     if position != data_length:
         raise ValueError(f"entries end at byte {position} of {data_length} bytes of data")
-    block_crcs: list[int] = np.frombuffer(bytes.fromhex(crcs), ">u4").tolist()
     return Header(entries, block_crcs, data_start, data_length, crc)
 
 
-def _parse_entry(name: str, item: dict[str, object], info: dict[str, object]) -> Entry:
-    if item.keys() != {"dtype", "shape", "data_offsets"} or not info.keys() <= {
-        "offset", "whole", "dtype", "shape", "frames",
-    }:  # fmt: skip
+def _fixed_width(digits: str) -> list[int]:
+    """Numbers of eight lower-case hex digits each."""
+    if len(digits) % 8 or not re.fullmatch("[0-9a-f]*", digits):
+        raise ValueError("malformed hexadecimal field")
+    return [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
+
+
+def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
+    known = {"offset", "whole", "dtype", "shape", "frames"}
+    if item.all.keys() != {"dtype", "shape", "data_offsets"} or not info.all.keys() <= known:
         raise ValueError(f"{name!r}: unexpected fields")
-    begin, end = int_tuple(item["data_offsets"])
-    shape = int_tuple(item["shape"])
-    dtype = info.get("dtype", item["dtype"])
-    if not isinstance(dtype, str) or dtype not in DTYPES or begin > end:
+    begin, end = int_tuple(item.array("data_offsets"))
+    code, shape = item.text("dtype"), int_tuple(item.array("shape"))
+    dtype = info.text("dtype") if "dtype" in info.all else code
+    if dtype not in DTYPES or begin > end:
         raise ValueError(f"{name!r}: dtype {dtype!r} at bytes {begin} to {end}")
-    frames: tuple[int, ...] = ()
-    if "frames" in info:
-        lengths = info["frames"]
-        logical = int_tuple(info["shape"])
-        if not isinstance(lengths, str) or len(lengths) % 8 or not re.fullmatch("[0-9a-f]+", lengths):
-            raise ValueError(f"{name!r}: malformed frames")
-        frames = tuple(np.frombuffer(bytes.fromhex(lengths), ">u4").tolist())
+    frames = tuple(_fixed_width(info.text("frames"))) if "frames" in info.all else ()
+    if frames:
+        logical = int_tuple(info.array("shape"))
         count = -(-math.prod(logical) * itemsize(dtype) // FRAME_BYTES)
-        if sum(frames) != end - begin or len(frames) != count or shape != (end - begin,):
+        if sum(frames) != end - begin or len(frames) != count or (code, shape) != ("U8", (end - begin,)):
             raise ValueError(f"{name!r}: frames do not fit its bytes")
     else:
-        logical = shape
-        if dtype != item["dtype"]:  # JSON, or a pair: undo `stored_form`
-            logical = shape if dtype == "JSON" else shape[:-1]
-        elif dtype == "F4":
-            logical = (*shape[:-1], shape[-1] // 2)
-        if stored_form(dtype, logical) != (item["dtype"], shape):
-            raise ValueError(f"{name!r}: {dtype} stored as {item['dtype']}")
+        logical = _logical_shape(dtype, shape)
+        if stored_form(dtype, logical) != (code, shape):
+            raise ValueError(f"{name!r}: {dtype} stored as {code}")
         if math.prod(logical) * itemsize(dtype) != end - begin:
             raise ValueError(f"{name!r}: {dtype} of shape {list(logical)} in {end - begin} bytes")
     whole, offset = logical, tuple(0 for _ in logical)
-    if "whole" in info:
-        whole, offset = int_tuple(info["whole"]), int_tuple(info["offset"])
-        if not len(whole) == len(offset) == len(logical) or any(o + s > w for o, s, w in zip(offset, logical, whole)):
+    if "whole" in info.all:
+        whole, offset = int_tuple(info.array("whole")), int_tuple(info.array("offset"))
+        inside = all(o + n <= w for o, n, w in zip(offset, logical, whole))
+        if not len(whole) == len(offset) == len(logical) or not inside:
             raise ValueError(f"{name!r}: piece outside of its tensor")
     return Entry(name, dtype, logical, begin, end, offset, whole, frames)
-
-
-def int_tuple(value: object) -> Shape:
-    """`value` as a tuple of ints in [0, 2**62), or ValueError."""
-    if not isinstance(value, (list, tuple)) or len(value) > 64:
-        raise ValueError(f"expected a short list of integers, found {type(value).__name__}")
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
-        raise ValueError("expected non-negative integers")
-    return tuple(value)
 
 
 def read_blocks(file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str) -> None:
@@ -1047,7 +1095,7 @@ def read_blocks(file: StoredFile, header: Header, first: int, last: int, out: By
 
     CORRUPTED_CHECKPOINT names the file, the block and the tensors in it.
     """
-    file.read(header.data_start + first * BLOCK_BYTES, memoryview(out))
+    file.read(header.data_start + first * BLOCK_BYTES, out.data)
     for block in range(first, last):
         low = (block - first) * BLOCK_BYTES
         found = crc32(out[low : low + BLOCK_BYTES])
@@ -1091,21 +1139,19 @@ class TensorMetadata(NamedTuple):
 class PieceTable(NamedTuple):
     """Where the bytes of all tensors lie: one row a piece, in columns, sorted by tensor and offset.
 
-    `tensor` and `shard` are indices, `begin` is the byte offset in the shard's data; `offset` and `size` are
-    (pieces, dimensions), padded with offset 0 and size 1 for tensors of fewer dimensions.
+    `tensor` and `shard` are indices, `begin` is the byte offset in the shard's data; `box` is (pieces, 2, dimensions):
+    offset and size, padded with 0 and 1 for tensors of fewer dimensions.
     """
 
-    tensor: np.ndarray
-    shard: np.ndarray
-    begin: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
+    tensor: Ints
+    shard: Ints
+    begin: Ints
+    box: Ints
 
-    @staticmethod
-    def stack(tensor: np.ndarray, shard: np.ndarray, begin: np.ndarray, boxes: np.ndarray) -> PieceTable:
-        """From `boxes` of shape (pieces, 2, dimensions), sorting the rows."""
-        order = np.lexsort((*boxes[:, 0].T[::-1], tensor))
-        return PieceTable(tensor[order], shard[order], begin[order], boxes[order, 0], boxes[order, 1])
+    def sort(self) -> PieceTable:
+        """The same rows in the order that readers search in."""
+        order = np.lexsort((*self.box[:, 0].T[::-1], self.tensor))
+        return PieceTable(*(column[order] for column in self))
 
 
 @dataclass(frozen=True)
@@ -1135,7 +1181,7 @@ class CheckpointMetadata:
         return sum(shard.length for shard in self.shards)
 
 
-def encode_runs(column: np.ndarray) -> list[int]:
+def encode_runs(column: Ints) -> list[int]:
     """A column of integers as arithmetic runs: start, step, count, start, step, count, ...
 
     Regular sharding makes long runs, so a table of millions of pieces takes a few numbers a tensor.
@@ -1160,7 +1206,7 @@ def encode_runs(column: np.ndarray) -> list[int]:
     return runs
 
 
-def decode_runs(runs: object, length: int) -> np.ndarray:
+def decode_runs(runs: object, length: int) -> Ints:
     """Inverse of `encode_runs`; ValueError unless the runs are well formed and make exactly `length` values >= 0."""
     if not isinstance(runs, list) or len(runs) % 3 or not all(type(n) is int and abs(n) < 1 << 62 for n in runs):
         raise ValueError("malformed runs")
@@ -1173,6 +1219,37 @@ def decode_runs(runs: object, length: int) -> np.ndarray:
         raise ValueError("runs leave the range of offsets")
     first = np.repeat(np.cumsum(count) - count, count)
     return np.repeat(start, count) + np.repeat(step, count) * (np.arange(length) - first)
+
+
+def encode_table(columns: Mapping[str, Ints], box: Ints) -> dict[str, object]:
+    """Columns of integers and boxes (rows, 2, dimensions) as runs."""
+    runs: dict[str, object] = {name: encode_runs(column) for name, column in columns.items()}
+    offset, size = ([encode_runs(column) for column in box[:, half].T] for half in (0, 1))
+    return {"count": len(box), **runs, "offset": offset, "size": size}
+
+
+def decode_table(table: Fields, names: Sequence[str], most: int = 1 << 62) -> tuple[list[Ints], Ints]:
+    """Inverse of `encode_table`; ValueError for anything malformed, or more than `most` rows."""
+    count, width = table.number("count"), len(table.array("offset"))
+    if count > most or width > 64 or len(table.array("size")) != width:
+        raise ValueError(f"{count} rows of {width} dimensions")
+    columns = [decode_runs(table.array(name), count) for name in names]
+    box = np.empty((count, 2, width), np.int64)
+    for half, name in enumerate(("offset", "size")):
+        for dim, runs in enumerate(table.array(name)):
+            box[:, half, dim] = decode_runs(runs, count)
+    return columns, box
+
+
+def encode_tensors(tensors: Sequence[TensorMetadata]) -> dict[str, object]:
+    """A list of tensors, in columns."""
+    return {
+        "name": [t.name for t in tensors],
+        "dtype": [t.dtype for t in tensors],
+        "shape": [t.shape for t in tensors],
+        "rank": [[i, t.rank] for i, t in enumerate(tensors) if t.rank is not None],
+        "alias_of": [[i, t.alias_of] for i, t in enumerate(tensors) if t.alias_of is not None],
+    }
 
 
 def encode_record(meta: CheckpointMetadata) -> bytes:
@@ -1188,22 +1265,13 @@ def encode_record(meta: CheckpointMetadata) -> bytes:
         "torch_version": meta.torch_version,
         "timestamp": meta.timestamp,
         "custom_metadata": encode_value(dict(meta.custom_metadata), "custom_metadata"),
-        "shards": [list(shard) for shard in meta.shards],
-        "tensors": {
-            "name": [t.name for t in meta.tensors],
-            "dtype": [t.dtype for t in meta.tensors],
-            "shape": [t.shape for t in meta.tensors],
-            "rank": [[i, t.rank] for i, t in enumerate(meta.tensors) if t.rank is not None],
-            "alias_of": [[i, t.alias_of] for i, t in enumerate(meta.tensors) if t.alias_of is not None],
+        "shards": {
+            "file": [shard.file for shard in meta.shards],
+            "length": encode_runs(np.array([shard.length for shard in meta.shards])),
+            "header_crc32": [f"{shard.header_crc:08x}" for shard in meta.shards],
         },
-        "pieces": {
-            "count": len(pieces.tensor),
-            "tensor": encode_runs(pieces.tensor),
-            "shard": encode_runs(pieces.shard),
-            "begin": encode_runs(pieces.begin),
-            "offset": [encode_runs(column) for column in pieces.offset.T],
-            "size": [encode_runs(column) for column in pieces.size.T],
-        },
+        "tensors": encode_tensors(meta.tensors),
+        "pieces": encode_table({"tensor": pieces.tensor, "shard": pieces.shard, "begin": pieces.begin}, pieces.box),
     }
     text = dump_json(body)[:-1]
     return text + b',"crc32":"%08x"}\n' % crc32(text)
@@ -1225,68 +1293,73 @@ def decode_record(data: bytes, prefix: str) -> CheckpointMetadata:
         message = f"{path}: written in format version {version}; this code knows up to {FORMAT_VERSION}: update it"
         raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
     try:
-        if not isinstance(body, dict) or version != FORMAT_VERSION:
+        if version != FORMAT_VERSION:
             raise ValueError(f"format version {version!r}")
-        return _decode_body(body, prefix)  # C3
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, IndexError) as error:
+        return _decode_body(Fields(body), prefix)  # C3
+    except (ValueError, TypeError, OverflowError, IndexError) as error:
         raise corrupted(f"{path}: malformed record: {error}", path) from error
 
 
-def _decode_body(body: dict[str, object], prefix: str) -> CheckpointMetadata:
-    shards = tuple(ShardMetadata(*row) for row in body["shards"])
-    for shard in shards:
-        int_tuple([shard.length, shard.header_crc])
-        if not isinstance(shard.file, str) or not _SHARD.fullmatch(shard.file):
-            raise ValueError(f"illegal shard name {shard.file!r}")
-    columns = body["tensors"]
-    names, dtypes, shapes = columns["name"], columns["dtype"], [int_tuple(s) for s in columns["shape"]]
-    if not len(names) == len(dtypes) == len(shapes) or not all(isinstance(name, str) for name in names):
+def _decode_body(body: Fields, prefix: str) -> CheckpointMetadata:
+    table, custom = body.child("shards"), decode_value(body.child("custom_metadata").all, str)
+    files = table.texts("file")
+    lengths = decode_runs(table.array("length"), len(files)).tolist()
+    crcs = _fixed_width("".join(table.texts("header_crc32")))
+    if bad := [name for name in files if not _SHARD.fullmatch(name)]:
+        raise ValueError(f"illegal shard name {bad[0]!r}")
+    if len(crcs) != len(files) or not isinstance(custom, dict):
+        raise ValueError("shard columns of different lengths, or no custom metadata")
+    datetime.datetime.fromisoformat(body.text("timestamp"))
+    shards = tuple(ShardMetadata(*row) for row in zip(files, lengths, crcs))
+    tensors = decode_tensors(body.child("tensors"))
+    return CheckpointMetadata(
+        prefix=prefix,
+        save_id=body.text("save_id"),
+        sequence=body.number("sequence"),
+        world_size=body.number("world_size"),
+        format=body.text("format"),
+        compression=body.text("compression"),
+        torch_version=body.text("torch_version"),
+        timestamp=body.text("timestamp"),
+        custom_metadata=custom,
+        shards=shards,
+        tensors=tensors,
+        pieces=_decode_pieces(body.child("pieces"), tensors, shards),
+    )
+
+
+def decode_tensors(columns: Fields) -> tuple[TensorMetadata, ...]:
+    """Inverse of `encode_tensors`; ValueError for anything malformed."""
+    names, dtypes, shapes = columns.texts("name"), columns.texts("dtype"), columns.shapes("shape")
+    if not len(names) == len(dtypes) == len(shapes):
         raise ValueError("tensor columns of different lengths")
-    if unknown := {code for code in dtypes} - DTYPES.keys():
+    if unknown := set(dtypes) - DTYPES.keys():
         raise ValueError(f"dtype(s) {sorted(unknown)} unknown to torch {torch.__version__}")
-    ranks = dict(int_tuple(pair) for pair in columns["rank"])
-    aliases = dict(int_tuple(pair) for pair in columns["alias_of"])
-    tensors = tuple(
+    ranks = {index: rank for index, rank in columns.shapes("rank")}
+    aliases = {index: target for index, target in columns.shapes("alias_of")}
+    if not all(target < len(names) and target not in aliases for target in aliases.values()):
+        raise ValueError("alias of nothing")
+    return tuple(
         TensorMetadata(name, dtype, shape, ranks.get(i), aliases.get(i))
         for i, (name, dtype, shape) in enumerate(zip(names, dtypes, shapes))
     )
-    if not all(0 <= target < len(tensors) and target not in aliases for target in aliases.values()):
-        raise ValueError("alias of nothing")
-    numbers = int_tuple([body["sequence"], body["world_size"]])
-    texts = [body[key] for key in ("save_id", "format", "compression", "torch_version", "timestamp")]
-    custom = decode_value(body["custom_metadata"], str)
-    if not all(isinstance(text, str) for text in texts) or not isinstance(custom, dict):
-        raise ValueError("a field has the wrong type")
-    datetime.datetime.fromisoformat(texts[4])
-    return CheckpointMetadata(
-        prefix, texts[0], *numbers, *texts[1:], custom, shards, tensors, _decode_pieces(body["pieces"], tensors, shards)
-    )
 
 
-def _decode_pieces(
-    columns: dict[str, object], tensors: Sequence[TensorMetadata], shards: Sequence[ShardMetadata]
-) -> PieceTable:
-    (count,) = int_tuple([columns["count"]])
-    if count > sum(shard.length for shard in shards):  # every piece has at least a byte: no row out of thin air
-        raise ValueError(f"{count} pieces in less bytes")
-    tensor, shard, begin = (decode_runs(columns[name], count) for name in ("tensor", "shard", "begin"))
+def _decode_pieces(table: Fields, tensors: Sequence[TensorMetadata], shards: Sequence[ShardMetadata]) -> PieceTable:
+    most = sum(shard.length for shard in shards)  # every piece has at least a byte: no row out of thin air
+    (tensor, shard, begin), box = decode_table(table, ("tensor", "shard", "begin"), most)
     width = max((len(t.shape) for t in tensors), default=0)
-    if len(columns["offset"]) != width or len(columns["size"]) != width:
+    if box.shape[2] != width:
         raise ValueError("pieces of other dimensions than the tensors")
-    boxes = [np.empty((count, width), np.int64) for _ in range(2)]
-    for out, name in zip(boxes, ("offset", "size")):
-        for dim, runs in enumerate(columns[name]):
-            out[:, dim] = decode_runs(runs, count)
-    if count:
+    if len(box):
         shapes = np.array([t.shape + (1,) * (width - len(t.shape)) for t in tensors], np.int64).reshape(-1, width)
         if (np.diff(tensor) < 0).any() or tensor[-1] >= len(tensors) or shard.max() >= len(shards):
             raise ValueError("pieces of unknown tensors or shards")
-        if (boxes[1] < 1).any() or (boxes[0] + boxes[1] > shapes[tensor]).any():
+        if (box[:, 1] < 1).any() or (box.sum(axis=1) > shapes[tensor]).any():
             raise ValueError("piece outside of its tensor")
-        lengths = np.array([s.length for s in shards], np.int64)
-        if (begin >= lengths[shard]).any():
+        if (begin >= np.array([s.length for s in shards], np.int64)[shard]).any():
             raise ValueError("piece behind the end of its shard")
-    return PieceTable(tensor, shard, begin, boxes[0], boxes[1])
+    return PieceTable(tensor, shard, begin, box)
 
 
 # --------------------------------------------------------------------------------------------------------------------
