@@ -66,6 +66,7 @@ else:
 
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
 IO_THREADS = 4
+CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in the second-level cache
 T = TypeVar("T")
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1083,23 +1084,23 @@ def write_raw(file: st.StoredFile, data_start: int, base: int, sources: Sequence
 
     def write_block(block: int, buffer: Bytes) -> None:
         low, high = block * st.BLOCK_BYTES, min(stop, (block + 1) * st.BLOCK_BYTES)
-        index = bisect.bisect_right(ends, low)
-        flat = flats[index]
-        if flat is not None and sources[index].begin <= low and high <= ends[index]:  # no need to gather
-            data = flat[low - sources[index].begin : high - sources[index].begin]
-        else:
-            data = buffer[: high - low]
-            position = low
-            while index < len(sources) and sources[index].begin < high:
-                begin, flat = sources[index].begin, flats[index]
-                start, end = max(begin, low), min(ends[index], high)
-                data[position - low : start - low] = 0
-                if flat is not None:
-                    data[start - low : end - low] = flat[start - begin : end - begin]
-                else:
-                    st.copy_out(sources[index].view, start - begin, data[start - low : end - low])
-                position, index = end, index + 1
-        crcs[block - first] = st.crc32(data)
+        index, position, data, crc = bisect.bisect_right(ends, low), low, buffer[: high - low], 0
+        checked = low
+        while position < high:  # copy a part, and checksum it while it is in the processor's cache
+            flat, begin = flats[index], sources[index].begin
+            stop_here = min(high, begin if position < begin else ends[index], position + CACHE_BYTES)
+            part = data[position - low : stop_here - low]
+            if position < begin:
+                part[:] = 0  # a gap between entries
+            elif flat is not None:
+                part[:] = flat[position - begin : stop_here - begin]
+            else:
+                st.copy_out(sources[index].view, position - begin, part)
+            position = stop_here
+            index += position == ends[index]
+            if position - checked >= CACHE_BYTES or position == high:
+                crc, checked = st.crc32(data[checked - low : position - low], crc), position
+        crcs[block - first] = crc
         file.write(data_start + low, data.data)
         meter.add(high - low)
 
@@ -1644,12 +1645,15 @@ class _Attempt:
         end = draft[-1].end if draft else 0
         reserve = len(st.encode_header(draft, [0] * st.block_count(end)))
         with _closing(self.storage.create(f"{self.ticket.prefix}/{name}")) as file:
+            file.resize(reserve + end)
             crcs, placed = self._write_region(file, reserve, meter)
             entries = [_entry(s.meta, s.box, placed.get(i, (s.begin, ()))) for i, s in enumerate(self._sources)]
             header = st.encode_header(entries, crcs, reserve)
+            length = reserve + (entries[-1].end if entries else 0)
+            if length < reserve + end:  # compressed
+                file.resize(length)
             file.write(0, memoryview(header))
             file.sync()  # I2
-        length = reserve + (entries[-1].end if entries else 0)
         self._report |= {"crcs": [], "shard": [name, length, st.crc32(header)]}
 
     # S5

@@ -35,6 +35,8 @@ Read next: `FileOps` (every system call), `LocalStorage`, the tensor file, the r
 from __future__ import annotations
 
 import base64
+import contextlib
+import ctypes
 import datetime
 import enum
 import errno
@@ -50,7 +52,6 @@ import threading
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -65,7 +66,10 @@ BLOCK_BYTES = 4 << 20  # the unit of checksums, of I/O and of who writes what
 FRAME_BYTES = 4 << 20  # logical bytes behind one compressed frame
 ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be read and written directly
 MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
+DIRECT_BYTES = 1 << 20  # smaller reads and writes go through the page cache
 RECORD_SUFFIX = ".metadata.json"
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -155,14 +159,36 @@ class FileOps:
     def close(self, fd: int) -> None:
         os.close(fd)
 
+    def open_direct(self, fd: int, flags: int) -> int:
+        """Open the file behind `fd` once more, past the page cache. OSError where the file system cannot."""
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_DIRECT)
+
     def pread(self, fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)
+
+    def is_cached(self, fd: int, offset: int, length: int) -> bool:
+        """Whether most of it is in the page cache (mincore; asking by reading would start a readahead)."""
+        with mmap.mmap(fd, length, access=mmap.ACCESS_READ, offset=offset) as view:
+            pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
+            address = np.frombuffer(view, np.uint8).ctypes.data  # the array is gone, so that the map can close
+            failed = _LIBC.mincore(
+                ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)
+            )
+        return not failed and bool((pages & 1).mean() > 0.9)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         return os.pwrite(fd, data, offset)
 
     def truncate(self, fd: int, length: int) -> None:
         os.ftruncate(fd, length)
+
+    def allocate(self, fd: int, length: int) -> None:
+        """Extend to `length`, reserving the room, so that writes neither run out of it nor wait for each other."""
+        fallocate = getattr(_LIBC, "fallocate", None)  # posix_fallocate would write zeros where this is not supported
+        if fallocate is None or fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(length)) != 0:
+            if fallocate is not None and (code := ctypes.get_errno()) not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise OSError(code, os.strerror(code))
+            os.ftruncate(fd, length)
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
@@ -179,7 +205,7 @@ class FileOps:
     def unlink(self, name: str, dir_fd: int) -> None:
         os.unlink(name, dir_fd=dir_fd)
 
-    def mkdir(self, name: str, dir_fd: int) -> None:
+    def mkdir(self, name: str, dir_fd: int | None) -> None:
         os.mkdir(name, dir_fd=dir_fd)
 
     def rmdir(self, name: str, dir_fd: int) -> None:
@@ -253,39 +279,92 @@ class CheckpointStorage(Protocol):
 
 
 class LocalFile:
-    """A file on a local or mounted file system."""
+    """A file on a local or mounted file system.
 
-    def __init__(self, files: FileOps, fd: int, name: str) -> None:
+    Large aligned writes go past the page cache where the file system allows it: that is the disk's own speed, and pushes
+    nothing out of memory. Reads come from the cache where it has the bytes, else past it too.
+    """
+
+    def __init__(self, files: FileOps, fd: int, name: str, writable: bool) -> None:
         self._files, self._fd, self._name = files, fd, name
+        self._flags = os.O_RDWR if writable else os.O_RDONLY
+        self._direct_fd: int | None = None  # -1 where there is none
+        self._lock = threading.Lock()
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; short reads go on, an early end of the file is corruption."""
         done = 0
+        if len(buffer) >= DIRECT_BYTES and offset % mmap.ALLOCATIONGRANULARITY == 0 and self._direct() >= 0:
+            if offset + len(buffer) <= self.length() and not self._files.is_cached(self._fd, offset, len(buffer)):
+                done = self._read_direct(offset, buffer)
         while done < len(buffer):
             count = self._files.pread(self._fd, buffer[done:], offset + done)
             if count == 0:
                 raise corrupted(f"{self._name}: ends at byte {offset + done}, {len(buffer) - done} bytes missing")
             done += count
 
+    def _read_direct(self, offset: int, buffer: memoryview) -> int:
+        """Read the whole pages of it past the cache, by way of an aligned buffer if need be; how much that was."""
+        length = len(buffer) // ALIGN_BYTES * ALIGN_BYTES if offset % ALIGN_BYTES == 0 else 0
+        target = buffer[:length] if _is_aligned(buffer) else _scratch_buffer(length)[:length].data
+        done = 0
+        while done < length:
+            count = self._files.pread(self._direct(), target[done:], offset + done)
+            done += count
+            if count == 0 or count % ALIGN_BYTES:
+                break
+        if not _is_aligned(buffer):
+            np.frombuffer(buffer, np.uint8)[:done] = np.frombuffer(target, np.uint8)[:done]
+        return done
+
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`; short writes go on."""
         done = 0
+        if len(data) >= DIRECT_BYTES and offset % ALIGN_BYTES == 0 and _is_aligned(data) and self._direct() >= 0:
+            whole = len(data) // ALIGN_BYTES * ALIGN_BYTES
+            while done < whole and done % ALIGN_BYTES == 0:
+                done += self._files.pwrite(self._direct(), data[done:whole], offset + done)
         while done < len(data):
             done += self._files.pwrite(self._fd, data[done : done + (1 << 30)], offset + done)
+
+    def _direct(self) -> int:
+        with self._lock:
+            if self._direct_fd is None:
+                try:
+                    self._direct_fd = self._files.open_direct(self._fd, self._flags)
+                except OSError:  # tmpfs, or no /proc: the cache will do
+                    self._direct_fd = -1
+            return self._direct_fd
 
     def length(self) -> int:
         return os.fstat(self._fd).st_size
 
     def resize(self, length: int) -> None:
-        self._files.truncate(self._fd, length)
+        (self._files.allocate if length > self.length() else self._files.truncate)(self._fd, length)
 
     def sync(self) -> None:
         self._files.fsync(self._fd)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            self._files.close(fd)
+        fds, self._fd, self._direct_fd = (self._direct_fd, self._fd), -1, -1
+        for fd in fds:
+            if fd is not None and fd >= 0:
+                self._files.close(fd)
+
+
+def _is_aligned(view: memoryview) -> bool:
+    return np.frombuffer(view, np.uint8).ctypes.data % ALIGN_BYTES == 0
+
+
+_SCRATCH = threading.local()
+
+
+def _scratch_buffer(length: int) -> Bytes:
+    """Aligned memory of the calling thread, gone with it."""
+    held: Bytes = getattr(_SCRATCH, "held", np.empty(0, np.uint8))
+    if len(held) < length:
+        held = _SCRATCH.held = aligned_buffer(length)
+    return held
 
 
 class LocalStorage:
@@ -294,6 +373,7 @@ class LocalStorage:
     def __init__(self, base_path: str | os.PathLike[str] = "./checkpoints", files: FileOps | None = None) -> None:
         self.base_path = os.path.abspath(base_path)
         self.files = files or FileOps()
+        self._made_above = {os.path.dirname(self.base_path)}  # directories outside whose new entries we depend on
 
     def create(self, name: str) -> LocalFile:
         with self._parent(name, make=True) as (directory, leaf):
@@ -304,7 +384,7 @@ class LocalStorage:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 self.files.close(fd)
                 raise
-        return LocalFile(self.files, fd, name)
+        return LocalFile(self.files, fd, name, writable=True)
 
     def open(self, name: str, write: bool = False) -> LocalFile:
         with self._parent(name) as (directory, leaf):
@@ -312,7 +392,7 @@ class LocalStorage:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             self.files.close(fd)
             raise corrupted(f"{name}: not a regular file", name)
-        return LocalFile(self.files, fd, name)
+        return LocalFile(self.files, fd, name, write)
 
     def length(self, name: str) -> int | None:
         try:
@@ -368,11 +448,12 @@ class LocalStorage:
         for depth in range(len(parts) - 1, -1, -1):
             with self._parent("/".join([*parts[:depth], "x"])) as (directory, _):
                 self.files.fsync_dir(directory)
-        above = self.files.open(os.path.dirname(self.base_path), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            self.files.fsync_dir(above)
-        finally:
-            self.files.close(above)
+        for path in sorted(self._made_above):
+            above = self.files.open(os.path.realpath(path), os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self.files.fsync_dir(above)
+            finally:
+                self.files.close(above)
 
     def in_use(self, name: str) -> bool:
         try:
@@ -388,14 +469,14 @@ class LocalStorage:
             self.files.close(fd)
         return False
 
-    @contextmanager
+    @contextlib.contextmanager
     def _parent(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
         """The open directory that holds `name`, reached part by part without following links, and its last part."""
         *parents, leaf = name.split("/")
         if any(p in ("", ".", "..") or "\0" in p for p in (*parents, leaf)):
             raise ValueError(f"illegal path {name!r}")
         if make:
-            os.makedirs(self.base_path, exist_ok=True)
+            self._make_base()
         flags = os.O_RDONLY | os.O_DIRECTORY
         # The base path itself may be, or lie behind, a link of the user's own making.
         directory = self.files.open(os.path.realpath(self.base_path), flags)
@@ -405,6 +486,16 @@ class LocalStorage:
             yield directory, leaf
         finally:
             self.files.close(directory)
+
+    def _make_base(self) -> None:
+        missing, path = [], self.base_path
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another rank was faster
+                self.files.mkdir(path, None)
+        self._made_above = self._made_above | {os.path.dirname(path) for path in missing}
 
     def _enter(self, directory: int, part: str, flags: int, make: bool) -> int:
         try:
