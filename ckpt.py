@@ -45,75 +45,21 @@ import torch.distributed as dist
 if __package__ and not TYPE_CHECKING:
     from . import ckpt_coord as coord
     from . import ckpt_storage as st
-    from .ckpt_coord import (
-        CheckpointCoordinator,
-        CheckpointFormat,
-        CheckpointLoader,
-        CheckpointReader,
-        DistributedCoordinator,
-        FaultToleranceHandler,
-        LocalCoordinator,
-        Progress,
-        RetryPolicy,
-        ShardData,
-        TorchCoordinator,
-    )
-    from .ckpt_storage import (
-        CheckpointException,
-        CheckpointMetadata,
-        CheckpointStorage,
-        CompressionLevel,
-        ExceptionType,
-        FileOps,
-        LocalStorage,
-        ShardMetadata,
-        StorageFactory,
-        StorageOptions,
-        StoredFile,
-        TensorMetadata,
-    )
+    from .ckpt_coord import *
+    from .ckpt_storage import *
 else:
     import ckpt_coord as coord
     import ckpt_storage as st
-    from ckpt_coord import (
-        CheckpointCoordinator,
-        CheckpointFormat,
-        CheckpointLoader,
-        CheckpointReader,
-        DistributedCoordinator,
-        FaultToleranceHandler,
-        LocalCoordinator,
-        Progress,
-        RetryPolicy,
-        ShardData,
-        TorchCoordinator,
-    )
-    from ckpt_storage import (
-        CheckpointException,
-        CheckpointMetadata,
-        CheckpointStorage,
-        CompressionLevel,
-        ExceptionType,
-        FileOps,
-        LocalStorage,
-        ShardMetadata,
-        StorageFactory,
-        StorageOptions,
-        StoredFile,
-        TensorMetadata,
-    )
+    from ckpt_coord import *
+    from ckpt_storage import *
 
 __all__ = [
-    "CheckpointCoordinator", "CheckpointException", "CheckpointFormat", "CheckpointInfo", "CheckpointLoadResult",
-    "CheckpointLoader", "CheckpointMetadata", "CheckpointOptions", "CheckpointReader", "CheckpointStorage",
-    "CheckpointValidator", "ChecksumIntegrityChecker", "CompatibilityChecker", "CompressionLevel", "DistributedCheckpoint",
-    "DistributedCheckpointFactory", "DistributedCoordinator", "ExceptionType", "FaultToleranceHandler", "FileOps",
-    "IntegrityChecker",
-    "LoadOptions", "LocalCoordinator", "LocalStorage", "PendingSave", "Progress", "RetryPolicy", "SaveOptions",
-    "SchemaCompatibilityChecker", "ShardData", "ShardMetadata", "SizeIntegrityChecker", "Stateful", "StorageFactory",
-    "StorageOptions", "StoredFile", "TensorMetadata", "TorchCoordinator", "ValidationResult",
+    "CheckpointInfo", "CheckpointLoadResult", "CheckpointOptions", "CheckpointValidator", "ChecksumIntegrityChecker",
+    "CompatibilityChecker", "DistributedCheckpoint", "DistributedCheckpointFactory", "IntegrityChecker", "LoadOptions",
+    "PendingSave", "SaveOptions", "SchemaCompatibilityChecker", "SizeIntegrityChecker", "Stateful", "ValidationResult",
     "VersionCompatibilityChecker",
 ]  # fmt: skip
+__all__ += coord.__all__ + st.__all__
 
 log = logging.getLogger("ckpt")
 log.addHandler(logging.NullHandler())

@@ -32,6 +32,7 @@ from __future__ import annotations
 import bisect
 import datetime
 import enum
+import gc
 import hashlib
 import json
 import math
@@ -63,6 +64,11 @@ if __package__ and not TYPE_CHECKING:
 else:
     import ckpt_storage as st
     from ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Fields, Ints, Shape
+
+__all__ = [
+    "CheckpointCoordinator", "CheckpointFormat", "CheckpointLoader", "CheckpointReader", "DistributedCoordinator",
+    "FaultToleranceHandler", "LocalCoordinator", "Progress", "RetryPolicy", "ShardData", "TorchCoordinator",
+]  # fmt: skip
 
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
 IO_THREADS = 4
@@ -499,6 +505,18 @@ class FaultToleranceHandler:
     def rollback(self, checkpoint_prefix: str) -> None:
         """Delete a checkpoint, committed or not: record first, then shards. FileNotFoundError where there is none."""
         st.delete_committed(self.storage, checkpoint_prefix.removesuffix(st.RECORD_SUFFIX))
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Planning makes many small objects and no cycles: looking for some again and again would double its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1400,13 +1418,8 @@ class _Attempt:
             self.ticket = Ticket(drawn.text("prefix"), drawn.text("save_id"), drawn.number("sequence"))
 
     def _draw_ticket(self) -> Ticket:
-        sequence = 0
-        for other in st.recorded_prefixes(self.storage):
-            try:
-                meta = st.decode_record(st.read_file(self.storage, st.record_name(other)), other)
-                sequence = max(sequence, meta.sequence)
-            except (CheckpointException, FileNotFoundError):
-                continue  # unreadable: it takes no part in the order
+        heads = [st.record_head(self.storage, other) for other in st.recorded_prefixes(self.storage)]
+        sequence = max((head[1] for head in heads if head is not None), default=0)
         prefix = self.request.prefix
         if prefix is None:
             base = prefix = datetime.datetime.now(datetime.timezone.utc).strftime("checkpoint_%Y%m%d_%H%M%S")
@@ -1420,7 +1433,7 @@ class _Attempt:
 
     # S2
     def collect(self, collect: Callable[[], ShardData]) -> None:
-        with self.op.step("S2 collect"):
+        with self.op.step("S2 collect"), no_garbage_collection():
             self._data = collect()
             self._data = self._data._replace(tensors=mark_tied(self._data.tensors))
             self._pieces = [(box, view) for t in self._data.tensors for box, view in t.pieces]
@@ -1430,7 +1443,7 @@ class _Attempt:
 
     # S3
     def plan(self) -> None:
-        with self.op.step("S3 plan"):
+        with self.op.step("S3 plan"), no_garbage_collection():
             reference = self.op.broadcast(describe(self._data)[1] if self.op.rank == 0 else None)
             description, _ = describe(self._data, None if self.op.rank == 0 else str(reference))
             gathered = self.op.collect_at_0(st.dump_json(description))
@@ -1641,14 +1654,18 @@ class _Attempt:
         self._created.append(name)
         compressed = self.request.compression is not st.CompressionLevel.NONE
         places = {i: (s.begin, _frame_lengths(s)) for i, s in enumerate(self._sources)} if compressed else {}
-        draft = [_entry(s.meta, s.box, places.get(i, (s.begin, ()))) for i, s in enumerate(self._sources)]
-        end = draft[-1].end if draft else 0
-        reserve = len(st.encode_header(draft, [0] * st.block_count(end)))
+        with no_garbage_collection():
+            draft = [_entry(s.meta, s.box, places.get(i, (s.begin, ()))) for i, s in enumerate(self._sources)]
+            end = draft[-1].end if draft else 0
+            reserve = len(st.encode_header(draft, [0] * st.block_count(end)))
         with _closing(self.storage.create(f"{self.ticket.prefix}/{name}")) as file:
             file.resize(reserve + end)
             crcs, placed = self._write_region(file, reserve, meter)
-            entries = [_entry(s.meta, s.box, placed.get(i, (s.begin, ()))) for i, s in enumerate(self._sources)]
-            header = st.encode_header(entries, crcs, reserve)
+            with no_garbage_collection():
+                entries = draft
+                if placed:
+                    entries = [_entry(s.meta, s.box, placed[i]) for i, s in enumerate(self._sources)]
+                header = st.encode_header(entries, crcs, reserve)
             length = reserve + (entries[-1].end if entries else 0)
             if length < reserve + end:  # compressed
                 file.resize(length)
@@ -1663,7 +1680,7 @@ class _Attempt:
 
     # S6
     def commit(self) -> None:
-        with self.op.step("S6 commit"):
+        with self.op.step("S6 commit"), no_garbage_collection():
             if self.op.rank == 0:
                 record = st.encode_record(self._metadata(self._finish_shards()))
                 self.storage.sync_directory(f"{self.ticket.prefix}/x")  # I2: the shards' names
@@ -2003,7 +2020,7 @@ class CheckpointReader:
             meta = self.metadata.tensors[tensor]
             for shard, begin, piece in self.pieces(tensor, want):
                 entry = self._entry(shard, begin, piece, meta)
-                common = piece.intersect(want)
+                common = want if piece == want else piece.intersect(want)
                 assert common is not None
                 exact = piece == want and view.dtype == st.DTYPES[meta.dtype]
                 copy = Copy(entry, piece, common, want, view, st.byte_view(view) if exact else None)
@@ -2013,11 +2030,13 @@ class CheckpointReader:
 
     def _spread(self, shard: int, copy: Copy) -> Iterator[tuple[tuple[int, int], Copy]]:
         """The windows of blocks that a copy needs, with the copy, or its frame there."""
-        entry, width = copy.entry, st.itemsize(copy.entry.dtype)
-        strides = [math.prod(copy.piece.size[dim + 1 :]) for dim in range(len(copy.piece.size))]
-        inner = copy.box.within(copy.piece)
-        first = sum(s.start * stride for s, stride in zip(inner, strides)) * width
-        last = sum((s.stop - 1) * stride for s, stride in zip(inner, strides)) * width + width
+        entry, first, last = copy.entry, 0, copy.entry.nbytes()
+        if copy.box != copy.piece:
+            width, size = st.itemsize(entry.dtype), copy.piece.size
+            strides = [math.prod(size[dim + 1 :]) * width for dim in range(len(size))]
+            inner = copy.box.within(copy.piece)
+            first = sum(s.start * stride for s, stride in zip(inner, strides))
+            last = sum((s.stop - 1) * stride for s, stride in zip(inner, strides)) + width
         if not entry.frames:
             low, high = (entry.begin + first) // st.BLOCK_BYTES, -(-(entry.begin + last) // st.BLOCK_BYTES)
             for block in range(low, high):
@@ -2114,14 +2133,14 @@ class CheckpointLoader:
         `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are undefined,
         and the message says so.
         """
-        with op.step("L1 record"):
+        with op.step("L1 record"), no_garbage_collection():
             request = claim()
             demand_equal(op.gather(request))
             metadata = self._read_record(op, str(request["prefix"]))
         with CheckpointReader(self.storage, metadata) as reader:
-            with op.step("L2 validate"):
+            with op.step("L2 validate"), no_garbage_collection():
                 validate(reader)
-            with op.step("L3 plan"):
+            with op.step("L3 plan"), no_garbage_collection():
                 tasks = reader.plan(prepare(reader))
                 op.gather(None)  # nobody writes into a tensor before everybody has a plan
             with op.step("L4 read"):
@@ -2132,7 +2151,7 @@ class CheckpointLoader:
                     raise CheckpointException(
                         f"{error}{note}", error.checkpoint_path, error.type, error.rank
                     ) from error
-        with op.step("L5 agree"):
+        with op.step("L5 agree"), no_garbage_collection():
             op.gather(None)  # every rank has its bytes
             apply()
             op.gather(None)

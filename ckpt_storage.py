@@ -59,6 +59,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+__all__ = [
+    "CheckpointException", "CheckpointMetadata", "CheckpointStorage", "CompressionLevel", "ExceptionType", "FileOps",
+    "LocalStorage", "ShardMetadata", "StorageFactory", "StorageOptions", "StoredFile", "TensorMetadata",
+]  # fmt: skip
+
 T = TypeVar("T")
 
 FORMAT_VERSION = 1
@@ -620,8 +625,9 @@ def int_tuple(value: object) -> Shape:
     """`value` as a tuple of at most 64 ints in [0, 2**62), or ValueError."""
     if not isinstance(value, (list, tuple)) or len(value) > 64:
         raise ValueError(f"expected a short list of integers, found {type(value).__name__}")
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in value):
-        raise ValueError("expected non-negative integers")
+    for n in value:
+        if type(n) is not int or not 0 <= n < 1 << 62:
+            raise ValueError(f"expected a non-negative integer, found {n!r}")
     return tuple(value)
 
 
@@ -1491,12 +1497,25 @@ def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadat
     raise corrupted(problem, prefix)
 
 
-def committed_id(storage: CheckpointStorage, prefix: str) -> str | None:
-    """The save id in the record of `prefix`, None where there is no readable record."""
+_RECORD_HEAD = re.compile(rb'\{"format_version":[0-9]+,"save_id":"([0-9a-f]{8})","sequence":([0-9]{1,18}),')
+
+
+def record_head(storage: CheckpointStorage, prefix: str) -> tuple[str, int] | None:
+    """Save id and sequence number of the record of `prefix`, without parsing it whole; None where C1 does not hold."""
     try:
-        return decode_record(read_file(storage, record_name(prefix)), prefix).save_id
+        data = read_file(storage, record_name(prefix))
     except (FileNotFoundError, CheckpointException):
         return None
+    end, head = _RECORD_END.fullmatch(data[-_RECORD_TAIL:]), _RECORD_HEAD.match(data)
+    if end is None or head is None or int(end[1], 16) != crc32(data[:-_RECORD_TAIL]):
+        return None
+    return head[1].decode(), int(head[2])
+
+
+def committed_id(storage: CheckpointStorage, prefix: str) -> str | None:
+    """The save id in the record of `prefix`, None where there is no sound record."""
+    head = record_head(storage, prefix)
+    return head[0] if head else None
 
 
 def recorded_prefixes(storage: CheckpointStorage) -> list[str]:
