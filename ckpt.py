@@ -312,17 +312,20 @@ class CheckpointValidator:
 
         `poll(bytes_checked, bytes_total)` is called a few times a second.
         """
-        try:
-            meta = st.read_committed(self.storage, checkpoint_prefix)
-        except FileNotFoundError:
-            return ValidationResult([f"there is no checkpoint {checkpoint_prefix!r}"])
-        except (CheckpointException, OSError) as error:
-            return ValidationResult([str(error)])
-        result = self.validate_metadata(meta)
-        with CheckpointReader(self.storage, meta) as reader:
-            if poll is not None:
-                reader.poll = lambda: poll(reader.checked_bytes, meta.size_bytes())
-            result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
+        for _ in range(2):  # once more if it was replaced meanwhile
+            try:
+                meta = st.read_committed(self.storage, checkpoint_prefix)
+            except FileNotFoundError:
+                return ValidationResult([f"there is no checkpoint {checkpoint_prefix!r}"])
+            except (CheckpointException, OSError) as error:
+                return ValidationResult([str(error)])
+            result = self.validate_metadata(meta)
+            with CheckpointReader(self.storage, meta) as reader:
+                if poll is not None:
+                    reader.poll = lambda: poll(reader.checked_bytes, meta.size_bytes())
+                result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
+                if result.is_valid or not reader.is_superseded():
+                    break
         return result
 
     def validate_metadata(self, metadata: CheckpointMetadata | str) -> ValidationResult:
@@ -1253,13 +1256,21 @@ class DistributedCheckpoint:
                 "skip_validation": options.skip_validation, "optimizer, rng, strict": flags,
             }  # fmt: skip
 
-        def attempt() -> tuple[CheckpointMetadata, coord.Operation]:
+        def once() -> tuple[CheckpointMetadata, coord.Operation]:
             op = self._operation("load", options.timeout, cancel)
             loader = CheckpointLoader(self.coordinator, self.storage)
             metadata = loader.coordinate_load(
                 op, claim, restore.validate, lambda reader: restore.prepare(op, reader), restore.apply, options.progress
             )
             return metadata, op
+
+        def attempt() -> tuple[CheckpointMetadata, coord.Operation]:
+            try:
+                return once()
+            except coord.OperationFailed as failed:
+                if not failed.info.get("superseded"):
+                    raise
+            return once()
 
         metadata, op = self._with_retry(attempt, prefix if isinstance(prefix, str) else "", cancel)
         result = restore.result(metadata, warnings)

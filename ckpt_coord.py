@@ -162,6 +162,7 @@ class TorchCoordinator:
         self._operation = self._step = 0
         self._posted: list[str] = []
         self._poll: Callable[[], None] = lambda: None
+        self._longest_pause = min(0.5, 0.02 * max(1.0, self._world_size / 64))  # thousands of ranks ask one store
         self._group: dist.ProcessGroupGloo | None = None
         # gloo's threads must not drop the last reference to a tensor: at interpreter exit that ends the process.
         self._in_flight: tuple[object, ...] = ()
@@ -313,7 +314,7 @@ class TorchCoordinator:
                     rank=ranks[0],
                 )
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.02)
+            pause = min(pause * 1.5, self._longest_pause)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -411,6 +412,7 @@ class Operation:
         message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
         return {
             "type": kind, "rank": rank, "message": message, "retryable": isinstance(error, self._retryable),
+            "superseded": isinstance(error, Superseded),
         }  # fmt: skip
 
     def remaining(self) -> float:
@@ -890,7 +892,7 @@ class Groups:
 
     def __init__(self, rows: Rows) -> None:
         keys = _mix(rows.tensor)
-        for column in rows.box.reshape(len(rows.box), -1).T:
+        for column in rows.box.reshape(len(rows.box), math.prod(rows.box.shape[1:])).T:
             keys = _mix(keys * np.uint64(31) + column.astype(np.uint64))
         order = np.argsort(keys, kind="stable")  # within a group by rank, since rows come in the order of ranks
         ordered = rows.take(order)
@@ -1196,6 +1198,10 @@ class Segment(NamedTuple):
     at: int
     dtype: torch.dtype
 
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return math.prod(self.common.size) * self.dtype.itemsize
+
 
 class Gathering:
     """The consolidated model file: whole tensors, cut into blocks, each written by the rank that holds most of it.
@@ -1207,48 +1213,49 @@ class Gathering:
     BLOCKS_A_ROUND = 4
 
     def __init__(
-        self, entries: list[tuple[str, str, Shape, int, int]], holders: Mapping[int, list[tuple[Box, int, int]]]
+        self,
+        entries: list[tuple[str, str, Shape, int, int]],
+        holders: Mapping[int, Mapping[Box, list[tuple[int, int]]]],
     ):
-        """`entries`: (key, dtype, shape, begin, tensor whose pieces to use); `holders`: tensor -> (box, rank, piece)."""
+        """`entries`: (key, dtype, shape, begin, tensor whose pieces to use); `holders`: tensor -> box -> (rank, piece)."""
         self._entries = [entry for entry in entries if math.prod(entry[2])]
         self._ends = [begin + math.prod(shape) * st.itemsize(dtype) for _, dtype, shape, begin, _ in self._entries]
         self._holders = holders
         self.length = self._ends[-1] if self._ends else 0
         self.blocks = st.block_count(self.length)
 
-    def segments(self, block: int, owner: int) -> list[Segment]:
-        """What makes up a block; a piece held by several ranks comes from the owner if it can, else the lowest."""
+    def _parts(self, block: int) -> Iterator[tuple[Segment, list[tuple[int, int]]]]:
+        """What makes up a block, as from the first (rank, piece) that has it, and all that have it."""
         low, high = block * st.BLOCK_BYTES, min(self.length, (block + 1) * st.BLOCK_BYTES)
-        found = []
         for index in range(bisect.bisect_right(self._ends, low), len(self._entries)):
             _, code, shape, begin, tensor = self._entries[index]
             if begin >= high:
                 break
-            width = st.itemsize(code)
+            width, dtype = st.itemsize(code), st.DTYPES[code]
             start, stop = (max(low, begin) - begin) // width, (min(high, self._ends[index]) - begin) // width
             for at, inside in st.row_boxes(shape, start, stop):
-                sources: dict[Box, tuple[int, int]] = {}
-                for box, rank, piece in self._holders[tensor]:
-                    if (rank == owner or box not in sources) and (common := box.intersect(inside)) is not None:
-                        sources[box] = (rank, piece)
-                for box, (rank, piece) in sources.items():
+                for box, held in self._holders[tensor].items():
                     if (common := box.intersect(inside)) is not None:
-                        place = begin + at * width - low
-                        found.append(Segment(rank, piece, common, inside, place, st.DTYPES[code]))
+                        yield Segment(*held[0], common, inside, begin + at * width - low, dtype), held
+
+    def segments(self, block: int, owner: int) -> list[Segment]:
+        """What makes up a block; a piece held by several ranks comes from the owner if it can, else the lowest."""
+        found = []
+        for segment, held in self._parts(block):
+            rank, piece = next((pair for pair in held if pair[0] == owner), held[0])
+            found.append(segment._replace(provider=rank, source=piece))
         return found
 
     def schedule(self, world_size: int) -> list[list[int]]:
         """The blocks that each rank owns: those of which it holds most, levelled where it is a draw."""
         owned: list[list[int]] = [[] for _ in range(world_size)]
         for block in range(self.blocks):
-            held = [0] * world_size
-            for rank in range(world_size):
-                held[rank] = sum(
-                    math.prod(s.common.size) * s.dtype.itemsize
-                    for s in self.segments(block, rank)
-                    if s.provider == rank
-                )
-            owned[min(range(world_size), key=lambda r: (-held[r], len(owned[r]), r))].append(block)
+            held_bytes: dict[int, int] = {}
+            for segment, held in self._parts(block):
+                for rank, _ in held:
+                    held_bytes[rank] = held_bytes.get(rank, 0) + segment.nbytes()
+            owner = min(held_bytes, key=lambda rank: (-held_bytes[rank], len(owned[rank]), rank))
+            owned[owner].append(block)
         return owned
 
     def write(
@@ -1280,7 +1287,7 @@ class Gathering:
                         _place(segment, _pick(segment, views), data)
                         continue
                     at = cursors[segment.provider]
-                    size = math.prod(segment.common.size) * segment.dtype.itemsize
+                    size = segment.nbytes()
                     _place(segment, received[segment.provider][at : at + size], data)
                     cursors[segment.provider] = at + size
                 crcs[block] = st.crc32(data)
@@ -1292,7 +1299,7 @@ class Gathering:
 
 def _pick(segment: Segment, views: Sequence[tuple[Box, torch.Tensor]]) -> Bytes:
     box, view = views[segment.source]
-    out = np.empty(math.prod(segment.common.size) * segment.dtype.itemsize, np.uint8)
+    out = np.empty(segment.nbytes(), np.uint8)
     st.copy_out(view[segment.common.within(box)], 0, out)
     return out
 
@@ -1612,9 +1619,9 @@ class _Attempt:
         begin, of = (st.decode_runs(model.array(key), len(tensors)).tolist() for key in ("begin", "of"))
         columns, boxes = st.decode_table(model.child("holders"), ("tensor", "rank", "source"))
         ndim = {index: len(t.shape) for t, index in zip(tensors, of)}
-        holders: dict[int, list[tuple[Box, int, int]]] = {}
+        holders: dict[int, dict[Box, list[tuple[int, int]]]] = {}
         for tensor, rank, source, row in zip(*(column.tolist() for column in columns), boxes.tolist()):
-            holders.setdefault(tensor, []).append((_box(row, ndim[tensor]), rank, source))
+            holders.setdefault(tensor, {}).setdefault(_box(row, ndim[tensor]), []).append((rank, source))
         return Gathering([(t.name, t.dtype, t.shape, at, index) for t, at, index in zip(tensors, begin, of)], holders)
 
     # S4
@@ -1916,6 +1923,10 @@ class Task(NamedTuple):
 COMPRESSED_WINDOW = 4  # blocks a task over compressed entries: their frames do not end where blocks do
 
 
+class Superseded(CheckpointException):
+    """The checkpoint was replaced while it was read: reading again finds the new one."""
+
+
 class CheckpointReader:
     """Verified reads of one committed checkpoint: every byte that it hands out has passed its block's CRC32."""
 
@@ -1961,6 +1972,10 @@ class CheckpointReader:
         """Ranks for which `name` is kept apart."""
         return sorted(rank for rank in self._index.get(name, {}) if rank is not None)
 
+    def is_superseded(self) -> bool:
+        """Whether the checkpoint was overwritten or deleted since its record was read."""
+        return st.committed_id(self.storage, self.metadata.prefix) != self.metadata.save_id
+
     def file(self, shard: int) -> st.StoredFile:
         """The open file of a shard."""
         with self._lock:
@@ -1969,6 +1984,8 @@ class CheckpointReader:
                     self._files[shard] = self.storage.open(self.metadata.shard_path(shard))
                 except FileNotFoundError as error:
                     path = self.metadata.shard_path(shard)
+                    if self.is_superseded():
+                        raise Superseded(f"{path}: replaced by a newer save while it was read") from error
                     raise st.corrupted(f"{path}: shard is missing", path) from error
             return self._files[shard]
 

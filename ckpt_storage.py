@@ -49,6 +49,7 @@ import re
 import stat
 import struct
 import threading
+import time
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -278,8 +279,8 @@ class CheckpointStorage(Protocol):
         """Make creations, renames and removals in the directory that holds `name` durable."""
         ...
 
-    def in_use(self, name: str) -> bool:
-        """Whether a living process holds the lock of `create` on `name` (or that cannot be ruled out)."""
+    def reap(self, name: str, only_look: bool = False) -> bool:
+        """Remove a file whose creator is proved dead (or only look); False where it may be alive."""
         ...
 
 
@@ -381,15 +382,37 @@ class LocalStorage:
         self._made_above = {os.path.dirname(self.base_path)}  # directories outside whose new entries we depend on
 
     def create(self, name: str) -> LocalFile:
-        with self._parent(name, make=True) as (directory, leaf):
-            fd = self.files.open(leaf, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
-        try:
-            self.files.lock(fd)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        for _ in range(100):
+            with self._parent(name, make=True) as (directory, leaf):
+                try:
+                    fd = self.files.open(leaf, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
+                except FileNotFoundError:
+                    continue  # a clean-up has pruned the directory since we entered it
+                try:
+                    if self._hold(fd, leaf, directory):
+                        return LocalFile(self.files, fd, name, writable=True)
+                except BaseException:
+                    self.files.close(fd)
+                    raise
                 self.files.close(fd)
+        raise FileNotFoundError(errno.ENOENT, "removed again and again while it was created", name)
+
+    def _hold(self, fd: int, leaf: str, directory: int) -> bool:
+        """Lock a new file; False if a clean-up took it for a dead one's between its creation and the lock."""
+        while True:
+            try:
+                self.files.lock(fd)
+                break
+            except BlockingIOError:
+                time.sleep(0.001)  # somebody is looking whether it is in use
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    return True  # no locks here: then nobody is ever proved dead
                 raise
-        return LocalFile(self.files, fd, name, writable=True)
+        try:
+            return self.files.stat(leaf, directory).st_ino == os.fstat(fd).st_ino
+        except FileNotFoundError:
+            return False
 
     def open(self, name: str, write: bool = False) -> LocalFile:
         with self._parent(name) as (directory, leaf):
@@ -460,19 +483,19 @@ class LocalStorage:
             finally:
                 self.files.close(above)
 
-    def in_use(self, name: str) -> bool:
+    def reap(self, name: str, only_look: bool = False) -> bool:
         try:
             with self._parent(name) as (directory, leaf):
                 fd = self.files.open(leaf, os.O_RDONLY, directory)
+                try:
+                    self.files.lock(fd)
+                    if not only_look:  # under the lock, so that a new owner cannot come between
+                        self.files.unlink(leaf, directory)
+                finally:
+                    self.files.close(fd)
         except OSError as error:
-            return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-        try:
-            self.files.lock(fd)
-        except OSError:
-            return True
-        finally:
-            self.files.close(fd)
-        return False
+            return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+        return True
 
     @contextlib.contextmanager
     def _parent(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
@@ -1563,11 +1586,22 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
     delete_files(storage, prefix, (name for name in files if _save_id(name) not in live))
 
 
-def live_saves(storage: CheckpointStorage, prefix: str) -> set[str]:
-    """Ids of saves to `prefix` whose fence a living process holds."""
+def live_saves(storage: CheckpointStorage, prefix: str, reap: bool = False) -> set[str]:
+    """Ids of saves to `prefix` whose fence a living process holds; `reap` removes the fences of dead ones."""
     directory = prefix.rpartition("/")[0]
-    fences = [name for name in storage.names(directory) if (m := _FENCE.fullmatch(name)) and m[1] == prefix]
-    return {name.rpartition(".tmp")[0][-8:] for name in fences if storage.in_use(name)}
+    fences = [(name, m[2]) for name in storage.names(directory) if (m := _FENCE.fullmatch(name)) and m[1] == prefix]
+    return {save_id for name, save_id in fences if not storage.reap(name, only_look=not reap)}
+
+
+def record_is_unreadable(storage: CheckpointStorage, prefix: str) -> bool:
+    """Whether there is a record that this code cannot read: damaged, or of a newer version."""
+    try:
+        decode_record(read_file(storage, record_name(prefix)), prefix)
+    except FileNotFoundError:
+        return False
+    except CheckpointException:
+        return True
+    return False
 
 
 def _save_id(path: str) -> str:
@@ -1586,17 +1620,14 @@ def collect_garbage(storage: CheckpointStorage) -> list[str]:
     prefixes = {name.rpartition("/")[0] for name in shards} | {m[1] for f in fences if (m := _FENCE.fullmatch(f))}
     removed: list[str] = []
     for prefix in sorted(prefixes):
-        live = live_saves(storage, prefix)
-        try:
-            keep = {decode_record(read_file(storage, record_name(prefix)), prefix).save_id}
-        except FileNotFoundError:
-            keep = set()
-        except CheckpointException:
+        if record_is_unreadable(storage, prefix):
             continue
-        for name in fences:
-            if (m := _FENCE.fullmatch(name)) and m[1] == prefix and m[2] not in live:
-                removed += [name] * storage.delete(name)
-        dead = [n for n in shards if n.rpartition("/")[0] == prefix and _save_id(n) not in live | keep]
+        live = live_saves(storage, prefix, reap=True)
+        removed += [name for name in fences if (m := _FENCE.fullmatch(name)) and m[1] == prefix and m[2] not in live]
+        keep = committed_id(storage, prefix)
+        if keep is None and storage.length(record_name(prefix)) is not None:
+            continue  # damaged meanwhile
+        dead = [n for n in shards if n.rpartition("/")[0] == prefix and _save_id(n) not in live | {keep}]
         removed += dead
         delete_files(storage, prefix, dead)
     return removed
