@@ -302,10 +302,13 @@ class TorchCoordinator:
             ) from error
 
     def _wait(self, keys: list[str], timeout: float, missing: Callable[[], list[int]]) -> None:
-        deadline, pause = time.monotonic() + timeout, 0.0005
+        now = time.monotonic()
+        deadline, polled, pause = now + timeout, now, 0.0003
         while not self._check(keys):
-            self._poll()
-            if time.monotonic() > deadline:
+            if (now := time.monotonic()) > polled + 0.02:
+                self._poll()
+                polled = now
+            if now > deadline:
                 ranks = missing()
                 names = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
                 raise CheckpointException(
@@ -314,7 +317,7 @@ class TorchCoordinator:
                     rank=ranks[0],
                 )
             time.sleep(pause)
-            pause = min(pause * 1.5, self._longest_pause)
+            pause = min(pause * 1.25, self._longest_pause)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1910,6 +1913,10 @@ class Copy(NamedTuple):
     flat: Bytes | None  # the memory of `view`, where the whole piece goes there as it is
     frame: int = -1
 
+    def wanted_bytes(self) -> int:
+        """Logical bytes that go to `view`."""
+        return math.prod(self.box.size) * st.itemsize(self.entry.dtype)
+
 
 class Task(NamedTuple):
     """Blocks [first, last) of a shard, and what to do with them once they are read and verified."""
@@ -2075,12 +2082,15 @@ class CheckpointReader:
         """L4 for one task: read, verify, put into place. Returns the bytes read."""
         header, path = self.header(task.shard), self.metadata.shard_path(task.shard)
         size = st.block_span(header, task.first, task.last)
+        # Of a block that this rank needs only a part of, others need the rest: then the page cache serves all of them.
+        wanted = sum(min(size, copy.wanted_bytes()) for copy in task.copies)
+        alone = wanted * 4 >= size * 3
         whole = self._straight(task, size)
         if whole is not None:
-            st.read_blocks(self.file(task.shard), header, task.first, task.last, whole, path)
+            st.read_blocks(self.file(task.shard), header, task.first, task.last, whole, path, alone)
             return size
         data = buffer[:size] if size <= len(buffer) else np.empty(size, np.uint8)
-        st.read_blocks(self.file(task.shard), header, task.first, task.last, data, path)
+        st.read_blocks(self.file(task.shard), header, task.first, task.last, data, path, alone)
         self.place(task, data)
         return size
 

@@ -235,7 +235,10 @@ class FileOps:
 class StoredFile(Protocol):
     """An open file of a storage. Reads and writes are positioned and may come from several threads at once."""
 
-    def read(self, offset: int, buffer: memoryview) -> None: ...
+    def read(self, offset: int, buffer: memoryview, alone: bool = False) -> None:
+        """Fill `buffer` from `offset`. `alone`: nobody else will want these bytes soon, so they need not be cached."""
+        ...
+
     def write(self, offset: int, data: memoryview) -> None: ...
     def length(self) -> int: ...
     def resize(self, length: int) -> None: ...
@@ -297,10 +300,10 @@ class LocalFile:
         self._direct_fd: int | None = None  # -1 where there is none
         self._lock = threading.Lock()
 
-    def read(self, offset: int, buffer: memoryview) -> None:
+    def read(self, offset: int, buffer: memoryview, alone: bool = False) -> None:
         """Fill `buffer` from `offset`; short reads go on, an early end of the file is corruption."""
         done = 0
-        if len(buffer) >= DIRECT_BYTES and offset % mmap.ALLOCATIONGRANULARITY == 0 and self._direct() >= 0:
+        if alone and len(buffer) >= DIRECT_BYTES and offset % mmap.ALLOCATIONGRANULARITY == 0 and self._direct() >= 0:
             if offset + len(buffer) <= self.length() and not self._files.is_cached(self._fd, offset, len(buffer)):
                 done = self._read_direct(offset, buffer)
         while done < len(buffer):
@@ -1210,12 +1213,14 @@ def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
     return Entry(name, dtype, logical, begin, end, offset, whole, frames)
 
 
-def read_blocks(file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str) -> None:
-    """Read blocks [first, last) into `out` and check each one's CRC32 before anybody uses it.
+def read_blocks(
+    file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str, alone: bool = False
+) -> None:
+    """Read blocks [first, last) into `out` and check each one's CRC32 before anybody uses it; `alone` as in `StoredFile`.
 
     CORRUPTED_CHECKPOINT names the file, the block and the tensors in it.
     """
-    file.read(header.data_start + first * BLOCK_BYTES, out.data)
+    file.read(header.data_start + first * BLOCK_BYTES, out.data, alone)
     for block in range(first, last):
         low = (block - first) * BLOCK_BYTES
         found = crc32(out[low : low + BLOCK_BYTES])
