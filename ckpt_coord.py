@@ -992,6 +992,37 @@ class SavePlan:
     model_rows: Rows | None = None  # CONSOLIDATED: all holders of the model file's tensors
     model_entries: list[tuple[int, int]] = field(default_factory=list)  # (tensor, begin)
 
+    def order(self, rank: int) -> dict[str, object]:
+        """What a rank needs to know to write its bytes."""
+        low, high = np.searchsorted(self.rows.rank, (rank, rank + 1)).tolist()
+        rows = self.rows.take(np.arange(low, high))
+        used, local = np.unique(rows.tensor, return_inverse=True)
+        tensors = [self.tensors[index]._replace(alias_of=None) for index in used.tolist()]
+        columns = {"tensor": local, "source": rows.source, "begin": self.begin[low:high]}
+        return {
+            "base": self.bases[rank],
+            "tensors": st.encode_tensors(tensors),
+            "rows": st.encode_table(columns, rows.box),
+        }
+
+    def record(self) -> tuple[list[st.TensorMetadata], st.PieceTable]:
+        """The tensors and pieces of the commit record; those of the model file come as whole tensors."""
+        tensors, shard, begin, box, tensor = list(self.tensors), self.shard, self.begin, self.rows.box, self.rows.tensor
+        if self.model_entries:
+            index = np.array([i for i, _ in self.model_entries], np.int64)
+            keep = np.array([math.prod(tensors[i].shape) > 0 for i in index.tolist()], bool)
+            whole = stack_boxes(
+                [Box((0,) * len(s), s) for s in (tensors[i].shape for i in index.tolist())], box.shape[2]
+            )
+            box = np.concatenate([box, whole[keep]])
+            shard = np.concatenate([shard, np.zeros(keep.sum(), np.int64)])
+            begin = np.concatenate([begin, np.array([b for _, b in self.model_entries], np.int64)[keep]])
+            tensor = np.concatenate([tensor, index[keep]])
+            for i in index.tolist():
+                tensors[i] = tensors[i]._replace(alias_of=None)
+        width = max((len(t.shape) for t in tensors), default=0)
+        return tensors, st.PieceTable(tensor, shard, begin, box[:, :, :width]).sort()
+
 
 def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> SavePlan:
     """Who writes which bytes where, from what every rank holds."""
@@ -1546,7 +1577,7 @@ class _Attempt:
 
     def _orders(self) -> list[bytes]:
         """What each rank needs to know to write its bytes; creates the files that ranks share."""
-        plan, orders = self._plan, []
+        plan = self._plan
         data_start = model_start = 0
         if plan.shared:
             entries = self._entries(range(len(plan.begin)), {})
@@ -1557,19 +1588,7 @@ class _Attempt:
             if self.request.compression is not st.CompressionLevel.NONE:
                 self.warnings.append("the consolidated model file is not compressed: others could not read it")
         shared = {"data_start": data_start, "model": self._model_order(model_start)}
-        starts = np.searchsorted(plan.rows.rank, np.arange(self.op.world_size + 1))
-        for rank, (low, high) in enumerate(zip(starts.tolist(), starts[1:].tolist())):
-            rows = plan.rows.take(np.arange(low, high))
-            used, local = np.unique(rows.tensor, return_inverse=True)
-            tensors = [plan.tensors[index]._replace(alias_of=None) for index in used.tolist()]
-            columns = {"tensor": local, "source": rows.source, "begin": plan.begin[low:high]}
-            order = {
-                "base": plan.bases[rank],
-                "tensors": st.encode_tensors(tensors),
-                "rows": st.encode_table(columns, rows.box),
-            }
-            orders.append(st.dump_json({**shared, **order}))
-        return orders
+        return [st.dump_json({**shared, **plan.order(rank)}) for rank in range(self.op.world_size)]
 
     def _create_shared(self, name: str, entries: Sequence[st.Entry], data_length: int) -> int:
         blocks = [0] * st.block_count(data_length)
@@ -1709,7 +1728,13 @@ class _Attempt:
         try:
             self.storage.publish(st.fence_name(prefix, save_id), target, self.request.overwrite)
         except OSError as error:
-            if st.committed_id(self.storage, prefix) != save_id:
+            try:
+                found = st.committed_id(self.storage, prefix)
+            except OSError:
+                raise OSError(
+                    f"{error}; the record cannot be read back either, so {prefix!r} may have been committed"
+                ) from error
+            if found != save_id:
                 if isinstance(error, FileExistsError):
                     raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix) from error
                 raise
@@ -1780,27 +1805,12 @@ class _Attempt:
         return entries
 
     def _metadata(self, shards: Sequence[st.ShardMetadata]) -> st.CheckpointMetadata:
-        plan, request = self._plan, self.request
-        tensors, rows, shard, begin = list(plan.tensors), plan.rows, plan.shard, plan.begin
-        boxes = rows.box
-        if plan.model_entries:
-            index = np.array([i for i, _ in plan.model_entries], np.int64)
-            filled = [i for i, t in enumerate(tensors) if math.prod(t.shape)]
-            keep = np.isin(index, filled)
-            shapes = [tensors[i].shape for i in index.tolist()]
-            whole = stack_boxes([Box((0,) * len(shape), shape) for shape in shapes], boxes.shape[2])
-            for i in index.tolist():
-                tensors[i] = tensors[i]._replace(alias_of=None)
-            boxes = np.concatenate([boxes, whole[keep]])
-            shard = np.concatenate([shard, np.zeros(keep.sum(), np.int64)])
-            begin = np.concatenate([begin, np.array([b for _, b in plan.model_entries], np.int64)[keep]])
-            rows = rows._replace(tensor=np.concatenate([rows.tensor, index[keep]]))
-        width = max((len(t.shape) for t in tensors), default=0)
+        request = self.request
+        tensors, pieces = self._plan.record()
         return st.CheckpointMetadata(
             self.ticket.prefix, self.ticket.save_id, self.ticket.sequence, self.op.world_size, request.format.value,
             request.compression.value, torch.__version__, datetime.datetime.now(datetime.timezone.utc).isoformat(),
-            request.custom_metadata, tuple(shards), tuple(tensors),
-            st.PieceTable(rows.tensor, shard, begin, boxes[:, :, :width]).sort(),
+            request.custom_metadata, tuple(shards), tuple(tensors), pieces,
         )  # fmt: skip
 
     # S7

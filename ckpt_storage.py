@@ -41,6 +41,7 @@ import datetime
 import enum
 import errno
 import fcntl
+import functools
 import json
 import math
 import mmap
@@ -332,9 +333,14 @@ class LocalFile:
         if len(data) >= DIRECT_BYTES and offset % ALIGN_BYTES == 0 and _is_aligned(data) and self._direct() >= 0:
             whole = len(data) // ALIGN_BYTES * ALIGN_BYTES
             while done < whole and done % ALIGN_BYTES == 0:
-                done += self._files.pwrite(self._direct(), data[done:whole], offset + done)
+                done += self._took(self._files.pwrite(self._direct(), data[done:whole], offset + done))
         while done < len(data):
-            done += self._files.pwrite(self._fd, data[done : done + (1 << 30)], offset + done)
+            done += self._took(self._files.pwrite(self._fd, data[done : done + (1 << 30)], offset + done))
+
+    def _took(self, count: int) -> int:
+        if count <= 0:
+            raise OSError(errno.EIO, "the disk takes nothing more", self._name)
+        return count
 
     def _direct(self) -> int:
         with self._lock:
@@ -402,11 +408,14 @@ class LocalStorage:
 
     def _hold(self, fd: int, leaf: str, directory: int) -> bool:
         """Lock a new file; False if a clean-up took it for a dead one's between its creation and the lock."""
+        deadline = time.monotonic() + 5.0
         while True:
             try:
                 self.files.lock(fd)
                 break
             except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
                 time.sleep(0.001)  # somebody is looking whether it is in use
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -437,15 +446,16 @@ class LocalStorage:
         found: list[str] = []
         try:
             with self._parent(f"{directory}/x" if directory else "x") as (fd, _):
-                entries = [(name, self.files.stat(name, fd).st_mode) for name in self.files.listdir(fd)]
+                for name in self.files.listdir(fd):
+                    with contextlib.suppress(FileNotFoundError):  # gone since: a writer is at work beside us
+                        mode = self.files.stat(name, fd).st_mode
+                        path = f"{directory}/{name}" if directory else name
+                        if stat.S_ISDIR(mode):
+                            found += self.names(path)
+                        elif stat.S_ISREG(mode):
+                            found.append(path)
         except (FileNotFoundError, NotADirectoryError):
             return found
-        for name, mode in entries:
-            path = f"{directory}/{name}" if directory else name
-            if stat.S_ISDIR(mode):
-                found += self.names(path)
-            elif stat.S_ISREG(mode):
-                found.append(path)
         return sorted(found)
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
@@ -455,7 +465,8 @@ class LocalStorage:
                 self.files.rename(source, leaf, directory)
             else:
                 self.files.link(source, leaf, directory)
-                self.files.unlink(source, directory)
+                with contextlib.suppress(OSError):  # published already; a clean-up finds the other name
+                    self.files.unlink(source, directory)
 
     def delete(self, name: str) -> bool:
         try:
@@ -516,6 +527,10 @@ class LocalStorage:
                 directory = self._enter(directory, part, flags, make)
             yield directory, leaf
         finally:
+            self._leave(directory)
+
+    def _leave(self, directory: int) -> None:
+        with contextlib.suppress(OSError):  # nothing was written through it, and it is closed in any case
             self.files.close(directory)
 
     def _make_base(self) -> None:
@@ -539,7 +554,7 @@ class LocalStorage:
             except FileExistsError:  # another rank was faster
                 return self._enter(directory, part, flags, make=False)
             inner = self.files.open(part, flags, directory)
-        self.files.close(directory)
+        self._leave(directory)
         return inner
 
 
@@ -1294,8 +1309,19 @@ class CheckpointMetadata:
     custom_metadata: Mapping[str, object]
     shards: tuple[ShardMetadata, ...]
     tensors: tuple[TensorMetadata, ...]
-    pieces: PieceTable
+    table: PieceTable | Fields  # as it is in the record, until somebody needs it: sizes on disk are checked before that
     version: int = FORMAT_VERSION
+
+    @functools.cached_property
+    def pieces(self) -> PieceTable:
+        """The pieces, unpacked; CORRUPTED_CHECKPOINT where they make no sense."""
+        if isinstance(self.table, PieceTable):
+            return self.table
+        try:
+            return _decode_pieces(self.table, self.tensors, self.shards)
+        except (ValueError, TypeError, OverflowError, IndexError, MemoryError) as error:
+            path = record_name(self.prefix)
+            raise corrupted(f"{path}: malformed pieces: {type(error).__name__}: {error}", path) from error
 
     def shard_path(self, index: int) -> str:
         """Storage name of a shard."""
@@ -1449,7 +1475,7 @@ def _decode_body(body: Fields, prefix: str) -> CheckpointMetadata:
         custom_metadata=custom,
         shards=shards,
         tensors=tensors,
-        pieces=_decode_pieces(body.child("pieces"), tensors, shards),
+        table=body.child("pieces"),
     )
 
 

@@ -7,8 +7,30 @@ Sections follow the README's promises: API, bytes, protocol, resharding, resume,
 Nothing is mocked. Ranks are real processes that speak gloo (`run` below); files are reopened with a reader that
 shares no code with the library (`Shard` below, and the `safetensors` package where it is installed); the truth
 that a restored tensor is compared with never went through a checkpoint. A hang is a failure, never a wait.
+
+The fault matrix. At every fault a reader sees exactly the old or exactly the new checkpoint, bit for bit, or a typed
+error where nothing was ever committed; once `save` has returned, only the new one.
+
+    row | fault                                            | tests (test_...)
+    1   | a process ends after any operation               | a_process_that_ends_at_any_operation_...
+    2   | power loss: unsynced writes and names, torn      | a_power_loss_at_any_moment_of_a_save_..., ..._of_a_delete_or_...,
+        |                                                  | a_power_loss_right_after_...
+    3   | crash or error during clean-up                   | a_crash_during_the_clean_up_..., an_error_at_any_operation_of_gc_...
+    4   | disk full, quota                                 | a_disk_that_is_full_from_byte_n_on_..., a_full_disk_is_a_...
+    5   | the same again during the retry                  | the same (3 attempts), an_error_at_any_operation_... (from then on)
+    6   | I/O error on write, fsync, directory, close      | a_file_whose_write_or_sync_failed_..., an_error_at_any_operation_...
+    7   | short reads and writes, EINTR, over 0x7ffff000   | short_reads_..., signals_that_..., a_read_or_write_of_more_...,
+        |                                                  | a_write_that_takes_nothing_...
+    8   | error in any worker thread                       | an_error_in_any_worker_thread_...
+    22  | two jobs, one prefix                             | two_jobs_on_one_prefix_..., two_jobs_in_lockstep_...
+    23  | reader during overwrite, delete, retention       | a_reader_between_any_two_operations_...,
+        |                                                  | a_reader_that_a_writer_overtakes_..., a_listing_that_...,
+        |                                                  | a_save_during_which_another_prefix_changes_...
+    28  | clean-up races a live writer                     | clean_up_at_any_operation_of_a_live_save_...
+    29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
 """
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -17,26 +39,33 @@ import errno
 import functools
 import importlib
 import io
+import itertools
 import json
 import logging
 import math
+import mmap
 import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import warnings
 import zlib
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import connection
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -50,6 +79,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import ckpt
+import ckpt_storage as st
 from ckpt import CheckpointException, CheckpointFormat, CompressionLevel, ExceptionType, LoadOptions, SaveOptions
 from ckpt_storage import FileOps
 
@@ -78,25 +108,29 @@ def _rank_main(pipe, port, rank, world_size, body, tmp, args):
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        answer = (True, body(rank, world_size, Path(tmp), *args))
+        if port is None:
+            answer = (True, body(Path(tmp), *args))
+        else:
+            store = dist.TCPStore("127.0.0.1", port, is_master=False)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            answer = (True, body(rank, world_size, Path(tmp), *args))
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send(answer)
     pipe.recv()  # stay until every rank has reported: leaving early closes sockets that others still use
 
 
-def run(world_size, body, tmp, *args, limit_s=60.0, dies=()):
+def run(world_size, body, tmp, *args, limit_s=60.0, dies=(), group=True):
     """Run `body(rank, world_size, tmp, *args)` in `world_size` processes; return their results in the order of ranks.
 
+    Without a `group`, the processes know nothing of each other, and have no threads: `body(tmp, *args)`.
     Fails with the tracebacks of the ranks that raised, died (except those in `dies`) or still run after `limit_s`.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pending, results, failures = [], {}, [None] * world_size, []
     for rank in range(world_size):
         pipe, theirs = CTX.Pipe()
-        arguments = (theirs, store.port, rank, world_size, body, str(tmp), args)
+        arguments = (theirs, store.port if group else None, rank, world_size, body, str(tmp), args)
         processes.append(CTX.Process(target=_rank_main, args=arguments))
         processes[-1].start()
         theirs.close()
@@ -309,6 +343,157 @@ def small(salt="truth"):
 def state_of(model, optimizer=None):
     """A deep copy of everything that a load may change."""
     return copy.deepcopy((model.state_dict(), optimizer and optimizer.state_dict()))
+
+
+# ---- the seam: every system call on a checkpoint, logged, failed or stopped -------------------------------------------
+
+
+class Op(NamedTuple):
+    """One file operation: what, on which path; the other path of rename and link; what is written where; bytes asked."""
+
+    call: str  # a method of `FileOps`, or "create" for an open that makes the file
+    path: str
+    target: str = ""
+    offset: int = 0
+    data: bytes = b""
+    size: int = 0
+
+
+CHANGES = (
+    "create",
+    "pwrite",
+    "truncate",
+    "allocate",
+    "fsync",
+    "fsync_dir",
+    "rename",
+    "link",
+    "unlink",
+    "mkdir",
+    "rmdir",
+)
+
+
+class Seam(FileOps):
+    """The operating system's file calls: all of them in `log`, those that succeeded in `done`, each in order.
+
+    `before(op)` and `after(op)` may look on, stop, or raise; at most `cap` bytes are read or written at a time.
+    """
+
+    def __init__(self, before=lambda op: None, after=lambda op: None, cap=1 << 40):
+        self.before, self.after, self.cap = before, after, cap
+        self.log, self.done, self.paths = [], [], {}
+
+    def _do(self, op, perform):
+        self.log.append(op)
+        self.before(op)
+        result = perform()
+        self.done.append(op)
+        self.after(op)
+        return result
+
+    def _path(self, name, dir_fd):
+        return name if dir_fd is None else f"{self.paths[dir_fd]}/{name}"
+
+    def open(self, name, flags, dir_fd=None):
+        path = self._path(name, dir_fd)
+        call = "create" if flags & os.O_CREAT else "open"
+        fd = self._do(Op(call, path), lambda: FileOps.open(self, name, flags, dir_fd))
+        self.paths[fd] = path
+        return fd
+
+    def pread(self, fd, buffer, offset):
+        op = Op("pread", self.paths[fd], offset=offset, size=len(buffer))
+        return self._do(op, lambda: FileOps.pread(self, fd, buffer[: self.cap], offset))
+
+    def pwrite(self, fd, data, offset):
+        op = Op("pwrite", self.paths[fd], offset=offset, data=bytes(data[: self.cap]), size=len(data))
+        return self._do(op, lambda: FileOps.pwrite(self, fd, data[: self.cap], offset))
+
+    def open_direct(self, fd, flags):
+        direct = self._do(Op("open_direct", self.paths[fd]), lambda: FileOps.open_direct(self, fd, flags))
+        self.paths[direct] = self.paths[fd]
+        return direct
+
+    def is_cached(self, fd, offset, length):
+        op = Op("is_cached", self.paths[fd], offset=offset, size=length)
+        return self._do(op, lambda: FileOps.is_cached(self, fd, offset, length))
+
+    def allocate(self, fd, length):
+        self._do(Op("allocate", self.paths[fd], offset=length), lambda: FileOps.allocate(self, fd, length))
+
+    def truncate(self, fd, length):
+        self._do(Op("truncate", self.paths[fd], offset=length), lambda: FileOps.truncate(self, fd, length))
+
+    def rename(self, source, target, dir_fd):
+        op = Op("rename", self._path(source, dir_fd), self._path(target, dir_fd))
+        self._do(op, lambda: FileOps.rename(self, source, target, dir_fd))
+
+    def link(self, source, target, dir_fd):
+        op = Op("link", self._path(source, dir_fd), self._path(target, dir_fd))
+        self._do(op, lambda: FileOps.link(self, source, target, dir_fd))
+
+    def close(self, fd):
+        try:
+            self._do(Op("close", self.paths[fd]), lambda: None)
+        finally:
+            FileOps.close(self, fd)  # as Linux: a close that reports an error has closed
+
+
+def _on_descriptor(call):
+    return lambda self, fd: self._do(Op(call, self.paths[fd]), lambda: getattr(FileOps, call)(self, fd))
+
+
+def _on_name(call):
+    def method(self, name, dir_fd=None):
+        return self._do(Op(call, self._path(name, dir_fd)), lambda: getattr(FileOps, call)(self, name, dir_fd))
+
+    return method
+
+
+for _call in ("fsync", "fsync_dir", "listdir", "lock"):
+    setattr(Seam, _call, _on_descriptor(_call))
+for _call in ("unlink", "mkdir", "rmdir", "stat"):
+    setattr(Seam, _call, _on_name(_call))
+
+
+def test_every_file_call_of_the_library_goes_through_the_seam():
+    own = {name for name in vars(FileOps) if not name.startswith("_")}
+    assert own <= vars(Seam).keys()
+    allowed = {"open", "close", "preadv", "pwrite", "ftruncate", "fsync", "rename", "link", "unlink", "mkdir", "rmdir"}
+    allowed |= {"stat", "listdir"}
+    source = (HERE / "ckpt_storage.py").read_text()
+    outside = source.replace(source[source.index("class FileOps") : source.index("class StoredFile")], "")
+    calls = set(re.findall(r"\bos\.([a-z]\w+)\(", outside)) - {"fspath", "getpid"}
+    assert not calls & (allowed | {"makedirs", "replace", "remove", "scandir", "walk", "truncate"}), calls
+    assert not re.search(r"(?<![\w.])(?<!def )open\(|shutil|pathlib", outside)
+
+
+class Strike:
+    """A hook that calls `act(op)` at operation number k, or numbers k up to `until`, of those that `when` accepts."""
+
+    def __init__(self, k, act, when=lambda op: True, until=None):
+        self.numbers, self.act, self.when = range(k, k + 1 if until is None else until), act, when
+        self.count, self.hit = itertools.count(), None
+
+    def __call__(self, op):
+        if self.when(op) and next(self.count) in self.numbers:
+            self.hit = self.hit or op  # the first one
+            self.act(op)
+
+
+FOREVER = 1 << 40
+
+
+def fail(code):
+    def act(op):
+        raise OSError(code, os.strerror(code), op.path)
+
+    return act
+
+
+def is_change(op):
+    return op.call in CHANGES
 
 
 # ---- API: every public name, every option has its effect -------------------------------------------------------------
@@ -635,23 +820,18 @@ class Doomed:
         raise self.error
 
 
-class Hiccups(FileOps):
-    """The operating system's file calls, of which the first `times` creations of a tensor file fail."""
+def hiccups(times):
+    """The file calls of an operating system on which the first `times` creations of a tensor file fail."""
+    return Seam(Strike(0, fail(errno.EIO), is_new_shard, until=times))
 
-    def __init__(self, times):
-        self.times, self.tries = times, 0
 
-    def open(self, name, flags, dir_fd=None):
-        if flags & os.O_CREAT and name.endswith(".safetensors"):
-            self.tries += 1
-            if self.tries <= self.times:
-                raise OSError(errno.EIO, "the disk hiccups")
-        return super().open(name, flags, dir_fd)
+def is_new_shard(op):
+    return op.call == "create" and op.path.endswith(".safetensors")
 
 
 @pytest.mark.parametrize("attempts, succeeds", [(1, False), (2, False), (3, True)])
 def test_the_retry_policy_decides_how_often_a_storage_error_is_tried_again(tmp_path, attempts, succeeds):
-    files = Hiccups(times=2)
+    files = hiccups(times=2)
     ckpt.StorageFactory.register("hiccups", lambda settings: ckpt.LocalStorage(tmp_path, files))
     retry = ckpt.RetryPolicy(max_retries=attempts, initial_delay=0.01, max_delay=0.02)
     checkpoint = opened(tmp_path, storage=ckpt.StorageOptions("hiccups"), retry_policy=retry)
@@ -659,9 +839,9 @@ def test_the_retry_policy_decides_how_often_a_storage_error_is_tried_again(tmp_p
         assert checkpoint.save(*small(), to()) == "p"
         checkpoint.load(*small(), at())
     else:
-        assert "hiccups" in refusal(lambda: checkpoint.save(*small(), to()), ExceptionType.STORAGE_ERROR)
+        assert ".safetensors" in refusal(lambda: checkpoint.save(*small(), to()), ExceptionType.STORAGE_ERROR)
         assert listing(tmp_path) == {}
-    assert files.tries == attempts
+    assert sum(map(is_new_shard, files.log)) == attempts
 
 
 def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
@@ -1134,46 +1314,13 @@ def count_keys(rank, world_size, tmp):
     return counts
 
 
-class Recorded(FileOps):
-    """The operating system's file calls, kept as (call, file name) in the order in which they were made."""
-
-    def __init__(self):
-        self.log, self.open_files = [], {}
-
-    def open(self, name, flags, dir_fd=None):
-        fd = super().open(name, flags, dir_fd)
-        self.open_files[fd] = name
-        self.log += [("create", name)] * bool(flags & os.O_CREAT)
-        return fd
-
-    def pwrite(self, fd, data, offset):
-        self.log.append(("write", self.open_files[fd]))
-        return super().pwrite(fd, data, offset)
-
-    def fsync(self, fd):
-        self.log.append(("fsync", self.open_files[fd]))
-        super().fsync(fd)
-
-    def fsync_dir(self, fd):
-        self.log.append(("fsync_dir", ""))
-        super().fsync_dir(fd)
-
-    def rename(self, source, target, dir_fd):
-        self.log.append(("rename", source))
-        super().rename(source, target, dir_fd)
-
-    def unlink(self, name, dir_fd):
-        self.log.append(("unlink", name))
-        super().unlink(name, dir_fd)
-
-
 def first_after(log, start, call, ending=""):
     """Where in the log, from `start` on, `call` on a file of that ending comes first."""
-    return next(i for i in range(start, len(log)) if log[i][0] == call and log[i][1].endswith(ending))
+    return next(i for i in range(start, len(log)) if log[i].call == call and log[i].path.endswith(ending))
 
 
 def test_the_file_operations_of_an_overwrite_and_a_delete_come_in_the_documented_order(tmp_path):
-    files = Recorded()
+    files = Seam()
     checkpoint = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, files))
     checkpoint.save(*small(), to())
     (old,) = shards(tmp_path)
@@ -1181,19 +1328,20 @@ def test_the_file_operations_of_an_overwrite_and_a_delete_come_in_the_documented
     checkpoint.save(*small("second"), to())
     log, (new,) = files.log, shards(tmp_path)
     fence = first_after(log, 0, "create", ".tmp")  # the fence, then S4 to S7
-    written = first_after(log, fence, "write", new.name)
+    written = first_after(log, fence, "pwrite", new.name)
     synced = first_after(log, written, "fsync", new.name)
-    assert ("write", new.name) not in log[synced:]
+    assert not any(op.call == "pwrite" and op.path.endswith(new.name) for op in log[synced:])
     synced_names = first_after(log, synced, "fsync_dir")
     record = first_after(log, fence, "fsync", ".tmp")
     rename = first_after(log, max(record, synced_names), "rename", ".tmp")
-    assert ("write", log[rename][1]) not in log[record:] and [call for call, _ in log].count("rename") == 1
-    assert first_after(log, rename, "fsync_dir") < log.index(("unlink", old.name))
+    assert not any(op.call == "pwrite" and op.path == log[rename].path for op in log[record:])
+    assert [op.call for op in log].count("rename") == 1
+    assert first_after(log, rename, "fsync_dir") < first_after(log, 0, "unlink", old.name)
 
     files.log.clear()
     checkpoint.delete_checkpoint("p")
-    record = log.index(("unlink", "p.metadata.json"))
-    assert first_after(log, record, "fsync_dir") < log.index(("unlink", new.name))
+    record = first_after(log, 0, "unlink", "p.metadata.json")
+    assert first_after(log, record, "fsync_dir") < first_after(log, 0, "unlink", new.name)
 
 
 def test_without_its_record_a_checkpoint_does_not_exist(tmp_path):
@@ -1372,11 +1520,11 @@ def test_a_transient_error_on_one_rank_is_retried_by_all(tmp_path):
 
 
 def hiccup_on_rank_one(rank, world_size, tmp):
-    files = Hiccups(times=rank)
+    files = hiccups(times=rank)
     ckpt.StorageFactory.register("hiccups", lambda settings: ckpt.LocalStorage(tmp, files))
     retry = ckpt.RetryPolicy(max_retries=2, initial_delay=0.01)
     checkpoint = opened(tmp, storage=ckpt.StorageOptions("hiccups"), retry_policy=retry)
-    return told(lambda: checkpoint.save(*small(), to())), files.tries
+    return told(lambda: checkpoint.save(*small(), to())), sum(map(is_new_shard, files.log))
 
 
 def test_cancel_on_one_rank_stops_all(tmp_path):
@@ -1719,24 +1867,13 @@ def test_the_prefix_of_torch_compile_does_not_matter(tmp_path, direction):
     assert identical(values, dict(truth[0])) and identical(state_of(target_optimizer)[0], truth[1])
 
 
-class Counting(FileOps):
-    """The operating system's file calls, counting the bytes read."""
-
-    def __init__(self):
-        self.reads = []
-
-    def pread(self, fd, buffer, offset):
-        self.reads.append(count := super().pread(fd, buffer, offset))
-        return count
-
-
 def test_only_the_models_bytes_are_read_for_only_the_model(tmp_path):
     model = filled(nn.Linear(1024, 3072), "truth")  # 12 MiB; its optimizer twice that
     opened(tmp_path).save(model, stepped(model), to())
-    files = Counting()
+    files = Seam()
     other = nn.Linear(1024, 3072)
     ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, files)).load(other, None, at(load_rng_state=False))
-    assert 12 * MiB <= sum(files.reads) < 12 * MiB + 2 * BLOCK
+    assert 12 * MiB <= sum(op.size for op in files.log if op.call == "pread") < 12 * MiB + 2 * BLOCK
     shard = Shard(shards(tmp_path)[0])
     last = max(shard.place(name) for name in shard.header if name.startswith("optimizer/") and "exp_avg" in name)
     flip(shard.path, last[1] - 1)
@@ -2176,13 +2313,11 @@ def test_a_base_path_that_is_no_directory_is_a_storage_error(tmp_path):
 
 
 def test_a_directory_that_may_not_be_read_is_a_storage_error(tmp_path):
-    class Denied(FileOps):
-        def open(self, name, flags, dir_fd=None):
-            raise PermissionError(errno.EACCES, "not for you", name)
-
     opened(tmp_path).save(*small(), to())
-    checkpoint = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, Denied()))
-    assert "not for you" in refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.STORAGE_ERROR)
+    checkpoint = ckpt.DistributedCheckpoint(
+        storage=ckpt.LocalStorage(tmp_path, Seam(Strike(0, fail(errno.EACCES), until=FOREVER)))
+    )
+    assert "Permission denied" in refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.STORAGE_ERROR)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -2321,6 +2456,1319 @@ def test_python_ckpt_py_is_the_command(two_checkpoints):
     shards(two_checkpoints, "two")[0].unlink()
     done = python("verify", two_checkpoints)
     assert done.returncode == 1 and "two" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+# ---- faults: every row of the matrix in the header; at each of them a reader sees old or new, whole ---------------------
+
+
+@pytest.fixture
+def ram(tmp_path):
+    """A directory in memory, where the system has one: these tests sync files thousands of times."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    path = Path(tempfile.mkdtemp(prefix="test_ckpt-", dir=memory))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+COUNTS = Counter()  # what the fault tests have tried; printed when the run ends
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _counts_are_printed_at_the_end(request):
+    yield
+    plugins = request.config.pluginmanager
+    reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+    if reporter and COUNTS:
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            reporter.write_line("")  # ends the line of dots
+            reporter.write_line("faults tried: " + ", ".join(f"{number:,} {what}" for what, number in COUNTS.items()))
+
+
+WORDS = ("old", "new", "next", "other")
+
+
+def value(word, tensors=2):
+    """A tiny model whose every byte tells the word that it stands for; at two ranks each writes some of it."""
+    number = float(WORDS.index(word) + 1)
+    return Bag(**{f"w{n}": torch.full((4 + n,), number) for n in range(tensors)})
+
+
+def over(storage, coordinator=None, attempts=1, keep_last=None, timeout=20.0):
+    """The library on a storage (or a directory), trying `attempts` times without much delay."""
+    storage = ckpt.LocalStorage(storage) if isinstance(storage, Path) else storage
+    retry = ckpt.RetryPolicy(max_retries=attempts, initial_delay=0.001, max_delay=0.002)
+    handler = ckpt.FaultToleranceHandler(storage, retry)
+    checkpoint = ckpt.DistributedCheckpoint(coordinator or ckpt.LocalCoordinator(), storage, handler)
+    checkpoint.default_timeout, checkpoint.keep_last = timeout, keep_last
+    return checkpoint
+
+
+def put(storage, word, prefix="p", tensors=2, coordinator=None, attempts=1, keep_last=None, **options):
+    """Save a word."""
+    options = to(prefix, include_rng_state=False, **options)
+    return over(storage, coordinator, attempts, keep_last).save(value(word, tensors), None, options)
+
+
+def seen(storage, prefix="p", tensors=2):
+    """Oracle O: the word that a reader finds whole at `prefix`, "absent", or what else came out."""
+    target = Bag(**{name: torch.zeros_like(t) for name, t in value("old", tensors).state.items()})
+    try:
+        over(storage).load(target, None, at(prefix, load_rng_state=False))
+    except CheckpointException as error:
+        return "absent" if "there is no checkpoint" in str(error) else f"{error.type.name}: {error}"
+    return next((word for word in WORDS if identical(target.state, value(word, tensors).state)), "a mix")
+
+
+def check_recovery(tmp, prefixes=("p",), context=""):
+    """Whatever happened: `gc` leaves nothing but what records name, what is listed loads, and a save succeeds."""
+    storage = ckpt.LocalStorage(tmp)
+    st.collect_garbage(storage)
+    listed = {info.prefix for info in over(storage).list_checkpoints()}
+    assert listed == {prefix for prefix in prefixes if seen(storage, prefix) in WORDS}
+    assert set(listing(tmp)) == named_files(tmp), context
+    put(storage, "next")
+    assert seen(storage) == "next" and over(storage).validate_checkpoint("p").is_valid
+    assert set(listing(tmp)) == named_files(tmp)
+
+
+def named_files(tmp):
+    """The records below `tmp`, and the shards that they name."""
+    found = set()
+    for path in Path(tmp).rglob("*.metadata.json"):
+        prefix = str(path.relative_to(tmp)).removesuffix(".metadata.json")
+        named = re.findall(r'"([0-9a-f]{8}[^"]*\.safetensors)"', path.read_text())
+        found |= {f"{prefix}.metadata.json", *(f"{prefix}/{name}" for name in named)}
+    return found
+
+
+class Scene(NamedTuple):
+    """Something done to checkpoints: how it begins, what is done, and what a reader may see of each prefix meanwhile."""
+
+    before: Callable
+    act: Callable
+    allowed: dict  # prefix: what may be seen at any time
+    after: dict  # prefix: what is seen once `act` has returned
+
+
+def _save_scene(form, old, **options):
+    before = (lambda s: put(s, "old", format=form)) if old else (lambda s: None)
+    return Scene(
+        before,
+        lambda s: put(s, "new", format=form, **options),
+        {"p": {"old" if old else "absent", "new"}},
+        {"p": {"new"}},
+    )
+
+
+def _leave_orphans(storage):
+    """A checkpoint, and beside it what a crashed overwrite leaves."""
+    put(storage, "old")
+    put(storage, "other", "q")
+    record, shard = (next(Path(storage.base_path).glob(f"q{end}")) for end in (".metadata.json", "/*.safetensors"))
+    (Path(storage.base_path) / "p" / shard.name).write_bytes(shard.read_bytes())
+    record.rename(record.with_name(f"p.metadata.json.{shard.name[:8]}.tmp"))
+
+
+SCENES = {
+    "save": _save_scene(CheckpointFormat.MULTI_SHARD, old=False),
+    "save, overwrite=False": _save_scene(CheckpointFormat.MULTI_SHARD, old=False, overwrite=False),
+    "overwrite": _save_scene(CheckpointFormat.MULTI_SHARD, old=True),
+    "overwrite a single file": _save_scene(CheckpointFormat.SINGLE_FILE, old=True),
+    "overwrite a consolidated one": _save_scene(CheckpointFormat.CONSOLIDATED, old=True),
+    "delete": Scene(
+        lambda s: put(s, "old"), lambda s: over(s).delete_checkpoint("p"), {"p": {"old", "absent"}}, {"p": {"absent"}}
+    ),
+    "retention": Scene(
+        lambda s: [put(s, "old", "q"), put(s, "other", "r")],
+        lambda s: put(s, "new", keep_last=1),
+        {"p": {"absent", "new"}, "q": {"old", "absent"}, "r": {"other", "absent"}},
+        {"p": {"new"}, "q": {"absent"}, "r": {"absent"}},
+    ),
+    "gc": Scene(_leave_orphans, st.collect_garbage, {"p": {"old"}, "q": {"absent"}}, {"p": {"old"}, "q": {"absent"}}),
+}
+PREFIXES = ("p", "q", "r")
+
+
+def check_oracle(storage, scene, returned, context):
+    for prefix, words in (scene.after if returned else scene.allowed).items():
+        assert seen(storage, prefix) in words, (prefix, seen(storage, prefix), context)
+    if scene is SCENES["retention"]:  # the older ones go only once the new one is there
+        assert seen(storage, "p") == "new" or seen(storage, "q") == "old", context
+
+
+# Row 1, 3: a real process ends at operation k
+
+
+def apart(body, tmp, *args, limit_s=60.0):
+    """`body(tmp, *args)` in a fresh process that has no other threads, so that it may fork; its result."""
+    return run(1, body, tmp, *args, limit_s=limit_s, group=False)[0]
+
+
+def forked(act, limit_s=10.0):
+    """How a fork of this process ends that runs `act()` and then exits with code 0: its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        code = 97
+        try:
+            act()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + limit_s
+    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise AssertionError(f"hangs: still running after {limit_s} s")
+        time.sleep(0.0005)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+CRASHED = 42
+
+
+def crash(op):
+    os._exit(CRASHED)
+
+
+def crash_everywhere(base, act, judge, when=is_change):
+    """Run `act(storage)` from the state of `base`, ending its process at each operation in turn; judge what is left.
+
+    The number of crash points. Operations that change nothing leave what the next one that does finds.
+    """
+    for k in itertools.count():
+        tmp = base.with_name(f"{base.name}-{k}")
+        shutil.copytree(base, tmp)
+        code = forked(lambda: act(ckpt.LocalStorage(tmp, Seam(Strike(k, crash, when)))))
+        assert code in (0, CRASHED), f"operation {k}: exit code {code}"
+        judge(tmp, k, returned=code == 0)
+        shutil.rmtree(tmp)
+        if code == 0:
+            return k
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_process_that_ends_at_any_operation_leaves_old_or_new_and_the_next_save_succeeds(ram, scene):
+    COUNTS["crash points"] += apart(crash_in_scene, ram, scene)
+
+
+def crash_in_scene(tmp, name):
+    scene, base = SCENES[name], tmp / "base"
+    base.mkdir()
+    scene.before(ckpt.LocalStorage(base))
+
+    def judge(left, k, returned):
+        check_oracle(ckpt.LocalStorage(left), scene, returned, f"{name}, crash at change {k}")
+        check_recovery(left, PREFIXES)
+
+    return crash_everywhere(base, scene.act, judge)
+
+
+CLEAN_UPS = {"gc": st.collect_garbage, "delete": lambda s: told(lambda: over(s).delete_checkpoint("p"))}
+
+
+@pytest.mark.parametrize("clean_up", CLEAN_UPS)
+def test_a_crash_during_the_clean_up_after_a_crash_is_cleaned_up_next_time(ram, clean_up):
+    COUNTS["crash points"] += apart(crash_in_clean_up, ram, clean_up, limit_s=120)
+
+
+def crash_in_clean_up(tmp, clean_up):
+    base, total, known = tmp / "base", 0, set()
+    base.mkdir()
+    put(ckpt.LocalStorage(base), "old")
+
+    def judge_first(left, k, returned):
+        nonlocal total
+        state = tuple(re.sub("[0-9a-f]{8}", "id", name) for name in listing(left)), seen(ckpt.LocalStorage(left))
+        if state in known:  # the same files as after the operation before
+            return
+        known.add(state)
+
+        def judge(twice, j, returned):
+            allowed = {"old", "new"} if clean_up == "gc" else {"old", "new", "absent"}
+            assert seen(ckpt.LocalStorage(twice)) in allowed, (k, j)
+            CLEAN_UPS[clean_up](ckpt.LocalStorage(twice))
+            if clean_up == "delete":
+                assert seen(ckpt.LocalStorage(twice)) == "absent", (k, j)
+            check_recovery(twice)
+
+        total += crash_everywhere(left, CLEAN_UPS[clean_up], judge)
+
+    return total + crash_everywhere(base, SCENES["overwrite"].act, judge_first)
+
+
+# Row 3, 4, 5, 6, 29: an error code at operation k
+
+
+def err_everywhere(tmp, scene, hook, attempts=1):
+    """Run a scene with a fault at each operation in turn. Yields (outcome, storage directory, files, seam) for each."""
+    base = tmp / "base"
+    base.mkdir()
+    scene.before(ckpt.LocalStorage(base))
+    for k in itertools.count():
+        left = tmp / f"{k}"
+        shutil.copytree(base, left)
+        files = hook(k)
+        outcome = told(lambda: scene.act(ckpt.LocalStorage(left, files)))
+        strike = next(h for h in (files.before, files.after) if isinstance(h, Strike))
+        if strike.hit is None:
+            assert k and outcome[0] == "returned"
+            return
+        yield outcome, left, set(listing(base)), files
+        shutil.rmtree(left)
+
+
+def check_errors(tmp, name, code, forever):
+    """Row 4, 5: where `act` raises, it is a typed error and nothing has changed; where it returns, it is done."""
+    scene, total = SCENES[name], 0
+    until = FOREVER if forever else None
+    for (kind, _, message), left, before, files in err_everywhere(
+        tmp, scene, lambda k: Seam(Strike(k, fail(code), until=until))
+    ):
+        total += 1
+        context = name, files.before.hit, kind, message
+        assert kind in ("returned", "STORAGE_ERROR"), context
+        storage = ckpt.LocalStorage(left)
+        check_oracle(storage, scene, False, context)
+        assert kind != "returned" or name == "delete" or seen(storage) == "new", context
+        if kind != "returned" and name != "delete":
+            assert {seen(storage)} == scene.allowed["p"] - {"new"}, context
+            assert forever or set(listing(left)) == before, context
+        check_recovery(left, PREFIXES, context)
+    return total
+
+
+@pytest.mark.parametrize("code", ["EIO", "ENOSPC"])
+@pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("scene", [name for name in SCENES if name != "gc"])
+def test_an_error_at_any_operation_is_typed_and_leaves_no_trace_or_happens_too_late_to_matter(
+    ram, scene, forever, code
+):
+    COUNTS["failed operations"] += check_errors(ram, scene, getattr(errno, code), forever)
+
+
+def test_an_error_at_any_operation_of_gc_loses_nothing_and_gc_can_be_repeated(ram):
+    scene = SCENES["gc"]
+
+    def act(storage):
+        try:
+            scene.act(storage)
+        except OSError:
+            return "OSError"
+
+    for _, left, _, _ in err_everywhere(ram, scene._replace(act=act), lambda k: Seam(Strike(k, fail(errno.EIO)))):
+        check_oracle(ckpt.LocalStorage(left), scene, False, left)
+        check_recovery(left, PREFIXES)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "fsync_dir", "close"])
+def test_a_file_whose_write_or_sync_failed_is_never_synced_again_but_replaced_under_a_new_save_id(ram, call):
+    check_failed_sync(ram, call)
+
+
+def check_failed_sync(tmp, call):
+    scene = SCENES["overwrite"]
+    scene = scene._replace(act=lambda s: put(s, "new", attempts=3))
+    hooks = {"when": lambda op: op.call == call}
+    tried = 0
+    for outcome, left, _, files in err_everywhere(
+        tmp, scene, lambda k: Seam(Strike(k, fail(errno.EIO), **hooks)), attempts=3
+    ):
+        tried += 1
+        hit = files.before.hit
+        at_hit = next(i for i, op in enumerate(files.log) if op is hit)
+        if call != "fsync_dir":
+            assert not any(op.call == "fsync" and op.path == hit.path for op in files.log[at_hit + 1 :]), hit
+        ids = {Path(op.path).name[:8] for op in files.log if is_new_shard(op)}
+        again = {Path(op.path).name[:8] for op in files.log[at_hit:] if is_new_shard(op)}
+        assert len(ids) <= 2 and seen(ckpt.LocalStorage(left)) == ("new" if outcome[0] == "returned" else "old")
+        if hit.call in ("pwrite", "fsync"):
+            assert len(ids) == 2 or ".tmp" in hit.path, hit
+            assert outcome[0] == "returned" and again, (hit, outcome)
+    assert tried
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT"])
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_a_disk_that_is_full_from_byte_n_on_stops_all_ranks_after_bounded_attempts(ram, code, attempts):
+    files = Seam()
+    together(2, lambda c: put(ckpt.LocalStorage(ram / "unlimited", files), "new", coordinator=c))
+    needed = sum(len(op.data) for op in files.log)
+    for room in [0, 1, 511, *range(4096, needed, 999), needed - 1]:
+        tmp = ram / str(room)
+        put(ckpt.LocalStorage(tmp), "old")
+        before, files = set(listing(tmp)), full_disk(room, getattr(errno, code))
+        storage = ckpt.LocalStorage(tmp, files)
+        outcomes = together(2, lambda c: told(lambda: put(storage, "new", coordinator=c, attempts=attempts)))
+        assert {kind for kind, _, _ in outcomes} == {"STORAGE_ERROR"}, outcomes
+        assert seen(ckpt.LocalStorage(tmp)) == "old" and set(listing(tmp)) == before
+        assert sum(map(is_new_shard, files.log)) <= 2 * attempts
+        check_recovery(tmp)
+
+
+def full_disk(room, code):
+    """File calls on a disk that has `room` more bytes: the write that does not fit is short, the next one fails."""
+
+    class Full(Seam):
+        left, taking = room, threading.Lock()
+
+        def pwrite(self, fd, data, offset):
+            with self.taking:
+                if self.left <= 0:
+                    fail(code)(Op("pwrite", self.paths[fd]))
+                self.left -= (count := super().pwrite(fd, data[: self.left], offset))
+                return count
+
+    return Full()
+
+
+@pytest.mark.parametrize(
+    "call, options", [("rename", {}), ("link", {"overwrite": False}), ("unlink", {"overwrite": False})]
+)
+@pytest.mark.parametrize("code", ["EIO", "EINTR", "ESTALE"])
+def test_a_rename_that_reports_an_error_but_happened_is_a_success(ram, call, options, code):
+    files = Seam(after=Strike(0, fail(getattr(errno, code)), lambda op: op.call == call))
+    assert put(ckpt.LocalStorage(ram, files), "new", **options) == "p"
+    assert files.after.hit and seen(ckpt.LocalStorage(ram)) == "new"
+    check_recovery(ram)
+
+
+# Ranks that are threads of this process: their file operations come through one seam, in one log
+
+
+class ThreadRank:
+    """A coordinator for one of several threads."""
+
+    def __init__(self, shared, rank, world_size):
+        self.shared, self.rank, self.world_size = shared, rank, world_size
+        self.operation = self.step = 0
+        self.poll = lambda: None
+
+    def begin(self, poll):
+        self.operation, self.step, self.poll = self.operation + 1, 0, poll
+
+    def all_gather(self, value, timeout=600.0):
+        self.step += 1
+        changed, posts, failures = self.shared
+        with changed:
+            row = posts.setdefault((self.operation, self.step), {})
+            row[self.rank] = copy.deepcopy(value)
+            changed.notify_all()
+            there = lambda: len(row) == self.world_size or self.operation in failures  # noqa: E731
+            if not changed.wait_for(there, timeout):
+                missing = sorted(set(range(self.world_size)) - set(row))
+                raise CheckpointException(f"no answer from rank(s) {missing}", type=ExceptionType.TIMEOUT)
+            if len(row) < self.world_size:
+                self.poll()
+            return [row[rank] for rank in range(self.world_size)]
+
+    def barrier(self, timeout=600.0):
+        self.all_gather(None, timeout)
+
+    def broadcast(self, value, src=0, timeout=600.0):
+        return self.all_gather(value, timeout)[src]
+
+    def exchange(self, outgoing, timeout=600.0):
+        told = self.all_gather(dict(outgoing), timeout)
+        return {rank: row[self.rank] for rank, row in enumerate(told) if len(row.get(self.rank, b""))}
+
+    def fail(self, failure):
+        changed, _, failures = self.shared
+        with changed:
+            changed.notify_all()
+            return failures.setdefault(self.operation, failure)
+
+    def failure(self):
+        return self.shared[2].get(self.operation)
+
+
+def together(world_size, body, limit_s=30.0):
+    """`body(coordinator)` in a thread for each rank; the results in the order of ranks."""
+    shared = threading.Condition(), {}, {}
+    with ThreadPoolExecutor(world_size) as pool:
+        futures = [pool.submit(body, ThreadRank(shared, rank, world_size)) for rank in range(world_size)]
+        return [future.result(limit_s) for future in futures]
+
+
+# Row 2: what a power loss may leave
+
+
+class Memory:
+    """A storage that is a dict of bytes, and remembers which files were asked for."""
+
+    def __init__(self, files):
+        self.files, self.asked = dict(files), set()
+
+    def create(self, name):
+        if name in self.files:
+            raise FileExistsError(errno.EEXIST, "exists", name)
+        self.files[name] = b""
+        return MemoryFile(self, name)
+
+    def open(self, name, write=False):
+        self.asked.add(name)
+        if name not in self.files:
+            raise FileNotFoundError(errno.ENOENT, "no such file", name)
+        return MemoryFile(self, name)
+
+    def length(self, name):
+        self.asked.add(name)
+        return len(self.files[name]) if name in self.files else None
+
+    def names(self, directory=""):
+        return sorted(name for name in self.files if not directory or name.startswith(directory + "/"))
+
+    def publish(self, temporary, name, overwrite):
+        if name in self.files and not overwrite:
+            raise FileExistsError(errno.EEXIST, "exists", name)
+        self.files[name] = self.files.pop(temporary)
+
+    def delete(self, name):
+        return self.files.pop(name, None) is not None
+
+    def prune(self, directory):
+        pass
+
+    def sync_directory(self, name):
+        pass
+
+    def reap(self, name, only_look=False):
+        return not only_look and self.delete(name)
+
+
+class MemoryFile:
+    def __init__(self, storage, name):
+        self.storage, self.name = storage, name
+
+    def read(self, offset, buffer, alone=False):
+        data = self.storage.files[self.name][offset : offset + len(buffer)]
+        if len(data) < len(buffer):
+            raise st.corrupted(f"{self.name}: too short")
+        buffer[:] = data
+
+    def write(self, offset, data):
+        self.storage.files[self.name] = patched(self.storage.files[self.name], offset, bytes(data))
+
+    def length(self):
+        return len(self.storage.files[self.name])
+
+    def resize(self, length):
+        self.storage.files[self.name] = self.storage.files[self.name][:length].ljust(length, b"\0")
+
+    def sync(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def patched(content, offset, data):
+    """`content` after a write at `offset`."""
+    return content[:offset].ljust(offset, b"\0") + data + content[offset + len(data) :]
+
+
+def test_any_object_with_the_methods_of_a_storage_can_hold_checkpoints():
+    storage = Memory({})
+    assert isinstance(storage, ckpt.CheckpointStorage)
+    for form in FORMATS:
+        put(storage, "old", format=form)
+        put(storage, "new", format=form)
+        assert seen(storage) == "new" and over(storage).validate_checkpoint("p").is_valid
+    over(storage).delete_checkpoint("p")
+    assert storage.files == {}
+
+
+DIRECTORY = "a directory"
+
+
+class PowerLoss:
+    """A disk as it may be found after a power loss, worked out from the operations on it so far.
+
+    Only what was synced is sure: a file's content by fsync of the file, a name by fsync of its directory. Changes of
+    names not yet synced survive in any subset, the earlier or the later ones winning. Writes not yet synced survive in
+    any subset, or up to any of them, torn at every 512 bytes; or the file has its new length and holds zeros.
+    """
+
+    def __init__(self, base):
+        self.base, self.numbers = str(base), itertools.count()
+        self.names, self.pending, self.synced, self.unsynced = {}, [], {}, {}
+        for path in [p for p in Path(base).rglob("*")]:
+            self.names[str(path.relative_to(base))] = number = next(self.numbers)
+            self.synced[number] = DIRECTORY if path.is_dir() else path.read_bytes()
+        self.sure = dict(self.names)
+
+    def apply(self, op):
+        path, target = (p.removeprefix(self.base).lstrip("/") for p in (op.path, op.target))
+        if op.call in ("create", "mkdir") and path not in self.names and op.path != self.base:
+            number = next(self.numbers)
+            self.synced[number] = DIRECTORY if op.call == "mkdir" else b""
+            self._rename({path: number})
+        elif op.call in ("pwrite", "truncate", "allocate") and path in self.names:
+            self.unsynced.setdefault(self.names[path], []).append(op)
+        elif op.call == "fsync" and self.names.get(path) in self.unsynced:
+            number = self.names[path]
+            self.synced[number] = self._written(self.synced[number], self.unsynced.pop(number))
+        elif op.call == "fsync_dir":
+            for change in [c for c in self.pending if op.path.startswith(self.base) and self._directory(c) == path]:
+                self.sure.update(change)
+                self.pending.remove(change)
+        elif op.call in ("rename", "link") and path in self.names:
+            self._rename({target: self.names[path]} | ({path: None} if op.call == "rename" else {}))
+        elif op.call in ("unlink", "rmdir") and path in self.names:
+            self._rename({path: None})
+
+    def _rename(self, change):
+        self.names = {p: n for p, n in (self.names | change).items() if n is not None}
+        self.pending.append(change)
+
+    @staticmethod
+    def _directory(change):
+        return next(iter(change)).rpartition("/")[0]
+
+    @staticmethod
+    def _written(content, ops):
+        for op in ops:
+            if op.call in ("truncate", "allocate"):
+                content = content[: op.offset].ljust(op.offset, b"\0")
+            else:
+                content = patched(content, op.offset, op.data)
+        return content
+
+    def _contents(self, number):
+        """Every content that a file may have."""
+        start, ops = self.synced[number], self.unsynced.get(number, [])
+        found = {start, self._written(start, ops)}
+        for count in range(len(ops) + 1):
+            for chosen in itertools.combinations(ops, count):
+                found.add(self._written(start, chosen))
+                if chosen and chosen[-1].call == "pwrite":
+                    for tear in range(512, len(chosen[-1].data), 512):
+                        torn = chosen[-1]._replace(data=chosen[-1].data[:tear])
+                        found.add(self._written(start, [*chosen[:-1], torn]))
+                zeros = [op._replace(data=bytes(len(op.data))) for op in chosen]
+                found.add(self._written(start, zeros))
+        return found
+
+    def states(self):
+        """Every state, as a set of (name, content)."""
+        contents = {number: self._contents(number) for number in self.synced if self.synced[number] is not DIRECTORY}
+        seen_names = set()
+        for count in range(len(self.pending) + 1):
+            for chosen in itertools.combinations(self.pending, count):
+                for order in (chosen, chosen[::-1]):
+                    names = dict(self.sure)
+                    for change in order:
+                        names.update(change)
+                    there = {p: n for p, n in names.items() if n is not None and self._reachable(p, names)}
+                    files = tuple((p, n) for p, n in sorted(there.items()) if self.synced[n] is not DIRECTORY)
+                    if files in seen_names:
+                        continue
+                    seen_names.add(files)
+                    numbers = sorted({n for _, n in files})
+                    for mix in itertools.product(*(contents[n] for n in numbers)):
+                        content = dict(zip(numbers, mix))
+                        yield frozenset((p, content[n]) for p, n in files)
+
+    @staticmethod
+    def _reachable(path, names):
+        parts = path.split("/")
+        return all(names.get("/".join(parts[:depth])) is not None for depth in range(1, len(parts)))
+
+
+class Judge:
+    """Oracle O, asked once for each thing to see: a reader's verdict depends on nothing but the files it asked for."""
+
+    def __init__(self, prefix, tensors):
+        self.prefix, self.tensors, self.known = prefix, tensors, {}
+
+    def __call__(self, files):
+        for names, verdicts in self.known.items():
+            if (verdict := verdicts.get(tuple(files.get(name) for name in names))) is not None:
+                return verdict
+        storage = Memory(files)
+        verdict = seen(storage, self.prefix, self.tensors)
+        names = tuple(sorted(storage.asked))
+        self.known.setdefault(names, {})[tuple(files.get(name) for name in names)] = verdict
+        return verdict
+
+
+def check_power_loss(base, act, allowed, after, tensors=2, files=None):
+    """Cut the power after every operation of `act(storage)`; each state that may be left obeys oracle O.
+
+    The distinct states. `after` is what may be seen once `act` has returned.
+    """
+    model, files, visited = PowerLoss(base), files or Seam(), set()
+    act(ckpt.LocalStorage(base, files))
+    judges = {prefix: Judge(prefix, tensors) for prefix in allowed}
+    log = [op for op in files.done if op.call in CHANGES]
+    for done in range(len(log) + 1):
+        if done:
+            model.apply(log[done - 1])
+        legal = after if done == len(log) else allowed
+        for state in model.states():
+            if state in visited and legal is allowed:
+                continue
+            visited.add(state)
+            left = dict(state)
+            for prefix, judge in judges.items():
+                assert (verdict := judge(left)) in legal[prefix], (prefix, verdict, log[:done][-5:], sorted(left))
+    return visited
+
+
+def check_states_recover(tmp, states):
+    """From states of a power loss: clean-up, and the next save, on real files."""
+    for state in states:
+        for name, content in state:
+            (tmp / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp / name).write_bytes(content)
+        check_recovery(tmp)
+        shutil.rmtree(tmp)
+
+
+@pytest.fixture
+def tiny_blocks(monkeypatch):
+    """Blocks of 4 KiB, so that a few KiB take several writes by several threads."""
+    monkeypatch.setattr(st, "BLOCK_BYTES", PAGE)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("old", [False, True], ids=["first save", "overwrite"])
+def test_a_power_loss_at_any_moment_of_a_save_leaves_old_or_new(ram, tiny_blocks, old, world_size, form):
+    for tensors in (1, 2, 3):
+        base = ram / str(tensors)
+        base.mkdir()
+        visited = check_power_loss_of_save(base, old, world_size, form, tensors)
+        COUNTS["power-loss states"] += len(visited)
+        if tensors == 2:
+            check_states_recover(
+                ram / "left", random.Random(1).sample(sorted(visited, key=sorted), min(len(visited), 25))
+            )
+
+
+def check_power_loss_of_save(base, old, world_size=1, form=CheckpointFormat.MULTI_SHARD, tensors=2):
+    if old:
+        put(ckpt.LocalStorage(base), "old", tensors=tensors, format=form)
+
+    def act(storage):
+        together(world_size, lambda c: put(storage, "new", tensors=tensors, coordinator=c, format=form))
+
+    allowed = {"p": {"old" if old else "absent", "new"}}
+    return check_power_loss(base, act, allowed, {"p": {"new"}}, tensors)
+
+
+@pytest.mark.parametrize("scene", ["save, overwrite=False", "delete", "retention", "gc"])
+def test_a_power_loss_at_any_moment_of_a_delete_or_clean_up_leaves_each_checkpoint_or_none(ram, scene):
+    scene = SCENES[scene]
+    scene.before(ckpt.LocalStorage(ram))
+    COUNTS["power-loss states"] += len(check_power_loss(ram, scene.act, scene.allowed, scene.after))
+
+
+def test_a_power_loss_right_after_the_first_save_into_a_new_deep_directory_loses_nothing(ram):
+    (ram / "there").mkdir()
+    model, files = PowerLoss(ram / "there"), Seam()
+    put(ckpt.LocalStorage(ram / "there" / "made" / "on" / "the" / "way", files), "new")
+    for op in files.done:
+        model.apply(op)
+    for state in model.states():
+        left = {name.removeprefix("made/on/the/way/"): content for name, content in state}
+        assert seen(Memory(left)) == "new"
+
+
+# Row 7: short reads and writes
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("cap", [1, 7, 4095])
+def test_short_reads_and_writes_change_nothing(ram, cap, form):
+    storage = ckpt.LocalStorage(ram, Seam(cap=cap))
+    put(storage, "new", format=form)
+    assert seen(storage) == "new" and seen(ckpt.LocalStorage(ram)) == "new"
+    assert over(storage).validate_checkpoint("p").is_valid
+
+
+def test_signals_that_interrupt_system_calls_change_nothing(tmp_path):
+    interrupts = []
+    before = signal.signal(signal.SIGALRM, lambda *_: interrupts.append(1))
+    bag = Bag(w=torch.arange(4 * MiB, dtype=torch.int32))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        checkpoint = opened(tmp_path)
+        checkpoint.save(bag, None, to())
+        other = Bag(w=torch.zeros(4 * MiB, dtype=torch.int32))
+        checkpoint.load(other, None, at())
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupts and identical(other.state, bag.state)
+
+
+def test_a_read_or_write_of_more_than_the_kernel_takes_at_once_goes_on_where_it_stopped(ram):
+    class Kernel(FileOps):
+        spans = ()
+
+        def pwrite(self, fd, data, offset):
+            done = min(len(data), 0x7FFFF000)
+            self.spans += ((offset, done),)
+            return done
+
+        pread = pwrite
+
+    memory = memoryview(mmap.mmap(-1, 0x7FFFF000 + 3 * PAGE))  # never touched, so it takes no room
+    storage = ckpt.LocalStorage(ram, files := Kernel())
+    file = storage.create("large")
+    for call in (file.write, file.read):
+        files.spans, end = (), PAGE
+        call(PAGE, memory)
+        for offset, done in files.spans:
+            assert offset == end and done > 0
+            end += done
+        assert end == PAGE + len(memory)
+    file.close()
+
+
+def test_a_write_that_takes_nothing_is_an_error_not_a_hang(ram):
+    class Stuck(FileOps):
+        calls = 0
+
+        def pwrite(self, fd, data, offset):
+            self.calls += 1
+            assert self.calls < 10_000, "hangs"
+            return 0
+
+    storage = ckpt.LocalStorage(ram, files := Stuck())
+    kind, _, message = told(lambda: put(storage, "new"))
+    assert kind == "STORAGE_ERROR" and files.calls < 1000, message
+
+
+# Row 8: an error in any worker thread
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "bad disk"), RuntimeError("boom"), MemoryError()], ids=repr)
+def test_an_error_in_any_worker_thread_fails_the_save_and_publishes_nothing(ram, tiny_blocks, error, level, number):
+    check_thread_error(ram, error, level, number)
+
+
+def check_thread_error(tmp, error, level=CompressionLevel.NONE, number=0):
+    """Each of four threads is given a block; one of them fails on it."""
+    storage = ckpt.LocalStorage(tmp)
+    put(storage, "old")
+    before, met, came, failed = listing(tmp), threading.Barrier(4), set(), []
+    real = st.crc32 if level is CompressionLevel.NONE else st.compress_frame
+
+    def work(*args):
+        thread = threading.current_thread().name
+        if thread.startswith("ckpt-io") and thread not in came:
+            came.add(thread)
+            met.wait(10)
+            if thread == f"ckpt-io-{number}":
+                failed.append(thread)
+                raise error
+        return real(*args)
+
+    bag = Bag(**{f"w{n}": torch.full((4 * PAGE,), float(n)) for n in range(8)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(st, real.__name__, work)
+        kind, _, message = told(
+            lambda: over(storage).save(bag, None, to(compression_level=level, include_rng_state=False))
+        )
+    assert failed and kind in ("STORAGE_ERROR", "SAVE_FAILED"), (kind, message)
+    assert listing(tmp) == before and seen(storage) == "old"
+
+
+# Row 22, 23, 28: others at work at the same time. An onlooker acts between any two operations of a writer
+
+
+def between(act, storage_path, onlooker, when=lambda op: True):
+    """Run `act(storage)` with `onlooker(op)` called before each of its operations, and once after."""
+    busy = []
+
+    def look(op):
+        if not busy and when(op):
+            busy.append(op)
+            try:
+                onlooker(op)
+            finally:
+                busy.clear()
+
+    act(ckpt.LocalStorage(storage_path, Seam(look)))
+    onlooker(None)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_reader_between_any_two_operations_of_a_writer_sees_old_or_new(ram, scene):
+    scene = SCENES[scene]
+    scene.before(ckpt.LocalStorage(ram))
+    reads = []
+
+    def read(op):
+        check_oracle(ckpt.LocalStorage(ram), scene, op is None, op)
+        reads.append(op)
+
+    between(scene.act, ram, read)
+    assert len(reads) > 5
+    COUNTS["reads between operations"] += len(reads)
+
+
+@pytest.mark.parametrize(
+    "act", ["overwrite", "overwrite a single file", "overwrite a consolidated one", "delete", "two overwrites"]
+)
+def test_a_reader_that_a_writer_overtakes_at_any_operation_sees_old_or_new(ram, act):
+    """The writer does all it does between two operations of the reader."""
+    scene = SCENES["overwrite" if act == "two overwrites" else act]
+
+    def write():
+        scene.act(ckpt.LocalStorage(tmp))
+        if act == "two overwrites":
+            put(ckpt.LocalStorage(tmp), "next")
+
+    allowed = scene.allowed["p"] | {"next"}
+    for k in itertools.count():
+        tmp = ram / str(k)
+        scene.before(ckpt.LocalStorage(tmp))
+        overtaken = Strike(k, lambda op: write())
+        found = seen(ckpt.LocalStorage(tmp, Seam(overtaken)))
+        assert found in allowed or (act == "delete" and found.startswith("LOAD_FAILED")), (overtaken.hit, found)
+        if overtaken.hit is None:
+            break
+    COUNTS["reads between operations"] += k
+
+
+@pytest.mark.parametrize("act", ["overwrite", "delete"])
+def test_a_listing_that_a_writer_overtakes_at_any_operation_still_has_every_other_checkpoint(ram, act):
+    for k in itertools.count():
+        tmp = ram / str(k)
+        for prefix in ("a", "p", "z"):
+            put(ckpt.LocalStorage(tmp), "old", prefix)
+        overtaken = Strike(k, lambda op: SCENES[act].act(ckpt.LocalStorage(tmp)))
+        found = [info.prefix for info in over(ckpt.LocalStorage(tmp, Seam(overtaken))).list_checkpoints()]
+        assert {"a", "z"} <= set(found) and (act == "delete" or "p" in found), (overtaken.hit, found)
+        if overtaken.hit is None:
+            break
+    COUNTS["reads between operations"] += k
+
+
+@pytest.mark.parametrize("act", ["overwrite", "delete"])
+def test_a_save_during_which_another_prefix_changes_still_becomes_the_newest(ram, act):
+    for k in itertools.count():
+        tmp = ram / str(k)
+        for prefix in ("a", "p", "z"):
+            put(ckpt.LocalStorage(tmp), "old", prefix)
+        overtaken = Strike(k, lambda op: SCENES[act].act(ckpt.LocalStorage(tmp)))
+        put(ckpt.LocalStorage(tmp, Seam(overtaken)), "new", "m")
+        order = [info.prefix for info in over(ckpt.LocalStorage(tmp)).list_checkpoints() if info.prefix != "p"]
+        assert order == ["a", "z", "m"], (overtaken.hit, order)
+        if overtaken.hit is None:
+            break
+    COUNTS["interleavings"] += k
+
+
+def test_two_jobs_on_one_prefix_one_wins_whole(ram):
+    """Each operation of one job is a place for the whole of the other, and for the first half of the other."""
+    tried = 0
+    for k in itertools.count():
+        tmp = ram / str(k)
+        put(ckpt.LocalStorage(tmp), "old")
+        outcomes = {}
+
+        def job(word, hook):
+            outcomes[word] = told(lambda: put(ckpt.LocalStorage(tmp, Seam(hook)), word, attempts=3))[0]
+            assert seen(ckpt.LocalStorage(tmp)) in ("new", "other")
+
+        overtaken = Strike(k, lambda op: job("other", lambda op: None))
+        job("new", overtaken)
+        if overtaken.hit is None:
+            break
+        assert set(outcomes.values()) == {"returned"}, (overtaken.hit, outcomes)
+        check_recovery(tmp)
+        tried += 1
+    COUNTS["interleavings"] += tried
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_two_jobs_in_lockstep_on_one_prefix_one_wins_whole(ram, overwrite):
+    rng = random.Random(22)
+    for number in range(60):
+        tmp = ram / str(number)
+        outcomes = interleaved(
+            rng, [functools.partial(put_told, tmp, word, overwrite=overwrite) for word in ("new", "other")]
+        )
+        winners = [word for word, (kind, _, _) in zip(("new", "other"), outcomes) if kind == "returned"]
+        assert winners and (overwrite or len(winners) == 1), outcomes
+        assert seen(ckpt.LocalStorage(tmp)) in winners, outcomes
+        assert all(kind in ("returned", "SAVE_FAILED", "STORAGE_ERROR") for kind, _, _ in outcomes), outcomes
+        check_recovery(tmp)
+    COUNTS["interleavings"] += number + 1
+
+
+def put_told(tmp, word, hook, **options):
+    return told(lambda: put(ckpt.LocalStorage(tmp, Seam(hook)), word, attempts=3, **options))
+
+
+def interleaved(rng, jobs):
+    """Run jobs in threads of which one at a time makes one file operation, in an order that `rng` draws."""
+    turn, waiting, done = threading.Condition(), {}, set()
+
+    def hook(number):
+        def wait(op):
+            with turn:
+                waiting[number] = False
+                turn.notify_all()
+                assert turn.wait_for(lambda: waiting.get(number), 20)
+                del waiting[number]
+
+        return wait
+
+    def job(number):
+        try:
+            return jobs[number](hook(number))
+        finally:
+            with turn:
+                done.add(number)
+                turn.notify_all()
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        futures = [pool.submit(job, number) for number in range(len(jobs))]
+        with turn:
+            while len(done) < len(jobs):
+                # every job waits for its turn, or is done, or is busy in memory
+                assert turn.wait_for(lambda: len(waiting) + len(done) >= len(jobs) and not any(waiting.values()), 20)
+                if waiting:
+                    waiting[rng.choice(sorted(waiting))] = True
+                    turn.notify_all()
+        return [future.result(20) for future in futures]
+
+
+CLEANERS = {
+    "gc": st.collect_garbage,
+    "delete": lambda s: told(lambda: over(s).delete_checkpoint("p")),
+    "retention": lambda s: put(s, "other", "z", keep_last=1),
+}
+
+
+@pytest.mark.parametrize("cleaner", CLEANERS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_clean_up_at_any_operation_of_a_live_save_takes_nothing_from_it(ram, form, cleaner):
+    """One attempt must do: nothing of a live save is deleted."""
+    for k in itertools.count():
+        tmp = ram / str(k)
+        put(ckpt.LocalStorage(tmp), "old", format=form)
+        strike = Strike(k, lambda op: CLEANERS[cleaner](ckpt.LocalStorage(tmp)))
+        outcome = told(lambda: put(ckpt.LocalStorage(tmp, Seam(strike)), "new", format=form))
+        assert outcome[0] == "returned", (strike.hit, outcome)
+        found = seen(ckpt.LocalStorage(tmp))
+        assert found == "new" or (found == "absent" and cleaner != "gc"), (strike.hit, found)
+        if strike.hit is None:
+            break
+        if cleaner != "retention":
+            check_recovery(tmp)
+    COUNTS["interleavings"] += k
+
+
+# Row 13, 14: damage to any bit, any length, any file out of place
+
+ROUNDS = int(os.environ.get("CKPT_FUZZ_ROUNDS", "1"))  # more of them: more cases of the same kinds; from 2 on every bit
+FUZZ_LEVELS = [CompressionLevel.NONE, CompressionLevel.FAST]
+
+
+def specimen_state():
+    """Tensors of several kinds and sizes, some of which shrink when compressed."""
+    ramp = torch.arange(200, dtype=torch.int32)
+    return {"a": ramp, "b": torch.zeros(300), "c": torch.tensor(1.5), "d": torch.ones(7, 3, dtype=torch.bool)}
+
+
+def specimen_extra():
+    return {"step": 7, "table": {"x": [1.5, None], "y": torch.arange(5)}}
+
+
+def specimen(tmp, form, level=CompressionLevel.NONE, world_size=1, change=0):
+    """The files of a tiny checkpoint, as a dict."""
+    state = {
+        name: tensor if tensor.dtype == torch.bool else tensor + change for name, tensor in specimen_state().items()
+    }
+    options = {"format": form, "compression_level": level, "custom_metadata": {"epoch": 3, "best": [0.5, "x"]}}
+
+    def save(c):
+        options_now = to(include_rng_state=False, **options)
+        over(tmp, coordinator=c).save(Bag(**state), None, options_now, extra_state=specimen_extra())
+
+    together(world_size, save)
+    files = listing(tmp)
+    shutil.rmtree(tmp)
+    return files
+
+
+def load_specimen(files):
+    """What a load of these files says: "exact", "other", or (type, message) of its refusal."""
+    target = Bag(**{name: torch.zeros_like(tensor) for name, tensor in specimen_state().items()})
+    kind, _, result = told(lambda: over(Memory(files)).load(target, None, at(load_rng_state=False)))
+    if kind != "returned":
+        return kind, result
+    exact = identical(target.state, specimen_state()) and identical(dict(result.extra_state), specimen_extra())
+    return "exact" if exact else "other"
+
+
+REFUSALS = ("CORRUPTED_CHECKPOINT", "INCOMPATIBLE_VERSION", "VALIDATION_FAILED")
+
+
+def check_damage(files, context, load=True):
+    """Damaged files are rejected by a validation; a load rejects them, or returns the exact state."""
+    assert not over(Memory(files)).validate_checkpoint("p").is_valid, context
+    if load:
+        outcome = load_specimen(files)
+        assert outcome == "exact" or outcome[0] in REFUSALS, (context, outcome)
+
+
+def check_bits(files, every, load_every):
+    """Flip bits of all files, one at a time. How many."""
+    assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
+    count = 0
+    for name, whole in files.items():
+        for bit in range(0, len(whole) * 8, every):
+            changed = bytearray(whole)
+            changed[bit // 8] ^= 1 << bit % 8
+            check_damage({**files, name: bytes(changed)}, (name, bit), load=count % load_every == 0)
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("level", FUZZ_LEVELS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_any_bit_of_any_file_is_missed_by_no_validation_and_by_no_load(ram, tiny_blocks, form, level):
+    """Every 17th bit, so that each of the eight bits of a byte comes up, and with more rounds every bit."""
+    files = specimen(ram / "s", form, level)
+    COUNTS["bits flipped"] += check_bits(files, *((17, 3) if ROUNDS == 1 else (1, 1)))
+
+
+@pytest.mark.parametrize("level", FUZZ_LEVELS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_of_any_other_length_is_rejected(ram, tiny_blocks, form, level):
+    files, count = specimen(ram / "s", form, level), 0
+    for name, whole in files.items():
+        changed = [whole[:length] for length in range(0, len(whole), 3 if ROUNDS == 1 else 1)] + [whole[:-1]]
+        changed += [whole + more for more in (b"\0", b" ", b"}", b"\n", bytes(PAGE), whole)]
+        for number, content in enumerate(changed):
+            check_damage({**files, name: content}, (name, len(content)), load=number % 3 == 0)
+            count += 1
+    COUNTS["lengths"] += count
+
+
+@pytest.mark.parametrize("level", FUZZ_LEVELS)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_shards_swapped_duplicated_missing_or_replayed_from_another_save_are_rejected(
+    ram, tiny_blocks, world_size, form, level
+):
+    files, other = (specimen(ram / "s", form, level, world_size, change) for change in (0, 1))
+    record = "p.metadata.json"
+    names, theirs = ([name for name in sorted(found) if name != record] for found in (files, other))
+    assert len(names) == len(theirs) and not set(names) & set(theirs)
+    moved = [{**files, a: files[b], b: files[a]} for a, b in itertools.combinations(names, 2)]  # swapped
+    moved += [{**files, a: files[b]} for a, b in itertools.permutations(names, 2)]  # duplicated
+    moved += [{name: data for name, data in files.items() if name != gone} for gone in names]
+    changed = [(a, b) for a, b in zip(names, theirs) if files[a] != other[b]]
+    assert changed
+    moved += [{**files, a: other[b]} for a, b in changed]  # one shard, under the name that is expected, or all of them
+    moved += [{**files, **{a: other[b] for a, b in changed}}, {**files, record: other[record]}]
+    for number, broken in enumerate(moved):
+        check_damage(broken, number)
+
+
+# Row 15, 16: fuzz, seeded. Only what is documented comes out, in no time, and in little memory
+
+
+def seal(record):
+    """A commit record with a right CRC, from a dict or from JSON text that ends in `}`."""
+    text = (
+        record if isinstance(record, bytes) else json.dumps({k: v for k, v in record.items() if k != "crc32"}).encode()
+    )
+    body = text[:-1]
+    return body + b',"crc32":"%08x"}\n' % zlib.crc32(body)
+
+
+def with_record(files, record):
+    return {**files, "p.metadata.json": seal(record)}
+
+
+def with_shard(files, name, header, data):
+    """Replace a shard: header text, data. The record knows its new length and the CRC of its header."""
+    header += b" " * (-(8 + len(header)) % PAGE)
+    start = struct.pack("<Q", len(header)) + header
+    record = json.loads(files["p.metadata.json"])
+    table = record["shards"]
+    lengths = {f"p/{file}": len(files[f"p/{file}"]) for file in table["file"]} | {name: len(start) + len(data)}
+    table["length"] = [n for file in table["file"] for n in (lengths[f"p/{file}"], 0, 1)]
+    table["header_crc32"][table["file"].index(name.removeprefix("p/"))] = f"{zlib.crc32(start):08x}"
+    return with_record({**files, name: start + data}, record)
+
+
+def header_of(content):
+    """Header text and data of a shard."""
+    (length,) = struct.unpack("<Q", content[:8])
+    return content[8 : 8 + length].rstrip(b" "), content[8 + length :]
+
+
+NASTY = [
+    "-1", "0", "1", "3", "4096", str(1 << 31), str((1 << 53) + 1), str((1 << 62) - 1), str(1 << 62), str(1 << 63), str(1 << 64),
+    "1" + "0" * 30, "9" * 5000, "-0", "1.0", "1e3", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "true", "null", '""',
+    '".."', '"\\u0000"', '"\\ud800"', '"\xff"', "[]", "{}", "[[]]", "[0,0,1000000000]", "[1,1,1]", "[0,-1,5]", "[9,9]",
+    "[4611686018427387903,1,9]", "[4611686018427387903,4611686018427387903]", '{"a":1,"a":2}', "[" * 100_000,
+    "[" * 500 + "]" * 500, '"F32"', '"U8"', '"JSON"', '"BOOL"', '"F4"', '"C32"', '"C64"', '"00000000"', '"0"',
+    '{"$tensor":"x"}', '{"$tensor":[]}', '{"$dict":[[[],1]]}', '{"$dict":[1]}', '{"$set":[[]]}', '{"$ndarray":["<f4",[-1],""]}',
+    '{"$ndarray":["|O",[1],"gASVAA=="]}', '{"$scalar":["<f4",[1000000000,1000000000],""]}', '{"$int":"zz"}', '{"$int":""}',
+    '{"$device":"moon:1"}', '{"$dtype":"nn"}', '{"$float":"00"}', '{"$datetime":"now"}', '{"$Size":[-1]}', '{"$Size":["x"]}',
+    '{"$Counter":[[1,"x"]]}', '{"$bytes":"="}', '{"$eval":"1"}', '{"$":1}',
+]  # fmt: skip
+
+
+def places(node):
+    """Every (container, key) of a JSON tree."""
+    for key in list(node) if isinstance(node, dict) else range(len(node)):
+        yield node, key
+        if isinstance(node[key], (dict, list)):
+            yield from places(node[key])
+
+
+def mutated(rng, tree):
+    """JSON text of a tree with some change: of its values, of its structure, or of its text."""
+    tree = copy.deepcopy(tree)
+    marks = {}
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        node, key = rng.choice(list(places(tree)))
+        old = node[key]
+        kind = rng.randrange(8)
+        if kind <= 2 or (kind == 3 and not isinstance(old, int)):
+            mark = f"@@{len(marks)}@@"
+            marks[f'"{mark}"'], node[key] = rng.choice(NASTY), mark
+        elif kind == 3:
+            node[key] = old + rng.choice((-1, 1, 8, -8, 1 << 20, 1 << 61))
+        elif kind == 4:
+            del node[key]
+        elif kind == 5 and isinstance(node, dict):
+            marks["@@twice@@"], node[f"@@twice@@{key}"] = "", copy.deepcopy(old)
+        elif kind == 6:
+            node[key] = copy.deepcopy(rng.choice([n[k] for n, k in places(tree)]))
+        elif isinstance(node, list):
+            node.insert(key, copy.deepcopy(old))
+        else:
+            node[f"{key}x"] = node.pop(key)
+        if not tree:
+            break
+    text = json.dumps(tree)
+    for mark, literal in marks.items():
+        text = text.replace(mark, literal)
+    return text.encode("latin-1")
+
+
+def smeared(rng, text):
+    """JSON text with some bytes changed, lost or repeated."""
+    data = bytearray(text)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(len(data))
+        other = rng.randrange(len(data))
+        kind = rng.randrange(5)
+        if kind == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at : at + rng.choice((1, 3, 30))] = b""
+        elif kind == 2:
+            data[at:at] = data[other : other + rng.choice((1, 5, 50))]
+        elif kind == 3:
+            data[at] = rng.choice(b'0123456789-.eE{}[],:" \\\xff\xc0\x00')
+        else:
+            digits = [index for index, byte in enumerate(data) if chr(byte).isdigit()]
+            if digits:
+                data[rng.choice(digits)] = rng.choice(b"0123456789")
+        if len(data) < 2:
+            break
+    return bytes(data)
+
+
+def fuzzed_record(rng, files):
+    record = json.loads(files["p.metadata.json"])
+    del record["crc32"]
+    return with_record(
+        files, mutated(rng, record) if rng.random() < 0.75 else smeared(rng, json.dumps(record).encode())
+    )
+
+
+def fuzzed_header(rng, files):
+    name = rng.choice([name for name in sorted(files) if name.endswith(".safetensors")])
+    header, data = header_of(files[name])
+    tree = json.loads(header)
+    kind = rng.random()
+    if kind < 0.4:
+        text = mutated(rng, tree)
+    elif kind < 0.8:
+        pieces = json.loads(tree["__metadata__"]["pieces"])
+        if not pieces:
+            pieces = {key: {"offset": [0], "whole": [1 << 40]} for key in tree if key != "__metadata__"}
+        inner = mutated(rng, pieces) if pieces else b"{}"
+        tree["__metadata__"]["pieces"] = "@@pieces@@"
+        text = json.dumps(tree).encode().replace(b'"@@pieces@@"', json.dumps(inner.decode("latin-1")).encode())
+    else:
+        text = smeared(rng, header)
+    files = with_shard(files, name, text, data)
+    if rng.random() < 0.1:  # the length field
+        length = rng.choice((0, 1, 2, len(data), 1 << 31, 1 << 63, (1 << 64) - 1, rng.randrange(1 << 20)))
+        files[name] = struct.pack("<Q", length) + files[name][8:]
+    return files
+
+
+FUZZERS = {"record": fuzzed_record, "header": fuzzed_header}
+SECONDS = 1.0  # that any bad input may take
+
+
+def check_bad_input(files, context=""):
+    """Nothing but typed refusals come out of damaged or lying files, soon."""
+    started = time.monotonic()
+    outcome = load_specimen(files)
+    assert outcome in ("exact", "other") or outcome[0] in (*REFUSALS, "LOAD_FAILED"), (outcome, context)
+    assert not re.search(r"\b(Type|Key|Index|Attribute|Assertion|Overflow|Recursion|Memory|Runtime|Name)Error\b", str(outcome)), (
+        outcome,
+        context,
+    )  # fmt: skip
+    checkpoint = over(Memory(files))
+    checkpoint.list_checkpoints()
+    checkpoint.validate_checkpoint("p").get_summary()
+    st.record_head(checkpoint.storage, "p")
+    assert time.monotonic() - started < SECONDS, (time.monotonic() - started, context)
+    return outcome
+
+
+def most_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("what", FUZZERS)
+def test_fuzz_of_headers_and_records_raises_only_what_is_documented_in_little_time_and_memory(ram, form, what):
+    count, outcomes = apart(fuzz, ram, what, form, limit_s=60.0 * ROUNDS)
+    COUNTS["fuzz cases"] += count
+    assert outcomes["CORRUPTED_CHECKPOINT"] > count // 2, outcomes  # the fuzz reaches the checks
+
+
+def fuzz(tmp, what, form):
+    outcomes, count, started = Counter(), 1700 * ROUNDS, 0
+    bases = [specimen(tmp / "s", form, level, world_size) for level in FUZZ_LEVELS for world_size in (1, 2)]
+    for number in range(-20, count):  # a few to warm up
+        seed = max(0, number)
+        rng = random.Random(seed)
+        files = FUZZERS[what](rng, bases[seed % len(bases)])
+        if number == 0:
+            started = most_memory()
+        outcome = check_bad_input(files, (what, form, seed))
+        if number >= 0:
+            outcomes[outcome if isinstance(outcome, str) else outcome[0]] += 1
+    assert most_memory() - started < 64 * MiB, "memory"
+    return count, outcomes
 
 
 # ---- README: its examples run as they stand --------------------------------------------------------------------------
