@@ -1163,63 +1163,66 @@ def write_raw(file: st.StoredFile, data_start: int, base: int, sources: Sequence
     return crcs
 
 
-def write_compressed(
-    file: st.StoredFile, data_start: int, base: int, sources: Sequence[Source], level: st.CompressionLevel, meter: Meter
-) -> tuple[list[int], list[tuple[int, tuple[int, ...]]]]:
-    """Compress frames on a few threads, and write them packed, in order.
+class FrameWriter:
+    """Writes a region compressed: frames are compressed on a few threads, and written packed, in order."""
 
-    Returns the blocks' CRCs, and for every source where it begins and the stored length of its frames.
-    """
-    frames = [(s, at) for s in sources for at in range(0, s.nbytes(), st.FRAME_BYTES)]
-    crcs: list[int] = []
-    placed: list[Placed] = []
-    pending, turn = bytearray(), threading.Condition()
-    position = base  # of `pending` in the data
-    upcoming = 0  # the frame whose turn it is to be written
+    def __init__(
+        self, file: st.StoredFile, data_start: int, base: int, sources: Sequence[Source], level: st.CompressionLevel
+    ) -> None:
+        self._file, self._data_start, self._position, self._level = file, data_start, base, level
+        self._frames = [(s, at) for s in sources for at in range(0, s.nbytes(), st.FRAME_BYTES)]
+        self._pending, self._turn, self._broken = bytearray(), threading.Condition(), threading.Event()
+        self._upcoming = 0  # the frame whose turn it is to be written
+        self.crcs: list[int] = []
+        self.placed: list[Placed] = []  # for every source where it begins, and the stored length of its frames
 
-    def emit(packed: bytes, start: int, least: int) -> None:
-        nonlocal position
-        if start == 0:
-            placed.append((position + len(pending), ()))
-        placed[-1] = (placed[-1][0], (*placed[-1][1], len(packed)))
-        pending.extend(packed)
-        while len(pending) >= least and pending:
-            block = pending[: st.BLOCK_BYTES]
-            crcs.append(st.crc32(block))
-            file.write(data_start + position, memoryview(block))
-            position += len(block)
-            del pending[: len(block)]
+    def run(self, meter: Meter) -> None:
+        """Write everything. A thread that fails frees those that wait for the turn of their frame."""
 
-    def compress(index: int, buffer: Bytes) -> None:
-        nonlocal upcoming
-        source, start = frames[index]
+        def compress(index: int, buffer: Bytes) -> None:
+            with self._breaking():
+                meter.add(self._compress(index, buffer))
+
+        def tick() -> None:
+            with self._breaking():
+                meter.tick()
+
+        st.in_parallel(range(len(self._frames)), compress, min(IO_THREADS, len(self._frames)), tick)
+
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._broken.set()
+            raise
+
+    def _compress(self, index: int, buffer: Bytes) -> int:
+        source, start = self._frames[index]
         raw = buffer[: min(st.FRAME_BYTES, source.nbytes() - start)]
         st.copy_out(source.view, start, raw)
-        packed = st.compress_frame(raw, source.view.dtype.itemsize, level)
-        with turn:
-            while upcoming != index and not broken.is_set():
-                turn.wait(0.1)
-            if not broken.is_set():
-                emit(packed, start, 1 if index + 1 == len(frames) else st.BLOCK_BYTES)
-            upcoming = index + 1
-            turn.notify_all()
-        meter.add(len(raw))
+        packed = st.compress_frame(raw, source.view.dtype.itemsize, self._level)
+        with self._turn:
+            while self._upcoming != index and not self._broken.is_set():
+                self._turn.wait(0.1)
+            if not self._broken.is_set():
+                self._emit(packed, start == 0, last=index + 1 == len(self._frames))
+            self._upcoming = index + 1
+            self._turn.notify_all()
+        return len(raw)
 
-    broken = threading.Event()  # nobody waits for the turn of a frame whose thread has failed
-
-    def or_break(function: Callable[..., None]) -> Callable[..., None]:
-        def guarded(*args: object) -> None:
-            try:
-                function(*args)
-            except BaseException:
-                broken.set()
-                raise
-
-        return guarded
-
-    threads = min(IO_THREADS, len(frames))
-    st.in_parallel(range(len(frames)), or_break(compress), threads, or_break(meter.tick))
-    return crcs, placed
+    def _emit(self, packed: bytes, first: bool, last: bool) -> None:
+        if first:
+            self.placed.append((self._position + len(self._pending), ()))
+        begin, frames = self.placed[-1]
+        self.placed[-1] = (begin, (*frames, len(packed)))
+        self._pending.extend(packed)
+        while len(self._pending) >= (1 if last else st.BLOCK_BYTES):
+            block = self._pending[: st.BLOCK_BYTES]
+            self.crcs.append(st.crc32(block))
+            self._file.write(self._data_start + self._position, memoryview(block))
+            self._position += len(block)
+            del self._pending[: len(block)]
 
 
 class Segment(NamedTuple):
@@ -1673,8 +1676,9 @@ class _Attempt:
         if level is st.CompressionLevel.NONE:
             crcs = write_raw(file, data_start, self._base, self._sources, meter)
         else:
-            crcs, places = write_compressed(file, data_start, self._base, self._sources, level, meter)
-            placed = dict(enumerate(places))
+            writer = FrameWriter(file, data_start, self._base, self._sources, level)
+            writer.run(meter)
+            crcs, placed = writer.crcs, dict(enumerate(writer.placed))
         self._report |= {"crcs": crcs, "placed": [[begin, list(frames)] for begin, frames in placed.values()]}
         return crcs, placed
 
