@@ -387,8 +387,8 @@ class Missing(Exception):
 class Filling:
     """What a load collects on a rank: targets to fill, and what does not fit."""
 
-    def __init__(self, reader: CheckpointReader, rank: int, strict: bool) -> None:
-        self.reader, self.rank, self.strict = reader, rank, strict
+    def __init__(self, reader: CheckpointReader, rank: int, world_size: int) -> None:
+        self.reader, self.rank, self.several = reader, rank, world_size > 1
         self.targets: list[coord.Target] = []
         self.problems: list[str] = []  # errors in strict mode, else warnings
         self.errors: list[str] = []  # errors in any mode
@@ -426,7 +426,9 @@ class Filling:
             key = (index, view.data_ptr(), tuple(view.stride()), box.offset)
             if key not in self._seen:  # tied tensors need one fill
                 self._seen.add(key)
-                self.targets.append(coord.Target(index, box, view))
+                sharded = coord.as_dtensor(tensor)
+                replicated = self.several and (sharded is None or any(p.is_replicate() for p in sharded.placements))
+                self.targets.append(coord.Target(index, box, view, replicated))
 
     def new_tensor(self, name: str, like: torch.Tensor | None, param: torch.Tensor | None) -> torch.Tensor:
         """A tensor for what is stored as `name`: `like` where that fits, else a new one laid out as `param`."""
@@ -1390,7 +1392,7 @@ class _Restore:
         """L3: match the state here with what is stored."""
         options = self.options
         self.notes = getattr(self, "notes", [])
-        self.filling = filling = Filling(reader, op.rank, options.strict_mode)
+        self.filling = filling = Filling(reader, op.rank, op.world_size)
         self.model = ModelState(self.model_argument)
         self.model.fill(filling)
         self.optimizer = None

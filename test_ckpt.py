@@ -30,6 +30,7 @@ error where nothing was ever committed; once `save` has returned, only the new o
     29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
 """
 
+import base64
 import contextlib
 import copy
 import dataclasses
@@ -58,6 +59,7 @@ import tempfile
 import threading
 import time
 import traceback
+import tracemalloc
 import warnings
 import zlib
 from collections import Counter
@@ -3769,6 +3771,463 @@ def fuzz(tmp, what, form):
             outcomes[outcome if isinstance(outcome, str) else outcome[0]] += 1
     assert most_memory() - started < 64 * MiB, "memory"
     return count, outcomes
+
+
+# Row 17, 18: lies that are well formed. They are refused before memory is taken for them
+
+
+def dumped(tree):
+    return json.dumps(tree).encode()
+
+
+def edited(files, edit):
+    """The files with a record changed by `edit(dict)`, sealed again."""
+    record = json.loads(files["p.metadata.json"])
+    edit(record)
+    return with_record(files, record)
+
+
+def _tensor(record, name):
+    return record["tensors"]["name"].index(name)
+
+
+def _shapes_everywhere(files, name, shape):
+    """Record and header agree on a shape that the file has no room for."""
+
+    def edit(record):
+        record["tensors"]["shape"][_tensor(record, name)] = shape
+
+    path = next(name for name in files if name.endswith(".safetensors"))
+    header, data = header_of(files[path])
+    tree = json.loads(header)
+    pieces = json.loads(tree["__metadata__"]["pieces"])
+    key = next(key for key in tree if key.startswith(name))
+    pieces.setdefault(key, {}).update({"whole": shape, "offset": [0] * len(shape)})
+    tree["__metadata__"]["pieces"] = json.dumps(pieces)
+    return edited(with_shard(files, path, dumped(tree), data), edit)
+
+
+def _entries(files, count):
+    """A header with a great many entries of nothing."""
+    path = next(name for name in files if name.endswith(".safetensors"))
+    header, data = header_of(files[path])
+    tree = json.loads(header) | {f"z{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(count)}
+    return with_shard(files, path, dumped(tree), data)
+
+
+def _pieces(**columns):
+    return lambda files: edited(files, lambda record: record["pieces"].update(columns))
+
+
+def _shards(files):
+    """A record with a million shards of one file."""
+
+    def edit(record):
+        table = record["shards"]
+        table["file"], table["header_crc32"] = table["file"] * 100_000, table["header_crc32"] * 100_000
+        table["length"] = [table["length"][0], 0, 100_000]
+
+    return edited(files, edit)
+
+
+def _claim(**fields):
+    return lambda files: edited(files, lambda record: record.update(fields))
+
+
+BILLION = 10**9
+LIES = {
+    "10^9 pieces": _pieces(count=BILLION, tensor=[0, 0, BILLION], shard=[0, 0, BILLION], begin=[0, 0, BILLION]),
+    "10^9 pieces of every dimension": _pieces(
+        count=BILLION,
+        tensor=[0, 0, BILLION],
+        shard=[0, 0, BILLION],
+        begin=[0, 0, BILLION],
+        offset=[[0, 0, BILLION]] * 2,
+        size=[[1, 0, BILLION]] * 2,
+    ),
+    "runs longer than their table": _pieces(tensor=[0, 0, 1 << 61]),
+    "runs that wrap around": _pieces(count=3, begin=[0, 1 << 61, 3]),
+    "a shape over the file's size": lambda f: _shapes_everywhere(f, "model/a", [1 << 40]),
+    "a shape over the file's size, extra state": lambda f: _shapes_everywhere(f, "extra/table", [1 << 40]),
+    "a shape of 64 dimensions": lambda f: _shapes_everywhere(f, "model/a", [2] * 64),
+    "a shape that overflows": lambda f: _shapes_everywhere(f, "model/a", [1 << 61] * 8),
+    "a shape in the record alone": lambda f: edited(
+        f, lambda r: r["tensors"]["shape"].__setitem__(_tensor(r, "model/b"), [1 << 40])
+    ),
+    "200,000 entries": lambda f: _entries(f, 30_000),
+    "100,000 shards": _shards,
+    "10^9 ranks": _claim(world_size=BILLION),
+    "a sequence number at the limit": _claim(sequence=(1 << 62) - 1),
+    "a sequence number over the limit": _claim(sequence=1 << 62),
+    "a shard of 2^61 bytes": lambda f: edited(f, lambda r: r["shards"].__setitem__("length", [1 << 61, 0, 1])),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, lie):
+    honest = specimen(ram / "s", CheckpointFormat.MULTI_SHARD)
+    lying = LIES[lie](honest)
+    size = sum(map(len, lying.values()))
+    tracemalloc.start()
+    try:
+        outcome = check_bad_input(lying)
+        assert tracemalloc.get_traced_memory()[1] < 2 * size + 64 * MiB
+    finally:
+        tracemalloc.stop()
+    if lie not in ("200,000 entries", "10^9 ranks", "a sequence number at the limit"):
+        assert outcome[0] in REFUSALS, outcome
+    else:
+        assert outcome == "exact"
+
+
+def test_a_shape_that_is_no_lie_for_the_record_is_never_allocated_when_the_file_cannot_hold_it(ram):
+    """In a process that has no more address space than the files need: whoever tries to take it fails."""
+    assert apart(load_with_little_room, ram) == {lie: True for lie in LIES}
+
+
+def load_with_little_room(tmp):
+    files = specimen(tmp / "s", CheckpointFormat.MULTI_SHARD)
+    check_bad_input(files)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * PAGE + 512 * MiB,) * 2)
+    return {lie: isinstance(check_bad_input(LIES[lie](files), lie), (str, tuple)) for lie in LIES}
+
+
+def test_a_decompression_bomb_stops_at_its_declared_size(ram):
+    files = specimen(ram / "s", CheckpointFormat.MULTI_SHARD, CompressionLevel.FAST)
+    (path,) = [name for name in files if name.endswith(".safetensors")]
+    header, data = header_of(files[path])
+    tree = json.loads(header)
+    pieces = json.loads(tree["__metadata__"]["pieces"])
+    key = next(name for name in tree if name.startswith("model/b"))
+    (first, last), shape = tree[key]["data_offsets"], pieces[key]["shape"]
+    bomb = zlib.compress(bytes(256 * MiB), 9)
+    declared = math.prod(shape)  # of one of four planes
+    plane = zlib.compress(bytes(declared), 9)
+    for planes in ([bomb] * 4, [bomb, plane, plane, plane], [plane, plane, plane, bomb]):
+        frame = struct.pack("<B4I", 4, *map(len, planes)) + b"".join(planes)
+        grown = len(frame) - (last - first)
+        changed = copy.deepcopy(tree)
+        for name, entry in changed.items():
+            if name != "__metadata__" and name != key and entry["data_offsets"][0] >= last:
+                entry["data_offsets"] = [at + grown for at in entry["data_offsets"]]
+        changed[key] = {"dtype": "U8", "shape": [len(frame)], "data_offsets": [first, first + len(frame)]}
+        places_now = copy.deepcopy(pieces)
+        places_now[key]["frames"] = f"{len(frame):08x}"
+        body = data[:first] + frame + data[last:]
+        changed["__metadata__"]["pieces"] = json.dumps(places_now)
+        crcs = (zlib.crc32(body[at : at + BLOCK]) for at in range(0, len(body), BLOCK))
+        changed["__metadata__"]["crc32"] = "".join(f"{crc:08x}" for crc in crcs)
+        bombed = with_shard(files, path, dumped(changed), body)
+
+        def move(record):
+            column, at = [], 0
+            order = sorted((e["data_offsets"][0], n) for n, e in tree.items() if n != "__metadata__")
+            now = {begin: changed[name]["data_offsets"][0] for begin, name in order}
+            runs = record["pieces"]["begin"]
+            for at in range(0, len(runs), 3):
+                column += [runs[at] + runs[at + 1] * n for n in range(runs[at + 2])]
+            record["pieces"]["begin"] = [part for begin in column for part in (now[begin], 0, 1)]
+
+        bombed = edited(bombed, move)
+        tracemalloc.start()
+        try:
+            outcome = check_bad_input(bombed)
+            taken = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert outcome[0] == "CORRUPTED_CHECKPOINT" and "frame is damaged" in outcome[1], outcome
+        assert taken < 2 * sum(map(len, bombed.values())) + 64 * MiB
+
+
+# Row 19: names
+
+
+BAD_NAMES = [
+    "..", ".", "", "../outside.safetensors", "../../outside.safetensors", "/etc/passwd", "x/../../outside.safetensors",
+    "{id}-00000-of-00001.safetensors/../../../outside.safetensors", "{id}-00000-of-00001.safetensors\0", "\0", "outside\\x",
+    "..\\outside.safetensors", "n" * 300, "{id}-00000-of-00001.safetensors" + "n" * 300, "ü.safetensors", "p.metadata.json",
+    "{id}-00000-of-00001.\N{LATIN SMALL LETTER LONG S}afetensors", "{id}-00000-of-00001.SAFETENSORS", "~/outside.safetensors",
+    "{id}-\N{FULLWIDTH DIGIT ZERO}0000-of-00001.safetensors", "{id}-00000-of-00001.safetensors\n", "link/outside.safetensors",
+    " {id}-00000-of-00001.safetensors", "./{id}-00000-of-00001.safetensors", "file:///etc/passwd", "outside.safetensors",
+]  # fmt: skip
+
+
+def check_bad_name(tmp, name):
+    """A record whose shard has a bad name: refused by readers, and nothing outside is read, written or deleted."""
+    base = tmp / "base"
+    put(base, "old")
+    (path,) = shards(base)
+    outside = [tmp / "outside.safetensors", base / "outside.safetensors", base / "p" / "outside.safetensors"]
+    for copied in outside:
+        shutil.copy(path, copied)
+    (base / "p" / "link").symlink_to(tmp)
+    for tree in (tmp, base / "p"):
+        (tree / "outside\\x").write_bytes(path.read_bytes())
+    name = name.replace("{id}", path.name[:8])
+    reseal(base / "p.metadata.json", lambda record: record["shards"].update(file=[name]))
+    before, files = {k: v for k, v in listing(tmp).items() if "metadata.json" not in k}, Seam()
+    checkpoint = over(ckpt.LocalStorage(base, files))
+    assert seen(checkpoint.storage).startswith("CORRUPTED_CHECKPOINT"), (name, seen(checkpoint.storage))
+    assert not checkpoint.validate_checkpoint("p").is_valid and checkpoint.list_checkpoints() == []
+    assert not any(op.call == "pread" and not op.path.endswith(".metadata.json") for op in files.log), name
+    st.collect_garbage(checkpoint.storage)
+    assert {k: v for k, v in listing(tmp).items() if "metadata.json" not in k} == before, name
+    told(lambda: put(checkpoint.storage, "new", "q"))
+    told(lambda: checkpoint.delete_checkpoint("p"))
+    told(lambda: put(checkpoint.storage, "new"))
+    after = listing(tmp)
+    own = str(path.relative_to(tmp))
+    assert all(after.get(k) == v for k, v in before.items() if k != own), name
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+def test_a_bad_name_in_a_record_is_refused_and_nothing_that_it_may_mean_is_touched(ram, name):
+    check_bad_name(ram, name)
+
+
+@pytest.mark.parametrize("name", [n for n in BAD_NAMES if n.count("/") or n in ("..", ".", "", "\0")], ids=ascii)
+def test_a_bad_path_is_refused_by_the_storage_itself(ram, name):
+    (ram / "outside.safetensors").write_text("mine")
+    (ram / "base" / "p").mkdir(parents=True)
+    (ram / "base" / "p" / "link").symlink_to(ram)
+    storage, before = ckpt.LocalStorage(ram / "base"), listing(ram)
+    for path in (f"p/{name}", name):
+        calls = [storage.open, storage.create, storage.delete, storage.length, storage.sync_directory, storage.reap]
+        for call in calls:
+            with contextlib.suppress(ValueError, OSError, CheckpointException):
+                result = call(path)
+                assert not result or call is storage.create or name.count("..") == 0, (call, path)
+    after = {k: v for k, v in listing(ram).items() if not k.startswith("base/")}
+    assert after == {k: v for k, v in before.items() if not k.startswith("base/")}
+
+
+@pytest.mark.parametrize(
+    "name", ["ü", "a b", ".", "..", "a\\b", "\x7f", "n" * 230, "\N{GREEK SMALL LETTER PI}", "-", "%2e%2e"]
+)
+def test_files_with_names_that_no_checkpoint_can_have_disturb_nobody(ram, name):
+    put(ram, "old")
+    for stray in (f"{name}.metadata.json", f"{name}.metadata.json.0badf00d.tmp", f"p/{name}.safetensors"):
+        (ram / stray).write_bytes((ram / "p.metadata.json").read_bytes())
+    (ram / f"{name}x").mkdir()
+    before = listing(ram)
+    checkpoint = over(ram)
+    assert "p" in [info.prefix for info in checkpoint.list_checkpoints()]
+    assert seen(ckpt.LocalStorage(ram)) == "old"
+    put(ram, "new")
+    assert seen(ckpt.LocalStorage(ram)) == "new"
+    st.collect_garbage(checkpoint.storage)
+    assert all(listing(ram).get(k) == v for k, v in before.items() if name in k and ".tmp" not in k and k[0] != "p")
+
+
+# Row 20: something else where a file of ours should be
+
+
+def _fifo(path, outside):
+    os.mkfifo(path)
+
+
+def _device(path, outside):
+    try:
+        os.mknod(path, 0o666 | 0o020000, os.makedev(1, 5))  # /dev/zero, where it never ends
+    except PermissionError:
+        path.symlink_to("/dev/zero")
+
+
+def _directory(path, outside):
+    path.mkdir()
+    (path / "mine").write_text("mine")
+
+
+IMPOSTORS = {
+    "a symbolic link": lambda path, outside: path.symlink_to(outside),
+    "a dangling link": lambda path, outside: path.symlink_to(outside / "nothing"),
+    "a link to itself": lambda path, outside: path.symlink_to(path.name),
+    "a FIFO": _fifo,
+    "a device": _device,
+    "a hard link": lambda path, outside: os.link(outside, path) if outside.is_file() else path.symlink_to(outside),
+    "a directory": _directory,
+}
+VICTIMS = ["shard", "record", "directory", "temporary"]
+
+
+def impostor(tmp, victim, kind):
+    """A base path in which one thing was replaced by something else, which looks to a copy of it outside."""
+    base, outside = tmp / "base", tmp / "outside"
+    put(base, "old")
+    (shard,) = shards(base)
+    path = {
+        "shard": shard,
+        "record": base / "p.metadata.json",
+        "directory": base / "p",
+        "temporary": base / "p.metadata.json.0badf00d.tmp",
+    }[victim]
+    if victim == "temporary":
+        shutil.copy(base / "p.metadata.json", path)
+    shutil.move(path, outside)
+    IMPOSTORS[kind](path, outside)
+    return base, path, {k: v for k, v in listing(tmp).items() if k.startswith("outside")}
+
+
+IMPOSED = {
+    "load": seen,
+    "list": lambda s: over(s).list_checkpoints(),
+    "validate": lambda s: over(s).validate_checkpoint("p").is_valid,
+    "gc": lambda s: st.collect_garbage(s),
+    "save elsewhere": lambda s: told(lambda: put(s, "other", "q")),
+    "save": lambda s: told(lambda: put(s, "new")),
+    "save, overwrite=False": lambda s: told(lambda: put(s, "new", overwrite=False)),
+    "delete": lambda s: told(lambda: over(s).delete_checkpoint("p")),
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSTORS)
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_nobody(ram, victim, kind):
+    """Each call in turn, on a fresh copy: it comes back in time, and nothing outside has changed."""
+    for name, outcome, whole in apart(meet_impostor, ram, victim, kind, limit_s=40.0):
+        assert whole, f"{name} changed what is outside: {outcome}"
+        if name == "load" and victim != "temporary" and (kind, victim) not in HARMLESS:
+            assert outcome not in WORDS, (name, outcome)
+        if name == "validate" and victim != "temporary" and (kind, victim) not in HARMLESS:
+            assert outcome is False, name
+        if name == "save elsewhere":
+            assert outcome[0] == "returned", outcome
+        assert not (isinstance(outcome, str) and outcome.startswith("raw")), (name, outcome)
+
+
+HARMLESS = {("a hard link", "shard"), ("a hard link", "record")}  # the same bytes, in a regular file
+
+
+def meet_impostor(tmp, victim, kind):
+    found = []
+    for number, (name, call) in enumerate(IMPOSED.items()):
+        here = tmp / str(number)
+        base, _, before = impostor(here, victim, kind)
+        started = time.monotonic()
+        try:
+            outcome = call(ckpt.LocalStorage(base))
+        except OSError as error:
+            outcome = f"OSError {error}" if name == "gc" else f"raw OSError {error}"
+        except Exception as error:
+            outcome = f"raw {type(error).__name__} {error}"
+        assert time.monotonic() - started < 3, (name, "slow")
+        after = {k: v for k, v in listing(here).items() if k.startswith("outside")}
+        found.append((name, outcome if isinstance(outcome, (str, bool, tuple)) else str(outcome), after == before))
+        shutil.rmtree(here)
+    return found
+
+
+# Row 21: pickles
+
+
+PICKLE_MARK = "pickle_was_run"
+
+
+def pickled(tmp):
+    """A pickle that leaves a file if anybody loads it."""
+    return b"\x80\x04cos\nsystem\n(S'touch " + str(tmp / PICKLE_MARK).encode() + b"'\ntR."
+
+
+def _planted_values(payload):
+    text = base64.b64encode(payload).decode()
+    for tag in ("$pickle", "$object", "$reduce", "$bytes", "$ndarray", "$scalar", "$dtype", "$device"):
+        body = ["|O", [1], text] if tag in ("$ndarray", "$scalar") else text
+        yield {tag: body}
+    yield {"$dtype": "serialization.pickle"}
+    yield {"$ndarray": ["O", [1], text]}
+
+
+def plant_pickles(files, payload):
+    """Files with a pickle in every place where bytes or values are."""
+    path = next(name for name in sorted(files) if name.endswith(".safetensors"))
+    header, data = header_of(files[path])
+    tree = json.loads(header)
+    yield {**files, "p.metadata.json": payload}
+    yield {**files, "p.metadata.json": seal(payload + b"}")}
+    yield {**files, path: payload}
+    yield edited({**files, path: payload}, lambda r: r["shards"].__setitem__("length", [len(payload), 0, 1]))
+    yield {**files, path: payload.ljust(len(files[path]), b"\0")}
+    yield with_shard(files, path, payload, data)
+    for value in _planted_values(payload):
+        yield edited(files, lambda record, value=value: record["custom_metadata"].update(epoch=value))
+    for key, entry in tree.items():
+        if key == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        for value in (payload, *map(dumped, _planted_values(payload))):
+            changed = copy.deepcopy(tree)
+            body = data[:first] + value.ljust(last - first)[: last - first] + data[last:]
+            crcs = (zlib.crc32(body[at : at + BLOCK]) for at in range(0, len(body), BLOCK))
+            changed["__metadata__"]["crc32"] = "".join(f"{crc:08x}" for crc in crcs)
+            yield with_shard(files, path, dumped(changed), body)
+
+
+def test_a_pickle_in_any_file_is_never_run(ram):
+    count, events = apart(read_pickles, ram)
+    assert events == [] and count > 50 and not (ram / PICKLE_MARK).exists()
+    COUNTS["pickles"] += count
+
+
+def read_pickles(tmp):
+    bag = Bag(**specimen_state(), room="x" * 500)
+    over(tmp / "s").save(bag, None, to(include_rng_state=False, custom_metadata={"epoch": 1}), {"long": ["y" * 500]})
+    files, payload, events, count = listing(tmp / "s"), pickled(tmp), [], 0
+    sys.addaudithook(lambda name, args: events.append(name) if name in ("pickle.find_class", "os.system") else None)
+    for planted in plant_pickles(files, payload):
+        count += 1
+        storage = Memory(planted)
+        told(lambda: over(storage).load(copy.deepcopy(bag), None, at(load_rng_state=False)))
+        over(storage).validate_checkpoint("p")
+        over(storage).list_checkpoints()
+    return count, events
+
+
+# Row 27: a clock that is wrong
+
+
+class Clock:
+    """The `datetime` module with a clock that is some years off."""
+
+    timezone, timedelta = datetime.timezone, datetime.timedelta
+
+    def __init__(self):
+        clock = self
+        self.years = 0
+
+        class Shifted(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                now = datetime.datetime.now(tz)
+                return now.replace(year=now.year + clock.years, day=min(now.day, 28))
+
+        self.datetime = Shifted
+
+
+@pytest.mark.parametrize("years", [(0, -10, 10, -10), (10, 0, -10, -10), (-10, 10, 0, 5)], ids=str)
+def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_latest_nor_what_is_kept(ram, monkeypatch, years):
+    clock = Clock()
+    monkeypatch.setattr(ckpt.coord, "datetime", clock)
+    names, stamps = [], []
+    for number, off in enumerate(years):
+        clock.years = off
+        names.append(put(ram, WORDS[number], f"run/{9 - number}" if number % 2 else None))
+    checkpoint = over(ram)
+    stamps = [
+        info.timestamp.year - datetime.datetime.now(datetime.timezone.utc).year
+        for info in checkpoint.list_checkpoints()
+    ]
+    assert stamps == list(years)  # the clock was really off
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == names
+    assert checkpoint.latest_checkpoint().prefix == names[-1]
+    flip(shards(ram, names[-1])[0], -1)
+    target = value("old")
+    options = at(names[-1], load_rng_state=False, fallback=True)
+    assert checkpoint.load(target, None, options) and identical(target.state, value(WORDS[2]).state)
+    clock.years = -10
+    put(ram, "new", names[0], keep_last=2)
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == [names[-1], names[0]]
+    assert seen(ckpt.LocalStorage(ram), names[0]) == "new"
 
 
 # ---- README: its examples run as they stand --------------------------------------------------------------------------
