@@ -380,10 +380,6 @@ class CheckpointOptions:
 # State: from state dicts to stored names, and back
 
 
-class Missing(Exception):
-    """A stored name that this rank has no use of, or the other way round."""
-
-
 class Filling:
     """What a load collects on a rank: targets to fill, and what does not fit."""
 
@@ -1097,7 +1093,7 @@ class DistributedCheckpoint:
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """Committed checkpoints, oldest first. Local."""
-        with _typed("", ExceptionType.UNKNOWN):
+        with _typed(""):
             return [CheckpointInfo.of(meta) for meta in st.list_committed(self.storage)]
 
     def latest_checkpoint(self) -> CheckpointInfo | None:
@@ -1111,7 +1107,7 @@ class DistributedCheckpoint:
         CheckpointException(STORAGE_ERROR) where there is none.
         """
         st.check_prefix(checkpoint_prefix)
-        with _typed(checkpoint_prefix, ExceptionType.UNKNOWN):
+        with _typed(checkpoint_prefix):
             self.fault_handler.rollback(checkpoint_prefix)
 
     def validate_checkpoint(self, checkpoint_prefix: str) -> ValidationResult:
@@ -1333,7 +1329,7 @@ def _agreed(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _typed(path: str, kind: ExceptionType) -> Iterator[None]:
+def _typed(path: str) -> Iterator[None]:
     """Turn an OSError of the storage into a CheckpointException, for the local calls."""
     try:
         yield
@@ -1378,9 +1374,9 @@ class _Restore:
             raise CheckpointException(
                 f"validation failed: {result.get_summary()}", type=ExceptionType.VALIDATION_FAILED
             )
-        for shard in range(coordinator.rank, len(reader.metadata.shards), coordinator.world_size):
-            reader.header(shard)  # raises CORRUPTED_CHECKPOINT itself
         mine = range(coordinator.rank, len(reader.metadata.shards), coordinator.world_size)
+        for shard in mine:
+            reader.header(shard)  # raises CORRUPTED_CHECKPOINT, which is more than "not valid"
         result.add(validator.validate_shards(reader, mine))
         if not result.is_valid:
             raise CheckpointException(
@@ -1452,7 +1448,7 @@ class _Restore:
             more = f"\n  ... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
             lines = "".join(f"\n  {line}" for line in wrong[:20])
             raise CheckpointException(
-                f"{reader_prefix(filling.reader)} does not fit ({len(wrong)} problem(s)):{lines}{more}",
+                f"checkpoint {filling.reader.metadata.prefix!r} does not fit ({len(wrong)} problem(s)):{lines}{more}",
                 type=ExceptionType.VALIDATION_FAILED,
             )
 
@@ -1474,11 +1470,6 @@ class _Restore:
             metadata.world_size != here, self.extra, metadata.prefix,
             [*warnings, *self.notes, *self.filling.warnings],
         )  # fmt: skip
-
-
-def reader_prefix(reader: CheckpointReader) -> str:
-    """The checkpoint a reader reads, for messages."""
-    return f"checkpoint {reader.metadata.prefix!r}"
 
 
 class DistributedCheckpointFactory:

@@ -3725,10 +3725,9 @@ def fuzzed_header(rng, files):
 
 
 FUZZERS = {"record": fuzzed_record, "header": fuzzed_header}
-SECONDS = 1.0  # that any bad input may take
 
 
-def check_bad_input(files, context=""):
+def check_bad_input(files, context="", seconds=1.0):
     """Nothing but typed refusals come out of damaged or lying files, soon."""
     started = time.monotonic()
     outcome = load_specimen(files)
@@ -3741,7 +3740,7 @@ def check_bad_input(files, context=""):
     checkpoint.list_checkpoints()
     checkpoint.validate_checkpoint("p").get_summary()
     st.record_head(checkpoint.storage, "p")
-    assert time.monotonic() - started < SECONDS, (time.monotonic() - started, context)
+    assert time.monotonic() - started < seconds, (time.monotonic() - started, context)
     return outcome
 
 
@@ -3820,7 +3819,7 @@ def _pieces(**columns):
 
 
 def _shards(files):
-    """A record with a million shards of one file."""
+    """A record that names one file a hundred thousand times."""
 
     def edit(record):
         table = record["shards"]
@@ -3854,8 +3853,8 @@ LIES = {
     "a shape in the record alone": lambda f: edited(
         f, lambda r: r["tensors"]["shape"].__setitem__(_tensor(r, "model/b"), [1 << 40])
     ),
-    "200,000 entries": lambda f: _entries(f, 30_000),
-    "100,000 shards": _shards,
+    "30,000 entries": lambda f: _entries(f, 30_000),
+    "100,000 shards that are one file": _shards,
     "10^9 ranks": _claim(world_size=BILLION),
     "a sequence number at the limit": _claim(sequence=(1 << 62) - 1),
     "a sequence number over the limit": _claim(sequence=1 << 62),
@@ -3868,13 +3867,14 @@ def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, lie):
     honest = specimen(ram / "s", CheckpointFormat.MULTI_SHARD)
     lying = LIES[lie](honest)
     size = sum(map(len, lying.values()))
-    tracemalloc.start()
+    outcome = check_bad_input(lying)
+    tracemalloc.start()  # which takes its time
     try:
-        outcome = check_bad_input(lying)
+        check_bad_input(lying, seconds=60.0)
         assert tracemalloc.get_traced_memory()[1] < 2 * size + 64 * MiB
     finally:
         tracemalloc.stop()
-    if lie not in ("200,000 entries", "10^9 ranks", "a sequence number at the limit"):
+    if lie not in ("30,000 entries", "10^9 ranks", "a sequence number at the limit"):
         assert outcome[0] in REFUSALS, outcome
     else:
         assert outcome == "exact"
@@ -3932,7 +3932,7 @@ def test_a_decompression_bomb_stops_at_its_declared_size(ram):
         bombed = edited(bombed, move)
         tracemalloc.start()
         try:
-            outcome = check_bad_input(bombed)
+            outcome = check_bad_input(bombed, seconds=60.0)
             taken = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -4003,7 +4003,7 @@ def test_a_bad_path_is_refused_by_the_storage_itself(ram, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["ü", "a b", ".", "..", "a\\b", "\x7f", "n" * 230, "\N{GREEK SMALL LETTER PI}", "-", "%2e%2e"]
+    "name", ["ü", "a b", ".", "..", "a\\b", "\x7f", "n" * 220, "\N{GREEK SMALL LETTER PI}", "-", "%2e%2e"]
 )
 def test_files_with_names_that_no_checkpoint_can_have_disturb_nobody(ram, name):
     put(ram, "old")
@@ -4171,7 +4171,9 @@ def test_a_pickle_in_any_file_is_never_run(ram):
 
 def read_pickles(tmp):
     bag = Bag(**specimen_state(), room="x" * 500)
-    over(tmp / "s").save(bag, None, to(include_rng_state=False, custom_metadata={"epoch": 1}), {"long": ["y" * 500]})
+    over(tmp / "s").save(
+        bag, None, to(include_rng_state=False, custom_metadata={"epoch": 1}), extra_state={"long": ["y" * 500]}
+    )
     files, payload, events, count = listing(tmp / "s"), pickled(tmp), [], 0
     sys.addaudithook(lambda name, args: events.append(name) if name in ("pickle.find_class", "os.system") else None)
     for planted in plant_pickles(files, payload):
