@@ -1488,8 +1488,9 @@ class _Attempt:
     # S3
     def plan(self) -> None:
         with self.op.step("S3 plan"), no_garbage_collection():
-            reference = self.op.broadcast(describe(self._data)[1] if self.op.rank == 0 else None)
-            description, _ = describe(self._data, None if self.op.rank == 0 else str(reference))
+            first = describe(self._data) if self.op.rank == 0 else None
+            reference = self.op.broadcast(first[1] if first else None)
+            description, _ = first or describe(self._data, str(reference))
             gathered = self.op.collect_at_0(st.dump_json(description))
             holdings = Holdings(gathered) if self.op.rank == 0 else None
             if self.request.verify_replicas and self.op.world_size > 1:
@@ -1514,6 +1515,8 @@ class _Attempt:
             chosen = np.repeat(multi, groups.count)
             ranks, sources = groups.members.rank[chosen], groups.members.source[chosen]
             parts = [st.dump_json(st.encode_runs(sources[ranks == rank])) for rank in range(self.op.world_size)]
+        if not self.op.broadcast(holdings is not None and bool(multi.any())):
+            return
         wanted = json.loads(self.op.hand_out(parts))
         indices = st.decode_runs(wanted, sum(wanted[2::3])).tolist()
         views = [self._pieces[index][1] for index in indices]

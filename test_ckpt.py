@@ -14,7 +14,7 @@ error where nothing was ever committed; once `save` has returned, only the new o
     row | fault                                            | tests (test_...)
     1   | a process ends after any operation               | a_process_that_ends_at_any_operation_...
     2   | power loss: unsynced writes and names, torn      | a_power_loss_at_any_moment_of_a_save_..., ..._of_a_delete_or_...,
-        |                                                  | a_power_loss_right_after_...
+        |                                                  | a_power_loss_right_after_..., a_power_loss_during_any_kind_of_...
     3   | crash or error during clean-up                   | a_crash_during_the_clean_up_..., an_error_at_any_operation_of_gc_...
     4   | disk full, quota                                 | a_disk_that_is_full_from_byte_n_on_..., a_full_disk_is_a_...
     5   | the same again during the retry                  | the same (3 attempts), an_error_at_any_operation_... (from then on)
@@ -22,12 +22,26 @@ error where nothing was ever committed; once `save` has returned, only the new o
     7   | short reads and writes, EINTR, over 0x7ffff000   | short_reads_..., signals_that_..., a_read_or_write_of_more_...,
         |                                                  | a_write_that_takes_nothing_...
     8   | error in any worker thread                       | an_error_in_any_worker_thread_...
+    13  | any bit flipped, of any file                     | any_bit_of_any_file_..., a_flipped_bit_anywhere_...
+    14  | cut, extended; shards swapped, replayed          | a_file_of_any_other_length_..., shards_swapped_duplicated_...
+    15  | tensor-file header fuzz, seeded                  | fuzz_of_headers_and_records_... (header), a_key_that_comes_twice_...
+    16  | record fuzz, seeded                              | fuzz_of_headers_and_records_... (record), a_key_that_comes_twice_...
+    17  | well-formed lies: 10^9 pieces, a shape too large | a_well_formed_lie_..., a_shape_that_is_no_lie_for_the_record_...
+    18  | decompression bomb                               | a_decompression_bomb_...
+    19  | names: '..', absolute, NUL, backslash, long      | a_bad_name_in_a_record_..., a_bad_path_..., a_bad_prefix_...,
+        |                                                  | files_with_names_that_no_checkpoint_can_have_...
+    20  | a link, FIFO, device, directory instead of ours  | what_replaces_a_file_or_directory_of_ours_...
+    21  | pickle payload in any file                       | a_pickle_in_any_file_..., no_pickle_is_ever_loaded
     22  | two jobs, one prefix                             | two_jobs_on_one_prefix_..., two_jobs_in_lockstep_...
     23  | reader during overwrite, delete, retention       | a_reader_between_any_two_operations_...,
         |                                                  | a_reader_that_a_writer_overtakes_..., a_listing_that_...,
         |                                                  | a_save_during_which_another_prefix_changes_...
+    27  | the clock is ten years off                       | a_clock_that_is_ten_years_off_...
     28  | clean-up races a live writer                     | clean_up_at_any_operation_of_a_live_save_...
     29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
+    -   | twelve mutants of the library                    | each_mutant_of_the_library_is_caught
+
+The fuzz is seeded: the same cases every time, and `CKPT_FUZZ_ROUNDS=10` ten times as many, every bit and every length.
 """
 
 import base64
@@ -3122,13 +3136,13 @@ def check_power_loss(base, act, allowed, after, tensors=2, files=None):
     return visited
 
 
-def check_states_recover(tmp, states):
+def check_states_recover(tmp, states, prefixes=("p",)):
     """From states of a power loss: clean-up, and the next save, on real files."""
     for state in states:
         for name, content in state:
             (tmp / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp / name).write_bytes(content)
-        check_recovery(tmp)
+        check_recovery(tmp, prefixes)
         shutil.rmtree(tmp)
 
 
@@ -3622,7 +3636,7 @@ NASTY = [
     "1" + "0" * 30, "9" * 5000, "-0", "1.0", "1e3", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "true", "null", '""',
     '".."', '"\\u0000"', '"\\ud800"', '"\xff"', "[]", "{}", "[[]]", "[0,0,1000000000]", "[1,1,1]", "[0,-1,5]", "[9,9]",
     "[4611686018427387903,1,9]", "[4611686018427387903,4611686018427387903]", '{"a":1,"a":2}', "[" * 100_000,
-    "[" * 500 + "]" * 500, '"F32"', '"U8"', '"JSON"', '"BOOL"', '"F4"', '"C32"', '"C64"', '"00000000"', '"0"',
+    "[" * 500 + "]" * 500, "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900, '"F32"', '"U8"', '"JSON"', '"BOOL"', '"F4"', '"C32"', '"C64"', '"00000000"', '"0"',
     '{"$tensor":"x"}', '{"$tensor":[]}', '{"$dict":[[[],1]]}', '{"$dict":[1]}', '{"$set":[[]]}', '{"$ndarray":["<f4",[-1],""]}',
     '{"$ndarray":["|O",[1],"gASVAA=="]}', '{"$scalar":["<f4",[1000000000,1000000000],""]}', '{"$int":"zz"}', '{"$int":""}',
     '{"$device":"moon:1"}', '{"$dtype":"nn"}', '{"$float":"00"}', '{"$datetime":"now"}', '{"$Size":[-1]}', '{"$Size":["x"]}',
@@ -3731,17 +3745,40 @@ def check_bad_input(files, context="", seconds=1.0):
     """Nothing but typed refusals come out of damaged or lying files, soon."""
     started = time.monotonic()
     outcome = load_specimen(files)
-    assert outcome in ("exact", "other") or outcome[0] in (*REFUSALS, "LOAD_FAILED"), (outcome, context)
-    assert not re.search(r"\b(Type|Key|Index|Attribute|Assertion|Overflow|Recursion|Memory|Runtime|Name)Error\b", str(outcome)), (
-        outcome,
-        context,
-    )  # fmt: skip
+    assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
     checkpoint = over(Memory(files))
     checkpoint.list_checkpoints()
     checkpoint.validate_checkpoint("p").get_summary()
     st.record_head(checkpoint.storage, "p")
     assert time.monotonic() - started < seconds, (time.monotonic() - started, context)
     return outcome
+
+
+SEALED = {
+    "a float of one byte": {"$float": "00"},
+    "a list in lists": functools.reduce(lambda node, _: [node], range(900), 0),
+    "an object in objects": functools.reduce(lambda node, _: {"a": node}, range(900), 0),
+    "a tuple in tuples": functools.reduce(lambda node, _: {"$tuple": [node]}, range(400), 0),
+    "a mapping with a list as key": {"$dict": [[[], 1]]},
+    "an array of objects": {"$ndarray": ["|O", [1], "gASVAA=="]},
+    "an array larger than its bytes": {"$ndarray": ["<f4", [1 << 40], ""]},
+    "a number of a million digits": {"$int": "f" * 1_000_000},
+    "a dtype that is a module": {"$dtype": "nn"},
+    "an unknown kind": {"$eval": "1"},
+}
+
+
+@pytest.mark.parametrize("value", SEALED)
+def test_a_value_in_a_sealed_record_that_cannot_be_decoded_never_stops_a_listing_a_clean_up_or_a_save(ram, value):
+    files = edited(
+        specimen(ram / "s", CheckpointFormat.MULTI_SHARD), lambda r: r["custom_metadata"].update(epoch=SEALED[value])
+    )
+    check_bad_input(files)
+    storage = Memory(files)
+    st.collect_garbage(storage)
+    put(storage, "new", "q", keep_last=3)
+    assert seen(storage, "q") == "new" and "q" in [info.prefix for info in over(storage).list_checkpoints()]
+    over(storage).delete_checkpoint("p")
 
 
 def most_memory():
@@ -3819,12 +3856,12 @@ def _pieces(**columns):
 
 
 def _shards(files):
-    """A record that names one file a hundred thousand times."""
+    """A record that names one file five thousand times."""
 
     def edit(record):
         table = record["shards"]
-        table["file"], table["header_crc32"] = table["file"] * 100_000, table["header_crc32"] * 100_000
-        table["length"] = [table["length"][0], 0, 100_000]
+        table["file"], table["header_crc32"] = table["file"] * 5000, table["header_crc32"] * 5000
+        table["length"] = [table["length"][0], 0, 5000]
 
     return edited(files, edit)
 
@@ -3854,7 +3891,7 @@ LIES = {
         f, lambda r: r["tensors"]["shape"].__setitem__(_tensor(r, "model/b"), [1 << 40])
     ),
     "30,000 entries": lambda f: _entries(f, 30_000),
-    "100,000 shards that are one file": _shards,
+    "5,000 shards that are one file": _shards,
     "10^9 ranks": _claim(world_size=BILLION),
     "a sequence number at the limit": _claim(sequence=(1 << 62) - 1),
     "a sequence number over the limit": _claim(sequence=1 << 62),
@@ -3890,7 +3927,7 @@ def load_with_little_room(tmp):
     check_bad_input(files)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * PAGE + 512 * MiB,) * 2)
-    return {lie: isinstance(check_bad_input(LIES[lie](files), lie), (str, tuple)) for lie in LIES}
+    return {lie: isinstance(check_bad_input(LIES[lie](files), lie, seconds=30.0), (str, tuple)) for lie in LIES}
 
 
 def test_a_decompression_bomb_stops_at_its_declared_size(ram):
@@ -4107,8 +4144,6 @@ def meet_impostor(tmp, victim, kind):
         started = time.monotonic()
         try:
             outcome = call(ckpt.LocalStorage(base))
-        except OSError as error:
-            outcome = f"OSError {error}" if name == "gc" else f"raw OSError {error}"
         except Exception as error:
             outcome = f"raw {type(error).__name__} {error}"
         assert time.monotonic() - started < 3, (name, "slow")
@@ -4230,6 +4265,300 @@ def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_latest_nor_what
     put(ram, "new", names[0], keep_last=2)
     assert [info.prefix for info in checkpoint.list_checkpoints()] == [names[-1], names[0]]
     assert seen(ckpt.LocalStorage(ram), names[0]) == "new"
+
+
+# Row 2, more of it: every kind of save and of delete
+
+
+def _ranks(world_size, call):
+    return lambda storage: together(world_size, lambda c: call(storage, c))
+
+
+def _put_ranks(storage, word, world_size, prefix="p", **options):
+    together(world_size, lambda c: put(storage, word, prefix, coordinator=c, **options))
+
+
+def _put_extra(storage, word, coordinator, **options):
+    checkpoint = over(storage, coordinator)
+    checkpoint.save(value(word), None, to(include_rng_state=False, **options), extra_state={"word": word, "n": [1, 2]})
+
+
+def losses(ranks):
+    """Saves and deletes by a number of ranks, each as a scene, by name."""
+    first, one = (lambda s: Path(s.base_path).mkdir(exist_ok=True)), {"p": {"old", "new"}}
+    old, done = (lambda s: _put_ranks(s, "old", ranks)), {"p": {"new"}}
+
+    def new(**options):
+        return lambda s: _put_ranks(s, "new", ranks, **options)
+
+    def extra(**options):
+        return _ranks(ranks, lambda s, c: _put_extra(s, "new", c, **options))
+
+    yield "extra state", Scene(old, extra(), one, done)
+    yield (
+        "extra state, compressed",
+        Scene(first, extra(compression_level=CompressionLevel.FAST), {"p": {"absent", "new"}}, done),
+    )
+    yield (
+        "delete",
+        Scene(old, lambda s: over(s).delete_checkpoint("p"), {"p": {"old", "absent"}}, {"p": {"absent"}}),
+    )
+    yield (
+        "retention",
+        Scene(
+            lambda s: [_put_ranks(s, "old", ranks, "q"), _put_ranks(s, "other", ranks, "r")],
+            new(keep_last=1),
+            {"p": {"absent", "new"}, "q": {"old", "absent"}, "r": {"other", "absent"}},
+            {"p": {"new"}, "q": {"absent"}, "r": {"absent"}},
+        ),
+    )
+    yield (
+        "two in a row",
+        Scene(
+            old,
+            lambda s: [_put_ranks(s, "other", ranks, "q"), new()(s)],
+            {"p": {"old", "new"}, "q": {"absent", "other"}},
+            {"p": {"new"}, "q": {"other"}},
+        ),
+    )
+    for form in FORMATS:
+        for level in (CompressionLevel.FAST, CompressionLevel.MAXIMUM):
+            yield f"{form.name}, {level.name}", Scene(old, new(format=form, compression_level=level), one, done)
+        yield (
+            f"{form.name}, overwrite=False",
+            Scene(first, new(overwrite=False, format=form), {"p": {"absent", "new"}}, done),
+        )
+        yield (
+            f"{form.name}, deeper",
+            Scene(
+                lambda s, form=form: _put_ranks(s, "old", ranks, "run/a/b", format=form),
+                new(format=form, prefix="run/a/b"),
+                {"run/a/b": {"old", "new"}},
+                {"run/a/b": {"new"}},
+            ),
+        )
+
+
+LOSSES = {f"{name}, {ranks} rank(s)": scene for ranks in (1, 2, 3) for name, scene in losses(ranks)}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_power_loss_during_any_kind_of_save_or_delete_leaves_old_or_new(ram, tiny_blocks, loss):
+    scene, base = LOSSES[loss], ram / "base"
+    scene.before(ckpt.LocalStorage(base))
+    visited = check_power_loss(base, scene.act, scene.allowed, scene.after)
+    COUNTS["power-loss states"] += len(visited)
+    check_states_recover(
+        ram / "left", random.Random(1).sample(sorted(visited, key=sorted), min(len(visited), 10)), {"p", *scene.allowed}
+    )
+
+
+# The harness itself: twelve mutants of the library, each of which a checker above must catch
+
+
+def _no_file_sync(patch):
+    patch.setattr(st.LocalFile, "sync", lambda self: None)
+
+
+def _no_directory_sync(patch):
+    patch.setattr(st.LocalStorage, "sync_directory", lambda self, name: None)
+
+
+def _unlink_before_rename(patch):
+    real = st.LocalStorage.publish
+
+    def publish(self, temporary, name, overwrite):
+        self.delete(name)
+        real(self, temporary, name, overwrite)
+
+    patch.setattr(st.LocalStorage, "publish", publish)
+
+
+def _overwrite_in_place(patch):
+    real = st.LocalStorage.publish
+
+    def publish(self, temporary, name, overwrite):
+        if self.length(name) is None:
+            return real(self, temporary, name, overwrite)
+        record, file = st.read_file(self, temporary), self.open(name, write=True)
+        file.resize(len(record))
+        file.write(0, memoryview(record))
+        file.sync()
+        file.close()
+        self.delete(temporary)
+
+    patch.setattr(st.LocalStorage, "publish", publish)
+
+
+def _sync_again(patch):
+    real = st.LocalFile.sync
+
+    def sync(self):
+        try:
+            real(self)
+        except OSError:
+            real(self)
+
+    patch.setattr(st.LocalFile, "sync", sync)
+
+
+def _swallow_thread_errors(patch):
+    real = st.in_parallel
+
+    def in_parallel(items, work, *args):
+        def quiet(item, buffer):
+            with contextlib.suppress(Exception):
+                work(item, buffer)
+
+        real(items, quiet, *args)
+
+    patch.setattr(st, "in_parallel", in_parallel)
+
+
+def _commit_before_all_have_written(patch):
+    """The other ranks report what they are going to write, and write it once they hear of the commit."""
+    write, announce = ckpt.coord._Attempt.write, ckpt.coord._Attempt.announce
+
+    def promise(self):
+        if self.op.rank == 0:
+            return write(self)
+        storage, self.storage = self.storage, Memory({})
+        write(self)
+        self.storage = storage
+
+    def keep_it(self):
+        announce(self)
+        if self.op.rank != 0:
+            write(self)
+
+    patch.setattr(ckpt.coord._Attempt, "write", promise)
+    patch.setattr(ckpt.coord._Attempt, "announce", keep_it)
+
+
+def _record_before_shards(patch):
+    """Shards are synced, but after the rename."""
+    sync, publish, late = st.LocalFile.sync, st.LocalStorage.publish, []
+
+    def sync_later(self):
+        if self._name.endswith(".tmp"):
+            sync(self)
+        else:
+            late.append(self._name)
+
+    def publish_first(self, temporary, name, overwrite):
+        publish(self, temporary, name, overwrite)
+        while late:
+            file = self.open(late.pop(), write=True)
+            sync(file)
+            file.close()
+
+    patch.setattr(st.LocalFile, "sync", sync_later)
+    patch.setattr(st.LocalStorage, "publish", publish_first)
+
+
+def _crc_not_checked(patch):
+    def read_blocks(file, header, first, last, out, path, *args):
+        file.read(header.data_start + first * st.BLOCK_BYTES, out.data)
+
+    patch.setattr(st, "read_blocks", read_blocks)
+
+
+def _duplicate_keys(patch):
+    patch.setattr(st, "parse_json", lambda text, path: json.loads(text))
+
+
+def _unchecked_join(patch):
+    """Shard names are not looked at, and paths are joined and opened as they come."""
+
+    @contextlib.contextmanager
+    def parent(self, name, make=False):
+        path = Path(self.base_path) / name
+        if make:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        fd = self.files.open(str(path.parent), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield fd, path.name
+        finally:
+            self.files.close(fd)
+
+    patch.setattr(st, "_SHARD", re.compile(r"(?s).*"))
+    patch.setattr(st.LocalStorage, "_parent", parent)
+
+
+def _clean_up_before_the_commit(patch):
+    real = ckpt.coord._Attempt._rename
+
+    def rename(self):
+        st.delete_files(self.storage, self.ticket.prefix, self._superseded)
+        real(self)
+
+    patch.setattr(ckpt.coord._Attempt, "_rename", rename)
+
+
+def check_duplicate_keys(files):
+    """A key that comes twice, in the record or in a header, is refused, even if both values are the same."""
+    record = json.loads(files["p.metadata.json"])
+    del record["crc32"]
+    text = dumped(record)
+    path = next(name for name in files if name.endswith(".safetensors"))
+    header, data = header_of(files[path])
+    again = [b'{"sequence":1,' + text[1:], text.replace(b'"tensors": {', b'"tensors": {"rank": [], ')]
+    assert text not in again
+    damaged = [with_record(files, one) for one in again]
+    name = next(key for key in json.loads(header) if key != "__metadata__")
+    twice = b'{"%s":%s,' % (name.encode(), dumped(json.loads(header)[name]))
+    damaged.append(with_shard(files, path, twice + header[1:], data))
+    for number, broken in enumerate(damaged):
+        outcome = load_specimen(broken)
+        assert outcome[0] == "CORRUPTED_CHECKPOINT" and "duplicate" in outcome[1], (number, outcome)
+
+
+def test_a_key_that_comes_twice_is_refused_in_the_record_and_in_a_header(ram):
+    check_duplicate_keys(specimen(ram / "s", CheckpointFormat.MULTI_SHARD))
+
+
+def _check_loss(tmp, **options):
+    check_power_loss_of_save(tmp, True, **options)
+
+
+def _check_bits(tmp):
+    check_bits(specimen(tmp / "s", CheckpointFormat.MULTI_SHARD), 97, 1)
+
+
+MUTANTS = {
+    "no file fsync": (_no_file_sync, _check_loss),
+    "no directory fsync": (_no_directory_sync, _check_loss),
+    "unlink before rename": (_unlink_before_rename, _check_loss),
+    "overwrite in place": (_overwrite_in_place, _check_loss),
+    "fsync retried on the same file": (_sync_again, lambda tmp: check_failed_sync(tmp, "fsync")),
+    "thread error swallowed": (
+        _swallow_thread_errors,
+        lambda tmp: check_thread_error(tmp, OSError(errno.EIO, "bad disk")),
+    ),
+    "commit before all ranks reported": (_commit_before_all_have_written, lambda tmp: _check_loss(tmp, world_size=2)),
+    "record written before shards are durable": (_record_before_shards, _check_loss),
+    "CRC not checked": (_crc_not_checked, _check_bits),
+    "duplicate keys accepted": (
+        _duplicate_keys,
+        lambda tmp: check_duplicate_keys(specimen(tmp / "s", CheckpointFormat.MULTI_SHARD)),
+    ),
+    "unchecked path join": (_unchecked_join, lambda tmp: check_bad_name(tmp, "../../outside.safetensors")),
+    "superseded shards removed before the commit": (_clean_up_before_the_commit, _check_loss),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_each_mutant_of_the_library_is_caught(ram, tiny_blocks, mutant):
+    mutate, checker = MUTANTS[mutant]
+    (ram / "sound").mkdir()
+    checker(ram / "sound")  # which passes without it
+    (ram / "mutant").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        mutate(patch)
+        with pytest.raises(AssertionError) as caught:
+            checker(ram / "mutant")
+    assert "\n" in str(caught.value) or str(caught.value)
+    COUNTS["mutants killed"] += 1
 
 
 # ---- README: its examples run as they stand --------------------------------------------------------------------------
