@@ -127,14 +127,17 @@ _FENCE = re.compile(r"(.+)\.metadata\.json\.([0-9a-f]{8})\.tmp")
 
 def check_prefix(prefix: str) -> str:
     """Return `prefix` if it is a legal checkpoint name, else raise ValueError; touches no file."""
-    parts = prefix.split("/") if isinstance(prefix, str) else []
-    good = all(_PART.fullmatch(p) and p not in (".", "..") and not p.endswith(RECORD_SUFFIX) for p in parts)
-    if not parts or not good:
+    if not isinstance(prefix, str) or not _is_prefix(prefix):
         raise ValueError(
             f"illegal checkpoint prefix {prefix!r}: use '/'-separated parts of letters, digits, '.', '_' and '-', each "
             f"at most 200 long, none empty, '.', '..' or ending in {RECORD_SUFFIX!r}"
         )
     return prefix
+
+
+def _is_prefix(name: str) -> bool:
+    parts = name.split("/")
+    return all(_PART.fullmatch(p) and p not in (".", "..") and not p.endswith(RECORD_SUFFIX) for p in parts)
 
 
 def record_name(prefix: str) -> str:
@@ -428,7 +431,12 @@ class LocalStorage:
 
     def open(self, name: str, write: bool = False) -> LocalFile:
         with self._parent(name) as (directory, leaf):
-            fd = self.files.open(leaf, os.O_RDWR if write else os.O_RDONLY, directory)
+            try:
+                fd = self.files.open(leaf, os.O_RDWR if write else os.O_RDONLY, directory)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                raise corrupted(f"{name}: a symbolic link, not a regular file", name) from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             self.files.close(fd)
             raise corrupted(f"{name}: not a regular file", name)
@@ -751,7 +759,7 @@ def decode_value(node: object, tensor: Callable[[str], object]) -> object:
     body = node[tag]
     try:
         return _decode_tagged(tag, body, tensor)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, struct.error) as error:
         raise corrupted(f"stored value {tag} is malformed: {error}") from error
 
 
@@ -1447,7 +1455,7 @@ def decode_record(data: bytes, prefix: str) -> CheckpointMetadata:
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version!r}")
         return _decode_body(Fields(body), prefix)  # C3
-    except (ValueError, TypeError, OverflowError, IndexError) as error:
+    except (ValueError, TypeError, OverflowError, IndexError, RecursionError) as error:
         raise corrupted(f"{path}: malformed record: {error}", path) from error
 
 
@@ -1458,6 +1466,8 @@ def _decode_body(body: Fields, prefix: str) -> CheckpointMetadata:
     crcs = _fixed_width("".join(table.texts("header_crc32")))
     if bad := [name for name in files if not _SHARD.fullmatch(name)]:
         raise ValueError(f"illegal shard name {bad[0]!r}")
+    if len(set(files)) != len(files):
+        raise ValueError("a shard is named twice")
     if len(crcs) != len(files) or not isinstance(custom, dict):
         raise ValueError("shard columns of different lengths, or no custom metadata")
     datetime.datetime.fromisoformat(body.text("timestamp"))
@@ -1543,6 +1553,7 @@ def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadat
                 problem = f"{path}: shard {what}, the record says {shard.length} bytes"
                 break
         if not problem:
+            _ = meta.pieces  # C3, now that the sizes are known to be true
             return meta
         again = decode_record(read_file(storage, record_name(prefix)), prefix)
         if attempt or again.save_id == meta.save_id:
@@ -1575,7 +1586,7 @@ def committed_id(storage: CheckpointStorage, prefix: str) -> str | None:
 def recorded_prefixes(storage: CheckpointStorage) -> list[str]:
     """Every prefix that has a record, intact or not."""
     names = [name.removesuffix(RECORD_SUFFIX) for name in storage.names() if name.endswith(RECORD_SUFFIX)]
-    return [name for name in names if all(_PART.fullmatch(p) and p not in (".", "..") for p in name.split("/"))]
+    return [name for name in names if _is_prefix(name)]
 
 
 def list_committed(storage: CheckpointStorage) -> list[CheckpointMetadata]:
@@ -1646,8 +1657,8 @@ def collect_garbage(storage: CheckpointStorage) -> list[str]:
     whose record cannot be read. The order (files, then fences, then records) lets a save commit at any moment.
     """
     everything = storage.names()
-    shards = [name for name in everything if "/" in name and _SHARD.fullmatch(name.rpartition("/")[2])]
-    fences = [name for name in everything if _FENCE.fullmatch(name)]
+    shards = [n for n in everything if _SHARD.fullmatch(n.rpartition("/")[2]) and _is_prefix(n.rpartition("/")[0])]
+    fences = [n for n in everything if (m := _FENCE.fullmatch(n)) and _is_prefix(m[1])]
     prefixes = {name.rpartition("/")[0] for name in shards} | {m[1] for f in fences if (m := _FENCE.fullmatch(f))}
     removed: list[str] = []
     for prefix in sorted(prefixes):
