@@ -984,15 +984,12 @@ class DistributedCheckpoint:
         older checkpoint of this prefix is untouched, and this save's files are gone.
         """
         options = options or SaveOptions()
-        self._drain(options.timeout)
-        return self._save(
-            lambda: self._collect(model, optimizer, options, extra_state),
-            model,
-            optimizer,
-            options,
-            extra_state,
-            cancel,
-        )
+        earlier = self._drain(options.timeout)
+
+        def collect() -> ShardData:
+            return self._collect(model, optimizer, options, extra_state)
+
+        return self._save(collect, model, optimizer, options, extra_state, cancel, earlier)
 
     def save_async(
         self,
@@ -1011,7 +1008,7 @@ class DistributedCheckpoint:
         raised by `result()`, or, if nobody asks, by the next save, load or `close`.
         """
         options = options or SaveOptions()
-        self._drain(options.timeout)
+        earlier = self._drain(options.timeout)
         pending = PendingSave(cancel)
         error: Exception | None = None
         data = ShardData([], {})
@@ -1036,7 +1033,7 @@ class DistributedCheckpoint:
                 error = caught
             pending.staged()
             try:
-                prefix = self._save(collect, model, optimizer, options, extra_state, pending.cancel_event)
+                prefix = self._save(collect, model, optimizer, options, extra_state, pending.cancel_event, earlier)
             except BaseException as caught:
                 self.logger.error("background save failed: %s", caught)
                 pending.set_exception(caught)
@@ -1052,10 +1049,12 @@ class DistributedCheckpoint:
     ) -> str:
         """Save the model alone: no optimizer, no random number generators. Otherwise as `save`."""
         options = options or SaveOptions()
-        self._drain(options.timeout)
-        return self._save(
-            lambda: self._collect(model, None, options, None, rng=False), model, None, options, None, cancel
-        )
+        earlier = self._drain(options.timeout)
+
+        def collect() -> ShardData:
+            return self._collect(model, None, options, None, rng=False)
+
+        return self._save(collect, model, None, options, None, cancel, earlier)
 
     def load(
         self,
@@ -1073,13 +1072,13 @@ class DistributedCheckpoint:
         older checkpoint that verifies is loaded instead of one that is corrupt.
         """
         options = options or LoadOptions()
-        self._drain(options.timeout)
+        earlier = self._drain(options.timeout)
         tried: list[str] = []
         warnings: list[str] = []
         prefix = options.checkpoint_prefix
         while True:
             try:
-                return self._load(prefix, model, optimizer, options, extra_state, cancel, warnings)
+                return self._load(prefix, model, optimizer, options, extra_state, cancel, warnings, earlier)
             except CheckpointException as error:
                 if not options.fallback or error.type is not ExceptionType.CORRUPTED_CHECKPOINT:
                     raise
@@ -1117,7 +1116,8 @@ class DistributedCheckpoint:
     def close(self) -> None:
         """Wait for a pending save, raise its failure if nobody has asked for it, and free the staging memory."""
         try:
-            self._drain(None)
+            if (error := self._drain(None)) is not None:
+                raise error
         finally:
             self._staging.free()
 
@@ -1129,17 +1129,16 @@ class DistributedCheckpoint:
 
     # ---- save
 
-    def _drain(self, timeout: float | None) -> None:
-        """Wait for the save in flight; its failure is raised here if nobody has asked for it."""
+    def _drain(self, timeout: float | None) -> BaseException | None:
+        """Wait for the save in flight; returns its failure if nobody here has asked for it."""
         pending = self._pending
         if pending is None:
-            return
+            return None
         limit = timeout if isinstance(timeout, (int, float)) else self.default_timeout
         if not pending.wait_done(limit + coord.GRACE_S):
             raise CheckpointException(f"the save in flight is not done after {limit:g} s", type=ExceptionType.TIMEOUT)
         self._pending = None
-        if not pending.asked and (error := pending.exception()) is not None:
-            raise error
+        return None if pending.asked else pending.exception()
 
     def _stage(
         self, pending: PendingSave, model: Model, optimizer: Model | None, options: SaveOptions,
@@ -1200,11 +1199,13 @@ class DistributedCheckpoint:
         options: SaveOptions,
         extra_state: Mapping[str, object] | None,
         cancel: threading.Event | None,
+        earlier: BaseException | None,
     ) -> str:
         started = time.monotonic()
         shown = options.checkpoint_prefix if isinstance(options.checkpoint_prefix, str) else ""
 
         def request() -> coord.SaveRequest:
+            _raise_earlier(earlier)
             options.check()
             _check_stateful(model, "model")
             _check_stateful(optimizer, "optimizer", optional=True)
@@ -1222,10 +1223,9 @@ class DistributedCheckpoint:
             return saver.coordinate_save(op, request, collect, options.progress), op
 
         result, op = self._with_retry(attempt, shown, cancel)
-        if self.coordinator.rank == 0:
-            for warning in result.warnings:
-                self.logger.warning("%s: %s", result.prefix, warning)
-            self._log("saved", result.prefix, result.bytes_written, time.monotonic() - started, op)
+        for warning in result.warnings:
+            self.logger.warning("%s: %s", result.prefix, warning)
+        self._log("saved", result.prefix, result.bytes_written, time.monotonic() - started, op)
         return result.prefix
 
     # ---- load
@@ -1239,11 +1239,13 @@ class DistributedCheckpoint:
         extra_state: Mapping[str, object] | None,
         cancel: threading.Event | None,
         warnings: list[str],
+        earlier: BaseException | None,
     ) -> CheckpointLoadResult:
         started = time.monotonic()
         restore = _Restore(self, model, optimizer, options, extra_state)
 
         def claim() -> dict[str, object]:
+            _raise_earlier(earlier)
             options.check()
             _check_stateful(model, "model")
             _check_stateful(optimizer, "optimizer", optional=True)
@@ -1335,6 +1337,12 @@ def _typed(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointException(f"{type(error).__name__}: {error}", path, ExceptionType.STORAGE_ERROR) from error
+
+
+def _raise_earlier(error: BaseException | None) -> None:
+    """Raise what an earlier background save failed with: here, in the first step, so that every rank hears of it."""
+    if error is not None:
+        raise error
 
 
 def _check_stateful(value: object, what: str, optional: bool = False) -> None:

@@ -162,6 +162,7 @@ class TorchCoordinator:
         self._operation = self._step = 0
         self._posted: list[str] = []
         self._poll: Callable[[], None] = lambda: None
+        self._store_error = ""
         self._longest_pause = min(0.5, 0.02 * max(1.0, self._world_size / 64))  # thousands of ranks ask one store
         self._group: dist.ProcessGroupGloo | None = None
         # gloo's threads must not drop the last reference to a tensor: at interpreter exit that ends the process.
@@ -179,7 +180,7 @@ class TorchCoordinator:
     def begin(self, poll: Callable[[], None]) -> None:
         self._operation += 1
         self._step = 0
-        self._poll = poll
+        self._poll, self._store_error = poll, ""
 
     def barrier(self, timeout: float = 600.0) -> None:
         self.all_gather(None, timeout)
@@ -294,8 +295,11 @@ class TorchCoordinator:
 
     def _call(self, function: Callable[..., T], *args: object) -> T:
         try:
+            if self._store_error:  # asking a dead store again may take seconds each time
+                raise RuntimeError(self._store_error)
             return function(*args)
         except (RuntimeError, OSError) as error:
+            self._store_error = str(error)
             raise CheckpointException(
                 f"the rendezvous store is unreachable (has the process that hosts it, by default rank 0, died?): {error}",
                 type=ExceptionType.TIMEOUT,
@@ -364,11 +368,14 @@ class Operation:
         self._deadline = time.monotonic() + timeout
         self._cancel, self._retryable = cancel, retryable
         self.step_name = ""
+        self.past_return = False  # committed: what follows may not fail
         self.seconds: dict[str, float] = {}
         coordinator.begin(self.interrupted)
 
     def interrupted(self) -> None:
-        """Raise if this rank was cancelled or another one failed."""
+        """Raise if this rank was cancelled or another one failed; no more once the outcome stands."""
+        if self.past_return:
+            return
         if self._cancel is not None and self._cancel.is_set():
             raise CheckpointException("cancelled", type=ExceptionType.CANCELLED)
         if (failure := self.coordinator.failure()) is not None:
@@ -1745,7 +1752,7 @@ class _Attempt:
                 if isinstance(error, FileExistsError):
                     raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix) from error
                 raise
-        self._committed = True
+        self._committed = self.op.past_return = True
         try:
             self.storage.sync_directory(target)
         except OSError as error:
@@ -1823,8 +1830,7 @@ class _Attempt:
     # S7
     def announce(self) -> None:
         with self.op.step("S7 announce"):
-            told = self.op.broadcast(self.warnings if self.op.rank == 0 else None)
-            self.warnings = list(told) if isinstance(told, list) else []
+            self.op.broadcast(self._committed)
             self._committed = True
             if self.op.rank == 0:
                 st.delete_files(self.storage, self.ticket.prefix, self._superseded)  # I3: only now

@@ -4563,6 +4563,839 @@ def test_each_mutant_of_the_library_is_caught(ram, tiny_blocks, mutant):
     COUNTS["mutants killed"] += 1
 
 
+# ---- faults of several ranks: killed, raising, stopped, cancelled, signalled -------------------------------------------
+
+STEPS = ("S1", "S2", "S3", "S4", "S5", "S6", "S7")
+DEADLINE_S = 2.0
+LATEST_S = DEADLINE_S + 5.0
+
+
+def entering(step, act):
+    """From now on `act()` runs in this process inside each save's `step`, as the first thing; returns how to stop that."""
+    whole = ckpt.coord.Operation.step
+
+    @contextlib.contextmanager
+    def struck(self, name):
+        with whole(self, name):
+            if name.startswith(step):
+                act()
+            yield
+
+    ckpt.coord.Operation.step = struck
+
+    def undo():
+        ckpt.coord.Operation.step = whole
+
+    return undo
+
+
+def at_once(calls, threads=12):
+    """Each of `calls` in a thread: cases that mostly wait. The first failure is raised once all are over."""
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(call) for call in calls]
+    return [future.result() for future in futures]
+
+
+def room_for(base, *names):
+    """A directory of its own for one case."""
+    path = base / "-".join(map(str, names))
+    path.mkdir()
+    return path
+
+
+def told_in_time(call):
+    """What `call()` told, and after how many seconds."""
+    began = time.monotonic()
+    return told(call), time.monotonic() - began
+
+
+def save_word(checkpoint, word, **options):
+    """Save a word by an object that exists already."""
+    return checkpoint.save(value(word), None, to(include_rng_state=False, **options))
+
+
+def names_rank(answer, rank):
+    """Whether a failure names `rank`, in its text and as a value."""
+    return answer[1] == rank and re.search(rf"\brank\(?s?\)?\D*{rank}\b", answer[2]) is not None
+
+
+def is_committed_without(step, victim):
+    """Whether a save goes through though `victim` does nothing from `step` on: rank 0 alone commits."""
+    return step == "S7" or (step == "S6" and victim != 0)
+
+
+def overheard(checkpoint):
+    """The list that this object's warnings go to from now on."""
+    said, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    checkpoint.logger = logging.Logger("overheard")
+    checkpoint.logger.addHandler(handler)
+    return said
+
+
+# Row 9: a rank is killed on entry of a step
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_killed_in_any_step_is_named_by_the_deadline_and_old_or_new_is_whole(ram, world_size):
+    cases = [(step, victim) for step in STEPS for victim in range(world_size)]
+    at_once([functools.partial(check_kill, ram, world_size, *case) for case in cases])
+    COUNTS["ranks killed"] += len(cases)
+
+
+def check_kill(base, world_size, step, victim):
+    tmp = room_for(base, "kill", step, victim)
+    case = f"rank {victim} of {world_size} killed in {step}"
+    answers = run(world_size, killed_in_step, tmp, step, victim, dies={victim})
+    assert answers[victim] == "died", case
+    committed = is_committed_without(step, victim)
+    for answer, seconds in (a for rank, a in enumerate(answers) if rank != victim):
+        assert seconds < LATEST_S, (case, seconds)
+        if committed:
+            assert answer == ("returned", None, "p"), (case, answer)
+        else:
+            assert answer[0] == "TIMEOUT" and names_rank(answer, victim), (case, answer)
+    assert seen(tmp) == ("new" if committed else "old"), case
+    check_recovery(tmp, context=case)
+
+
+def killed_in_step(rank, world_size, tmp, step, victim):
+    checkpoint = over(tmp, ckpt.TorchCoordinator())
+    save_word(checkpoint, "old")
+    if rank == victim:
+        entering(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+
+
+# Row 10: a rank raises on entry of a step; every process lives on, so one set of them tries all
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_that_raises_in_any_step_stops_all_alike_or_warns_once_it_is_committed(ram, world_size, form):
+    cases, silent = run(world_size, raise_in_each_step, ram, form), []
+    for told_by_rank in zip(*cases):
+        step, victim = told_by_rank[0]["case"]
+        answers = [told["answer"] for told in told_by_rank]
+        words = {told["seen"] for told in told_by_rank}
+        warned = [line for told in told_by_rank for line in told["warned"]]
+        case = f"rank {victim} of {world_size} raised in {step}: {answers}"
+        assert max(told["seconds"] for told in told_by_rank) < LATEST_S, case
+        may_commit, may_fail = step == "S7" or (step == "S6" and victim != 0), step != "S7"
+        if answers[0][0] == "returned":
+            assert may_commit and set(answers) == {("returned", None, "p")} and words == {"new"}, case
+            silent += [] if any("boom" in line for line in warned) else [(step, victim)]
+        else:
+            assert may_fail and len(set(answers)) == 1 and words == {"old"}, case
+            assert answers[0][0] == "SAVE_FAILED" and names_rank(answers[0], victim) and "boom" in answers[0][2], case
+        assert not any(told["left"] for told in told_by_rank), (case, told_by_rank)
+        COUNTS["ranks that raised"] += 1
+    check_recovery(ram)
+    assert not silent, f"committed, with an error of (step, rank) that no rank warned about: {silent}"
+
+
+def raise_in_each_step(rank, world_size, tmp, form):
+    checkpoint, found = over(tmp, ckpt.TorchCoordinator()), []
+    warned = overheard(checkpoint)
+    for step, victim in itertools.product(STEPS, range(world_size)):
+        save_word(checkpoint, "old", format=form)
+        dist.barrier()
+        before = st.committed_id(checkpoint.storage, "p")
+        files = set(listing(tmp))
+        dist.barrier()
+
+        def boom(step=step, before=before):
+            while step == "S7" and st.committed_id(checkpoint.storage, "p") == before:
+                time.sleep(0.001)  # S7 is after the rename
+            raise RuntimeError("boom")
+
+        undo = entering(step, boom) if rank == victim else lambda: None
+        del warned[:]
+        answer, seconds = told_in_time(lambda: save_word(checkpoint, "new", format=form, timeout=DEADLINE_S))
+        undo()
+        dist.barrier()
+        word = seen(tmp)
+        left = set(listing(tmp)) - files if word == "old" else set()  # an error in S7 may leave the superseded files
+        told_here = {"case": (step, victim), "answer": answer, "seconds": seconds, "seen": word}
+        found.append(told_here | {"left": sorted(left), "warned": list(warned)})
+        dist.barrier()
+    return found
+
+
+# Row 11: a rank stops past the deadline, and goes on
+
+
+def test_a_rank_stopped_past_the_deadline_is_named_cannot_commit_and_then_all_save_and_load_again(ram):
+    cases = [(step, victim) for step in STEPS for victim in range(2)] + [("S4", 2), ("S6", 0)]
+    sizes = [2] * 14 + [3, 3]
+    at_once([functools.partial(check_stop, ram, size, *case) for size, case in zip(sizes, cases)])
+    COUNTS["ranks stopped"] += len(cases)
+
+
+def check_stop(base, world_size, step, victim):
+    tmp = room_for(base, "stop", world_size, step, victim)
+    case = f"rank {victim} of {world_size} stopped in {step}"
+    answers = run(world_size, stopped_in_step, tmp, step, victim)
+    committed = is_committed_without(step, victim)
+    for rank, (answer, seconds, word, again) in enumerate(answers):
+        assert word == ("new" if committed else "old"), (case, rank, answer, word)
+        assert again == "next", (case, rank, again)
+        if committed:
+            assert answer == ("returned", None, "p"), (case, rank, answer)
+        else:
+            assert answer[0] == "TIMEOUT", (case, rank, answer)
+        if rank != victim:
+            assert seconds < LATEST_S, (case, rank, seconds)
+            assert committed or names_rank(answer, victim), (case, rank, answer)
+    assert set(listing(tmp)) - {"pid", "gave-up-0", "gave-up-1", "gave-up-2"} == named_files(tmp), case
+
+
+def stopped_in_step(rank, world_size, tmp, step, victim):
+    checkpoint = over(tmp, ckpt.TorchCoordinator())
+    save_word(checkpoint, "old")
+    undo = lambda: None  # noqa: E731
+    if rank == victim:
+        (tmp / "pid").write_text(str(os.getpid()))
+        undo = entering(step, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    dist.barrier()
+    answer, seconds = told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+    undo()
+    if rank != victim:
+        (tmp / f"gave-up-{rank}").touch()
+        for other in set(range(world_size)) - {victim}:
+            await_file(tmp / f"gave-up-{other}")
+        # It may not have come to the step where it stops yet: a signal to go on must come after it has.
+        pid = int((tmp / "pid").read_text())
+        while rank == min(set(range(world_size)) - {victim}):
+            if "\nState:\tT" in Path(f"/proc/{pid}/status").read_text():
+                os.kill(pid, signal.SIGCONT)
+                break
+            time.sleep(0.01)
+    dist.barrier()
+    word = seen(tmp)
+    dist.barrier()
+    save_word(checkpoint, "next")
+    target = value("old")
+    checkpoint.load(target, None, at(load_rng_state=False))
+    return answer, seconds, word, "next" if identical(target.state, value("next").state) else "not what was saved"
+
+
+# Row 12: the process that hosts the store dies
+
+
+def test_if_the_host_of_the_store_dies_every_rank_says_that_the_store_is_unreachable(ram):
+    cases = [(step, world_size) for step in STEPS for world_size in (2, 3)]
+    at_once([functools.partial(check_store_death, ram, *case) for case in cases])
+    COUNTS["store deaths"] += len(cases)
+
+
+def check_store_death(base, step, world_size):
+    tmp = room_for(base, "store", step, world_size)
+    case = f"the host of the store, rank 0 of {world_size}, dies in {step}"
+    answers = run(world_size, host_the_store_and_die, tmp, step, dies={0})
+    assert answers[0] == "died", case
+    for answer, seconds in answers[1:]:
+        assert seconds < LATEST_S, (case, seconds)
+        if step == "S7":  # after the rename
+            assert answer == ("returned", None, "p"), (case, answer)
+        else:
+            assert answer[0] == "TIMEOUT" and "store is unreachable" in answer[2], (case, answer)
+    assert seen(tmp) == ("new" if step == "S7" else "old"), case
+    (tmp / "port").unlink()
+    check_recovery(tmp, context=case)
+
+
+def host_the_store_and_die(rank, world_size, tmp, step):
+    dist.destroy_process_group()
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        (tmp / "port.tmp").write_text(str(store.port))
+        (tmp / "port.tmp").rename(tmp / "port")
+    else:
+        await_file(tmp / "port")
+        store = dist.TCPStore("127.0.0.1", int((tmp / "port").read_text()), is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    checkpoint = over(tmp, ckpt.TorchCoordinator())
+    save_word(checkpoint, "old")
+    if rank == 0:
+        entering(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+
+
+# Row 24: a signal at any operation
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("scene", ["overwrite", "overwrite a single file", "delete"])
+def test_a_signal_at_any_operation_ends_the_process_at_once_as_it_should_and_leaves_old_or_new(ram, number, scene):
+    COUNTS["signals"] += apart(signal_everywhere, ram, number, scene, limit_s=100)
+
+
+INTERRUPTED = 130
+
+
+def signal_everywhere(tmp, number, name):
+    scene, base = SCENES[name], tmp / "base"
+    base.mkdir()
+    scene.before(ckpt.LocalStorage(base))
+
+    def interrupted(storage):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            scene.act(storage)
+        except KeyboardInterrupt:
+            os._exit(INTERRUPTED)
+
+    expected = INTERRUPTED if number == signal.SIGINT else -number
+    when = is_change if number == signal.SIGTERM or name != "overwrite" else lambda op: True
+    for k in itertools.count():
+        left, fired = tmp / str(k), tmp / f"fired-{k}"
+        shutil.copytree(base, left)
+
+        def send(op, fired=fired):
+            fired.touch()
+            os.kill(os.getpid(), number)
+
+        began = time.monotonic()
+        code = forked(functools.partial(interrupted, ckpt.LocalStorage(left, Seam(Strike(k, send, when)))))
+        seconds, context = time.monotonic() - began, f"{name}, {number.name} at operation {k}: exit code {code}"
+        if not fired.exists():
+            assert code == 0, context
+            return k
+        assert code == expected and seconds < 2, (context, seconds)
+        check_oracle(ckpt.LocalStorage(left), scene, False, context)
+        check_recovery(left, PREFIXES, context)
+        shutil.rmtree(left)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_interrupt_on_one_rank_ends_the_save_on_all_and_leaves_old_or_new(ram, step):
+    (first, seconds, _), (_, _, caught) = run(2, interrupt_rank_one, ram, step)
+    assert caught and seconds < LATEST_S
+    if first[0] == "returned":
+        assert step in ("S6", "S7") and seen(ram) == "new"
+    else:
+        assert step != "S7" and seen(ram) == "old"
+        assert first[0] == "SAVE_FAILED" and names_rank(first, 1) and "KeyboardInterrupt" in first[2], first
+    assert set(listing(ram)) == named_files(ram)
+
+
+def interrupt_rank_one(rank, world_size, tmp, step):
+    checkpoint = over(tmp, ckpt.TorchCoordinator())
+    save_word(checkpoint, "old")
+    before = st.committed_id(checkpoint.storage, "p")
+    dist.barrier()
+
+    def interrupt():
+        while step == "S7" and st.committed_id(checkpoint.storage, "p") == before:
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+
+    if rank == 1:
+        entering(step, interrupt)
+    try:
+        answer, seconds = told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+    except KeyboardInterrupt:
+        answer, seconds = None, 0.0
+    dist.barrier()
+    return answer, seconds, answer is None
+
+
+SCRIPT = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from test_ckpt import ckpt, over, put, value, to, Seam, Strike
+tmp, how = Path(sys.argv[1]), sys.argv[2]
+put(ckpt.LocalStorage(tmp), "old")
+
+def act(op):
+    print(op.call, flush=True)
+    if how in ("SIGINT", "SIGTERM"):
+        os.kill(os.getpid(), getattr(signal, how))
+    time.sleep(1.0)
+
+storage = ckpt.LocalStorage(tmp, Seam(Strike(1, act, lambda op: op.call in ("pwrite", "fsync"))))
+checkpoint = over(storage)
+pending = checkpoint.save_async(value("new"), None, to(include_rng_state=False))
+if how in ("SIGINT", "SIGTERM"):
+    pending.result()
+print("main is done", flush=True)
+sys.exit(3)
+"""
+ENDINGS = {"exit": (3, {"new"}), "SIGTERM": (-15, {"old"}), "SIGINT": (-2, {"old", "new"})}
+
+
+def test_an_interpreter_that_exits_with_a_save_in_flight_ends_soon_with_its_code_and_old_or_new(ram):
+    at_once([functools.partial(check_exit, ram, how) for how in ENDINGS], threads=2)
+
+
+def check_exit(base, how):
+    tmp = room_for(base, "exit", how)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp, how], capture_output=True, text=True, timeout=60)
+    code, words = ENDINGS[how]
+    assert done.returncode == code and seen(tmp) in words, (how, done.returncode, seen(tmp), done.stderr)
+    assert ("main is done" in done.stdout) == (how == "exit"), done.stdout
+    check_recovery(tmp, context=how)
+
+
+def test_an_exit_with_a_save_in_flight_whose_other_rank_is_dead_is_bounded_by_the_deadline(ram):
+    (exited, _) = run(2, exit_beside_a_dead_rank, ram, dies={0, 1})
+    assert exited == "died"
+    code, seconds = json.loads((ram / "ended").read_text())
+    assert code == 5 and 1.5 < seconds < LATEST_S, (code, seconds)
+    (ram / "ended").unlink()
+    assert seen(ram) == "old"
+    check_recovery(ram)
+
+
+def exit_beside_a_dead_rank(rank, world_size, tmp):
+    checkpoint = over(tmp, ckpt.TorchCoordinator())
+    save_word(checkpoint, "old")
+    dist.barrier()
+    if rank == 1:
+        os._exit(9)
+    began = time.monotonic()
+    checkpoint.save_async(value("new"), None, to(include_rng_state=False, timeout=DEADLINE_S))
+    threading._shutdown()  # what the interpreter does first when it exits: wait for its threads
+    (tmp / "ended").write_text(json.dumps([5, time.monotonic() - began]))
+    os._exit(5)
+
+
+# Row 25: cancel in each step
+
+
+def test_cancel_in_any_step_on_any_rank_stops_all_within_a_second_and_the_next_save_succeeds(ram):
+    cases, extra = run(2, cancel_in_each_step, ram), []
+    for told_by_rank in zip(*cases):
+        (case, asynchronous), answers = told_by_rank[0][0], [told[1] for told in told_by_rank]
+        context = (case, asynchronous, told_by_rank)
+        step, victim = case
+        may_commit = step in ("S6", "S7") or (step == "S5" and victim)  # rank 0 may be past its last look already
+        may_fail = step != "S7" and (step != "S6" or victim)
+        if answers[0][0] == "returned":
+            assert may_commit and set(answers) == {("returned", None, "p")}, context
+            extra += [(*case, files) for *_, files, _ in told_by_rank[:1] if files]
+        else:
+            assert not any(files for *_, files, _ in told_by_rank), context
+            assert may_fail and {answer[0] for answer in answers} == {"CANCELLED"}, context
+            assert all(names_rank(answer, victim) for answer in answers), context
+        for _, answer, seconds, word, _, after in told_by_rank:
+            assert seconds < 2.5 and after == "next", context
+            assert word == ("new" if answer[0] == "returned" else "old"), context
+        COUNTS["cancels"] += 1
+    assert not extra, f"(step, rank, files that no record names) of cancels that came after the commit: {extra}"
+
+
+def cancel_in_each_step(rank, world_size, tmp):
+    checkpoint, found = over(tmp, ckpt.TorchCoordinator()), []
+    for asynchronous, step, victim in itertools.product([False, True], STEPS, range(world_size)):
+        save_word(checkpoint, "old")
+        if rank == 0:
+            st.collect_garbage(checkpoint.storage)
+        dist.barrier()
+        cancel, before = threading.Event(), st.committed_id(checkpoint.storage, "p")
+
+        def act(step=step, before=before, cancel=cancel):
+            while step == "S7" and st.committed_id(checkpoint.storage, "p") == before:
+                time.sleep(0.001)
+            cancel.set()
+
+        undo = entering(step, act) if rank == victim else lambda: None
+        options = to(include_rng_state=False)
+        dist.barrier()
+        if asynchronous:
+            pending = checkpoint.save_async(value("new"), None, options, cancel=cancel)
+            answer, seconds = told_in_time(pending.result)
+        else:
+            save = functools.partial(checkpoint.save, value("new"), None, options, cancel=cancel)
+            answer, seconds = told_in_time(save)
+        undo()
+        dist.barrier()
+        word, left = seen(tmp), sorted(set(listing(tmp)) - named_files(tmp))
+        dist.barrier()
+        save_word(checkpoint, "next")
+        found.append((((step, victim), asynchronous), answer, seconds, word, left, seen(tmp)))
+        dist.barrier()
+    return found
+
+
+def test_the_cancel_of_a_pending_save_stops_a_slow_write_on_all_ranks_within_a_second(ram):
+    for kind, seconds, left in run(2, cancel_a_slow_write, ram):
+        assert kind == "CANCELLED" and seconds < 2.5 and left == []
+
+
+def cancel_a_slow_write(rank, world_size, tmp):
+    began = tmp / f"began-{rank}"
+
+    def slow(op):
+        if op.call == "pwrite":
+            began.touch()
+            time.sleep(0.2)
+
+    checkpoint = over(ckpt.LocalStorage(tmp / "c", Seam(slow)), ckpt.TorchCoordinator())
+    model = Bag(**{f"w{n}": torch.full((BLOCK,), n, dtype=torch.uint8) for n in range(32)})
+    pending = checkpoint.save_async(model, None, to())
+    for other in range(world_size):
+        await_file(tmp / f"began-{other}")
+    if rank == 1:
+        assert pending.cancel()
+    (kind, _, _), seconds = told_in_time(pending.result)
+    dist.barrier()
+    assert not pending.cancel()
+    return kind, seconds, sorted(listing(tmp / "c"))
+
+
+# Row 26 and the promises of save_async
+
+
+class Gate:
+    """Something that waits until it is opened: as the hook of a `Seam`, or in the place of the background copy."""
+
+    def __init__(self, calls=("pwrite",)):
+        self.calls, self.reached, self.opened = calls, threading.Event(), threading.Event()
+
+    def wait(self):
+        self.reached.set()
+        assert self.opened.wait(30.0), "the gate was never opened"
+
+    def __call__(self, op):
+        if op.call in self.calls:
+            self.wait()
+
+    def before_the_copy(self):
+        """The copies of overlapped staging wait here."""
+        copy_staged = ckpt._copy_staged
+
+        def gated(copies):
+            self.wait()
+            copy_staged(copies)
+
+        ckpt._copy_staged = gated
+        return self
+
+
+@pytest.fixture
+def copy_gate(monkeypatch):
+    monkeypatch.setattr(ckpt, "_copy_staged", ckpt._copy_staged)  # put back when the test is over
+    gate = Gate().before_the_copy()
+    yield gate
+    gate.opened.set()
+
+
+def spoil(model, optimizer):
+    """Change every tensor in place."""
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.add_(1)
+        for state in optimizer.state.values():
+            for tensor in state.values():
+                tensor.add_(1)
+
+
+def normed(salt):
+    """A model with buffers too, and its optimizer."""
+    model = filled(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), salt)
+    return model, stepped(model, lr=0.1)
+
+
+@pytest.mark.parametrize("staging", ["eager", "overlapped"])
+def test_tensors_changed_after_wait_staged_do_not_change_the_snapshot(ram, staging):
+    gate = Gate()
+    checkpoint, (model, optimizer) = over(ckpt.LocalStorage(ram, Seam(gate))), normed("truth")
+    truth, extra = state_of(model, optimizer), {"step": 7, "t": torch.zeros(3)}
+    pending = checkpoint.save_async(model, optimizer, to(staging=staging), extra_state=extra)
+    pending.wait_staged(10.0)
+    spoil(model, optimizer)
+    extra["t"].add_(1)
+    extra["step"] = 8
+    assert gate.reached.wait(10.0) and not pending.done()
+    gate.opened.set()
+    assert pending.result(10.0) == "p"
+    again = normed("other")
+    result = over(ram).load(*again, at(), extra_state={"step": 0, "t": torch.ones(3)})
+    assert identical(state_of(*again), truth)
+    assert result.extra_state["step"] == 7 and identical(result.extra_state["t"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("what, name", [("weight", "0.weight"), ("moment", "exp_avg")])
+def test_a_tensor_changed_during_overlapped_staging_fails_the_save_and_is_named(ram, copy_gate, what, name):
+    checkpoint, (model, optimizer) = over(ram), small()
+    save_word(checkpoint, "old")
+    files = listing(ram)
+    pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
+    assert copy_gate.reached.wait(10.0)
+    with torch.no_grad():
+        (model[0].weight if what == "weight" else optimizer.state[model[0].weight]["exp_avg"]).mul_(2)
+    copy_gate.opened.set()
+    message = refusal(lambda: pending.result(10.0), ExceptionType.SAVE_FAILED)
+    assert name in message and "changed" in message
+    assert listing(ram) == files and seen(ram) == "old"
+    optimizer.step()  # nothing waits any more
+    checkpoint.save(model, optimizer, to())
+
+
+def test_a_tensor_changed_on_one_rank_during_overlapped_staging_fails_the_save_on_all(ram):
+    for kind, rank, message, word in run(2, change_while_staging, ram):
+        assert (kind, rank, word) == ("SAVE_FAILED", 1, "old") and "1.weight" in message
+    check_recovery(ram)
+
+
+def change_while_staging(rank, world_size, tmp):
+    checkpoint, (model, optimizer) = over(tmp, ckpt.TorchCoordinator()), small()
+    save_word(checkpoint, "old")
+    gate = Gate().before_the_copy()
+    pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
+    assert gate.reached.wait(10.0)
+    if rank == 1:
+        with torch.no_grad():
+            model[1].weight.zero_()
+    gate.opened.set()
+    answer = told(lambda: pending.result(20.0))
+    dist.barrier()
+    return *answer, seen(tmp)
+
+
+def test_the_optimizers_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_not(ram, copy_gate):
+    checkpoint, (model, optimizer) = over(ram), normed("truth")
+    truth = state_of(model, optimizer)
+    pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
+    assert copy_gate.reached.wait(10.0)
+    with pytest.raises(TimeoutError):
+        pending.wait_staged(0.01)
+    model.train()
+    model(torch.ones(4, 3)).sum().backward()  # changes the statistics of the batch norm, which were copied already
+    assert not identical(state_of(model)[0], truth[0])
+    stepping = threading.Thread(target=optimizer.step)
+    stepping.start()
+    stepping.join(0.3)
+    assert stepping.is_alive() and identical(optimizer.state_dict()["state"], truth[1]["state"])
+    copy_gate.opened.set()
+    stepping.join(10.0)
+    assert not stepping.is_alive() and not identical(optimizer.state_dict()["state"], truth[1]["state"])
+    assert pending.result(10.0) == "p" and not optimizer._optimizer_step_pre_hooks
+    again = normed("other")
+    checkpoint.load(*again, at())
+    assert identical(state_of(*again), truth)
+
+
+def test_without_an_optimizer_to_hook_overlapped_staging_copies_before_it_returns(ram):
+    gate = Gate()
+    checkpoint, model = over(ckpt.LocalStorage(ram, Seam(gate))), Bag(w=torch.zeros(100))
+    pending = checkpoint.save_async(model, None, to(staging="overlapped"))
+    pending.wait_staged(0.0)
+    model.state["w"].fill_(1)
+    gate.opened.set()
+    pending.result(10.0)
+    target = Bag(w=torch.ones(100))
+    over(ram).load(target, None, at())
+    assert identical(target.state["w"], torch.zeros(100))
+
+
+def broken(tmp, coordinator=None, until=1):
+    """A checkpoint object whose first `until` tensor files cannot be made."""
+    return over(ckpt.LocalStorage(tmp, Seam(Strike(0, fail(errno.EIO), is_new_shard, until=until))), coordinator)
+
+
+def test_a_failed_pending_save_raises_at_result_and_then_not_again(ram):
+    checkpoint = broken(ram)
+    pending = checkpoint.save_async(value("new"), None, to())
+    refusal(pending.result, ExceptionType.STORAGE_ERROR)
+    save_word(checkpoint, "next")
+    checkpoint.close()
+    assert seen(ram) == "next"
+    checkpoint = broken(ram)
+    assert isinstance(checkpoint.save_async(value("new"), None, to()).exception(10.0), CheckpointException)
+    checkpoint.close()
+
+
+@pytest.mark.parametrize("call", ["save", "save_async", "save_model_only", "load", "close", "with"])
+def test_a_failed_pending_save_that_nobody_asked_about_raises_at_the_next_call(ram, call):
+    put(ckpt.LocalStorage(ram), "old")
+    checkpoint = broken(ram)
+    checkpoint.save_async(value("new"), None, to())
+    calls = {
+        "save": lambda: save_word(checkpoint, "next"),
+        "save_async": lambda: checkpoint.save_async(value("next"), None, to()).result(),
+        "save_model_only": lambda: checkpoint.save_model_only(value("next"), to()),
+        "load": lambda: checkpoint.load(value("next"), None, at()),
+        "close": checkpoint.close,
+        "with": lambda: checkpoint.__exit__(None, None, None),
+    }
+    refusal(calls[call], ExceptionType.STORAGE_ERROR)
+    assert seen(ram) == "old"
+    checkpoint.close()  # said once
+    save_word(checkpoint, "next")
+    assert seen(ram) == "next" and set(listing(ram)) == named_files(ram)
+
+
+@pytest.mark.parametrize("call", ["save", "save_async", "load"])
+def test_a_failed_pending_save_that_one_rank_alone_asked_about_keeps_no_rank_waiting(ram, call):
+    answers = run(2, ask_on_rank_zero, ram, call)
+    for _, seconds, after in answers:
+        assert seconds < 2.0, answers  # nobody waits for the deadline
+        assert after == ("returned", None, "p"), answers
+    assert answers[1][0][0] == "STORAGE_ERROR" and answers[0][0][0] == "STORAGE_ERROR", answers
+    assert seen(ram) == "next"
+
+
+def ask_on_rank_zero(rank, world_size, tmp, call):
+    checkpoint = broken(tmp, ckpt.TorchCoordinator(), until=FOREVER)
+    checkpoint.default_timeout = 3.0
+    put(ckpt.LocalStorage(tmp / "good"), "old")
+    pending = checkpoint.save_async(value("new"), None, to())
+    if rank == 0:
+        assert told(pending.result)[0] == "STORAGE_ERROR"
+    assert pending.wait_done(10.0)
+    checkpoint.storage.files = Seam()  # the disk is whole again
+    dist.barrier()
+    calls = {
+        "save": lambda: save_word(checkpoint, "next"),
+        "save_async": lambda: checkpoint.save_async(value("next"), None, to()).result(),
+        "load": lambda: checkpoint.load(value("next"), None, at()),
+    }
+    answer, seconds = told_in_time(calls[call])
+    dist.barrier()
+    after = told(lambda: save_word(checkpoint, "next"))
+    dist.barrier()
+    return answer[:3] if isinstance(answer[2], str) else answer[:2], seconds, after
+
+
+@pytest.mark.parametrize("call", ["save_async", "save", "close"])
+def test_one_save_is_in_flight_at_a_time_and_the_next_call_waits_for_it(ram, call):
+    gate = Gate()
+    checkpoint = over(ckpt.LocalStorage(ram, Seam(gate)))
+    first = checkpoint.save_async(value("old"), None, to("first"))
+    assert gate.reached.wait(10.0)
+    calls = {
+        "save_async": lambda: checkpoint.save_async(value("new"), None, to("second")).result(),
+        "save": lambda: checkpoint.save(value("new"), None, to("second")),
+        "close": checkpoint.close,
+    }
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(calls[call])
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        assert not first.done()
+        gate.opened.set()
+        second.result(10.0)
+    assert first.done() and first.result() == "first"
+    prefixes = ["first"] if call == "close" else ["first", "second"]
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == prefixes
+
+
+def test_staging_over_its_budget_is_refused_with_both_numbers_and_the_option_on_all_ranks(ram):
+    for kind, rank, message, after in run(2, stage_over_budget, ram):
+        assert (kind, rank) == ("SAVE_FAILED", 1) and "staging_budget_bytes" in message
+        assert "4096" in message and "1000" in message and after == ("returned", None, "p")
+    assert set(listing(ram)) == named_files(ram)
+
+
+def stage_over_budget(rank, world_size, tmp):
+    checkpoint = opened(tmp, staging_budget_bytes=1000 if rank else None)
+    model, options = Bag(w=torch.zeros(1024)), to(include_rng_state=False)
+    answer = told(lambda: checkpoint.save_async(model, None, options).result())
+    checkpoint.staging_budget_bytes = 4096
+    return *answer, told(lambda: checkpoint.save_async(model, None, options).result())
+
+
+@pytest.mark.parametrize("staging", ["eager", "overlapped"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_training_goes_on_during_twenty_background_saves_and_every_checkpoint_is_right(ram, kind, staging):
+    for right, overlapped, losses in run(2, train_and_save, ram, kind, staging, limit_s=90):
+        assert right == [True] * 20 and overlapped > 0 and len(set(losses)) > 20
+    COUNTS["background saves"] += 20
+
+
+def train_and_save(rank, world_size, tmp, kind, staging):
+    def start(salt):
+        model = filled(nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 4)), salt)
+        if kind == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            fully_shard(model[0])
+            fully_shard(model)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    checkpoint, (model, optimizer) = opened(tmp), start("truth")
+    truths, losses, pending, overlapped = [], [], None, 0
+    torch.manual_seed(rank)
+    for step in range(20):
+        for _ in range(3):
+            loss = model(torch.randn(8, 16)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()  # collectives of the training, while the one before is being saved
+            optimizer.step()
+            losses.append(loss.item())
+            overlapped += pending is not None and not pending.done()
+        truths.append(state_of(model, optimizer))
+        pending = checkpoint.save_async(model, optimizer, to(f"step{step}", staging=staging))
+    pending.result()
+    other, other_optimizer = start("other")
+    right = []
+    for step, truth in enumerate(truths):
+        checkpoint.load(other, other_optimizer, at(f"step{step}", load_rng_state=False))
+        right.append(identical(state_of(other, other_optimizer), truth))
+    checkpoint.close()
+    return right, overlapped, losses
+
+
+def test_sixty_background_saves_keep_threads_descriptors_and_store_keys_flat(ram):
+    for first, last in run(2, count_resources, ram):
+        assert all(after <= before + few for before, after, few in zip(first, last, (2, 4, 10))), (first, last)
+
+
+def count_resources(rank, world_size, tmp):
+    checkpoint, counts = over(tmp, ckpt.TorchCoordinator()), []
+    model, optimizer = small()
+    for saves in (10, 50):
+        for number in range(saves):
+            staging = "overlapped" if number % 2 else "eager"
+            checkpoint.save_async(model, optimizer, to(staging=staging))
+        checkpoint.close()
+        dist.barrier()
+        keys = dist.distributed_c10d._get_default_store().num_keys()
+        tasks, descriptors = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("task", "fd"))
+        counts.append((tasks, descriptors, keys))
+        dist.barrier()
+    return counts
+
+
+# Falling back together
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_fallback_takes_all_ranks_to_the_same_older_checkpoint_though_one_rank_alone_met_the_damage(ram, damaged, form):
+    for prefix, warned, same, refused in run(2, fall_back, ram, damaged, form):
+        assert prefix == "one" and same
+        assert any("two" in line and "corrupt" in line for line in warned), warned
+        assert refused[0] == "CORRUPTED_CHECKPOINT", refused
+
+
+def fall_back(rank, world_size, tmp, damaged, form):
+    def sharded(salt):
+        model = filled(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), salt)
+        fully_shard(model)
+        return model
+
+    checkpoint = opened(tmp)
+    for prefix in ("one", "two", "three"):
+        checkpoint.save(sharded(prefix), None, to(prefix, format=form))
+    dist.barrier()
+    if rank == 0:
+        path = shards(tmp, "two")[damaged if form is CheckpointFormat.MULTI_SHARD else 0]
+        shard = Shard(path)
+        names = sorted((name for name in shard.header if "rng" not in name), key=lambda name: shard.place(name))
+        places = [shard.place(name) for name in names if shard.place(name)[1] > shard.place(name)[0]]
+        flip(path, places[-damaged][0])
+    dist.barrier()
+    model = sharded("other")
+    refused = told(lambda: checkpoint.load(model, None, at("two")))
+    result = checkpoint.load(model, None, at("two", fallback=True))
+    return result.prefix, list(result.warnings), identical(state_of(model), state_of(sharded("one"))), refused
+
+
 # ---- README: its examples run as they stand --------------------------------------------------------------------------
 
 
