@@ -1370,6 +1370,7 @@ class _Restore:
     ) -> None:  # fmt: skip
         self.owner, self.options, self.extra_state = owner, options, extra_state or {}
         self.model_argument, self.optimizer_argument = model, optimizer
+        self.notes: list[str] = []  # warnings of the validator
         self.bytes = 0
 
     def validate(self, reader: CheckpointReader) -> None:
@@ -1395,7 +1396,6 @@ class _Restore:
     def prepare(self, op: coord.Operation, reader: CheckpointReader) -> list[coord.Target]:
         """L3: match the state here with what is stored."""
         options = self.options
-        self.notes = getattr(self, "notes", [])
         self.filling = filling = Filling(reader, op.rank, op.world_size)
         self.model = ModelState(self.model_argument)
         self.model.fill(filling)
