@@ -965,6 +965,7 @@ class DistributedCheckpoint:
         self.logger = logger or log
         self.default_timeout = CheckpointOptions.default_timeout
         self.keep_last: int | None = None
+        self._suspects: set[str] = set()
         self.staging_budget_bytes: int | None = None
         self._staging = Staging()
         self._pending: PendingSave | None = None
@@ -1219,7 +1220,7 @@ class DistributedCheckpoint:
 
         def attempt() -> tuple[coord.SaveResult, coord.Operation]:
             op = self._operation("save", options.timeout, cancel)
-            saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last)
+            saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects)
             return saver.coordinate_save(op, request, collect, options.progress), op
 
         result, op = self._with_retry(attempt, shown, cancel)

@@ -32,6 +32,7 @@ from __future__ import annotations
 import bisect
 import datetime
 import enum
+import functools
 import gc
 import hashlib
 import json
@@ -72,6 +73,8 @@ __all__ = [
 
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
 IO_THREADS = 4
+READ_THREADS = 8  # a disk needs more reads than writes in flight
+EARLY_PROOF_BYTES = 1 << 20  # replicas smaller than this are compared before they are written, larger ones meanwhile
 CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in the second-level cache
 T = TypeVar("T")
 
@@ -405,7 +408,7 @@ class Operation:
             self.coordinator.fail(self._describe(error))
             raise
         finally:
-            self.seconds[name] = time.monotonic() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
     def _describe(self, error: BaseException) -> dict[str, object]:
         kind, rank = self._default.value, self.rank
@@ -922,6 +925,33 @@ class Groups:
         return self.members.rank[self.start[group] : self.start[group] + self.count[group]]
 
 
+class ReplicaProof:
+    """On rank 0: which copies of some groups each rank is to checksum, and in which groups they turn out to differ."""
+
+    def __init__(self, groups: Groups, chosen: Ints) -> None:
+        self.groups, self._chosen, self.count = groups, chosen, len(chosen)
+        asked = np.zeros(len(groups.count), bool)
+        asked[chosen] = True
+        asked = np.repeat(asked, groups.count)
+        self._rank, self._source = groups.members.rank[asked], groups.members.source[asked]
+
+    def wanted(self, rank: int) -> list[int]:
+        """The pieces of a rank that it is to checksum, as runs."""
+        return st.encode_runs(self._source[self._rank == rank])
+
+    def differing(self, answers: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+        """Groups whose copies differ, each with the ranks that differ from the lowest one. `answers`: each rank's CRCs."""
+        crcs = np.empty(len(self._rank), np.int64)
+        for rank, answer in enumerate(answers):
+            crcs[self._rank == rank] = answer
+        ends, found = np.cumsum(self.groups.count[self._chosen]), []
+        for group, end in zip(self._chosen.tolist(), ends.tolist()):
+            own = crcs[end - self.groups.count[group] : end]
+            if (odd := own != own[0]).any():
+                found.append((group, self.groups.holders(group)[odd].tolist()))
+        return found
+
+
 def _mix(values: Ints) -> Ints:
     """splitmix64, the finaliser of Steele, Lea and Flood's generator: a hash of each integer."""
     z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -995,6 +1025,7 @@ class SavePlan:
     shard: Ints
     bases: list[int]  # first byte of each rank's region in a shared file, and the end of the last
     shared: bool  # one file for all ranks
+    groups: Groups  # who else holds the same
     warnings: list[str] = field(default_factory=list)
     model_rows: Rows | None = None  # CONSOLIDATED: all holders of the model file's tensors
     model_entries: list[tuple[int, int]] = field(default_factory=list)  # (tensor, begin)
@@ -1041,6 +1072,7 @@ def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> 
         np.empty(0, np.int64),
         [],
         form is not CheckpointFormat.MULTI_SHARD,
+        groups,
     )
     if form is CheckpointFormat.CONSOLIDATED:
         _plan_model_file(plan, holdings)
@@ -1134,9 +1166,40 @@ class Meter:
             self._report(Progress(self._op.step_name, self._sum, self._total))
 
 
-def write_raw(file: st.StoredFile, data_start: int, base: int, sources: Sequence[Source], meter: Meter) -> list[int]:
-    """Write this rank's region block by block: gather, checksum while in cache, write. Returns the blocks' CRCs."""
+Job = Callable[[Bytes], None]  # something for a thread of `in_parallel` to do, given its buffer
+
+
+def run_jobs(jobs: Sequence[Job], meter: Meter) -> None:
+    """Do all of it on a few threads."""
+    if jobs:
+        st.in_parallel(jobs, lambda job, buffer: job(buffer), min(IO_THREADS, len(jobs)), meter.tick)
+
+
+def checksum_jobs(views: Sequence[torch.Tensor], crcs: list[int]) -> list[Job]:
+    """Jobs that put the CRC32 of each view's row-major bytes into `crcs`."""
+
+    def checksum(index: int, buffer: Bytes) -> None:
+        view, crc = views[index], 0
+        flat, total = st.byte_view(view), view.numel() * view.dtype.itemsize
+        for start in range(0, total, len(buffer)):
+            data = flat[start : start + len(buffer)] if flat is not None else buffer[: min(len(buffer), total - start)]
+            if flat is None:
+                st.copy_out(view, start, data)
+            crc = st.crc32(data, crc)
+        crcs[index] = crc
+
+    return [functools.partial(checksum, index) for index in range(len(views))]
+
+
+def write_raw(
+    file: st.StoredFile, data_start: int, base: int, sources: Sequence[Source], meter: Meter, beside: Sequence[Job] = ()
+) -> list[int]:
+    """Write this rank's region block by block: gather, checksum while in cache, write. Returns the blocks' CRCs.
+
+    `beside`: more work for the threads, spread over the time in which others wait for the disk.
+    """
     if not sources:
+        run_jobs(beside, meter)
         return []
     ends = [s.begin + s.nbytes() for s in sources]
     stop, first = ends[-1], base // st.BLOCK_BYTES
@@ -1165,8 +1228,9 @@ def write_raw(file: st.StoredFile, data_start: int, base: int, sources: Sequence
         file.write(data_start + low, data.data)
         meter.add(high - low)
 
-    blocks = range(first, first + len(crcs))
-    st.in_parallel(blocks, write_block, min(IO_THREADS, len(crcs)), meter.tick)
+    blocks: list[Job] = [functools.partial(write_block, first + index) for index in range(len(crcs))]
+    turns = [(index / len(row), job) for row in (blocks, beside) for index, job in enumerate(row)]
+    run_jobs([job for _, job in sorted(turns, key=lambda turn: turn[0])], meter)
     return crcs
 
 
@@ -1407,12 +1471,14 @@ class SaveResult(NamedTuple):
 
 
 class CheckpointCoordinator:
-    """Runs S1 to S7 on one rank."""
+    """Runs S1 to S7 on one rank. `suspects`: tensors whose copies once differed, compared before they are written."""
 
     def __init__(
-        self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage, keep_last: int | None = None
-    ) -> None:
+        self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage, keep_last: int | None = None,
+        suspects: set[str] | None = None,
+    ) -> None:  # fmt: skip
         self.coordinator, self.storage, self.keep_last = coordinator, storage, keep_last
+        self.suspects = set() if suspects is None else suspects
 
     def coordinate_save(
         self,
@@ -1432,7 +1498,9 @@ class CheckpointCoordinator:
             attempt.collect(collect)
             attempt.plan()
             attempt.write()
-            attempt.report()
+            while not attempt.report():  # copies differ that were planned as replicas: once more, each rank its own
+                attempt.plan()
+                attempt.write()
             attempt.commit()
             attempt.announce()
         except BaseException as error:
@@ -1450,7 +1518,7 @@ class _Attempt:
     def __init__(
         self, parent: CheckpointCoordinator, op: Operation, progress: Callable[[Progress], None] | None
     ) -> None:
-        self.storage, self.keep_last = parent.storage, parent.keep_last
+        self.storage, self.keep_last, self._suspects = parent.storage, parent.keep_last, parent.suspects
         self.op, self.progress = op, progress
         self.ticket = Ticket("", "", 0)
         self.warnings: list[str] = []
@@ -1500,81 +1568,73 @@ class _Attempt:
             description, _ = first or describe(self._data, str(reference))
             gathered = self.op.collect_at_0(st.dump_json(description))
             holdings = Holdings(gathered) if self.op.rank == 0 else None
-            if self.request.verify_replicas and self.op.world_size > 1:
-                self._prove_replicas(holdings)
+            verify = self.request.verify_replicas and self.op.world_size > 1
+            if verify:
+                self._prove_early(holdings)
             orders: list[bytes] = []
             if holdings is not None:
                 self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
+                self._proof = ReplicaProof(self._plan.groups, self._to_prove(holdings, self._plan.groups, verify))
                 self._raise_fence()
                 orders = self._orders()
             order = Fields(json.loads(self.op.hand_out(orders)))
             self._sources = self._read_order(order)
             self._base, self._data_start = order.number("base"), order.number("data_start")
             self._gathering = self._read_model_order(order)
+            self._proving, self._replicas = bool(order.all["proving"]), self._views(order.all["replicas"])
 
-    def _prove_replicas(self, holdings: Holdings | None) -> None:
-        """Every holder of a replica checksums its copy; where they differ, a plain tensor is kept per rank."""
-        parts: list[bytes] = []
+    def _to_prove(self, holdings: Holdings, groups: Groups, verify: bool, early: bool = False) -> Ints:
+        """Groups of replicas whose copies are compared before (early), or else beside, the writing."""
+        if not verify:
+            return np.empty(0, np.int64)
+        tensors = holdings.tensors
+        json_like = np.array([t.dtype == "JSON" for t in tensors], bool)  # compared while planning
+        suspect = np.array([t.name in self._suspects for t in tensors], bool)
+        first = (holdings.nbytes(groups.rows) < EARLY_PROOF_BYTES) | suspect[groups.rows.tensor]
+        first |= (
+            self.request.format is CheckpointFormat.CONSOLIDATED
+        )  # its blocks are written by whoever has most of one
+        return np.flatnonzero((groups.count > 1) & ~json_like[groups.rows.tensor] & (first == early))
+
+    def _views(self, runs: object) -> list[torch.Tensor]:
+        """The pieces of this rank that rank 0 names by their numbers."""
+        counts = runs[2::3] if isinstance(runs, list) else []
+        return [self._pieces[index][1] for index in st.decode_runs(runs, sum(counts)).tolist()]
+
+    def _prove_early(self, holdings: Holdings | None) -> None:
+        """Compare the copies of small tensors, and of those that differed before; what differs is kept per rank."""
+        proof, parts = None, list[bytes]()
         if holdings is not None:
             groups = Groups(holdings.rows)
-            json_like = np.array([t.dtype == "JSON" for t in holdings.tensors], bool)  # compared while planning
-            multi = (groups.count > 1) & ~json_like[groups.rows.tensor]
-            chosen = np.repeat(multi, groups.count)
-            ranks, sources = groups.members.rank[chosen], groups.members.source[chosen]
-            parts = [st.dump_json(st.encode_runs(sources[ranks == rank])) for rank in range(self.op.world_size)]
-        if not self.op.broadcast(holdings is not None and bool(multi.any())):
+            if len(chosen := self._to_prove(holdings, groups, True, early=True)):
+                proof = ReplicaProof(groups, chosen)
+                parts = [st.dump_json(proof.wanted(rank)) for rank in range(self.op.world_size)]
+        if not self.op.broadcast(proof is not None):
             return
-        wanted = json.loads(self.op.hand_out(parts))
-        indices = st.decode_runs(wanted, sum(wanted[2::3])).tolist()
-        views = [self._pieces[index][1] for index in indices]
-        answers = self.op.collect_at_0(np.array(self._checksums(views), np.uint32).tobytes())
-        if holdings is not None:
-            crcs = np.empty(len(ranks), np.int64)
-            for rank, answer in enumerate(answers):
-                crcs[ranks == rank] = np.frombuffer(answer, np.uint32)
-            self._split_differing(holdings, groups, np.flatnonzero(multi), crcs)
-
-    def _checksums(self, views: Sequence[torch.Tensor]) -> list[int]:
+        views = self._views(json.loads(self.op.hand_out(parts)))
         crcs = [0] * len(views)
         meter = Meter(self.op, 0, None)
+        run_jobs(checksum_jobs(views, crcs), meter)
+        answers = self.op.collect_at_0(st.dump_json(crcs))
+        if holdings is not None and proof is not None:
+            self._split_differing(holdings, proof, [json.loads(answer) for answer in answers])
 
-        def checksum(index: int, buffer: Bytes) -> None:
-            view, crc = views[index], 0
-            flat, total = st.byte_view(view), view.numel() * view.dtype.itemsize
-            for start in range(0, total, len(buffer)):
-                data = (
-                    flat[start : start + len(buffer)] if flat is not None else buffer[: min(len(buffer), total - start)]
-                )
-                if flat is None:
-                    st.copy_out(view, start, data)
-                crc = st.crc32(data, crc)
-            crcs[index] = crc
-
-        if views:
-            st.in_parallel(range(len(views)), checksum, IO_THREADS, meter.tick)
-        return crcs
-
-    def _split_differing(self, holdings: Holdings, groups: Groups, multi: Ints, crcs: Ints) -> None:
-        ends = np.cumsum(groups.count[multi])
+    def _split_differing(self, holdings: Holdings, proof: ReplicaProof, answers: Sequence[Sequence[int]]) -> None:
+        groups, drop = proof.groups, list[Ints]()
         apart: set[str] = set()
-        drop: list[Ints] = []
-        for group, end in zip(multi.tolist(), ends.tolist()):
-            own = crcs[end - groups.count[group] : end]
-            if (own == own[0]).all():
-                continue
-            index, holders = int(groups.rows.tensor[group]), groups.holders(group)
-            name = holdings.tensors[index].name
-            odd = ", ".join(map(str, holders[own != own[0]].tolist()))
+        for group, odd_ranks in proof.differing(answers):
+            index, lowest = int(groups.rows.tensor[group]), groups.holders(group)[0]
+            name, odd = holdings.tensors[index].name, ", ".join(map(str, odd_ranks))
             if holdings.declared[index]:
                 drop.append(groups.start[group] + np.arange(1, groups.count[group]))
                 self.warnings.append(
-                    f"{name}: copies that its placement declares equal differ: rank(s) {odd} from rank {holders[0]}, "
+                    f"{name}: copies that its placement declares equal differ: rank(s) {odd} from rank {lowest}, "
                     "whose copy is kept"
                 )
             elif name not in apart:
                 apart.add(name)
                 self.warnings.append(
-                    f"{name}: differs between ranks (rank(s) {odd} from rank {holders[0]}); it is saved per rank"
+                    f"{name}: differs between ranks (rank(s) {odd} from rank {lowest}); it is saved per rank"
                 )
         holdings.rows = groups.members
         if drop:
@@ -1585,8 +1645,8 @@ class _Attempt:
             holdings.keep_per_rank(apart)
 
     def _raise_fence(self) -> None:
-        name = st.fence_name(self.ticket.prefix, self.ticket.save_id)
-        self._fence = self.storage.create(name)
+        if self._fence is None:
+            self._fence = self.storage.create(st.fence_name(self.ticket.prefix, self.ticket.save_id))
 
     def _orders(self) -> list[bytes]:
         """What each rank needs to know to write its bytes; creates the files that ranks share."""
@@ -1600,8 +1660,11 @@ class _Attempt:
             model_start = self._create_shared(self._model_name(), model, model[-1].end if model else 0)
             if self.request.compression is not st.CompressionLevel.NONE:
                 self.warnings.append("the consolidated model file is not compressed: others could not read it")
-        shared = {"data_start": data_start, "model": self._model_order(model_start)}
-        return [st.dump_json({**shared, **plan.order(rank)}) for rank in range(self.op.world_size)]
+        shared = {"data_start": data_start, "model": self._model_order(model_start), "proving": self._proof.count > 0}
+        return [
+            st.dump_json({**shared, **plan.order(rank), "replicas": self._proof.wanted(rank)})
+            for rank in range(self.op.world_size)
+        ]
 
     def _create_shared(self, name: str, entries: Sequence[st.Entry], data_length: int) -> int:
         blocks = [0] * st.block_count(data_length)
@@ -1664,13 +1727,15 @@ class _Attempt:
         with self.op.step("S4 write"):
             total = sum(source.nbytes() for source in self._sources)
             meter = Meter(self.op, total, self.progress)
-            self._report: dict[str, object] = {}
+            crcs = [0] * len(self._replicas)
+            self._beside = checksum_jobs(self._replicas, crcs)
+            self._report: dict[str, object] = {"replicas": crcs}
             if self._gathering is not None:
                 file = self.storage.open(f"{self.ticket.prefix}/{self._model_name()}", write=True)
                 with _closing(file):
-                    crcs = self._gathering.write(self.op, file, self._model_start, self._pieces, meter)
+                    blocks = self._gathering.write(self.op, file, self._model_start, self._pieces, meter)
                     file.sync()  # I2
-                self._report["model"] = [list(crcs), list(crcs.values())]
+                self._report["model"] = [list(blocks), list(blocks.values())]
             if self._data_start:
                 if self._sources:
                     with _closing(self.storage.open(f"{self.ticket.prefix}/{self._shared_name()}", write=True)) as file:
@@ -1678,13 +1743,15 @@ class _Attempt:
                         file.sync()  # I2
             else:
                 self._write_shard(meter)
+            run_jobs(self._beside, meter)  # where nothing was written beside which they could run
             meter.tick()
             self.bytes_written = total
 
     def _write_region(self, file: st.StoredFile, data_start: int, meter: Meter) -> tuple[list[int], dict[int, Placed]]:
         level, placed = self.request.compression, {}
         if level is st.CompressionLevel.NONE:
-            crcs = write_raw(file, data_start, self._base, self._sources, meter)
+            crcs = write_raw(file, data_start, self._base, self._sources, meter, self._beside)
+            self._beside = []
         else:
             writer = FrameWriter(file, data_start, self._base, self._sources, level)
             writer.run(meter)
@@ -1717,9 +1784,24 @@ class _Attempt:
         self._report |= {"crcs": [], "shard": [name, length, st.crc32(header)]}
 
     # S5
-    def report(self) -> None:
+    def report(self) -> bool:
+        """Whether what was written may be committed; if not, its files are gone again, and the plan has to be another."""
         with self.op.step("S5 report"):
             self._reports = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(self._report))]
+            if not self._proving:
+                return True
+            differing: set[str] = set()
+            if self.op.rank == 0:
+                groups = self._proof.groups
+                found = self._proof.differing([report["replicas"] for report in self._reports])
+                differing = {self._plan.tensors[groups.rows.tensor[group]].name for group, _ in found}
+                self._suspects |= differing
+            if self.op.broadcast(not differing):
+                return True
+            for name in self._created:
+                self.storage.delete(f"{self.ticket.prefix}/{name}")
+            self._created = []
+            return False
 
     # S6
     def commit(self) -> None:
@@ -2235,7 +2317,7 @@ class CheckpointLoader:
             if strategy == "broadcast" and op.world_size > 1:
                 Relay(op, reader, tasks, meter).run()
             elif strategy != "sequential" or turn == op.rank:
-                st.in_parallel(tasks, run, min(IO_THREADS, len(tasks)), meter.tick)
+                st.in_parallel(tasks, run, min(READ_THREADS, len(tasks)), meter.tick)
             if strategy == "sequential":
                 op.gather(None)
         meter.tick()

@@ -74,6 +74,8 @@ FRAME_BYTES = 4 << 20  # logical bytes behind one compressed frame
 ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be read and written directly
 MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
 DIRECT_BYTES = 1 << 20  # smaller reads and writes go through the page cache
+COLD_BYTES = 64 << 20  # whether the page cache has a file's bytes is asked in such regions
+SLOW_TO_FREE_BYTES = 64 << 20
 RECORD_SUFFIX = ".metadata.json"
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -213,7 +215,14 @@ class FileOps:
         os.link(source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
 
     def unlink(self, name: str, dir_fd: int) -> None:
+        """Remove a name at once. Freeing gigabytes may take the file system a second: a thread's last close waits for it."""
+        found, held = os.stat(name, dir_fd=dir_fd, follow_symlinks=False), -1
+        if stat.S_ISREG(found.st_mode) and found.st_size >= SLOW_TO_FREE_BYTES:
+            with contextlib.suppress(OSError):  # not ours to read: then this call waits
+                held = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
         os.unlink(name, dir_fd=dir_fd)
+        if held >= 0:
+            threading.Thread(target=os.close, args=(held,), name="ckpt-free", daemon=True).start()
 
     def mkdir(self, name: str, dir_fd: int | None) -> None:
         os.mkdir(name, dir_fd=dir_fd)
@@ -302,19 +311,27 @@ class LocalFile:
         self._files, self._fd, self._name = files, fd, name
         self._flags = os.O_RDWR if writable else os.O_RDONLY
         self._direct_fd: int | None = None  # -1 where there is none
+        self._cold: dict[int, bool] = {}  # region of the file -> whether the page cache had hardly any of it
         self._lock = threading.Lock()
 
     def read(self, offset: int, buffer: memoryview, alone: bool = False) -> None:
         """Fill `buffer` from `offset`; short reads go on, an early end of the file is corruption."""
         done = 0
-        if alone and len(buffer) >= DIRECT_BYTES and offset % mmap.ALLOCATIONGRANULARITY == 0 and self._direct() >= 0:
-            if offset + len(buffer) <= self.length() and not self._files.is_cached(self._fd, offset, len(buffer)):
-                done = self._read_direct(offset, buffer)
+        if alone and len(buffer) >= DIRECT_BYTES and self._is_cold(offset) and self._direct() >= 0:
+            done = self._read_direct(offset, buffer)
         while done < len(buffer):
             count = self._files.pread(self._fd, buffer[done:], offset + done)
             if count == 0:
                 raise corrupted(f"{self._name}: ends at byte {offset + done}, {len(buffer) - done} bytes missing")
             done += count
+
+    def _is_cold(self, offset: int) -> bool:
+        """Looked up once a region: asking takes a good part of the time that reading from the cache does."""
+        region = offset // COLD_BYTES
+        if region not in self._cold:
+            length = min(COLD_BYTES, self.length() - region * COLD_BYTES)
+            self._cold[region] = length > 0 and not self._files.is_cached(self._fd, region * COLD_BYTES, length)
+        return self._cold[region]
 
     def _read_direct(self, offset: int, buffer: memoryview) -> int:
         """Read the whole pages of it past the cache, by way of an aligned buffer if need be; how much that was."""
