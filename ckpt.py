@@ -282,7 +282,7 @@ class SchemaCompatibilityChecker:
         volume = np.zeros(len(metadata.tensors), np.int64)
         np.add.at(volume, pieces.tensor, pieces.box[:, 1].prod(axis=1))
         for index, tensor in enumerate(metadata.tensors):
-            expected = 0 if tensor.alias_of is not None else int(np.prod(tensor.shape, dtype=np.int64))
+            expected = 0 if tensor.alias_of is not None else math.prod(tensor.shape)
             if volume[index] != expected and len(result.errors) < 20:
                 result.errors.append(f"{tensor.name}: pieces hold {volume[index]} of {expected} elements")
         return result
@@ -585,7 +585,7 @@ class ModelState:
                 filling.fill(f"model/{key}", value)
             else:
                 filling.value(f"model-values/{key}", key, value, decoded)
-        for (prefix, _), state in zip(self._parts, self._states):
+        for (prefix, _), state in zip(self._parts, self._states if decoded else []):
             state |= {key: decoded[full] for key in state if (full := prefix + _canonical(key)) in decoded}
 
     def apply(self, strict: bool) -> dict[str, object]:

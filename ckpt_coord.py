@@ -593,7 +593,7 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
         problem = f"has layout {tensor.layout}; store to_dense(), or its indices and values"
     elif tensor.is_quantized or tensor.dtype not in st.CODES:
         problem = f"has dtype {tensor.dtype}; store dequantize(), or int_repr() with its scales"
-    elif tensor.device.type == "meta":
+    elif tensor.is_meta:
         problem = "is on the meta device, which holds no data; materialise it (to_empty) first"
     if problem:
         raise CheckpointException(f"{name} {problem}", type=ExceptionType.SAVE_FAILED)
@@ -651,7 +651,7 @@ def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
     for item in tensors:
         if item.pieces:
             box, view = item.pieces[0]
-            key = (view.data_ptr(), view.device, item.dtype, item.shape, box, view.stride(), tuple(view.shape))
+            key = (view.data_ptr(), view.device, item.dtype, item.shape, box, view.stride())
             first = seen.setdefault(key, item.name)
             item = item if first == item.name else item._replace(alias_of=first)
         marked.append(item)
@@ -1767,21 +1767,20 @@ class _Attempt:
         with no_garbage_collection():
             draft = [_entry(s.meta, s.box, places.get(i, (s.begin, ()))) for i, s in enumerate(self._sources)]
             end = draft[-1].end if draft else 0
-            reserve = len(st.encode_header(draft, [0] * st.block_count(end)))
+            header = st.encode_header(draft, [0] * st.block_count(end))
+            reserve = len(header)
         with _closing(self.storage.create(f"{self.ticket.prefix}/{name}")) as file:
             file.resize(reserve + end)
             crcs, placed = self._write_region(file, reserve, meter)
-            with no_garbage_collection():
-                entries = draft
-                if placed:
-                    entries = [_entry(s.meta, s.box, placed[i]) for i, s in enumerate(self._sources)]
-                header = st.encode_header(entries, crcs, reserve)
-            length = reserve + (entries[-1].end if entries else 0)
-            if length < reserve + end:  # compressed
-                file.resize(length)
+            if placed:
+                entries = [_entry(s.meta, s.box, placed[i]) for i, s in enumerate(self._sources)]
+                header, end = st.encode_header(entries, crcs, reserve), entries[-1].end
+                file.resize(reserve + end)
+            else:
+                header = st.with_checksums(header, crcs)
             file.write(0, memoryview(header))
             file.sync()  # I2
-        self._report |= {"crcs": [], "shard": [name, length, st.crc32(header)]}
+        self._report |= {"crcs": [], "shard": [name, reserve + end, st.crc32(header)]}
 
     # S5
     def report(self) -> bool:
@@ -2054,9 +2053,11 @@ class CheckpointReader:
         self.poll: Callable[[], None] = lambda: None  # called a few times a second by long checks
         pieces = metadata.pieces
         self._rows = np.searchsorted(pieces.tensor, np.arange(len(metadata.tensors) + 1)).tolist()
-        self._index: dict[str, dict[int | None, int]] = {}
+        self._shared = {t.name: index for index, t in enumerate(metadata.tensors) if t.rank is None}
+        self._kept: dict[str, dict[int, int]] = {}  # what is stored for single ranks
         for index, t in enumerate(metadata.tensors):
-            self._index.setdefault(t.name, {})[t.rank] = index
+            if t.rank is not None:
+                self._kept.setdefault(t.name, {})[t.rank] = index
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -2067,24 +2068,23 @@ class CheckpointReader:
 
     def names(self) -> list[str]:
         """Every stored name once."""
-        return list(self._index)
+        return [*self._shared, *(self._kept.keys() - self._shared.keys())]
 
     def indices(self, name: str) -> list[int]:
         """Everything that is stored as `name`: one for all ranks, or one each."""
-        return list(self._index.get(name, {}).values())
+        return [self._shared[name]] if name in self._shared else list(self._kept.get(name, {}).values())
 
     def find(self, name: str, rank: int) -> int | None:
         """The index of what is stored as `name` for `rank`: shared by all, or its own; None where it has none."""
-        kept = self._index.get(name, {})
-        index = kept.get(None, kept.get(rank))
-        if index is None:
+        index = self._shared.get(name)
+        if index is None and (index := self._kept.get(name, {}).get(rank)) is None:
             return None
         alias = self.metadata.tensors[index].alias_of
         return index if alias is None else alias
 
     def ranks(self, name: str) -> list[int]:
         """Ranks for which `name` is kept apart."""
-        return sorted(rank for rank in self._index.get(name, {}) if rank is not None)
+        return sorted(self._kept.get(name, {}))
 
     def is_superseded(self) -> bool:
         """Whether the checkpoint was overwritten or deleted since its record was read."""
@@ -2134,6 +2134,8 @@ class CheckpointReader:
         found, volume = [], 0
         for row in rows:
             piece = _box(table.box[row].tolist(), ndim)
+            if piece == box:  # the layout that was saved
+                return [(int(table.shard[row]), int(table.begin[row]), piece)]
             if (common := piece.intersect(box)) is not None:
                 found.append((int(table.shard[row]), int(table.begin[row]), piece))
                 volume += math.prod(common.size)
@@ -2271,7 +2273,8 @@ class CheckpointLoader:
             request = claim()
             demand_equal(op.gather(request))
             metadata = self._read_record(op, str(request["prefix"]))
-        with CheckpointReader(self.storage, metadata) as reader:
+            reader = CheckpointReader(self.storage, metadata)
+        with reader:
             with op.step("L2 validate"), no_garbage_collection():
                 validate(reader)
             with op.step("L3 plan"), no_garbage_collection():

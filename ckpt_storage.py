@@ -903,11 +903,14 @@ Ints = npt.NDArray[np.int64]
 
 
 def byte_view(tensor: torch.Tensor) -> Bytes | None:
-    """The memory of a contiguous CPU tensor as bytes, or None where it is elsewhere or strided."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    """The memory of a contiguous CPU tensor as bytes, or None where it is elsewhere or strided.
+
+    By its address, in a fourth of the time of torch's views: it is valid as long as the caller keeps the tensor.
+    """
+    if not (tensor.is_cpu and tensor.is_contiguous()) or not tensor.numel():
         return None
-    array: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return array
+    memory = (ctypes.c_uint8 * (tensor.numel() * tensor.dtype.itemsize)).from_address(tensor.data_ptr())
+    return np.frombuffer(memoryview(memory), np.uint8)
 
 
 def _typed(data: Bytes, tensor: torch.Tensor, shape: Shape, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -1164,6 +1167,13 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
     return struct.pack("<Q", length - 8) + text + b" " * (length - 8 - len(text))
 
 
+def with_checksums(header: bytes, block_crcs: Sequence[int]) -> bytes:
+    """A header that was made with zeros for checksums, with these in their place: the first field that has the name."""
+    digits = "".join(f"{crc:08x}" for crc in block_crcs).encode()
+    at = header.index(b'"crc32":"') + len(b'"crc32":"')
+    return header[:at] + digits + header[at + len(digits) :]
+
+
 def read_header(file: StoredFile, path: str, expected_crc: int | None = None) -> Header:
     """Read and check the header of an open tensor file; CORRUPTED_CHECKPOINT for whatever is wrong with it."""
     length = file.length()
@@ -1200,11 +1210,13 @@ def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path
     block_crcs = _fixed_width(metadata.text("crc32"))
     if len(block_crcs) != block_count(data_length):
         raise ValueError("checksum field does not fit the data")
-    pieces = Fields(parse_json(metadata.text("pieces").encode(), path)).all
+    pieces, nothing = Fields(parse_json(metadata.text("pieces").encode(), path)), Fields({})
     names = table.all.keys() - {"__metadata__"}
-    if not pieces.keys() <= names:
+    if not pieces.all.keys() <= names:
         raise ValueError("pieces of unknown entries")
-    entries = [_parse_entry(name, table.child(name), Fields(pieces.get(name, {}))) for name in names]
+    entries = [
+        _parse_entry(name, table.child(name), pieces.child(name) if name in pieces.all else nothing) for name in names
+    ]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = 0
     for entry in entries:
@@ -1223,9 +1235,12 @@ def _fixed_width(digits: str) -> list[int]:
     return [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
 
 
+_ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
+_PIECE_FIELDS = {"offset", "whole", "dtype", "shape", "frames"}
+
+
 def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
-    known = {"offset", "whole", "dtype", "shape", "frames"}
-    if item.all.keys() != {"dtype", "shape", "data_offsets"} or not info.all.keys() <= known:
+    if item.all.keys() != _ENTRY_FIELDS or not info.all.keys() <= _PIECE_FIELDS:
         raise ValueError(f"{name!r}: unexpected fields")
     begin, end = int_tuple(item.array("data_offsets"))
     code, shape = item.text("dtype"), int_tuple(item.array("shape"))
