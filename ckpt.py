@@ -42,16 +42,36 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-if __package__ and not TYPE_CHECKING:
+if TYPE_CHECKING or __package__:  # mypy sees these files as part of a package, where most copies live
     from . import ckpt_coord as coord
     from . import ckpt_storage as st
-    from .ckpt_coord import *
-    from .ckpt_storage import *
 else:
     import ckpt_coord as coord
     import ckpt_storage as st
-    from ckpt_coord import *
-    from ckpt_storage import *
+
+CheckpointCoordinator = coord.CheckpointCoordinator
+CheckpointFormat = coord.CheckpointFormat
+CheckpointLoader = coord.CheckpointLoader
+CheckpointReader = coord.CheckpointReader
+DistributedCoordinator = coord.DistributedCoordinator
+FaultToleranceHandler = coord.FaultToleranceHandler
+LocalCoordinator = coord.LocalCoordinator
+Progress = coord.Progress
+RetryPolicy = coord.RetryPolicy
+ShardData = coord.ShardData
+TorchCoordinator = coord.TorchCoordinator
+CheckpointException = st.CheckpointException
+CheckpointMetadata = st.CheckpointMetadata
+CheckpointStorage = st.CheckpointStorage
+CompressionLevel = st.CompressionLevel
+ExceptionType = st.ExceptionType
+FileOps = st.FileOps
+LocalStorage = st.LocalStorage
+ShardMetadata = st.ShardMetadata
+StorageFactory = st.StorageFactory
+StorageOptions = st.StorageOptions
+StoredFile = st.StoredFile
+TensorMetadata = st.TensorMetadata
 
 __all__ = [
     "CheckpointInfo", "CheckpointLoadResult", "CheckpointOptions", "CheckpointValidator", "ChecksumIntegrityChecker",
@@ -781,7 +801,7 @@ def rng_state() -> dict[str, object]:
         "numpy": np.random.get_state(),
         "random": random.getstate(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if st.cuda_in_use():
         state["cuda"] = [torch.cuda.get_rng_state(d).numpy().tobytes() for d in range(torch.cuda.device_count())]
     return state
 
@@ -1160,7 +1180,7 @@ class DistributedCheckpoint:
         for _, view, room in copies:
             if id(room) not in waiting:
                 room.copy_(view, non_blocking=True)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if st.cuda_in_use():
             torch.cuda.current_stream().synchronize()
         if not late:
             pending.staged()

@@ -58,7 +58,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-if __package__ and not TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from . import ckpt_storage as st
     from .ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Fields, Ints, Shape
 else:
@@ -611,7 +611,7 @@ def local_boxes(name: str, tensor: DTensor) -> list[Box]:
         return []
     box = _strided_box(tensor, coordinate)
     if box is None or box.size != local:
-        chunks = tensor.__create_chunk_list__()
+        chunks = getattr(tensor, "__create_chunk_list__")()  # torch does not type it
         box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
         if len(chunks) != 1 or box.size != local:
             raise CheckpointException(

@@ -945,13 +945,25 @@ def test_fallback_takes_the_newest_older_checkpoint_that_verifies_and_says_so(tm
     refusal(lambda: checkpoint.load(model, optimizer, at("three")), ExceptionType.CORRUPTED_CHECKPOINT)
 
 
-def test_the_three_files_work_inside_somebodys_package(tmp_path):
+@pytest.fixture
+def vendored(tmp_path):
+    """The three files as somebody else's package: pkg/vendor/ckpt.py and its neighbours."""
     vendor = tmp_path / "pkg" / "vendor"
     vendor.mkdir(parents=True)
+    for path in (vendor.parent / "__init__.py", vendor / "__init__.py"):
+        path.touch()
     for name in ("ckpt.py", "ckpt_coord.py", "ckpt_storage.py"):
         shutil.copy(HERE / name, vendor)
-    (answer,) = run(1, use_the_vendored_copy, tmp_path)
-    assert answer == ("pkg.vendor.ckpt", ["p"])
+    return tmp_path
+
+
+def test_the_three_files_work_inside_somebodys_package(vendored):
+    for name, prefixes, same, code in run(2, use_the_vendored_copy, vendored):
+        assert (name, prefixes, same, code) == ("pkg.vendor.ckpt", ["p"], True, 0)
+    command = [sys.executable, "-m", "pkg.vendor.ckpt", "verify", "c"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=vendored, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "p: ok" in done.stdout, done.stderr
 
 
 def use_the_vendored_copy(rank, world_size, tmp):
@@ -959,9 +971,32 @@ def use_the_vendored_copy(rank, world_size, tmp):
         sys.modules[name] = None  # an import of the top-level name would now fail
     sys.path[:] = [str(tmp)] + [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     vendored = importlib.import_module("pkg.vendor.ckpt")
-    checkpoint = vendored.DistributedCheckpoint(storage=vendored.LocalStorage(str(tmp / "c")))
-    checkpoint.save(nn.Linear(2, 2), None, vendored.SaveOptions(checkpoint_prefix="p"))
-    return vendored.__name__, [info.prefix for info in checkpoint.list_checkpoints()]
+    model, optimizer = small()
+    other, other_optimizer = small("other")
+    with vendored.DistributedCheckpoint(storage=vendored.LocalStorage(str(tmp / "c"))) as checkpoint:
+        checkpoint.save(model, optimizer, vendored.SaveOptions(checkpoint_prefix="p"))
+        checkpoint.load(other, other_optimizer, vendored.LoadOptions(checkpoint_prefix="p"))
+        same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
+        prefixes = [info.prefix for info in checkpoint.list_checkpoints()]
+        return vendored.__name__, prefixes, same, vendored.main(["verify", str(tmp / "c")])
+
+
+@pytest.mark.parametrize(
+    "tool", ["mypy --strict", "ruff check --isolated --select E4,E7,E9,F", "ruff check", "ruff format --check"]
+)
+def test_the_three_files_please_the_checkers_inside_somebodys_package(vendored, tool):
+    name, *arguments = tool.split()
+    pytest.importorskip(name)
+    ours = ["--config", str(HERE / "pyproject.toml")] if name == "ruff" and "--isolated" not in arguments else []
+    command = [sys.executable, "-m", name, *arguments, *ours, "pkg"]
+    done = subprocess.run(command, cwd=vendored, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
+    script = "import sys, torch; before = set(sys.modules); import ckpt; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "ckpt" in done.stdout.split() and not [name for name in done.stdout.split() if name.startswith("torch")]
 
 
 # ---- bytes: the tensor file, the record, what may be in them ---------------------------------------------------------
