@@ -2518,6 +2518,237 @@ def test_python_ckpt_py_is_the_command(two_checkpoints):
     assert done.returncode == 1 and "two" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
+# ---- the README's format: enough to write a reader from -----------------------------------------------------------------
+
+
+class Stranger:
+    """A checkpoint as somebody reads it who has the README's section "On disk" and a standard library, and nothing else."""
+
+    SIZES: ClassVar = {
+        "BOOL": 1,
+        "U8": 1,
+        "I8": 1,
+        "U16": 2,
+        "I16": 2,
+        "F16": 2,
+        "BF16": 2,
+        "U32": 4,
+        "I32": 4,
+        "F32": 4,
+    }
+    SIZES |= {"U64": 8, "I64": 8, "F64": 8, "C64": 8, "C128": 16, "C32": 4, "JSON": 1}
+
+    def __init__(self, directory, prefix):
+        with open(f"{directory}/{prefix}.metadata.json", "rb") as file:
+            text = file.read()
+        assert text[-21:-10] == b',"crc32":"' + text[-11:-10] and text[-3:] == b'"}\n'
+        assert int(text[-11:-3], 16) == zlib.crc32(text[:-21])
+        self.record = json.loads(text)
+        assert self.record["format_version"] == 1
+        shards = self.record["shards"]
+        self.shards = []
+        for name, length, crc in zip(shards["file"], self.runs(shards["length"]), shards["header_crc32"]):
+            assert name.startswith(self.record["save_id"])
+            with open(f"{directory}/{prefix}/{name}", "rb") as file:
+                self.shards.append(self.shard(file.read(), length, crc))
+
+    @staticmethod
+    def runs(numbers):
+        triples = zip(numbers[0::3], numbers[1::3], numbers[2::3])
+        return [start + step * i for start, step, count in triples for i in range(count)]
+
+    @staticmethod
+    def shard(content, length, crc):
+        """Entries by where they begin, the empty ones left out: (stored bytes, frames)."""
+        (n,) = struct.unpack("<Q", content[:8])
+        assert len(content) == length and (8 + n) % 4096 == 0 and zlib.crc32(content[: 8 + n]) == int(crc, 16)
+        header, data = json.loads(content[8 : 8 + n]), content[8 + n :]
+        metadata = header.pop("__metadata__")
+        assert metadata["ckpt_version"] == "1" and metadata["block_bytes"] == "4194304"
+        blocks = [data[at : at + 4194304] for at in range(0, len(data), 4194304)]
+        assert metadata["crc32"] == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
+        pieces, entries = json.loads(metadata["pieces"]), {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            digits = pieces.get(name, {}).get("frames", "")
+            frames = [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
+            if end > begin and not name.startswith("pad/"):
+                entries[begin] = (data[begin:end], frames)
+        return entries
+
+    def expand(self, stored, frames, size, length):
+        """The row-major bytes of a piece of `length` bytes, with elements of `size`, from its stored ones."""
+        if not frames:
+            return stored
+        out = b""
+        for frame in frames:
+            part, stored = stored[:frame], stored[frame:]
+            logical = min(4194304, length - len(out))
+            if frame < logical:
+                planes = part[0]
+                assert planes in (1, size)
+                lengths = struct.unpack(f"<{planes}I", part[1 : 1 + 4 * planes])
+                share, at, plain = logical // planes, 1 + 4 * planes, bytearray(logical)
+                for plane, stored_length in enumerate(lengths):
+                    chunk = part[at : at + stored_length]
+                    at += stored_length
+                    plain[plane::planes] = chunk if stored_length == share else zlib.decompress(chunk)
+                part = bytes(plain)
+            out += part
+        assert len(out) == length and not stored
+        return out
+
+    def tensors(self):
+        """(name, rank or None) -> (dtype, shape, row-major bytes) of every tensor, whole."""
+        columns, pieces = self.record["tensors"], self.record["pieces"]
+        shapes, codes = columns["shape"], columns["dtype"]
+        whole = [bytearray(math.prod(shape) * self.SIZES[code]) for shape, code in zip(shapes, codes)]
+        which, shard, begin = (self.runs(pieces[key]) for key in ("tensor", "shard", "begin"))
+        offset, size = ([self.runs(column) for column in pieces[key]] for key in ("offset", "size"))
+        assert len(which) == pieces["count"]
+        for row, index in enumerate(which):
+            shape, item = shapes[index], self.SIZES[codes[index]]
+            low, count = ([column[row] for column in columns][: len(shape)] for columns in (offset, size))
+            stored, frames = self.shards[shard[row]][begin[row]]
+            data = self.expand(stored, frames, item, math.prod(count) * item)
+            assert len(data) == math.prod(count) * item
+            line = (count[-1] if count else 1) * item
+            for number in range(len(data) // line):  # a line of the last dimension at a time
+                rest, at, stride = number, low[-1] if low else 0, 1
+                for dim in range(len(shape) - 2, -1, -1):
+                    stride *= shape[dim + 1]
+                    at += (low[dim] + rest % count[dim]) * stride
+                    rest //= count[dim]
+                whole[index][at * item : at * item + line] = data[number * line : (number + 1) * line]
+        for row, other in columns["alias_of"]:
+            whole[row] = whole[other]
+        ranks = dict(columns["rank"])
+        return {
+            (name, ranks.get(row)): (codes[row], shapes[row], bytes(whole[row]))
+            for row, name in enumerate(columns["name"])
+        }
+
+    def value(self, node):
+        """A value, with what its own language has for each kind."""
+        if isinstance(node, list):
+            return [self.value(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if not any(key.startswith("$") for key in node):
+            return {key: self.value(item) for key, item in node.items()}
+        ((kind, body),) = node.items()
+        if kind in ("$dict", "$OrderedDict", "$Counter"):
+            return {self.value(key): self.value(item) for key, item in body}
+        readers = {
+            "$tuple": lambda: tuple(self.value(body)),
+            "$Size": lambda: tuple(body),
+            "$set": lambda: set(self.value(body)),
+            "$frozenset": lambda: frozenset(self.value(body)),
+            "$int": lambda: int(body, 16),
+            "$float": lambda: struct.unpack(">d", bytes.fromhex(body))[0],
+            "$bytes": lambda: base64.b64decode(body),
+            "$ndarray": lambda: ("array", body[0], body[1], base64.b64decode(body[2])),
+            "$scalar": lambda: ("scalar", body[0], body[1], base64.b64decode(body[2])),
+        }
+        return readers[kind]() if kind in readers else (kind, body)  # tensor, dtype, device, datetime: a name
+
+
+def documented_state(rank):
+    """Every kind of thing that the README's tables name, as `rank` has it before anything is sharded."""
+    big = torch.arange(2_600_000, dtype=torch.float32).view(1300, 2000)  # several frames and blocks
+    tied, noise = torch.arange(6).view(2, 3), torch.Generator().manual_seed(1)
+    model = {
+        "big": big, "noise": torch.randn(40_000, generator=noise), "tied": tied, "again": tied, "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5, dtype=torch.float64), "flag": torch.tensor([True, False, True]),
+        "half": torch.randn(7, 3, generator=noise).bfloat16(), "strided": torch.arange(24.0).view(4, 6).T,
+        "complex": torch.randn(3, 2, dtype=torch.complex128, generator=noise), "own~@name": torch.ones(1, 1, 1, 2),
+        "apart": torch.full((2, 2), float(rank)), "config": {"depth": 3, "name": "ü", 5: (1.5, None)},
+    }  # fmt: skip
+    extra = {
+        "plain": [1, -2.5, "x", None, True], "tuple": (1, (2,)), "large": -(2**70), "odd": [math.inf, -math.inf],
+        "set": {3, 1}, "bytes": b"\0\xff", "keys": {(1, 2): "a"}, "counter": Counter("aab"), "place": {"rank": rank},
+        "array": np.arange(3, dtype=">i2"), "size": torch.Size([2, 3]), "dtype": torch.bfloat16,
+        "nested": {"deep": [torch.arange(3)]}, "frozen": frozenset("a"),
+    }  # fmt: skip
+    return model, extra
+
+
+def documented_layers(salt="truth"):
+    return filled(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), salt)
+
+
+def save_documented(rank, world_size, tmp, form, level):
+    layers = documented_layers()
+    fully_shard(layers[0])  # 7 rows over 2 ranks: uneven
+    fully_shard(layers)
+    optimizer = stepped(layers)
+    model, extra = documented_state(rank)
+    torch.manual_seed(rank)
+    random.seed(rank)
+    options = to(format=form, compression_level=level, custom_metadata={"note": [1, 2]})
+    opened(tmp).save({"layers": layers, "bag": Bag(**model)}, optimizer, options, extra_state=extra)
+
+
+@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST, CompressionLevel.MAXIMUM])
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(ram, form, level):
+    run(2, save_documented, ram, form, level)
+    found = Stranger(ram, "p")
+    assert found.record["custom_metadata"] == {"note": [1, 2]} and found.record["format"] == form.value
+    tensors = found.tensors()
+    values = {key: found.value(json.loads(data)) for key, (dtype, _, data) in tensors.items() if dtype == "JSON"}
+    compressed = [frames for shard in found.shards for _, frames in shard.values() if frames]
+    assert bool(compressed) == (level is not CompressionLevel.NONE)
+    layers = documented_layers()
+    optimizer = stepped(layers)
+    expected = {(f"model/layers.{name}", None): tensor for name, tensor in layers.state_dict().items()}
+    for (name, _), state in zip(layers.named_parameters(), optimizer.state_dict()["state"].values()):
+        expected |= {(f"optimizer/layers.{name}/{key}", None): tensor for key, tensor in state.items()}
+    for rank in (0, 1):
+        model, extra = documented_state(rank)
+        config, apart = model.pop("config"), model.pop("apart")
+        expected |= {(f"model/bag.{key}", None): tensor for key, tensor in model.items()}
+        expected["model/bag.apart", rank] = apart
+        generator = torch.Generator().manual_seed(rank).get_state().numpy().tobytes()
+        assert values["rng/state", rank]["torch"] == generator
+        assert values["rng/state", rank]["random"] == random.Random(rank).getstate()
+        assert values["extra/place", rank] == extra["place"]
+        expected["extra/nested.deep.0", None] = extra["nested"]["deep"][0]
+    codes = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+    codes[torch.complex128] = "C128"
+    expected = {key: (codes[t.dtype], list(t.shape), raw(t)) for key, t in expected.items()}
+    assert {key: found for key, found in tensors.items() if found[0] != "JSON"} == expected
+    assert values["model-values/bag.config", None] == config
+    group = values["optimizer/state", None]["groups"][0]
+    assert group["params"] == [f"layers.{name}" for name, _ in layers.named_parameters()]
+    assert group["options"]["betas"] == (0.9, 0.999)
+    for key in ("plain", "tuple", "large", "odd", "set", "bytes", "keys", "counter", "frozen"):
+        assert identical(values[f"extra/{key}", None], dict(extra[key]) if key == "counter" else extra[key])
+    assert values["extra/array", None] == ("array", ">i2", [3], np.arange(3, dtype=">i2").tobytes())
+    assert values["extra/size", None] == (2, 3) and values["extra/dtype", None] == ("$dtype", "bfloat16")
+    assert values["extra/nested", None] == {"deep": [("$tensor", "extra/nested.deep.0")]}
+
+
+def test_the_worked_examples_of_the_readme_are_what_is_written(tmp_path):
+    readme = (HERE / "README.md").read_text()
+    opened(tmp_path).save_model_only(Bag(w=torch.tensor([1.0, 2.0])), to(custom_metadata={"epoch": 3}))
+    (path,) = shards(tmp_path)
+    dump = re.findall(r"^0000([0-9a-f]{4})  ((?:[0-9a-f]{2} +)+)", readme, re.MULTILINE)
+    content = path.read_bytes()
+    assert len(dump) == 3 and len(content) == 4096 + 8
+    for place, digits in dump:
+        assert content[int(place, 16) :].startswith(bytes.fromhex(digits))
+    assert f"CRC32 {zlib.crc32(content[4096:]):08x}" in readme
+    (example,) = re.findall(r"^```json\n(\{\"format_version.*\n)```", readme, re.MULTILINE)
+    assert example.endswith(f',"crc32":"{zlib.crc32(example[:-21].encode()):08x}"}}\n')
+    written, shown = json.loads((tmp_path / "p.metadata.json").read_bytes()), json.loads(example)
+    assert list(written) == list(shown)
+    for key in ("save_id", "torch_version", "timestamp", "crc32"):
+        written[key] = shown[key]
+    written["shards"]["file"] = [shown["save_id"] + name[8:] for name in written["shards"]["file"]]
+    assert written == shown
+
+
 # ---- faults: every row of the matrix in the header; at each of them a reader sees old or new, whole ---------------------
 
 
