@@ -42,16 +42,36 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-if __package__ and not TYPE_CHECKING:
+if TYPE_CHECKING or __package__:  # mypy sees these files as part of a package, where most copies live
     from . import ckpt_coord as coord
     from . import ckpt_storage as st
-    from .ckpt_coord import *
-    from .ckpt_storage import *
 else:
     import ckpt_coord as coord
     import ckpt_storage as st
-    from ckpt_coord import *
-    from ckpt_storage import *
+
+CheckpointCoordinator = coord.CheckpointCoordinator
+CheckpointFormat = coord.CheckpointFormat
+CheckpointLoader = coord.CheckpointLoader
+CheckpointReader = coord.CheckpointReader
+DistributedCoordinator = coord.DistributedCoordinator
+FaultToleranceHandler = coord.FaultToleranceHandler
+LocalCoordinator = coord.LocalCoordinator
+Progress = coord.Progress
+RetryPolicy = coord.RetryPolicy
+ShardData = coord.ShardData
+TorchCoordinator = coord.TorchCoordinator
+CheckpointException = st.CheckpointException
+CheckpointMetadata = st.CheckpointMetadata
+CheckpointStorage = st.CheckpointStorage
+CompressionLevel = st.CompressionLevel
+ExceptionType = st.ExceptionType
+FileOps = st.FileOps
+LocalStorage = st.LocalStorage
+ShardMetadata = st.ShardMetadata
+StorageFactory = st.StorageFactory
+StorageOptions = st.StorageOptions
+StoredFile = st.StoredFile
+TensorMetadata = st.TensorMetadata
 
 __all__ = [
     "CheckpointInfo", "CheckpointLoadResult", "CheckpointOptions", "CheckpointValidator", "ChecksumIntegrityChecker",
@@ -781,7 +801,7 @@ def rng_state() -> dict[str, object]:
         "numpy": np.random.get_state(),
         "random": random.getstate(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if st.cuda_in_use():
         state["cuda"] = [torch.cuda.get_rng_state(d).numpy().tobytes() for d in range(torch.cuda.device_count())]
     return state
 
@@ -1161,7 +1181,7 @@ class DistributedCheckpoint:
         for _, view, room in copies:
             if id(room) not in waiting:
                 room.copy_(view, non_blocking=True)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if st.cuda_in_use():
             torch.cuda.current_stream().synchronize()
         if not late:
             pending.staged()
@@ -1226,7 +1246,11 @@ class DistributedCheckpoint:
         result, op = self._with_retry(attempt, shown, cancel)
         for warning in result.warnings:
             self.logger.warning("%s: %s", result.prefix, warning)
-        self._log("saved", result.prefix, result.bytes_written, time.monotonic() - started, op)
+        took, own, whole = time.monotonic() - started, result.bytes_written, result.size_bytes
+        self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, took, op)
+        if op.rank == 0:
+            what = f"saved {result.prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
+            self._log(logging.INFO, what, whole, took, op)
         return result.prefix
 
     # ---- load
@@ -1277,7 +1301,9 @@ class DistributedCheckpoint:
         result = restore.result(metadata, warnings)
         for warning in result.warnings:
             self.logger.warning("%s: %s", metadata.prefix, warning)
-        self._log("loaded", metadata.prefix, restore.bytes, time.monotonic() - started, op)
+        own, whole = restore.bytes, metadata.size_bytes()
+        what = f"loaded {metadata.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB to rank {op.rank} of {op.world_size}"
+        self._log(logging.DEBUG if op.rank else logging.INFO, what, own, time.monotonic() - started, op)
         return result
 
     def _older(self, tried: Sequence[str], options: LoadOptions) -> str | None:
@@ -1310,16 +1336,19 @@ class DistributedCheckpoint:
         return coord.Operation(self.coordinator, verb, limit, cancel, retryable)
 
     def _with_retry(self, attempt: Callable[[], R], path: str, cancel: threading.Event | None) -> R:
-        with _agreed(path):
-            return self.fault_handler.execute_with_retry(attempt, cancel)
+        def logged() -> R:
+            try:
+                return attempt()
+            except coord.OperationFailed as failed:
+                self.logger.debug("an attempt failed: %s", failed)
+                raise
 
-    def _log(self, verb: str, prefix: str, count: int, seconds: float, op: coord.Operation) -> None:
+        with _agreed(path):
+            return self.fault_handler.execute_with_retry(logged, cancel)
+
+    def _log(self, level: int, what: str, count: int, seconds: float, op: coord.Operation) -> None:
         steps = " ".join(f"{name.split()[0]} {took:.3f}" for name, took in op.seconds.items())
-        level = logging.INFO if self.coordinator.rank == 0 else logging.DEBUG
-        self.logger.log(
-            level, "%s %s: %.3f GB on rank %d in %.3f s, %.2f GB/s (%s)",
-            verb, prefix, count / 1e9, self.coordinator.rank, seconds, count / 1e9 / max(seconds, 1e-9), steps,
-        )  # fmt: skip
+        self.logger.log(level, "%s in %.3f s, %.2f GB/s (%s)", what, seconds, count / 1e9 / max(seconds, 1e-9), steps)
 
 
 @contextlib.contextmanager

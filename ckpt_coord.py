@@ -59,7 +59,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-if __package__ and not TYPE_CHECKING:
+if TYPE_CHECKING or __package__:
     from . import ckpt_storage as st
     from .ckpt_storage import Box, Bytes, CheckpointException, ExceptionType, Fields, Ints, Shape
 else:
@@ -422,6 +422,8 @@ class Operation:
         text = (
             str(error) if isinstance(error, (CheckpointException, ValueError)) else f"{type(error).__name__}: {error}"
         )
+        if self.step_name == "L4 read":
+            text += "; tensors being loaded are undefined now: load again, or restart"
         message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
         return {
             "type": kind, "rank": rank, "message": message, "retryable": isinstance(error, self._retryable),
@@ -614,7 +616,7 @@ def local_boxes(name: str, tensor: DTensor) -> list[Box]:
         return []
     box = _strided_box(tensor, coordinate)
     if box is None or box.size != local:
-        chunks = tensor.__create_chunk_list__()
+        chunks = getattr(tensor, "__create_chunk_list__")()  # torch does not type it
         box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
         if len(chunks) != 1 or box.size != local:
             raise CheckpointException(
@@ -1138,7 +1140,7 @@ class Source(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a save or load is: the step ("S4 write", "L4 read"), and its bytes on this rank."""
+    """How far a save or load is: the step ("S4 write", "L4 read"), and its bytes on this rank, which end at the total."""
 
     step: str
     bytes_done: int
@@ -1366,16 +1368,20 @@ class Gathering:
             owned[owner].append(block)
         return owned
 
+    def nbytes(self, blocks: Iterable[int]) -> int:
+        """Bytes in some blocks."""
+        return sum(min(st.BLOCK_BYTES, self.length - block * st.BLOCK_BYTES) for block in blocks)
+
     def write(
         self,
         op: Operation,
         file: st.StoredFile,
         data_start: int,
         views: Sequence[tuple[Box, torch.Tensor]],
+        owned: Sequence[Sequence[int]],
         meter: Meter,
     ) -> dict[int, int]:
         """Exchange and write; returns the CRC of every block that this rank owns."""
-        owned = self.schedule(op.world_size)
         crcs: dict[int, int] = {}
         step = self.BLOCKS_A_ROUND
         for first in range(0, max(map(len, owned)), step):
@@ -1468,6 +1474,7 @@ class SaveResult(NamedTuple):
     prefix: str
     warnings: list[str]
     bytes_written: int  # by this rank
+    size_bytes: int  # of the whole checkpoint; 0 where not known, which is on other ranks than 0
 
 
 class CheckpointCoordinator:
@@ -1509,7 +1516,7 @@ class CheckpointCoordinator:
             attempt.warnings.append(f"committed, but not every rank may know: {error}")
         finally:
             attempt.release()
-        return SaveResult(attempt.ticket.prefix, attempt.warnings, attempt.bytes_written)
+        return SaveResult(attempt.ticket.prefix, attempt.warnings, attempt.bytes_written, attempt.size_bytes)
 
 
 class _Attempt:
@@ -1522,7 +1529,7 @@ class _Attempt:
         self.op, self.progress = op, progress
         self.ticket = Ticket("", "", 0)
         self.warnings: list[str] = []
-        self.bytes_written = 0
+        self.bytes_written = self.size_bytes = 0
         self._fence: st.StoredFile | None = None
         self._created: list[str] = []
         self._superseded: list[str] = []
@@ -1726,6 +1733,12 @@ class _Attempt:
     def write(self) -> None:
         with self.op.step("S4 write"):
             total = sum(source.nbytes() for source in self._sources)
+            if self._sources and self.request.compression is st.CompressionLevel.NONE:
+                last = self._sources[-1]  # and what lies between the entries
+                total = last.begin + last.nbytes() - self._base
+            if self._gathering is not None:
+                owned = self._gathering.schedule(self.op.world_size)
+                total += self._gathering.nbytes(owned[self.op.rank])
             meter = Meter(self.op, total, self.progress)
             crcs = [0] * len(self._replicas)
             self._beside = checksum_jobs(self._replicas, crcs)
@@ -1733,7 +1746,7 @@ class _Attempt:
             if self._gathering is not None:
                 file = self.storage.open(f"{self.ticket.prefix}/{self._model_name()}", write=True)
                 with _closing(file):
-                    blocks = self._gathering.write(self.op, file, self._model_start, self._pieces, meter)
+                    blocks = self._gathering.write(self.op, file, self._model_start, self._pieces, owned, meter)
                     file.sync()  # I2
                 self._report["model"] = [list(blocks), list(blocks.values())]
             if self._data_start:
@@ -1806,7 +1819,8 @@ class _Attempt:
     def commit(self) -> None:
         with self.op.step("S6 commit"), no_garbage_collection():
             if self.op.rank == 0:
-                record = st.encode_record(self._metadata(self._finish_shards()))
+                metadata = self._metadata(self._finish_shards())
+                self.size_bytes, record = metadata.size_bytes(), st.encode_record(metadata)
                 self.storage.sync_directory(f"{self.ticket.prefix}/x")  # I2: the shards' names
                 assert self._fence is not None
                 self._fence.write(0, memoryview(record))
@@ -2281,13 +2295,7 @@ class CheckpointLoader:
                 tasks = reader.plan(prepare(reader))
                 op.gather(None)  # nobody writes into a tensor before everybody has a plan
             with op.step("L4 read"):
-                try:
-                    self._read(op, reader, tasks, str(request["strategy"]), progress)
-                except CheckpointException as error:
-                    note = "; tensors being loaded are undefined now: load again, or restart"
-                    raise CheckpointException(
-                        f"{error}{note}", error.checkpoint_path, error.type, error.rank
-                    ) from error
+                self._read(op, reader, tasks, str(request["strategy"]), progress)
         with op.step("L5 agree"), no_garbage_collection():
             op.gather(None)  # every rank has its bytes
             apply()

@@ -1036,9 +1036,14 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
     return out.reshape(-1)
 
 
+def cuda_in_use() -> bool:
+    """Whether this process has initialised CUDA; asking does not."""
+    return torch.cuda.is_available() and bool(getattr(torch.cuda, "is_initialized")())  # torch does not type it
+
+
 def aligned_buffer(length: int) -> Bytes:
     """Page-aligned memory (mmap), pinned where CUDA is in use, so that device copies and direct I/O are fast."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if cuda_in_use():
         pinned: Bytes = torch.empty(length, dtype=torch.uint8, pin_memory=True).numpy()
         return pinned
     return np.frombuffer(mmap.mmap(-1, max(1, length)), np.uint8)[:length]

@@ -3,7 +3,8 @@
     python -m pytest -q test_ckpt.py                 all of it
     python -m pytest -q test_ckpt.py -k reshard      one section
 
-Sections follow the README's promises: API, bytes, protocol, resharding, resume, bad input, command line, README.
+Sections follow the README's promises: API, bytes, protocol, resharding, resume, bad input, command line, format, recipes,
+faults, README.
 Nothing is mocked. Ranks are real processes that speak gloo (`run` below); files are reopened with a reader that
 shares no code with the library (`Shard` below, and the `safetensors` package where it is installed); the truth
 that a restored tensor is compared with never went through a checkpoint. A hang is a failure, never a wait.
@@ -945,13 +946,25 @@ def test_fallback_takes_the_newest_older_checkpoint_that_verifies_and_says_so(tm
     refusal(lambda: checkpoint.load(model, optimizer, at("three")), ExceptionType.CORRUPTED_CHECKPOINT)
 
 
-def test_the_three_files_work_inside_somebodys_package(tmp_path):
+@pytest.fixture
+def vendored(tmp_path):
+    """The three files as somebody else's package: pkg/vendor/ckpt.py and its neighbours."""
     vendor = tmp_path / "pkg" / "vendor"
     vendor.mkdir(parents=True)
+    for path in (vendor.parent / "__init__.py", vendor / "__init__.py"):
+        path.touch()
     for name in ("ckpt.py", "ckpt_coord.py", "ckpt_storage.py"):
         shutil.copy(HERE / name, vendor)
-    (answer,) = run(1, use_the_vendored_copy, tmp_path)
-    assert answer == ("pkg.vendor.ckpt", ["p"])
+    return tmp_path
+
+
+def test_the_three_files_work_inside_somebodys_package(vendored):
+    for name, prefixes, same, code in run(2, use_the_vendored_copy, vendored):
+        assert (name, prefixes, same, code) == ("pkg.vendor.ckpt", ["p"], True, 0)
+    command = [sys.executable, "-m", "pkg.vendor.ckpt", "verify", "c"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=vendored, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "p: ok" in done.stdout, done.stderr
 
 
 def use_the_vendored_copy(rank, world_size, tmp):
@@ -959,9 +972,32 @@ def use_the_vendored_copy(rank, world_size, tmp):
         sys.modules[name] = None  # an import of the top-level name would now fail
     sys.path[:] = [str(tmp)] + [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     vendored = importlib.import_module("pkg.vendor.ckpt")
-    checkpoint = vendored.DistributedCheckpoint(storage=vendored.LocalStorage(str(tmp / "c")))
-    checkpoint.save(nn.Linear(2, 2), None, vendored.SaveOptions(checkpoint_prefix="p"))
-    return vendored.__name__, [info.prefix for info in checkpoint.list_checkpoints()]
+    model, optimizer = small()
+    other, other_optimizer = small("other")
+    with vendored.DistributedCheckpoint(storage=vendored.LocalStorage(str(tmp / "c"))) as checkpoint:
+        checkpoint.save(model, optimizer, vendored.SaveOptions(checkpoint_prefix="p"))
+        checkpoint.load(other, other_optimizer, vendored.LoadOptions(checkpoint_prefix="p"))
+        same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
+        prefixes = [info.prefix for info in checkpoint.list_checkpoints()]
+        return vendored.__name__, prefixes, same, vendored.main(["verify", str(tmp / "c")])
+
+
+@pytest.mark.parametrize(
+    "tool", ["mypy --strict", "ruff check --isolated --select E4,E7,E9,F", "ruff check", "ruff format --check"]
+)
+def test_the_three_files_please_the_checkers_inside_somebodys_package(vendored, tool):
+    name, *arguments = tool.split()
+    pytest.importorskip(name)
+    ours = ["--config", str(HERE / "pyproject.toml")] if name == "ruff" and "--isolated" not in arguments else []
+    command = [sys.executable, "-m", name, *arguments, *ours, "pkg"]
+    done = subprocess.run(command, cwd=vendored, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
+    script = "import sys, torch; before = set(sys.modules); import ckpt; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "ckpt" in done.stdout.split() and not [name for name in done.stdout.split() if name.startswith("torch")]
 
 
 # ---- bytes: the tensor file, the record, what may be in them ---------------------------------------------------------
@@ -2492,6 +2528,579 @@ def test_python_ckpt_py_is_the_command(two_checkpoints):
     shards(two_checkpoints, "two")[0].unlink()
     done = python("verify", two_checkpoints)
     assert done.returncode == 1 and "two" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+# ---- the README's format: enough to write a reader from -----------------------------------------------------------------
+
+
+class Stranger:
+    """A checkpoint as somebody reads it who has the README's section "On disk" and a standard library, and nothing else."""
+
+    SIZES: ClassVar = {
+        "BOOL": 1,
+        "U8": 1,
+        "I8": 1,
+        "U16": 2,
+        "I16": 2,
+        "F16": 2,
+        "BF16": 2,
+        "U32": 4,
+        "I32": 4,
+        "F32": 4,
+    }
+    SIZES |= {"U64": 8, "I64": 8, "F64": 8, "C64": 8, "C128": 16, "C32": 4, "JSON": 1}
+
+    def __init__(self, directory, prefix):
+        with open(f"{directory}/{prefix}.metadata.json", "rb") as file:
+            text = file.read()
+        assert text[-21:-10] == b',"crc32":"' + text[-11:-10] and text[-3:] == b'"}\n'
+        assert int(text[-11:-3], 16) == zlib.crc32(text[:-21])
+        self.record = json.loads(text)
+        assert self.record["format_version"] == 1
+        shards = self.record["shards"]
+        self.shards = []
+        for name, length, crc in zip(shards["file"], self.runs(shards["length"]), shards["header_crc32"]):
+            assert name.startswith(self.record["save_id"])
+            with open(f"{directory}/{prefix}/{name}", "rb") as file:
+                self.shards.append(self.shard(file.read(), length, crc))
+
+    @staticmethod
+    def runs(numbers):
+        triples = zip(numbers[0::3], numbers[1::3], numbers[2::3])
+        return [start + step * i for start, step, count in triples for i in range(count)]
+
+    @staticmethod
+    def shard(content, length, crc):
+        """Entries by where they begin, the empty ones left out: (stored bytes, frames)."""
+        (n,) = struct.unpack("<Q", content[:8])
+        assert len(content) == length and (8 + n) % 4096 == 0 and zlib.crc32(content[: 8 + n]) == int(crc, 16)
+        header, data = json.loads(content[8 : 8 + n]), content[8 + n :]
+        metadata = header.pop("__metadata__")
+        assert metadata["ckpt_version"] == "1" and metadata["block_bytes"] == "4194304"
+        blocks = [data[at : at + 4194304] for at in range(0, len(data), 4194304)]
+        assert metadata["crc32"] == "".join(f"{zlib.crc32(block):08x}" for block in blocks)
+        pieces, entries = json.loads(metadata["pieces"]), {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            digits = pieces.get(name, {}).get("frames", "")
+            frames = [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
+            if end > begin and not name.startswith("pad/"):
+                entries[begin] = (data[begin:end], frames)
+        return entries
+
+    def expand(self, stored, frames, size, length):
+        """The row-major bytes of a piece of `length` bytes, with elements of `size`, from its stored ones."""
+        if not frames:
+            return stored
+        out = b""
+        for frame in frames:
+            part, stored = stored[:frame], stored[frame:]
+            logical = min(4194304, length - len(out))
+            if frame < logical:
+                planes = part[0]
+                assert planes in (1, size)
+                lengths = struct.unpack(f"<{planes}I", part[1 : 1 + 4 * planes])
+                share, at, plain = logical // planes, 1 + 4 * planes, bytearray(logical)
+                for plane, stored_length in enumerate(lengths):
+                    chunk = part[at : at + stored_length]
+                    at += stored_length
+                    plain[plane::planes] = chunk if stored_length == share else zlib.decompress(chunk)
+                part = bytes(plain)
+            out += part
+        assert len(out) == length and not stored
+        return out
+
+    def tensors(self):
+        """(name, rank or None) -> (dtype, shape, row-major bytes) of every tensor, whole."""
+        columns, pieces = self.record["tensors"], self.record["pieces"]
+        shapes, codes = columns["shape"], columns["dtype"]
+        whole = [bytearray(math.prod(shape) * self.SIZES[code]) for shape, code in zip(shapes, codes)]
+        which, shard, begin = (self.runs(pieces[key]) for key in ("tensor", "shard", "begin"))
+        offset, size = ([self.runs(column) for column in pieces[key]] for key in ("offset", "size"))
+        assert len(which) == pieces["count"]
+        for row, index in enumerate(which):
+            shape, item = shapes[index], self.SIZES[codes[index]]
+            low, count = ([column[row] for column in columns][: len(shape)] for columns in (offset, size))
+            stored, frames = self.shards[shard[row]][begin[row]]
+            data = self.expand(stored, frames, item, math.prod(count) * item)
+            assert len(data) == math.prod(count) * item
+            line = (count[-1] if count else 1) * item
+            for number in range(len(data) // line):  # a line of the last dimension at a time
+                rest, at, stride = number, low[-1] if low else 0, 1
+                for dim in range(len(shape) - 2, -1, -1):
+                    stride *= shape[dim + 1]
+                    at += (low[dim] + rest % count[dim]) * stride
+                    rest //= count[dim]
+                whole[index][at * item : at * item + line] = data[number * line : (number + 1) * line]
+        for row, other in columns["alias_of"]:
+            whole[row] = whole[other]
+        ranks = dict(columns["rank"])
+        return {
+            (name, ranks.get(row)): (codes[row], shapes[row], bytes(whole[row]))
+            for row, name in enumerate(columns["name"])
+        }
+
+    def value(self, node):
+        """A value, with what its own language has for each kind."""
+        if isinstance(node, list):
+            return [self.value(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if not any(key.startswith("$") for key in node):
+            return {key: self.value(item) for key, item in node.items()}
+        ((kind, body),) = node.items()
+        if kind in ("$dict", "$OrderedDict", "$Counter"):
+            return {self.value(key): self.value(item) for key, item in body}
+        readers = {
+            "$tuple": lambda: tuple(self.value(body)),
+            "$Size": lambda: tuple(body),
+            "$set": lambda: set(self.value(body)),
+            "$frozenset": lambda: frozenset(self.value(body)),
+            "$int": lambda: int(body, 16),
+            "$float": lambda: struct.unpack(">d", bytes.fromhex(body))[0],
+            "$bytes": lambda: base64.b64decode(body),
+            "$ndarray": lambda: ("array", body[0], body[1], base64.b64decode(body[2])),
+            "$scalar": lambda: ("scalar", body[0], body[1], base64.b64decode(body[2])),
+        }
+        return readers[kind]() if kind in readers else (kind, body)  # tensor, dtype, device, datetime: a name
+
+
+def documented_state(rank):
+    """Every kind of thing that the README's tables name, as `rank` has it before anything is sharded."""
+    big = torch.arange(2_600_000, dtype=torch.float32).view(1300, 2000)  # several frames and blocks
+    tied, noise = torch.arange(6).view(2, 3), torch.Generator().manual_seed(1)
+    model = {
+        "big": big, "noise": torch.randn(40_000, generator=noise), "tied": tied, "again": tied, "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.5, dtype=torch.float64), "flag": torch.tensor([True, False, True]),
+        "half": torch.randn(7, 3, generator=noise).bfloat16(), "strided": torch.arange(24.0).view(4, 6).T,
+        "complex": torch.randn(3, 2, dtype=torch.complex128, generator=noise), "own~@name": torch.ones(1, 1, 1, 2),
+        "apart": torch.full((2, 2), float(rank)), "config": {"depth": 3, "name": "ü", 5: (1.5, None)},
+    }  # fmt: skip
+    extra = {
+        "plain": [1, -2.5, "x", None, True], "tuple": (1, (2,)), "large": -(2**70), "odd": [math.inf, -math.inf],
+        "set": {3, 1}, "bytes": b"\0\xff", "keys": {(1, 2): "a"}, "counter": Counter("aab"), "place": {"rank": rank},
+        "array": np.arange(3, dtype=">i2"), "size": torch.Size([2, 3]), "dtype": torch.bfloat16,
+        "nested": {"deep": [torch.arange(3)]}, "frozen": frozenset("a"),
+    }  # fmt: skip
+    return model, extra
+
+
+def documented_layers(salt="truth"):
+    return filled(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), salt)
+
+
+def save_documented(rank, world_size, tmp, form, level):
+    layers = documented_layers()
+    fully_shard(layers[0])  # 7 rows over 2 ranks: uneven
+    fully_shard(layers)
+    optimizer = stepped(layers)
+    model, extra = documented_state(rank)
+    torch.manual_seed(rank)
+    random.seed(rank)
+    options = to(format=form, compression_level=level, custom_metadata={"note": [1, 2]})
+    opened(tmp).save({"layers": layers, "bag": Bag(**model)}, optimizer, options, extra_state=extra)
+
+
+@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST, CompressionLevel.MAXIMUM])
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(ram, form, level):
+    run(2, save_documented, ram, form, level)
+    found = Stranger(ram, "p")
+    assert found.record["custom_metadata"] == {"note": [1, 2]} and found.record["format"] == form.value
+    tensors = found.tensors()
+    values = {key: found.value(json.loads(data)) for key, (dtype, _, data) in tensors.items() if dtype == "JSON"}
+    compressed = [frames for shard in found.shards for _, frames in shard.values() if frames]
+    assert bool(compressed) == (level is not CompressionLevel.NONE)
+    layers = documented_layers()
+    optimizer = stepped(layers)
+    expected = {(f"model/layers.{name}", None): tensor for name, tensor in layers.state_dict().items()}
+    for (name, _), state in zip(layers.named_parameters(), optimizer.state_dict()["state"].values()):
+        expected |= {(f"optimizer/layers.{name}/{key}", None): tensor for key, tensor in state.items()}
+    for rank in (0, 1):
+        model, extra = documented_state(rank)
+        config, apart = model.pop("config"), model.pop("apart")
+        expected |= {(f"model/bag.{key}", None): tensor for key, tensor in model.items()}
+        expected["model/bag.apart", rank] = apart
+        generator = torch.Generator().manual_seed(rank).get_state().numpy().tobytes()
+        assert values["rng/state", rank]["torch"] == generator
+        assert values["rng/state", rank]["random"] == random.Random(rank).getstate()
+        assert values["extra/place", rank] == extra["place"]
+        expected["extra/nested.deep.0", None] = extra["nested"]["deep"][0]
+    codes = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+    codes[torch.complex128] = "C128"
+    expected = {key: (codes[t.dtype], list(t.shape), raw(t)) for key, t in expected.items()}
+    assert {key: found for key, found in tensors.items() if found[0] != "JSON"} == expected
+    assert values["model-values/bag.config", None] == config
+    group = values["optimizer/state", None]["groups"][0]
+    assert group["params"] == [f"layers.{name}" for name, _ in layers.named_parameters()]
+    assert group["options"]["betas"] == (0.9, 0.999)
+    for key in ("plain", "tuple", "large", "odd", "set", "bytes", "keys", "counter", "frozen"):
+        assert identical(values[f"extra/{key}", None], dict(extra[key]) if key == "counter" else extra[key])
+    assert values["extra/array", None] == ("array", ">i2", [3], np.arange(3, dtype=">i2").tobytes())
+    assert values["extra/size", None] == (2, 3) and values["extra/dtype", None] == ("$dtype", "bfloat16")
+    assert values["extra/nested", None] == {"deep": [("$tensor", "extra/nested.deep.0")]}
+
+
+def test_the_worked_examples_of_the_readme_are_what_is_written(tmp_path):
+    readme = (HERE / "README.md").read_text()
+    opened(tmp_path).save_model_only(Bag(w=torch.tensor([1.0, 2.0])), to(custom_metadata={"epoch": 3}))
+    (path,) = shards(tmp_path)
+    dump = re.findall(r"^0000([0-9a-f]{4})  ((?:[0-9a-f]{2} +)+)", readme, re.MULTILINE)
+    content = path.read_bytes()
+    assert len(dump) == 3 and len(content) == 4096 + 8
+    for place, digits in dump:
+        assert content[int(place, 16) :].startswith(bytes.fromhex(digits))
+    assert f"CRC32 {zlib.crc32(content[4096:]):08x}" in readme
+    (example,) = re.findall(r"^```json\n(\{\"format_version.*\n)```", readme, re.MULTILINE)
+    assert example.endswith(f',"crc32":"{zlib.crc32(example[:-21].encode()):08x}"}}\n')
+    written, shown = json.loads((tmp_path / "p.metadata.json").read_bytes()), json.loads(example)
+    assert list(written) == list(shown)
+    for key in ("save_id", "torch_version", "timestamp", "crc32"):
+        written[key] = shown[key]
+    written["shards"]["file"] = [shown["save_id"] + name[8:] for name in written["shards"]["file"]]
+    assert written == shown
+
+
+# ---- the README's recipes ---------------------------------------------------------------------------------------------
+
+
+def recipe(marker):
+    """What the one block of the README that contains `marker` defines."""
+    (block,) = [block for block in readme_blocks() if marker in block]
+    namespace = {}
+    exec(compile(block, "README.md", "exec"), namespace)
+    return namespace
+
+
+def test_the_loop_of_the_readme_goes_on_in_any_layout_from_what_any_other_has_saved(tmp_path):
+    steps, losses = 0, []
+    for layout, ranks in (("plain", 1), ("ddp", 2), ("fsdp2", 2), ("tp", 2), ("ddp", 3), ("plain", 1)):
+        told = run(ranks, follow_the_recipe, tmp_path, layout)
+        steps += 3
+        assert told == [steps] * ranks
+    (tmp_path / "whole").mkdir()
+    run(1, follow_the_recipe, tmp_path / "whole", "plain", steps)
+    for directory in (tmp_path, tmp_path / "whole"):
+        linear = {name: torch.zeros(shape) for name, shape in (("0.weight", (64, 8)), ("2.bias", (1,)))}
+        bag = Bag(**linear)
+        opened(directory / "checkpoints").load(bag, None, at(f"step_{steps}", strict_mode=False))
+        losses.append(torch.cat([tensor.reshape(-1) for tensor in bag.state.values()]))
+    assert torch.allclose(*losses, rtol=1e-4, atol=1e-6)  # other layouts add in another order
+
+
+def follow_the_recipe(rank, world_size, tmp, layout, steps=3):
+    os.chdir(tmp)
+    if layout == "plain":
+        dist.destroy_process_group()
+    torch.manual_seed(0)
+    return recipe("LAYOUTS")["train"](layout, steps)
+
+
+@contextlib.contextmanager
+def inside(directory):
+    before = os.getcwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def test_a_trainer_of_hugging_face_resumes_by_way_of_the_readmes_callback(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    callback = recipe("TrainerCallback")["Checkpointing"]
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop |= state.global_step == self.step
+
+    def fit(directory, stop):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+        data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 64
+        quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+        arguments = transformers.TrainingArguments(str(tmp_path / "out"), max_steps=12, **quiet)
+        stopper = Stop()
+        stopper.step = stop
+        with opened(tmp_path / directory) as checkpoint:
+            callbacks = [callback(checkpoint, 4), stopper]
+            trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+            trainer.train()
+        return trainer.state.global_step, state_of(model, trainer.optimizer), trainer.lr_scheduler.state_dict()
+
+    whole = fit("whole", None)
+    assert fit("stopped", 7)[0] == 7
+    assert identical(fit("stopped", None), whole) and whole[0] == 12
+    assert [info.prefix for info in opened(tmp_path / "stopped").list_checkpoints()] == ["step_4", "step_8", "step_12"]
+
+
+def test_lightning_saves_keeps_the_best_and_resumes_by_way_of_the_readmes_plugin(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    plugin = recipe("CheckpointIO")["CkptIO"]
+
+    class Module(lightning.LightningModule):
+        def __init__(self, width):
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = nn.Linear(width, 1)
+
+        def training_step(self, batch, index):
+            loss = self.layer(batch[0]).square().mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+    def fit(directory, epochs, resume=None):
+        torch.manual_seed(0)
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(16, 8)), batch_size=4)
+        keeper = lightning.pytorch.callbacks.ModelCheckpoint(
+            tmp_path / directory, save_top_k=2, monitor="loss", save_last=True
+        )
+        trainer = lightning.Trainer(
+            max_epochs=epochs, plugins=[plugin()], accelerator="cpu", devices=1, logger=False, callbacks=[keeper],
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        module = Module(8)
+        trainer.fit(module, data, ckpt_path=resume)
+        return trainer.global_step, state_of(module, trainer.optimizers[0]), keeper.last_model_path
+
+    whole, last = fit("whole", 6), fit("stopped", 3)[2]
+    again = fit("stopped", 6, last)
+    assert identical(again[:2], whole[:2]) and whole[0] == 24
+    kept = [info.prefix for info in opened(tmp_path / "whole").list_checkpoints()]
+    assert len(kept) == 3 and "last.ckpt" in kept
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """An object store of the README's recipe, in the memory of this process."""
+    fsspec = pytest.importorskip("fsspec")
+    url = f"memory://{tmp_path.name}"
+    storage = recipe("ObjectStorage")["ObjectStorage"](url)
+    yield storage
+    with contextlib.suppress(FileNotFoundError):
+        fsspec.url_to_fs(url)[0].rm(fsspec.url_to_fs(url)[1], recursive=True)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_object_store_of_the_readme_saves_loads_lists_validates_and_deletes(bucket, world_size):
+    assert isinstance(bucket, ckpt.CheckpointStorage)
+
+    def each(body):
+        coordinators = (ckpt.LocalCoordinator(),)
+        return together(world_size, body) if world_size > 1 else [body(*coordinators)]
+
+    large = Bag(w=torch.arange(3 * MiB, dtype=torch.int32))  # several blocks: written by several threads
+    for word in ("old", "new"):  # the second replaces the first
+        each(lambda coordinator: put(bucket, word, coordinator=coordinator))
+        each(lambda coordinator: over(bucket, coordinator).save(large, None, to("deep/large", include_rng_state=False)))
+    assert seen(bucket) == "new" and len(bucket.names("p")) == world_size
+    target = Bag(w=torch.zeros(3 * MiB, dtype=torch.int32))
+    over(bucket).load(target, None, at("deep/large", load_rng_state=False))
+    assert identical(target.state, large.state)
+    assert [info.prefix for info in over(bucket).list_checkpoints()] == ["p", "deep/large"]
+    assert over(bucket).validate_checkpoint("deep/large").is_valid
+    name = bucket.names("p")[0]
+    content = bytearray(bucket.fs.cat_file(name))
+    content[-1] ^= 1
+    bucket.fs.pipe_file(name, bytes(content))
+    assert not over(bucket).validate_checkpoint("p").is_valid and "CORRUPTED" in seen(bucket)
+    with pytest.raises(CheckpointException, match="exists"):
+        put(bucket, "next", overwrite=False)
+    for prefix in ("p", "deep/large"):
+        over(bucket).delete_checkpoint(prefix)
+    assert bucket.names() == []
+
+
+def test_the_object_store_of_the_readme_keeps_the_old_checkpoint_until_the_record_and_refuses_shared_files(bucket):
+    put(bucket, "old")
+    before = bucket.names()
+    cancel = threading.Event()
+    stop = to(include_rng_state=False, progress=lambda _: cancel.set())
+    refusal(lambda: over(bucket).save(value("new"), None, stop, cancel=cancel), ExceptionType.CANCELLED)
+    for form in (CheckpointFormat.SINGLE_FILE, CheckpointFormat.CONSOLIDATED):
+        assert "MULTI_SHARD" in refusal(lambda form=form: put(bucket, "new", format=form), ExceptionType.SAVE_FAILED)
+    assert bucket.names() == before and seen(bucket) == "old"
+    options = ckpt.StorageOptions("objects", {"url": "memory://elsewhere"})
+    ckpt.StorageFactory.register("objects", lambda settings: type(bucket)(**settings))
+    assert ckpt.StorageFactory.create(options).names() == []
+
+
+def test_the_checkers_of_the_readme_refuse_a_checkpoint_that_is_not_finite_or_of_another_architecture(tmp_path):
+    with inside(tmp_path):
+        checkpoint = recipe("check_compatibility")["checkpoint"]
+        for prefix, number, version in (("good", 1.0, "v2"), ("bad", math.nan, "v2"), ("other", 1.0, "v1")):
+            options = to(prefix, custom_metadata={"architecture": version})
+            checkpoint.save(Bag(w=torch.tensor([number]), none=torch.zeros(0)), None, options)
+        target = Bag(w=torch.zeros(1), none=torch.zeros(0))
+        checkpoint.load(target, None, at("good"))
+        assert target.state["w"].item() == 1.0 and checkpoint.validate_checkpoint("good").is_valid
+        for prefix, why in (("bad", "model/w is not finite"), ("other", "architecture 'v1'")):
+            message = refusal(
+                functools.partial(checkpoint.load, target, None, at(prefix)), ExceptionType.VALIDATION_FAILED
+            )
+            assert why in message
+            assert not checkpoint.validate_checkpoint(prefix).is_valid
+
+
+def test_the_progress_bar_of_the_readme_ends_at_the_total(tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    with inside(tmp_path):
+        recipe("tqdm")["save_with_bar"](nn.Linear(2048, 2048), "step_1")
+    shown = capsys.readouterr().err
+    assert "step_1: 100%" in shown and "16.8M/16.8M" in shown
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_progress_reaches_its_total_on_every_rank_and_comes_from_one_thread(ram, form):
+    for calls in run(2, watch_progress, ram, form):
+        for what, seen in calls.items():
+            done = [at.bytes_done for at, _ in seen]
+            totals = {at.bytes_total for at, _ in seen}
+            assert done == sorted(done) and {done[-1]} == totals and done[-1] > 0, (what, seen[-1], totals)
+            assert {at.step for at, _ in seen} == {"L4 read" if what.startswith("load") else "S4 write"}
+            assert len({thread for _, thread in seen}) == 1
+
+
+def watch_progress(rank, world_size, tmp, form):
+    calls, checkpoint = {}, opened(tmp)
+    layers = documented_layers()
+    fully_shard(layers)
+    replica = Bag(w=torch.arange(3 * MiB, dtype=torch.int32), odd=torch.zeros(5, dtype=torch.uint8))  # leaves a gap
+    model = {"layers": layers, "replica": replica, "own": Bag(x=torch.full((MiB,), float(rank)))}
+
+    def note(what):
+        return lambda at: calls.setdefault(what, []).append((at, threading.get_ident()))
+
+    for level in LEVELS:
+        checkpoint.save(model, None, to(level.name, format=form, compression_level=level, progress=note(level.name)))
+        for strategy in STRATEGIES:
+            told = note(f"load {level.name} {strategy}")
+            checkpoint.load(model, None, at(level.name, resharding_strategy=strategy, progress=told))
+    checkpoint.save_async(model, None, to("later", format=form, progress=note("later"))).result()
+    return calls
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_error_in_the_progress_callback_of_one_rank_fails_the_operation_on_all_and_leaves_nothing(ram, form):
+    for left, failed, ran, broken, after in run(2, spoil_progress, ram, form):
+        assert failed[:2] == ("SAVE_FAILED", 1) and "ZeroDivisionError" in failed[2]
+        assert left == set() and ran == ("returned", None, "p")
+        assert broken[:2] == ("LOAD_FAILED", 1) and "ZeroDivisionError" in broken[2] and "undefined" in broken[2]
+        assert after == "returned"
+    assert set(listing(ram)) == named_files(ram)
+
+
+def spoil_progress(rank, world_size, tmp, form):
+    checkpoint, (model, optimizer) = opened(tmp), small()
+    spoilt = {"progress": (lambda _: 1 / 0) if rank else None}
+    failed = told(lambda: checkpoint.save(model, optimizer, to(format=form, **spoilt)))
+    dist.barrier()
+    left = set(listing(tmp))
+    dist.barrier()
+    ran = told(lambda: checkpoint.save(model, optimizer, to(format=form)))
+    broken = told(lambda: checkpoint.load(model, optimizer, at(**spoilt)))
+    return left, failed, ran, broken, told(lambda: checkpoint.load(model, optimizer, at()))[0]
+
+
+def test_a_save_and_a_load_are_one_line_each_at_info_on_rank_zero_with_bytes_seconds_and_steps(ram):
+    rank_0, rank_1 = run(2, keep_a_log, ram)
+    size = sum(path.stat().st_size for path in shards(ram)) / 1e9
+    steps = " ".join(rf"S{number} \d+\.\d{{3}}" for number in range(1, 8))
+    saved, loaded = [line for level, line in rank_0 if level == "INFO"]
+    assert re.fullmatch(rf"saved p: {size:.3f} GB by 2 rank\(s\) in \d+\.\d{{3}} s, \d+\.\d\d GB/s \({steps}\)", saved)
+    steps = steps.replace("S", "L").partition(" L6")[0]
+    own = rf"loaded p: 0\.034 of {size:.3f} GB to rank 0 of 2 in \d+\.\d{{3}} s, \d+\.\d\d GB/s \({steps}\)"
+    assert re.fullmatch(own, loaded)
+    assert [level for level, _ in rank_1 if level != "DEBUG"] == []
+    assert [line[:22] for _, line in rank_1] == ["rank 1 wrote 0.017 GB ", "loaded p: 0.034 of 0.0"]
+
+
+def keep_a_log(rank, world_size, tmp):
+    checkpoint, lines = opened(tmp), []
+    checkpoint.logger = logging.Logger("mine")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
+    checkpoint.logger.addHandler(handler)
+    bag = Bag(w=torch.zeros(8 * MiB))
+    checkpoint.save(bag, None, to())
+    checkpoint.load(bag, None, at())
+    return lines
+
+
+def test_logging_is_silent_until_asked_for_and_then_says_what_the_readme_says(tmp_path):
+    script = (
+        "import sys, logging, torch, ckpt\n"
+        "if len(sys.argv) > 1: logging.basicConfig(level=logging.INFO)\n"
+        "options = ckpt.SaveOptions('step_100', ckpt.CheckpointFormat.CONSOLIDATED, ckpt.CompressionLevel.FAST)\n"  # warns
+        "with ckpt.DistributedCheckpoint() as checkpoint:\n"
+        "    checkpoint.save(torch.nn.Linear(2, 2), options=options)\n"
+        "    checkpoint.load(torch.nn.Linear(2, 2), options=ckpt.LoadOptions('step_100'))\n"
+    )
+    said = []
+    for arguments in ([], ["loud"]):
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+        said.append(done.stdout + done.stderr)
+    quiet, loud = said
+    assert quiet == "" and "WARNING:ckpt:step_100" in loud
+    examples = re.findall(r"^INFO:ckpt:.*$", (HERE / "README.md").read_text(), re.MULTILINE)
+    lines = [line for line in loud.splitlines() if line.startswith("INFO")]
+    assert [re.sub(r"[0-9.]+", "#", line) for line in lines] == [re.sub(r"[0-9.]+", "#", line) for line in examples]
+
+
+def test_what_the_readme_says_of_dcp_is_there_in_torch():
+    import inspect
+
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import format_utils, state_dict
+
+    table = (HERE / "README.md").read_text().partition("## Moving from DCP")[2].partition("\n## ")[0]
+    names = {}
+    for row in table.splitlines():
+        for name, arguments in re.findall(r"(?:dcp\.)?(\w+)\((.*?)\)(?=`|,)", row.split("|")[1] if "|" in row else ""):
+            names.setdefault(name, set()).update(re.findall(r"(\w+)=", arguments))
+    assert {"save", "load", "async_save", "set_state_dict", "FileSystemWriter", "DefaultLoadPlanner"} <= names.keys()
+    names.pop("result")  # a method of what async_save returns
+    for name, keywords in names.items():
+        (thing,) = {getattr(module, name) for module in (dcp, format_utils, state_dict) if hasattr(module, name)}
+        assert keywords <= set(inspect.signature(thing).parameters), name
+
+
+def test_a_checkpoint_moves_from_dcp_as_the_readme_says_and_the_calls_do_the_same(tmp_path):
+    assert run(2, move_from_dcp, tmp_path) == [(True, True, 3)] * 2
+
+
+def move_from_dcp(rank, world_size, tmp):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def start(salt):
+        model = documented_layers(salt)
+        fully_shard(model)
+        return model, torch.optim.AdamW(model.parameters())
+
+    model, _ = start("truth")
+    optimizer = stepped(model)
+    m, o = get_state_dict(model, optimizer)
+    dcp.save({"model": m, "optim": o, "epoch": 3}, checkpoint_id=tmp / "dcp")
+    other, other_optimizer = start("other")
+    m, o = get_state_dict(other, other_optimizer)
+    state = {"model": m, "optim": o, "epoch": 0}
+    dcp.load(state, checkpoint_id=tmp / "dcp")
+    set_state_dict(other, other_optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    moved = identical(state_of(other), state_of(model))
+    checkpoint = opened(tmp)
+    checkpoint.save(other, other_optimizer, to(), extra_state={"epoch": state["epoch"]})
+    third, third_optimizer = start("third")
+    result = checkpoint.load(third, third_optimizer, at())
+    same = identical(third_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
+    return moved, same and identical(state_of(third), state_of(model)), result.extra_state["epoch"]
 
 
 # ---- faults: every row of the matrix in the header; at each of them a reader sees old or new, whole ---------------------

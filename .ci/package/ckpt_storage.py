@@ -1,0 +1,1 @@
+../../ckpt_storage.py
