@@ -2977,6 +2977,7 @@ def watch_progress(rank, world_size, tmp, form):
     def note(what):
         return lambda at: calls.setdefault(what, []).append((at, threading.get_ident()))
 
+    checkpoint.save(model, None, to("first", format=form))  # finds that `own` differs, and starts over: once only
     for level in LEVELS:
         checkpoint.save(model, None, to(level.name, format=form, compression_level=level, progress=note(level.name)))
         for strategy in STRATEGIES:
