@@ -719,7 +719,22 @@ def our_savers(bench: Bench, world: World, state: State) -> list[Candidate]:
             run, after = partial(library.save, state.model, state.optimizer), partial(bench.remove, name)
             kind = "ours" if name == "ours" else "peer"
             found.append(Candidate(family, run, after=after, kind=kind, does=does))
-    return found
+    return found + also_with_zlib(bench, found[0])
+
+
+def also_with_zlib(bench: Bench, ours: Candidate) -> list[Candidate]:
+    """The same with zlib's CRC32, where a faster package does it else and this is not --quick."""
+    if ckpt_storage.CRC_PROVIDER == "zlib" or bench.settings.quick:
+        return []
+
+    def run() -> None:
+        fast, ckpt_storage.crc32 = ckpt_storage.crc32, zlib.crc32
+        try:
+            ours.run()
+        finally:
+            ckpt_storage.crc32 = fast
+
+    return [replace(ours, family="ours, zlib", run=run, kind="peer", does="the same, without the package for CRC32")]
 
 
 def file_savers(bench: Bench, state: State) -> list[Candidate]:
@@ -923,6 +938,7 @@ def _load(bench: Bench, source: World, layout: str, target: World, wanted: str, 
             row.notes.append(f"{family}: bit-exact: {'yes' if exact else 'NO'}")
             row.wrong = row.wrong or (family == "ours" and not exact)
         candidates.append(_loader(bench, family, load, cold))
+    candidates += also_with_zlib(bench, next(c for c in candidates if c.kind == "ours"))
     measure(bench, target, row, nbytes, candidates)
     bench.path(f"raw-{bench.rank}").unlink(missing_ok=True)
 
