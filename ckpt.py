@@ -282,7 +282,7 @@ class SchemaCompatibilityChecker:
         volume = np.zeros(len(metadata.tensors), np.int64)
         np.add.at(volume, pieces.tensor, pieces.box[:, 1].prod(axis=1))
         for index, tensor in enumerate(metadata.tensors):
-            expected = 0 if tensor.alias_of is not None else int(np.prod(tensor.shape, dtype=np.int64))
+            expected = 0 if tensor.alias_of is not None else math.prod(tensor.shape)
             if volume[index] != expected and len(result.errors) < 20:
                 result.errors.append(f"{tensor.name}: pieces hold {volume[index]} of {expected} elements")
         return result
@@ -1346,9 +1346,10 @@ def _raise_earlier(error: BaseException | None) -> None:
 
 
 def _check_stateful(value: object, what: str, optional: bool = False) -> None:
-    parts = list(value.values()) if isinstance(value, Mapping) else [value]
-    for part in parts:
-        if not isinstance(part, Stateful) and not (optional and value is None):
+    if optional and value is None:
+        return
+    for part in list(value.values()) if isinstance(value, Mapping) else [value]:
+        if not isinstance(part, Stateful):
             raise ValueError(
                 f"{what} must have state_dict() and load_state_dict(), or be a mapping of such: {type(part)}"
             )

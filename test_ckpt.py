@@ -26,11 +26,11 @@ error where nothing was ever committed; once `save` has returned, only the new o
     10  | a rank raises in each step                       | a_rank_that_raises_in_any_step_...
     11  | SIGSTOP past the deadline, then SIGCONT          | a_rank_stopped_past_the_deadline_...
     12  | the process that hosts the store dies            | if_the_host_of_the_store_dies_...
-    13  | any bit flipped, of any file                     | any_bit_of_any_file_..., a_flipped_bit_anywhere_...
+    13  | each bit flipped, of every file                  | each_bit_of_every_file_..., a_flipped_bit_anywhere_...
     14  | cut, extended; shards swapped, replayed          | a_file_of_any_other_length_..., shards_swapped_duplicated_...
     15  | tensor-file header fuzz, seeded                  | fuzz_of_headers_and_records_... (header), a_key_that_comes_twice_...
     16  | record fuzz, seeded                              | fuzz_of_headers_and_records_... (record), a_key_that_comes_twice_...
-    17  | well-formed lies: 10^9 pieces, a shape too large | a_well_formed_lie_..., a_shape_that_is_no_lie_for_the_record_...
+    17  | well-formed lies: 10^6 entries, too large shapes | a_well_formed_lie_..., a_shape_that_is_no_lie_for_the_record_...
     18  | decompression bomb                               | a_decompression_bomb_...
     19  | names: '..', absolute, NUL, backslash, long      | a_bad_name_in_a_record_..., a_bad_path_..., a_bad_prefix_...,
         |                                                  | files_with_names_that_no_checkpoint_can_have_...
@@ -50,7 +50,7 @@ error where nothing was ever committed; once `save` has returned, only the new o
     29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
     -   | twelve mutants of the library                    | each_mutant_of_the_library_is_caught
 
-The fuzz is seeded: the same cases every time, and `CKPT_FUZZ_ROUNDS=10` ten times as many, every bit and every length.
+The fuzz is seeded: the same cases every time, and with `CKPT_FUZZ_ROUNDS=10` ten times as many.
 """
 
 import base64
@@ -1025,6 +1025,15 @@ def test_scalar_empty_strided_expanded_and_tied_tensors_are_fine(tmp_path, form)
         assert identical(target.state[name], tensor.contiguous()), name
     entries = [name for path in shards(tmp_path) for name in Shard(path).header if "first" in name or "second" in name]
     assert len(entries) == (2 if form is CheckpointFormat.CONSOLIDATED else 1)  # safetensors knows no shared offsets
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_checkpoint_of_nothing_but_scalars_or_of_nothing_at_all_is_fine(tmp_path, form):
+    for truth in ({"a": torch.tensor(1.5), "b": torch.tensor(-0.0)}, {}):
+        target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
+        opened(tmp_path).save(Bag(**truth), None, to(format=form, include_rng_state=False))
+        opened(tmp_path).load(target, None, at())
+        assert identical(target.state, truth)
 
 
 def test_a_load_fills_tensors_that_are_not_contiguous(tmp_path):
@@ -3499,18 +3508,19 @@ def test_clean_up_at_any_operation_of_a_live_save_takes_nothing_from_it(ram, for
 
 # Row 13, 14: damage to any bit, any length, any file out of place
 
-ROUNDS = int(os.environ.get("CKPT_FUZZ_ROUNDS", "1"))  # more of them: more cases of the same kinds; from 2 on every bit
 FUZZ_LEVELS = [CompressionLevel.NONE, CompressionLevel.FAST]
+CORES = len(os.sched_getaffinity(0))
+SMALL_BLOCK = 320  # so that a file of few bytes, of which each bit can be tried, has several blocks
 
 
 def specimen_state():
     """Tensors of several kinds and sizes, some of which shrink when compressed."""
-    ramp = torch.arange(200, dtype=torch.int32)
-    return {"a": ramp, "b": torch.zeros(300), "c": torch.tensor(1.5), "d": torch.ones(7, 3, dtype=torch.bool)}
+    ramp = torch.arange(24, dtype=torch.int32)
+    return {"a": ramp, "b": torch.zeros(40), "c": torch.ones(2, 3, dtype=torch.bool)}
 
 
 def specimen_extra():
-    return {"step": 7, "table": {"x": [1.5, None], "y": torch.arange(5)}}
+    return {"table": {"x": [7, 1.5, None], "y": torch.tensor(2.5)}}
 
 
 def specimen(tmp, form, level=CompressionLevel.NONE, world_size=1, change=0):
@@ -3543,46 +3553,59 @@ def load_specimen(files):
 REFUSALS = ("CORRUPTED_CHECKPOINT", "INCOMPATIBLE_VERSION", "VALIDATION_FAILED")
 
 
-def check_damage(files, context, load=True):
+def check_damage(files, context):
     """Damaged files are rejected by a validation; a load rejects them, or returns the exact state."""
     assert not over(Memory(files)).validate_checkpoint("p").is_valid, context
-    if load:
-        outcome = load_specimen(files)
-        assert outcome == "exact" or outcome[0] in REFUSALS, (context, outcome)
+    outcome = load_specimen(files)
+    assert outcome == "exact" or outcome[0] in REFUSALS, (context, outcome)
+    return outcome
 
 
-def check_bits(files, every, load_every):
-    """Flip bits of all files, one at a time. How many."""
-    assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
-    count = 0
+def flipped(files):
+    """Each bit of every file, flipped: what it is, and the files."""
     for name, whole in files.items():
-        for bit in range(0, len(whole) * 8, every):
+        for bit in range(len(whole) * 8):
             changed = bytearray(whole)
             changed[bit // 8] ^= 1 << bit % 8
-            check_damage({**files, name: bytes(changed)}, (name, bit), load=count % load_every == 0)
-            count += 1
+            yield (name, bit), {**files, name: bytes(changed)}
+
+
+def of_other_lengths(files):
+    """Every file cut to each shorter length, and extended."""
+    for name, whole in files.items():
+        for length in range(len(whole)):
+            yield (name, length), {**files, name: whole[:length]}
+        for more in (b"\0", b" ", b"}", b"\n", bytes(PAGE), whole):
+            yield (name, more), {**files, name: whole + more}
+
+
+def check_all(ram, monkeypatch, damage, form, level):
+    """Each of the damages that `damage(files)` makes, shared out over the processor's cores. How many."""
+    monkeypatch.setattr(st, "BLOCK_BYTES", SMALL_BLOCK)
+    files = specimen(ram / "s", form, level)
+    assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
+    return sum(run(CORES, check_share, ram, damage, files, limit_s=240))
+
+
+def check_share(rank, world_size, tmp, damage, files):
+    st.BLOCK_BYTES, count = SMALL_BLOCK, 0
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})  # the I/O threads of one load: they take turns
+    for context, broken in itertools.islice(damage(files), rank, None, world_size):
+        assert check_damage(broken, context) != "exact", context  # this load needs every block
+        count += 1
     return count
 
 
 @pytest.mark.parametrize("level", FUZZ_LEVELS)
 @pytest.mark.parametrize("form", FORMATS)
-def test_any_bit_of_any_file_is_missed_by_no_validation_and_by_no_load(ram, tiny_blocks, form, level):
-    """Every 17th bit, so that each of the eight bits of a byte comes up, and with more rounds every bit."""
-    files = specimen(ram / "s", form, level)
-    COUNTS["bits flipped"] += check_bits(files, *((17, 3) if ROUNDS == 1 else (1, 1)))
+def test_each_bit_of_every_file_is_missed_by_no_validation_and_by_no_load(ram, monkeypatch, form, level):
+    COUNTS["bits flipped"] += check_all(ram, monkeypatch, flipped, form, level)
 
 
 @pytest.mark.parametrize("level", FUZZ_LEVELS)
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_file_of_any_other_length_is_rejected(ram, tiny_blocks, form, level):
-    files, count = specimen(ram / "s", form, level), 0
-    for name, whole in files.items():
-        changed = [whole[:length] for length in range(0, len(whole), 3 if ROUNDS == 1 else 1)] + [whole[:-1]]
-        changed += [whole + more for more in (b"\0", b" ", b"}", b"\n", bytes(PAGE), whole)]
-        for number, content in enumerate(changed):
-            check_damage({**files, name: content}, (name, len(content)), load=number % 3 == 0)
-            count += 1
-    COUNTS["lengths"] += count
+def test_a_file_of_any_other_length_is_rejected(ram, monkeypatch, form, level):
+    COUNTS["lengths"] += check_all(ram, monkeypatch, of_other_lengths, form, level)
 
 
 @pytest.mark.parametrize("level", FUZZ_LEVELS)
@@ -3607,6 +3630,8 @@ def test_shards_swapped_duplicated_missing_or_replayed_from_another_save_are_rej
 
 
 # Row 15, 16: fuzz, seeded. Only what is documented comes out, in no time, and in little memory
+
+ROUNDS = int(os.environ.get("CKPT_FUZZ_ROUNDS", "1"))  # more of them: more cases of the same kinds
 
 
 def seal(record):
@@ -3858,8 +3883,8 @@ def _entries(files, count):
     """A header with a great many entries of nothing."""
     path = next(name for name in files if name.endswith(".safetensors"))
     header, data = header_of(files[path])
-    tree = json.loads(header) | {f"z{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(count)}
-    return with_shard(files, path, dumped(tree), data)
+    more = b",".join(b'"z%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(count))
+    return with_shard(files, path, header[:-1] + b"," + more + b"}", data)
 
 
 def _pieces(**columns):
@@ -3901,7 +3926,7 @@ LIES = {
     "a shape in the record alone": lambda f: edited(
         f, lambda r: r["tensors"]["shape"].__setitem__(_tensor(r, "model/b"), [1 << 40])
     ),
-    "30,000 entries": lambda f: _entries(f, 30_000),
+    "10^6 entries": lambda f: _entries(f, 10**6),
     "5,000 shards that are one file": _shards,
     "10^9 ranks": _claim(world_size=BILLION),
     "a sequence number at the limit": _claim(sequence=(1 << 62) - 1),
@@ -3922,7 +3947,7 @@ def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, lie):
         assert tracemalloc.get_traced_memory()[1] < 2 * size + 64 * MiB
     finally:
         tracemalloc.stop()
-    if lie not in ("30,000 entries", "10^9 ranks", "a sequence number at the limit"):
+    if lie not in ("10^9 ranks", "a sequence number at the limit"):
         assert outcome[0] in REFUSALS, outcome
     else:
         assert outcome == "exact"
@@ -4533,7 +4558,8 @@ def _check_loss(tmp, **options):
 
 
 def _check_bits(tmp):
-    check_bits(specimen(tmp / "s", CheckpointFormat.MULTI_SHARD), 97, 1)
+    for context, broken in itertools.islice(flipped(specimen(tmp / "s", CheckpointFormat.MULTI_SHARD)), 0, None, 97):
+        check_damage(broken, context)
 
 
 MUTANTS = {
