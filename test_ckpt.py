@@ -5334,16 +5334,16 @@ def stage_over_budget(rank, world_size, tmp):
     return *answer, told(lambda: checkpoint.save_async(model, None, options).result())
 
 
-@pytest.mark.parametrize("staging", ["eager", "overlapped"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_training_goes_on_during_twenty_background_saves_and_every_checkpoint_is_right(ram, kind, staging):
-    for right, overlapped, losses in run(2, train_and_save, ram, kind, staging, limit_s=90):
-        assert right == [True] * 20 and overlapped > 0 and len(set(losses)) > 20
-    COUNTS["background saves"] += 20
+def test_training_goes_on_during_two_hundred_background_saves_as_without_them_and_each_is_right(ram, kind):
+    for right, overlapped, disturbed, alone in run(2, train_and_save, ram, kind, limit_s=150):
+        assert right == [True] * 200 and overlapped > 0 and disturbed == alone and len(set(alone[0])) > 200
+    COUNTS["background saves"] += 200
 
 
-def train_and_save(rank, world_size, tmp, kind, staging):
+def train_and_save(rank, world_size, tmp, kind):
     def start(salt):
+        torch.manual_seed(rank)
         model = filled(nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 4)), salt)
         if kind == "ddp":
             model = DistributedDataParallel(model)
@@ -5352,51 +5352,109 @@ def train_and_save(rank, world_size, tmp, kind, staging):
             fully_shard(model)
         return model, torch.optim.AdamW(model.parameters(), lr=0.01)
 
-    checkpoint, (model, optimizer) = opened(tmp), start("truth")
-    truths, losses, pending, overlapped = [], [], None, 0
-    torch.manual_seed(rank)
-    for step in range(20):
-        for _ in range(3):
+    def train(model, optimizer, save):
+        losses = []
+        for step in range(400):
             loss = model(torch.randn(8, 16)).square().mean()
             optimizer.zero_grad()
-            loss.backward()  # collectives of the training, while the one before is being saved
+            loss.backward()  # collectives of the training, while the save before is under way
             optimizer.step()
             losses.append(loss.item())
-            overlapped += pending is not None and not pending.done()
+            if step % 2:
+                save(step // 2)
+        return losses, [raw(p.to_local() if isinstance(p, DTensor) else p) for p in model.parameters()]
+
+    def save(number):
+        nonlocal pending, overlapped
+        overlapped += pending is not None and not pending.done()
         truths.append(state_of(model, optimizer))
-        pending = checkpoint.save_async(model, optimizer, to(f"step{step}", staging=staging))
-    pending.result()
+        staging = "overlapped" if number % 2 else "eager"
+        pending = checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging))
+
+    alone = train(*start("truth"), lambda number: None)
+    checkpoint, (model, optimizer), truths, pending, overlapped = opened(tmp), start("truth"), [], None, 0
+    disturbed = train(model, optimizer, save)
+    checkpoint.close()
     other, other_optimizer = start("other")
     right = []
-    for step, truth in enumerate(truths):
-        checkpoint.load(other, other_optimizer, at(f"step{step}", load_rng_state=False))
+    for number, truth in enumerate(truths):
+        checkpoint.load(other, other_optimizer, at(f"p{number}", load_rng_state=False))
         right.append(identical(state_of(other, other_optimizer), truth))
-    checkpoint.close()
-    return right, overlapped, losses
+    return right, overlapped, disturbed, alone
 
 
-def test_sixty_background_saves_keep_threads_descriptors_and_store_keys_flat(ram):
-    for first, last in run(2, count_resources, ram):
-        assert all(after <= before + few for before, after, few in zip(first, last, (2, 4, 10))), (first, last)
+def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store_keys_flat(ram):
+    for counts in run(2, count_resources, ram, limit_s=120):
+        room = Resources(resident=8 * MiB, threads=2, descriptors=4, groups=0, keys=10, files=0)
+        first, *later = counts
+        for number, after in enumerate(later, 2):
+            grown = Resources(*(b - a for a, b in zip(first, after)))
+            assert all(more <= most for more, most in zip(grown, room)), (f"{number * 40} saves", first, after)
+    COUNTS["background saves"] += 200
+
+
+class Resources(NamedTuple):
+    """What a process holds, and what is on disk."""
+
+    resident: int  # bytes
+    threads: int
+    descriptors: int
+    groups: int  # process groups, those that the library has made included
+    keys: int  # of the rendezvous store
+    files: int
 
 
 def count_resources(rank, world_size, tmp):
-    checkpoint, counts = over(tmp, ckpt.TorchCoordinator()), []
-    model, optimizer = small()
-    for saves in (10, 50):
-        for number in range(saves):
-            staging = "overlapped" if number % 2 else "eager"
-            checkpoint.save_async(model, optimizer, to(staging=staging))
-        checkpoint.close()
-        dist.barrier()
-        keys = dist.distributed_c10d._get_default_store().num_keys()
-        tasks, descriptors = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("task", "fd"))
-        counts.append((tasks, descriptors, keys))
-        dist.barrier()
+    model = filled(nn.Linear(512, 512), "truth")  # with its optimizer 3 MiB, so that keeping any of it would show
+    optimizer = stepped(model, lr=0.1)
+    checkpoint, counts, made = over(tmp, ckpt.TorchCoordinator(), keep_last=2), [], []
+    for number in range(200):
+        staging = "overlapped" if number % 2 else "eager"
+        checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging))
+        made += [group for group in [checkpoint.coordinator._group] if not any(group is other for other in made)]
+        if number % 40 == 39:
+            checkpoint.close()
+            dist.barrier()
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+            threads, descriptors = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("task", "fd"))
+            groups = len(dist.distributed_c10d._world.pg_map) + len(made)
+            keys = dist.distributed_c10d._get_default_store().num_keys()
+            counts.append(Resources(resident, threads, descriptors, groups, keys, len(listing(tmp))))
+            dist.barrier()
     return counts
 
 
-# Falling back together
+# Background saves with `keep_last`, and falling back together
+
+
+def test_background_saves_keep_the_last_and_a_load_falls_back_among_them(ram):
+    for kept, failed, after, prefix, warned, same in run(2, keep_and_fall_back, ram):
+        assert kept == after == ["p3", "p4"] and failed == "STORAGE_ERROR"
+        assert prefix == "p3" and any("p4" in line and "corrupt" in line for line in warned) and same
+
+
+def keep_and_fall_back(rank, world_size, tmp):
+    checkpoint = over(tmp, ckpt.TorchCoordinator(), keep_last=2)
+    for number in range(5):
+        model, optimizer = small(f"p{number}")
+        checkpoint.save_async(model, optimizer, to(f"p{number}", staging="overlapped" if number % 2 else "eager"))
+    checkpoint.close()
+    dist.barrier()  # rank 0 removes what goes once all know that the new one is there
+    kept = [info.prefix for info in checkpoint.list_checkpoints()]
+    dist.barrier()
+    checkpoint.storage.files = Seam(Strike(0, fail(errno.EIO), is_new_shard, until=FOREVER))
+    pending = checkpoint.save_async(model, optimizer, to("p5"))
+    failed = told(pending.result)[0]  # which takes the place of none
+    checkpoint.storage.files = Seam()
+    after = [info.prefix for info in checkpoint.list_checkpoints()]
+    dist.barrier()
+    if rank == 0:
+        flip(shards(tmp, "p4")[0], -1)
+    dist.barrier()
+    latest = checkpoint.latest_checkpoint().prefix
+    result = checkpoint.load(model, optimizer, at(latest, fallback=True))
+    same = identical(state_of(model, optimizer), state_of(*small("p3")))
+    return kept, failed, after, result.prefix, list(result.warnings), same
 
 
 @pytest.mark.parametrize("form", FORMATS)
