@@ -5503,12 +5503,102 @@ def test_the_ten_line_example_of_the_readme_runs(tmp_path):
     assert list(tmp_path.rglob("*.metadata.json"))
 
 
-def test_the_torchrun_example_of_the_readme_trains_and_resumes(tmp_path):
+def training_script(steps=20):
+    """The README's training job, with another number of steps."""
     (script,) = [block for block in readme_blocks() if "init_process_group" in block]
-    (tmp_path / "train.py").write_text(script)
+    assert script.count("step < 20 ") == 1
+    return script.replace("step < 20 ", f"step < {steps} ")
+
+
+def newest_step(tmp):
+    """The step of the newest checkpoint of that job."""
+    latest = opened(tmp / "checkpoints").latest_checkpoint()
+    return int(latest.prefix.removeprefix("step_")) if latest else 0
+
+
+def test_the_torchrun_example_of_the_readme_trains_stops_on_sigterm_and_resumes(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    for _ in range(2):  # the second run finds the checkpoints of the first
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-    assert list(tmp_path.rglob("*.metadata.json"))
+    options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+    (tmp_path / "train.py").write_text(training_script(steps=1_000_000))
+    job = subprocess.Popen(torchrun, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not newest_step(tmp_path) and time.monotonic() < deadline and job.poll() is None:
+            time.sleep(0.01)
+        job.send_signal(signal.SIGTERM)
+        said, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    stopped = newest_step(tmp_path)
+    assert stopped and f"stopped at step {stopped}\n" in said, errors
+    (tmp_path / "train.py").write_text(training_script(steps=stopped + 7))
+    done = subprocess.run(torchrun, **options, capture_output=True, timeout=120)
+    assert done.returncode == 0 and f"stopped at step {stopped + 7}\n" in done.stdout, done.stderr
+    assert newest_step(tmp_path) == (stopped + 7) // 5 * 5
+
+
+STEPS = 300
+KILLS = 20
+
+
+def test_a_training_job_killed_twenty_times_ends_with_the_state_of_one_that_never_was(ram):
+    truth = run(2, train_by_the_readme, room_for(ram, "alone"))
+    tmp, rng, reached = room_for(ram, "killed"), random.Random(7), 0
+    for number in range(KILLS):
+        kill = signal.SIGTERM if number % 4 == 3 else signal.SIGKILL
+        victims = rng.choice(((0,), (1,), (0, 1), (1, 0)) if kill is signal.SIGTERM else ((0, 1), (1, 0)))
+        plan = Plan(kill, victims, rng.randrange(12), 0.02 * rng.random(), rng.choice((0.0, 0.3)))
+        answers = run(2, train_by_the_readme, tmp, plan, dies={0, 1})
+        before, reached = reached, newest_step(tmp)
+        assert reached >= before, (plan, "a committed checkpoint is gone")
+        if kill is signal.SIGTERM:
+            assert [answer[0] for answer in answers] == [reached, reached], (plan, answers)
+    assert reached < STEPS, "the last kills met a job that was done: let it take longer"
+    assert run(2, train_by_the_readme, tmp) == truth
+    st.collect_garbage(ckpt.LocalStorage(tmp / "checkpoints"))
+    assert set(listing(tmp / "checkpoints")) == named_files(tmp / "checkpoints")
+    COUNTS["jobs killed"] += KILLS
+
+
+class Plan(NamedTuple):
+    """How a job is to end: which signal, to which ranks one after the other, and when."""
+
+    kill: signal.Signals
+    victims: tuple
+    steps: int  # that it makes before; 0: while it loads
+    delay_s: float
+    pause_s: float  # between one victim and the next
+
+
+def train_by_the_readme(rank, world_size, tmp, plan=None):
+    """Run the README's job to its end, or to the one that is planned for it; its last step, and all its state."""
+    os.chdir(tmp)
+    pids, names = [None] * world_size, {"__name__": "__main__"}
+    dist.all_gather_object(pids, os.getpid())
+    if plan is not None and rank == plan.victims[-1]:
+        threading.Thread(target=carry_out, args=(plan, pids, names), daemon=True).start()
+    script = re.sub("^dist.init_process_group.*\n", "", training_script(STEPS), flags=re.MULTILINE)  # `run` did so
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(script, "README.md", "exec"), names)
+    except Exception:
+        if plan is None or plan.kill is signal.SIGTERM:
+            raise
+        return "the other rank is dead"
+    moments = names["optimizer"].state_dict()["state"].values()
+    tensors = [t for part in (names["model"].state_dict(), *moments) for t in part.values()]
+    bits = [raw(t.to_local() if isinstance(t, DTensor) else t) for t in tensors]
+    return names["step"], bits, names["scheduler"].state_dict(), raw(torch.get_rng_state())
+
+
+def carry_out(plan, pids, names):
+    """Send the signals, from a thread of the last victim, which is left over when another rank has died."""
+    while "checkpoint" not in names or (plan.steps and "stop" not in names):  # the latter stands after the load
+        time.sleep(0.0005)
+    goal = names["step"] + plan.steps if plan.steps else 0
+    while plan.steps and names["step"] < goal:
+        time.sleep(0.0005)
+    time.sleep(plan.delay_s)
+    for victim in plan.victims:
+        os.kill(pids[victim], plan.kill)
+        time.sleep(plan.pause_s)
