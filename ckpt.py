@@ -1376,9 +1376,10 @@ def _raise_earlier(error: BaseException | None) -> None:
 
 
 def _check_stateful(value: object, what: str, optional: bool = False) -> None:
-    parts = list(value.values()) if isinstance(value, Mapping) else [value]
-    for part in parts:
-        if not isinstance(part, Stateful) and not (optional and value is None):
+    if optional and value is None:
+        return
+    for part in list(value.values()) if isinstance(value, Mapping) else [value]:
+        if not isinstance(part, Stateful):
             raise ValueError(
                 f"{what} must have state_dict() and load_state_dict(), or be a mapping of such: {type(part)}"
             )

@@ -1682,9 +1682,9 @@ class _Attempt:
                 st.Entry(
                     f"pad/{data_length}{rank:06d}", "U8", (data_length,), data_length, data_length, (0,), (data_length,)
                 )
-                for rank in range(self.op.world_size)
+                for rank in range(min(self.op.world_size, len(entries)))
             ]
-        )  # compression leaves a gap behind every region
+        )  # compression leaves a gap behind every region that something is written to
         header = st.encode_header([*entries, *room], blocks)
         self._created.append(name)
         with _closing(self.storage.create(f"{self.ticket.prefix}/{name}")) as file:
@@ -2124,8 +2124,22 @@ class CheckpointReader:
             file = self.file(shard)
             if file.length() != info.length:
                 raise st.corrupted(f"{path}: {file.length()} bytes, the record says {info.length}", path)
-            self._headers[shard] = st.read_header(file, path, info.header_crc)
+            self._headers[shard] = st.read_header(file, path, info.header_crc, self._longest_header)
         return self._headers[shard]
+
+    @functools.cached_property
+    def _longest_header(self) -> int:
+        """More bytes than any header can have that describes what the record lists.
+
+        An entry for each piece and each empty tensor, with its name twice, each character escaped; six rows of numbers; eight
+        digits a block and a frame; and the filler before it.
+        """
+        meta = self.metadata
+        entries, ndim = len(meta.pieces.tensor) + len(meta.tensors), int(meta.pieces.box.shape[2])
+        name = max((len(t.name) for t in meta.tensors), default=0)
+        logical = sum(math.prod(t.shape) * st.itemsize(t.dtype) for t in meta.tensors)
+        digits = 8 * (logical // st.FRAME_BYTES + st.block_count(meta.size_bytes()))
+        return st.ALIGN_BYTES + entries * (1024 + 128 * ndim + 32 * name) + digits
 
     def _entry(self, shard: int, begin: int, box: Box, tensor: st.TensorMetadata) -> st.Entry:
         if shard not in self._entries:
@@ -2303,16 +2317,16 @@ class CheckpointLoader:
         return metadata
 
     def _read_record(self, op: Operation, prefix: str) -> st.CheckpointMetadata:
-        text = ""
         if op.rank == 0:
             try:
-                st.read_committed(self.storage, prefix)
-                text = st.read_file(self.storage, st.record_name(prefix)).decode("ascii")
+                text, metadata = st.read_committed_record(self.storage, prefix)
             except FileNotFoundError as error:
                 known = ", ".join(st.recorded_prefixes(self.storage)[-5:]) or "none"
                 message = f"there is no checkpoint {prefix!r}; the last ones here: {known}"
                 raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
-        return st.decode_record(str(op.broadcast(text)).encode("ascii"), prefix)
+            op.broadcast(text.decode())
+            return metadata
+        return st.decode_record(str(op.broadcast(None)).encode(), prefix)
 
     def _read(
         self, op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str,

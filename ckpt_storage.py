@@ -1179,15 +1179,18 @@ def with_checksums(header: bytes, block_crcs: Sequence[int]) -> bytes:
     return header[:at] + digits + header[at + len(digits) :]
 
 
-def read_header(file: StoredFile, path: str, expected_crc: int | None = None) -> Header:
-    """Read and check the header of an open tensor file; CORRUPTED_CHECKPOINT for whatever is wrong with it."""
+def read_header(file: StoredFile, path: str, expected_crc: int | None = None, most: int = MAX_HEADER_BYTES) -> Header:
+    """Read and check the header of an open tensor file; CORRUPTED_CHECKPOINT for whatever is wrong with it.
+
+    One of more than `most` bytes is refused unread: parsed, it would take many times its length.
+    """
     length = file.length()
     prefix = bytearray(8)
     if length < 8:
         raise corrupted(f"{path}: {length} bytes are too short for a tensor file", path)
     file.read(0, memoryview(prefix))
     (size,) = struct.unpack("<Q", prefix)
-    if not 2 <= size <= min(MAX_HEADER_BYTES, length - 8) or (8 + size) % ALIGN_BYTES:
+    if not 2 <= size <= min(MAX_HEADER_BYTES, most, length - 8) or (8 + size) % ALIGN_BYTES:
         raise corrupted(f"{path}: impossible header length {size} in a file of {length} bytes", path)
     text = bytearray(size)
     file.read(8, memoryview(text))
@@ -1404,17 +1407,17 @@ def encode_runs(column: Ints) -> list[int]:
 
 def decode_runs(runs: object, length: int) -> Ints:
     """Inverse of `encode_runs`; ValueError unless the runs are well formed and make exactly `length` values >= 0."""
-    if not isinstance(runs, list) or len(runs) % 3 or not all(type(n) is int and abs(n) < 1 << 62 for n in runs):
+    if not isinstance(runs, list) or len(runs) % 3 or not set(map(type, runs)) <= {int}:
         raise ValueError("malformed runs")
-    table = np.array(runs, np.int64).reshape(-1, 3)
-    start, step, count = table.T
-    if (count < 1).any() or (count > length).any() or int(count.sum()) != length:
+    if sum(runs[2::3]) != length or min(runs[2::3], default=1) < 1:
         raise ValueError("runs do not add up")
-    last = start.astype(float) + step.astype(float) * (count - 1)
-    if (start < 0).any() or (last < 0).any() or (last > 2.0**62).any():
+    top = 1 << 62
+    if not all(0 <= at < top and 0 <= at + step * (n - 1) < top > abs(step) for at, step, n in zip(*[iter(runs)] * 3)):
         raise ValueError("runs leave the range of offsets")
-    first = np.repeat(np.cumsum(count) - count, count)
-    return np.repeat(start, count) + np.repeat(step, count) * (np.arange(length) - first)
+    start, step, count = np.array(runs, np.int64).reshape(-1, 3).T
+    # The values before a run's own, by its step: int64 wraps around there and back.
+    base = start - step * (np.cumsum(count) - count)
+    return base.repeat(count) + step.repeat(count) * np.arange(length)
 
 
 def encode_table(columns: Mapping[str, Ints], box: Ints) -> dict[str, object]:
@@ -1550,7 +1553,8 @@ def _decode_pieces(table: Fields, tensors: Sequence[TensorMetadata], shards: Seq
     if box.shape[2] != width:
         raise ValueError("pieces of other dimensions than the tensors")
     if len(box):
-        shapes = np.array([t.shape + (1,) * (width - len(t.shape)) for t in tensors], np.int64).reshape(-1, width)
+        padded = [t.shape + (1,) * (width - len(t.shape)) for t in tensors]
+        shapes = np.array(padded, np.int64).reshape(len(padded), width)
         if (np.diff(tensor) < 0).any() or tensor[-1] >= len(tensors) or shard.max() >= len(shards):
             raise ValueError("pieces of unknown tensors or shards")
         if (box[:, 1] < 1).any() or (box.sum(axis=1) > shapes[tensor]).any():
@@ -1581,7 +1585,13 @@ def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadat
     FileNotFoundError where no checkpoint exists; CORRUPTED_CHECKPOINT or INCOMPATIBLE_VERSION where one exists that
     is not intact. An overwrite between the reading of the record and of its shards gets one retry.
     """
-    meta = decode_record(read_file(storage, record_name(check_prefix(prefix))), prefix)
+    return read_committed_record(storage, prefix)[1]
+
+
+def read_committed_record(storage: CheckpointStorage, prefix: str) -> tuple[bytes, CheckpointMetadata]:
+    """The same, and the bytes that it was decoded from, for other ranks to decode."""
+    text = read_file(storage, record_name(check_prefix(prefix)))
+    meta = decode_record(text, prefix)
     for attempt in range(2):
         problem = ""
         for index, shard in enumerate(meta.shards):  # C4
@@ -1591,8 +1601,9 @@ def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadat
                 break
         if not problem:
             _ = meta.pieces  # C3, now that the sizes are known to be true
-            return meta
-        again = decode_record(read_file(storage, record_name(prefix)), prefix)
+            return text, meta
+        text = read_file(storage, record_name(prefix))
+        again = decode_record(text, prefix)
         if attempt or again.save_id == meta.save_id:
             break
         meta = again
