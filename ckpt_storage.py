@@ -667,7 +667,7 @@ class Fields:
 
     def child(self, key: str) -> Fields:
         """An object."""
-        return Fields(self.all.get(key))
+        return Fields(self._typed(key, dict))
 
 
 def int_tuple(value: object) -> Shape:
@@ -1184,9 +1184,14 @@ def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path
     if len(block_crcs) != block_count(data_length):
         raise ValueError("checksum field does not fit the data")
     pieces = Fields(parse_json(metadata.text("pieces").encode(), path)).all
-    names = table.all.keys() - {"__metadata__"}
-    if not pieces.keys() <= names:
+    if not pieces.keys() <= table.all.keys() - {"__metadata__"}:
         raise ValueError("pieces of unknown entries")
+    return Header(parse_entries(table, pieces, data_length), block_crcs, data_start, data_length, crc)
+
+
+def parse_entries(table: Fields, pieces: Mapping[str, object], data_length: int) -> list[Entry]:
+    """The entries of any safetensors header, in the order of their bytes; ValueError where it breaks the rules."""
+    names = table.all.keys() - {"__metadata__"}
     entries = [_parse_entry(name, table.child(name), Fields(pieces.get(name, {}))) for name in names]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = 0
@@ -1196,7 +1201,7 @@ def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path
         position = entry.end
     if position != data_length:
         raise ValueError(f"entries end at byte {position} of {data_length} bytes of data")
-    return Header(entries, block_crcs, data_start, data_length, crc)
+    return entries
 
 
 def _fixed_width(digits: str) -> list[int]:
