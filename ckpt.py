@@ -26,14 +26,18 @@ import argparse
 import concurrent.futures
 import contextlib
 import datetime
+import itertools
 import json
 import logging
 import math
 import os
 import random
+import re
+import shutil
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -75,9 +79,10 @@ TensorMetadata = st.TensorMetadata
 
 __all__ = [
     "CheckpointInfo", "CheckpointLoadResult", "CheckpointOptions", "CheckpointValidator", "ChecksumIntegrityChecker",
-    "CompatibilityChecker", "DistributedCheckpoint", "DistributedCheckpointFactory", "IntegrityChecker", "LoadOptions",
-    "PendingSave", "SaveOptions", "SchemaCompatibilityChecker", "SizeIntegrityChecker", "Stateful", "ValidationResult",
-    "VersionCompatibilityChecker",
+    "CompatibilityChecker", "Difference", "DistributedCheckpoint", "DistributedCheckpointFactory",
+    "IntegrityChecker", "LoadOptions", "PendingSave", "SaveOptions", "SchemaCompatibilityChecker", "SizeIntegrityChecker",
+    "Stateful", "ValidationResult", "VersionCompatibilityChecker", "diff_checkpoints", "export_checkpoint",
+    "import_checkpoint",
 ]  # fmt: skip
 __all__ += coord.__all__ + st.__all__
 
@@ -1361,12 +1366,13 @@ def _agreed(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _typed(path: str) -> Iterator[None]:
+def _typed(path: str, doing: str = "") -> Iterator[None]:
     """Turn an OSError of the storage into a CheckpointException, for the local calls."""
     try:
         yield
     except OSError as error:
-        raise CheckpointException(f"{type(error).__name__}: {error}", path, ExceptionType.STORAGE_ERROR) from error
+        message = f"{doing}{type(error).__name__}: {error}"
+        raise CheckpointException(message, path, ExceptionType.STORAGE_ERROR) from error
 
 
 def _raise_earlier(error: BaseException | None) -> None:
@@ -1536,20 +1542,553 @@ class DistributedCheckpointFactory:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# In and out: safetensors files for everybody else, checkpoints of other makes, and what differs between two
+
+_FLOATS = ("F16", "BF16", "F32", "F64")  # what an export may cast; 8-bit floats mean nothing without their scales
+_WIDEST_FIRST = [
+    "U64",
+    "I64",
+    "F64",
+    "C64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E5M2FNUZ",
+    "F8_E4M3FNUZ",
+]
+_WIDEST_FIRST += ["F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL"]  # the order of safetensors' own serializer
+_MODEL_KEYS = ("model", "state_dict", "model_state_dict")  # where files of torch.save have the model, by custom
+
+
+class _Named(NamedTuple):
+    """The tensor stored as number `stored`, under the name and with the dtype that it has elsewhere."""
+
+    name: str
+    dtype: str
+    shape: st.Shape
+    stored: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * st.itemsize(self.dtype)
+
+    def target(self) -> coord.Target:
+        """All of it, to plan with: its view has a dtype and a shape, but no memory."""
+        view = torch.empty(self.shape, dtype=st.DTYPES[self.dtype], device="meta")
+        return coord.Target(self.stored, st.Box((0,) * len(self.shape), self.shape), view)
+
+
+def _by_name(meta: CheckpointMetadata) -> dict[str, _Named]:
+    """All that is stored, by name and, where it is kept for a rank, that. Of tied tensors, each has the same `stored`."""
+    named = (
+        (coord.entry_name(t, (), True), i if t.alias_of is None else t.alias_of, t) for i, t in enumerate(meta.tensors)
+    )
+    return {name: _Named(name, t.dtype, t.shape, stored) for name, stored, t in named}
+
+
+def _committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadata:
+    try:
+        return st.read_committed(storage, prefix)
+    except FileNotFoundError as error:
+        known = _some(st.recorded_prefixes(storage)) or "none"
+        message = f"there is no checkpoint {prefix!r}; there are: {known}"
+        raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def export_checkpoint(
+    storage: CheckpointStorage, prefix: str, out: str | os.PathLike[str], *, model_only: bool = False,
+    dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[str]:  # fmt: skip
+    """Write a checkpoint, of whatever layout, as safetensors files named as Hugging Face's libraries expect. Local.
+
+    Returns their names. `out` ends in ".safetensors"; more than `max_shard_bytes` become `<out>-00001-of-0000N` and an
+    index. The model's tensors have the names of `model.state_dict()`, tied ones a copy each; without `model_only` the
+    others follow, named as stored. `dtype` casts the model's floats of 16 bits and more. An older export to `out` is
+    replaced. ValueError for a misuse, CheckpointException for damage or a failing disk; then no file of it is left.
+    """
+    folder, name = os.path.split(os.path.abspath(out))
+    stem, suffix = os.path.splitext(name)
+    if suffix != ".safetensors" or max_shard_bytes < 1:
+        raise ValueError(f"an export is named *.safetensors, and its files hold bytes: not {out}, {max_shard_bytes}")
+    if dtype is not None and st.CODES.get(dtype) not in _FLOATS:
+        raise ValueError(f"unknown export dtype {dtype}; allowed: float16, bfloat16, float32, float64")
+    with _typed(prefix, f"exporting to {out}: "), _Exporter(storage, _committed(storage, prefix)) as reader:
+        chosen = _select(reader.metadata, model_only, dtype)
+        groups = _groups(chosen, max_shard_bytes)
+        names = [f"{stem}-{n:05d}-of-{len(groups):05d}{suffix}" for n in range(1, len(groups) + 1)]
+        parts = dict(zip(names, groups)) if len(groups) > 1 else {name: chosen}
+        heads = {part: _header(tensors) for part, tensors in parts.items()}
+        if len(groups) > 1:
+            weights = {t.name: part for part, tensors in parts.items() for t in tensors}
+            index = {"metadata": {"total_size": sum(t.nbytes() for t in chosen)}, "weight_map": weights}
+            heads[f"{name}.index.json"] = (json.dumps(index, indent=2, sort_keys=True).encode() + b"\n", [])
+        with _appearing(folder, name, heads) as files:
+            reader.fill(
+                [(files[part], t, begin) for part, (_, places) in heads.items() for t, begin in places], progress
+            )
+    return [os.path.join(folder, part) for part in heads]
+
+
+def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | None) -> list[_Named]:
+    """The tensors to export, in the order of the record, which is the model's; logs what one might not expect."""
+    lowest: dict[str, int] = {}
+    for t in meta.tensors:
+        if t.rank is not None:
+            lowest[t.name] = min(t.rank, lowest.get(t.name, t.rank))
+    chosen: list[_Named] = []
+    apart, pairs, values = [], [], []
+    for t, item in zip(meta.tensors, _by_name(meta).values()):
+        own = t.name.startswith("model/") and t.rank == lowest.get(t.name)
+        if t.dtype == "JSON":
+            values += [item.name] if coord.in_model(t.name) or not model_only else []
+        elif own or not model_only:
+            cast = dtype is not None and t.name.startswith("model/") and t.dtype in _FLOATS
+            code, name = (
+                st.CODES[dtype] if cast and dtype else t.dtype,
+                t.name.removeprefix("model/") if own else item.name,
+            )
+            chosen.append(item._replace(name=name, dtype=code))
+            apart += [name] if own and t.rank is not None else []
+            pairs += [name] if st.stored_form(code, ())[0] != code else []
+    if len({"__metadata__", *(item.name for item in chosen)}) <= len(chosen):
+        raise ValueError("two tensors of the export would have one name, or one would be named __metadata__")
+    for what, names in (
+        ("kept per rank, exported as the lowest rank has it", apart),
+        ("complex, exported as pairs of floats (see torch.view_as_complex)", pairs),
+        ("left out, being no tensors", values),
+    ):
+        if names:
+            log.warning("%s: %s: %s", meta.prefix, what, _some(names))
+    return chosen
+
+
+Head = tuple[bytes, list[tuple[_Named, int]]]  # the first bytes of a file, and where in it each tensor begins
+
+
+def _groups(tensors: Iterable[_Named], limit_bytes: int) -> list[list[_Named]]:
+    """Cut into files of at most so many bytes, or of one tensor."""
+    groups: list[list[_Named]] = [[]]
+    room = limit_bytes
+    for tensor in tensors:
+        if groups[-1] and tensor.nbytes() > room:
+            groups.append([])
+            room = limit_bytes
+        groups[-1].append(tensor)
+        room -= tensor.nbytes()
+    return groups
+
+
+def _header(tensors: Iterable[_Named]) -> Head:
+    """The header of a safetensors file, byte for byte as their own serializer writes it."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    forms = [(*st.stored_form(t.dtype, t.shape), t) for t in tensors]
+    forms.sort(key=lambda form: (_WIDEST_FIRST.index(form[0]), form[2].name))  # so that every tensor is aligned
+    ends = list(itertools.accumulate((t.nbytes() for *_, t in forms), initial=0))
+    for (code, shape, t), *offsets in zip(forms, ends, ends[1:]):
+        table[t.name] = {"dtype": code, "shape": shape, "data_offsets": offsets}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > st.MAX_HEADER_BYTES:
+        raise ValueError(f"a header for {len(forms)} tensors is over the limit of safetensors; make smaller files")
+    head = len(text).to_bytes(8, "little") + text
+    return head, [(t, len(head) + begin) for (*_, t), begin in zip(forms, ends)]
+
+
+@contextlib.contextmanager
+def _appearing(folder: str, name: str, heads: Mapping[str, Head]) -> Iterator[dict[str, StoredFile]]:
+    """New files that appear in the end, durable, the last one last, or not at all. They replace the export `name`.
+
+    At no time does an index name files of another export.
+    """
+    directory = LocalStorage(folder)
+    files: dict[str, StoredFile] = {}
+    try:
+        for part, (head, places) in heads.items():
+            directory.reap(f"{part}.tmp")  # of a process that died; of one that lives, the next line fails
+            files[part] = directory.create(f"{part}.tmp")
+            files[part].resize(len(head) + sum(t.nbytes() for t, _ in places))
+            files[part].write(0, memoryview(head))
+        yield files
+        for file in files.values():
+            file.sync()
+        directory.delete(f"{name}.index.json")
+        for part in files:
+            directory.publish(f"{part}.tmp", part, overwrite=True)
+        if name not in files:
+            directory.delete(name)  # readers would prefer it to the index
+        directory.sync_directory(name)
+    finally:
+        for part, file in files.items():
+            file.close()
+            directory.delete(f"{part}.tmp")
+
+
+class _Exporter(CheckpointReader):
+    """A load into files: what would go into a tensor's memory goes to its place in a file.
+
+    So each stored block is read and checked once, whatever the layout, and memory holds only the blocks in flight.
+    """
+
+    def fill(
+        self, places: Iterable[tuple[StoredFile, _Named, int]], progress: Callable[[Progress], None] | None
+    ) -> None:
+        """Write every tensor to its file, from byte `begin` on."""
+        self._places: dict[int, tuple[StoredFile, int]] = {}
+        targets = []
+        for file, tensor, begin in places:
+            targets.append(target := tensor.target())
+            self._places[id(target.view)] = (file, begin)
+        tasks = self.plan(targets)
+        total = sum(st.block_span(self.header(task.shard), task.first, task.last) for task in tasks)
+
+        def run(task: coord.Task, buffer: st.Bytes) -> None:
+            count = self.run(task, buffer)
+            self.checked_bytes += count
+
+        def poll() -> None:
+            if progress is not None:
+                progress(Progress("export", self.checked_bytes, total))
+
+        st.in_parallel(tasks, run, min(coord.IO_THREADS, len(tasks)), poll)
+        poll()
+
+    def place(self, task: coord.Task, data: st.Bytes) -> None:
+        """Write the verified bytes of a task."""
+        for copy, start, part in self.parts(task, data):
+            (file, begin), stored, wanted = self._places[id(copy.view)], st.DTYPES[copy.entry.dtype], copy.view.dtype
+            first, last, done = start // stored.itemsize, (start + len(part)) // stored.itemsize, 0
+            if wanted != stored:
+                part = torch.from_numpy(part).view(stored).to(wanted).view(torch.uint8).numpy()
+            for _, box in st.row_boxes(copy.piece.size, first, last):
+                offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
+                for element, count in _runs(st.Box(offset, box.size), copy.held.size):
+                    stop = done + count * wanted.itemsize
+                    file.write(begin + element * wanted.itemsize, part[done:stop].data)
+                    done = stop
+
+
+def _runs(box: st.Box, shape: st.Shape) -> Iterator[tuple[int, int]]:
+    """The contiguous runs of a box in a row-major tensor of `shape`: first element and count of each, in order."""
+    inner = max(0, len(shape) - 1)
+    while inner and box.size[inner] == shape[inner]:
+        inner -= 1
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    first, count = sum(o * s for o, s in zip(box.offset, strides)), math.prod(box.size[inner:])
+    for index in np.ndindex(*box.size[:inner]):
+        yield first + sum(i * s for i, s in zip(index, strides)), count
+
+
+@dataclass
+class _Imported:
+    """A model's state from elsewhere, as something that can be saved."""
+
+    state: Mapping[str, object]
+
+    def state_dict(self) -> Mapping[str, object]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> object:
+        return None
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str], storage: CheckpointStorage, prefix: str, *,
+    progress: Callable[[Progress], None] | None = None,
+) -> str:  # fmt: skip
+    """Save what others have saved, bit for bit, as a new checkpoint, which `load(model, None, ...)` takes. Local.
+
+    `source` is a safetensors file, an index of several (`*.index.json`) or a directory with them: all of it is the model.
+    Or it is a file of torch.save, or a directory of torch.distributed.checkpoint (DCP): the model is what is under "model",
+    "state_dict" or "model_state_dict", and the rest `extra_state`; without such a key, the model is all tensors, by dotted
+    names, and `extra_state` the entries without any. Where all names begin with DDP's "module.", that is dropped.
+
+    DCP's metadata is a pickle, which may run any code: import such a directory only if you trust where it comes from.
+    ValueError for a misuse; CheckpointException for a damaged source, a failing disk, or a checkpoint that is there already.
+    """
+    with _typed(os.fspath(source)):
+        model, extra = _read_source(os.fspath(source))
+    options = SaveOptions(prefix, include_rng_state=False, overwrite=False, progress=progress)
+    with DistributedCheckpoint(LocalCoordinator(), storage) as checkpoint:
+        return checkpoint.save(_Imported(model), None, options, extra_state=extra)
+
+
+def _read_source(path: str) -> tuple[dict[str, object], dict[str, object]]:
+    """A source's model and extra state, mapped into memory where that can be: nothing is read before it is saved."""
+    files = [path]
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        if ".metadata" in names:
+            return _split(_read_dcp(path))
+        files = [os.path.join(path, n) for n in names if n.endswith((".safetensors", ".safetensors.index.json"))]
+    indices, listed = [file for file in files if file.endswith(".index.json")], set[str]()
+    if not files or len(indices) > 1 or (indices and indices[0].removesuffix(".index.json") in files):
+        raise ValueError(f"{path}: name one file to import; safetensors files here: {_some(files) or 'none'}")
+    if indices:
+        with open(indices[0], "rb") as file, _well_formed(indices[0]):
+            weights = st.Fields(st.parse_json(file.read(), indices[0])).child("weight_map")
+            parts = sorted({os.path.basename(weights.text(name)) for name in weights.all})
+        files, listed = [os.path.join(os.path.dirname(indices[0]), part) for part in parts], set(weights.all)
+    state: dict[str, object] = {}
+    for tensors in map(_read_file, files):
+        if twice := sorted(state.keys() & tensors.keys()):
+            raise ValueError(f"{path}: several files have {_some(twice)}; name the one to import")
+        state |= tensors
+    if indices and (wrong := sorted(state.keys() ^ listed)):
+        raise st.corrupted(f"{path}: the index and its files do not agree on {_some(wrong)}", path)
+    return (state, {}) if indices or files[0].endswith(".safetensors") else _split(state)
+
+
+def _read_file(path: str) -> dict[str, object]:
+    """The contents of a safetensors file, which must keep their rules, or of one of torch.save."""
+    if path.endswith(".safetensors"):
+        with _well_formed(path):
+            data = np.asarray(np.memmap(path, np.uint8, "c"))  # "c": private, since torch wants it writable
+            start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+            if not 10 <= start <= min(len(data), 8 + st.MAX_HEADER_BYTES):
+                raise ValueError(f"impossible header length {start - 8} in a file of {len(data)} bytes")
+            entries = st.parse_entries(
+                st.Fields(st.parse_json(data[8:start].tobytes(), path)), st.Fields({}), len(data) - start
+            )
+        parts = ((e, torch.from_numpy(data[start + e.begin : start + e.end])) for e in entries)
+        return {e.name: part.view(st.DTYPES[e.dtype]).view(e.shape) for e, part in parts}
+    try:
+        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        why = str(error).partition("WeightsUnpickler error: ")[2] or str(error)  # without its advice to turn checks off
+        raise CheckpointException(
+            f"{path}: not *.safetensors, and torch.load(weights_only=True) refuses it: {why.strip().splitlines()[0]}. If you "
+            "trust the file, load it yourself, and give what you want of it to DistributedCheckpoint.save",
+            path,
+            ExceptionType.LOAD_FAILED,
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}; expected a dict of tensors, or of dicts of them")
+    return {str(key): value for key, value in state.items()}
+
+
+@contextlib.contextmanager
+def _well_formed(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise st.corrupted(f"{path}: malformed: {error}", path) from error
+
+
+def _read_dcp(path: str) -> dict[str, object]:
+    """What torch.distributed.checkpoint has saved, nested as it was. This unpickles: the source is trusted."""
+    from torch.distributed.checkpoint.api import (
+        CheckpointException as DcpException,  # no Exception, but a BaseException
+    )
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, object] = {}
+    try:  # as torch's own dcp_to_torch_save does it
+        reader = FileSystemReader(path)
+        reader.read_metadata()  # a plain error where that fails
+        _load_state_dict(state, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    except (Exception, DcpException) as error:
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+        message = f"{path}: torch.distributed.checkpoint cannot read it: {why}"
+        raise CheckpointException(message, path, ExceptionType.LOAD_FAILED) from error
+    return state
+
+
+def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """The model's state by dotted names, and the extra state, as `import_checkpoint` tells."""
+
+    def leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
+        if isinstance(node, Mapping) and not path.endswith("_extra_state"):
+            for key, value in node.items():
+                yield from leaves(value, f"{path}.{key}" if path else str(key))
+        else:
+            yield path, node
+
+    def is_model(key: str) -> bool:
+        return key == chosen if chosen else any(isinstance(v, torch.Tensor) for _, v in leaves(state[key], key))
+
+    chosen = next((key for key in _MODEL_KEYS if isinstance(state.get(key), Mapping)), "")
+    found = [leaf for key in state if is_model(key) for leaf in leaves(state[key], "" if chosen else key)]
+    model = dict(found)
+    if len(model) < len(found):
+        raise ValueError("two tensors would have one name: an a.b, and a b in an a")
+    if model and all(name.startswith("module.") for name in model):
+        model = {name.removeprefix("module."): value for name, value in model.items()}
+    return model, {key: value for key, value in state.items() if not is_model(key)}
+
+
+class Difference(NamedTuple):
+    """A tensor, or other value, that was "added", "removed" or "changed" between two checkpoints, and how."""
+
+    name: str
+    kind: str
+    what: str
+    largest_change: float | None = None  # of any element, where that was asked for; NaN: to or from NaN
+
+
+def diff_checkpoints(storage: CheckpointStorage, a: str, b: str, *, values: bool = False) -> list[Difference]:
+    """What differs between checkpoints `a` and `b`, by stored name; [] where every tensor and value has the same bits. Local.
+
+    Where both have a tensor at the same places of their blocks, the CRC32s of these blocks tell, and no data are read; else,
+    and for `values`, the largest absolute change of each tensor, it is read and checked. CheckpointException for damage.
+    """
+    with (
+        _typed(f"{a}, {b}"),
+        CheckpointReader(storage, _committed(storage, a)) as old,
+        CheckpointReader(storage, _committed(storage, b)) as new,
+    ):
+        before, after = _by_name(old.metadata), _by_name(new.metadata)
+        pairs = [(before[name], after[name]) for name in before if name in after]
+        old_blocks, new_blocks = _blocks(old, [s for s, _ in pairs]), _blocks(new, [t for _, t in pairs])
+        changed: dict[str, str] = {}
+        unsure: list[tuple[_Named, _Named]] = []
+        for s, t in pairs:
+            x, y, alike = old_blocks[s.name], new_blocks[s.name], str(s) == str(t)
+            if not alike or any(p.alone and p.place == q.place and p != q for p, q in zip(x, y)):
+                changed[s.name] = "value" if alike or s.dtype == t.dtype == "JSON" else f"{s} -> {t}"
+            if values and s.shape == t.shape if s.name in changed else x != y:
+                unsure.append((s, t))
+        largest = _read_changes(old, new, unsure, values)
+    changed = dict.fromkeys(largest, "value") | changed
+    found = [Difference(name, "removed", str(before[name])) for name in before if name not in after]
+    found += [Difference(name, "added", str(after[name])) for name in after if name not in before]
+    return found + [Difference(n, "changed", changed[n], largest.get(n)) for n in before if n in changed]
+
+
+class _Block(NamedTuple):
+    """A block, or for compressed pieces a window of blocks, that holds a part of a tensor."""
+
+    place: tuple[object, ...]  # which part, and where in the block
+    alone: bool  # the block holds nothing else
+    crcs: list[int]
+
+
+def _blocks(reader: CheckpointReader, tensors: Sequence[_Named]) -> dict[str, list[_Block]]:
+    found: dict[str, list[_Block]] = {t.name: [] for t in tensors}
+    targets = [t.target() for t in tensors]
+    names = {id(target.view): t.name for target, t in zip(targets, tensors)}
+    for task in reader.plan(targets):
+        for copy in task.copies:
+            at = task.first * st.BLOCK_BYTES - copy.entry.begin
+            alone = copy.frame < 0 and 0 <= at <= copy.entry.nbytes() - st.BLOCK_BYTES
+            crcs = reader.header(task.shard).block_crcs[task.first : task.last]
+            found[names[id(copy.view)]].append(_Block((copy.piece, at, copy.entry.frames, copy.frame), alone, crcs))
+    return found
+
+
+def _read_changes(
+    old: CheckpointReader, new: CheckpointReader, pairs: Iterable[tuple[_Named, _Named]], values: bool
+) -> dict[str, float | None]:
+    """The names of those whose bits differ, with the largest change if `values`; reads a block's worth of each at a time."""
+    found: dict[str, list[float]] = {}
+
+    def read(reader: CheckpointReader, parts: Iterable[tuple[_Named, st.Box]], buffer: st.Bytes) -> list[torch.Tensor]:
+        targets = [coord.Target(t.stored, box, torch.empty(box.size, dtype=st.DTYPES[t.dtype])) for t, box in parts]
+        for task in reader.plan(targets):
+            reader.run(task, buffer)
+        return [target.view for target in targets]
+
+    def compare(batch: list[tuple[_Named, _Named, st.Box]], buffer: st.Bytes) -> None:
+        before = read(old, ((s, box) for s, _, box in batch), buffer)
+        after = read(new, ((t, box) for _, t, box in batch), buffer)
+        for (s, t, _), x, y in zip(batch, before, after):
+            if s.dtype != t.dtype or not torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)):
+                known = values and not {"JSON", "F4"} & {s.dtype, t.dtype}
+                found.setdefault(s.name, []).append(_largest_change(x, y) if known else math.nan)
+
+    st.in_parallel(_batches(pairs), compare, coord.IO_THREADS)
+    return {name: float(np.max(sizes)) if values else None for name, sizes in found.items()}
+
+
+def _batches(pairs: Iterable[tuple[_Named, _Named]]) -> Iterator[list[tuple[_Named, _Named, st.Box]]]:
+    """Rows of tensors, a block's worth together: small tensors share the reading of a block."""
+    batch: list[tuple[_Named, _Named, st.Box]] = []
+    room = st.BLOCK_BYTES
+    for s, t in pairs:
+        total, at, width = math.prod(s.shape), 0, max(st.itemsize(s.dtype), st.itemsize(t.dtype))
+        while at < total:
+            if room < width:
+                yield batch
+                batch, room = [], st.BLOCK_BYTES
+            stop = min(total, at + room // width)
+            batch += [(s, t, box) for _, box in st.row_boxes(s.shape, at, stop)]
+            room, at = room - (stop - at) * width, stop
+    yield batch
+
+
+def _largest_change(x: torch.Tensor, y: torch.Tensor) -> float:
+    kind = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
+    x, y = x.to(kind), y.to(kind)
+    same = (x == y) | (x.isnan() & y.isnan())
+    return float((x - y).abs().masked_fill(same, 0.0).max())
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def _human(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return ""
+def _human(count: float, units: Sequence[str] = (" B", " kB", " MB", " GB", " TB")) -> str:
+    unit = 0
+    while count >= 1000 and unit < len(units) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.2f}{units[unit]}" if unit else f"{count:.0f}{units[0]}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Aligned columns, those in `right` to the right. Where a terminal is too narrow, long names lose their middle."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if columns is not None:
+        needed = widths[1:] if rows[0][-1] else widths[1:-1]  # a column without a head may be cut off
+        widths[0] = min(widths[0], max(20, columns - sum(needed) - 2 * len(needed)))
+        cut, tail = widths[0] // 2, widths[0] - widths[0] // 2 - 1
+        rows = [(r[0] if len(r[0]) <= widths[0] else f"{r[0][:cut]}…{r[0][-tail:]}", *r[1:]) for r in rows]
+    cells = (
+        [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(r, widths))] for r in rows
+    )
+    return "\n".join("  ".join(row).rstrip()[:columns] for row in cells)
+
+
+class _Bar:
+    """How far a command is, how fast, and how long it will take: on standard error while that is a terminal."""
+
+    def __init__(self, what: str, quiet: bool) -> None:
+        self.what, self.started, self.shown = what, time.monotonic(), sys.stderr.isatty() and not quiet
+
+    def show(self, done: int, total: int) -> None:
+        """Bytes; a few times a second."""
+        rate = done / max(time.monotonic() - self.started, 1e-3)
+        if done and total:
+            minutes, seconds = divmod(round((total - done) / rate), 60)
+            text = f"{self.what}  {100 * done // total:3} %  {_human(done)} of {_human(total)}  {_human(rate)}/s"
+            self.write(f"{text}  {minutes}:{seconds:02} left  [{'#' * (20 * done // total):20}]")
+
+    def write(self, text: str) -> None:
+        """In place of what was there."""
+        if self.shown:
+            columns = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(f"\r{text[:columns]:{columns}}\r")
+            sys.stderr.flush()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.write("")
 
 
 def _command_ls(storage: CheckpointStorage, args: argparse.Namespace) -> int:
@@ -1561,22 +2100,54 @@ def _command_ls(storage: CheckpointStorage, args: argparse.Namespace) -> int:
     rows += [
         (i.prefix, f"{i.timestamp:%Y-%m-%d %H:%M:%S}", str(i.world_size), _human(i.size_bytes), i.format) for i in infos
     ]
-    print(_table(rows))
+    print(_table(rows, right=(2, 3)))
     return 0
 
 
+class _Module:
+    """A part of the names of stored tensors: the tensors of just that name, and the parts that follow it."""
+
+    def __init__(self) -> None:
+        self.inner: dict[str, _Module] = {}
+        self.rows: list[tuple[str, ...]] = []
+        self.elements = self.bytes = 0
+
+    def add(self, parts: Sequence[str], row: tuple[str, ...], elements: int, nbytes: int) -> None:
+        """A tensor somewhere below."""
+        self.elements, self.bytes = self.elements + elements, self.bytes + nbytes
+        if parts:
+            self.inner.setdefault(parts[0], _Module()).add(parts[1:], row, elements, nbytes)
+        else:
+            self.rows.append(row)
+
+    def lines(self, label: str, indent: int, depth: int) -> Iterator[tuple[str, ...]]:
+        """Rows of a table, with a subtotal for all but the innermost modules, which are told by their tensors."""
+        yield from ((" " * indent + label, *row) for row in self.rows)
+        if self.inner and (depth == 0 or any(module.inner for module in self.inner.values())):
+            subtotal = (_human(self.elements, _COUNTS), _human(self.bytes), "", "")
+            yield (" " * indent + label.rstrip("./"), "", "", *subtotal)
+            label, indent, depth = "", indent + 2, depth - 1
+        for part, module in self.inner.items() if depth >= 0 else ():
+            yield from module.lines(label + part, indent, depth)
+
+
+_COUNTS = ("", " k", " M", " G", " T")
+
+
 def _command_show(storage: CheckpointStorage, args: argparse.Namespace) -> int:
-    meta = st.read_committed(storage, args.prefix)
-    tensors, rows = [], [("TENSOR", "DTYPE", "SHAPE", "SIZE", "PIECES", "")]
+    meta = _committed(storage, args.prefix)
+    tensors, root = [], _Module()
     for t, count in zip(meta.tensors, np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()):
-        size = math.prod(t.shape) * st.itemsize(t.dtype)
+        size, elements = math.prod(t.shape) * st.itemsize(t.dtype), math.prod(t.shape) * (t.dtype != "JSON")
         tied = None if t.alias_of is None else meta.tensors[t.alias_of].name
         tensors.append({
             "name": t.name, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "pieces": count, "bytes": size,
             "tied_to": tied,
         })  # fmt: skip
         note = f"tied to {tied}" if tied else "" if t.rank is None else f"rank {t.rank}"
-        rows.append((t.name, t.dtype, "x".join(map(str, t.shape)) or "scalar", _human(size), str(count), note))
+        shape = "" if t.dtype == "JSON" else "x".join(map(str, t.shape)) or "scalar"
+        row = (t.dtype, shape, _human(elements, _COUNTS) if elements else "", _human(size), str(count), note)
+        root.add(re.findall(r"[^./]*[./]?", t.name)[:-1], row, 0 if tied else elements, 0 if tied else size)
     head = {
         "prefix": meta.prefix, "save_id": meta.save_id, "sequence": meta.sequence, "version": meta.version,
         "timestamp": meta.timestamp, "world_size": meta.world_size, "format": meta.format, "compression": meta.compression,
@@ -1590,24 +2161,20 @@ def _command_show(storage: CheckpointStorage, args: argparse.Namespace) -> int:
     for key, value in head.items():
         if key != "shards":
             print(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
-    print("\n" + _table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)]))
-    print("\n" + _table(rows))
+    print("\n" + _table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
+    rows: list[tuple[str, ...]] = [("NAME", "DTYPE", "SHAPE", "PARAMETERS", "SIZE", "PIECES", "")]
+    for part, module in root.inner.items():
+        rows += module.lines(part, 0, args.depth)
+    print("\n" + _table(rows, right=(3, 4, 5)))
     return 0
 
 
 def _command_verify(storage: CheckpointStorage, args: argparse.Namespace) -> int:
     prefixes = [args.prefix] if args.prefix else st.recorded_prefixes(storage)
     validator, bad, report = CheckpointValidator(storage), 0, {}
-    show = sys.stderr.isatty() and not args.json
-
-    def poll(done: int, total: int) -> None:
-        if show:
-            sys.stderr.write(f"\r{_human(done)} of {_human(total)} ")
-
     for prefix in prefixes:
-        result = validator.validate_checkpoint(prefix, poll)
-        if show:
-            sys.stderr.write("\r\033[K")
+        with _Bar(f"verify {prefix}", args.json) as bar:
+            result = validator.validate_checkpoint(prefix, bar.show)
         bad += not result.is_valid
         report[prefix] = {"valid": result.is_valid, "errors": result.errors, "warnings": result.warnings}
         if not args.json:
@@ -1617,6 +2184,42 @@ def _command_verify(storage: CheckpointStorage, args: argparse.Namespace) -> int
     if args.json:
         print(json.dumps(report))
     return 1 if bad else 0
+
+
+def _command_export(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+    dtype = None if args.dtype is None else st.DTYPES[args.dtype.upper()]
+    with _Bar(f"export {args.prefix}", args.json) as bar:
+        files = export_checkpoint(
+            storage, args.prefix, args.out, model_only=args.model_only, dtype=dtype,
+            max_shard_bytes=args.max_shard_size, progress=lambda told: bar.show(*told[1:]),
+        )  # fmt: skip
+    rows = [(file, _human(os.path.getsize(file))) for file in files]
+    print(json.dumps({"files": files}) if args.json else _table(rows, right=(1,)))
+    return 0
+
+
+def _command_import(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+    if os.path.isfile(os.path.join(args.source, ".metadata")):
+        print(f"ckpt.py: {args.source}: its metadata is a pickle, which can run any code: trusting it", file=sys.stderr)
+    with _Bar(f"import {args.prefix}", args.json) as bar:
+        prefix = import_checkpoint(args.source, storage, args.prefix, progress=lambda told: bar.show(*told[1:]))
+    meta = st.read_committed(storage, prefix)
+    extra = sorted(t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON")
+    size = f"{_human(meta.size_bytes())}, {sum(t.name.startswith('model/') for t in meta.tensors)} tensors of the model"
+    text = f"imported {prefix}: {size}" + (f"; besides, as extra_state: {_some(extra)}" if extra else "")
+    print(json.dumps({"imported": prefix}) if args.json else text)
+    return 0
+
+
+def _command_diff(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+    found = diff_checkpoints(storage, args.a, args.b, values=args.values)
+    if args.json:
+        print(json.dumps([d._asdict() for d in found]))
+    elif found:
+        signs = {"removed": "-", "added": "+", "changed": "~"}
+        largest = ["" if d.largest_change is None else f"largest change {d.largest_change:.3g}" for d in found]
+        print(_table([(f"{signs[d.kind]} {d.name}", d.what, size) for d, size in zip(found, largest)]))
+    return 1 if found else 0
 
 
 def _command_rm(storage: CheckpointStorage, args: argparse.Namespace) -> int:
@@ -1631,35 +2234,74 @@ def _command_gc(storage: CheckpointStorage, args: argparse.Namespace) -> int:
     return 0
 
 
+def _byte_count(text: str) -> int:
+    """5GB, 500 MB, 1GiB, 4096."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kMGT])(i?))?B?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 5GB or 500MiB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(unit.lower()) if unit else 0))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ckpt.py", description="Look at, verify, convert and delete checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(
+        run: Callable[[CheckpointStorage, argparse.Namespace], int], names: str, text: str
+    ) -> argparse.ArgumentParser:
+        name, *arguments = names.split()
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        for argument in arguments:
+            command.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None)
+        command.add_argument("--json", action="store_true", help="print JSON")
+        return command
+
+    add(_command_ls, "ls dir", "list the committed checkpoints below DIR")
+    show = add(_command_show, "show dir prefix", "show the tensors, shards and metadata of a checkpoint")
+    show.add_argument("--depth", type=int, default=99, help="of the tree of modules, show so many levels")
+    add(_command_verify, "verify dir [prefix]", "read and check every byte of one checkpoint, or of all")
+    export = add(
+        _command_export, "export dir prefix out", "write a checkpoint as *.safetensors, with the names of Hugging Face"
+    )
+    export.add_argument("--model-only", action="store_true", help="leave out optimizer and extra state")
+    export.add_argument("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
+    export.add_argument("--max-shard-size", type=_byte_count, default="5GB", help="of each file; default 5GB")
+    text = "take over safetensors, a torch.save file, or a torch.distributed.checkpoint directory (unpickled: trust it)"
+    add(_command_import, "import source dir prefix", text)
+    text = "what differs between checkpoints A and B; exit code 0: nothing, 1: something, 2: trouble"
+    diff = add(_command_diff, "diff dir a b", text)
+    diff.add_argument("--values", action="store_true", help="read what changed, and tell the largest change")
+    add(_command_rm, "rm dir prefix", "delete a checkpoint")
+    add(_command_gc, "gc dir", "remove what crashed saves left behind")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 good, 1 damage or failure, 2 misuse."""
-    parser = argparse.ArgumentParser(prog="ckpt.py", description="Look at, verify and delete checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    table: dict[str, tuple[Callable[[CheckpointStorage, argparse.Namespace], int], str, str]] = {
-        "ls": (_command_ls, "list the committed checkpoints below DIR", ""),
-        "show": (_command_show, "show the tensors, shards and metadata of a checkpoint", "prefix"),
-        "verify": (_command_verify, "read and check every byte of one checkpoint, or of all", "[prefix]"),
-        "rm": (_command_rm, "delete a checkpoint", "prefix"),
-        "gc": (_command_gc, "remove what crashed saves left behind", ""),
-    }
-    for name, (_, text, prefix) in table.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("dir")
-        if prefix:
-            command.add_argument("prefix", nargs="?" if prefix.startswith("[") else None)
-        command.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    if not os.path.isdir(args.dir):
+    args = _parser().parse_args(argv)
+    if args.command != "import" and not os.path.isdir(args.dir):
         print(f"ckpt.py: {args.dir}: no such directory", file=sys.stderr)
         return 2
+    told = logging.StreamHandler()  # warnings, on standard error
+    told.setFormatter(logging.Formatter("ckpt.py: %(message)s"))
+    log.addHandler(told)
     try:
-        return table[args.command][0](LocalStorage(args.dir), args)
+        code: int = args.run(LocalStorage(args.dir), args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read it, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ValueError as error:
         print(f"ckpt.py: {error}", file=sys.stderr)
         return 2
     except (CheckpointException, OSError) as error:
         print(f"ckpt.py: {error}", file=sys.stderr)
-        return 1
+        return 2 if args.command == "diff" else 1
+    finally:
+        log.removeHandler(told)
 
 
 if __name__ == "__main__":

@@ -2054,6 +2054,9 @@ class Superseded(CheckpointException):
     """The checkpoint was replaced while it was read: reading again finds the new one."""
 
 
+R = TypeVar("R", bound="CheckpointReader")
+
+
 class CheckpointReader:
     """Verified reads of one committed checkpoint: every byte that it hands out has passed its block's CRC32."""
 
@@ -2073,7 +2076,7 @@ class CheckpointReader:
             if t.rank is not None:
                 self._kept.setdefault(t.name, {})[t.rank] = index
 
-    def __enter__(self) -> CheckpointReader:
+    def __enter__(self: R) -> R:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -2241,21 +2244,26 @@ class CheckpointReader:
 
     def place(self, task: Task, data: Bytes) -> None:
         """Put the verified bytes of a task where they belong."""
+        for copy, start, part in self.parts(task, data):
+            if copy.flat is not None:
+                copy.flat[start : start + len(part)] = part
+            else:
+                st.copy_in(part, start, st.DTYPES[copy.entry.dtype], copy.piece, copy.held, copy.view)
+
+    def parts(self, task: Task, data: Bytes) -> Iterator[tuple[Copy, int, Bytes]]:
+        """What a task's verified bytes hold of the piece of each copy: its bytes from `start` on, expanded."""
         base = task.first * st.BLOCK_BYTES
         for copy in task.copies:
-            entry, dtype = copy.entry, st.DTYPES[copy.entry.dtype]
+            entry = copy.entry
             if copy.frame >= 0:
                 low, high = _frame_span(copy)
                 start = copy.frame * st.FRAME_BYTES
                 length = min(st.FRAME_BYTES, entry.nbytes() - start)
-                part = st.expand_frame(data[low - base : high - base].tobytes(), length, dtype.itemsize)
+                packed = data[low - base : high - base].tobytes()
+                yield copy, start, st.expand_frame(packed, length, st.itemsize(entry.dtype))
             else:
                 low, high = max(entry.begin, base), min(entry.end, base + len(data))
-                start, part = low - entry.begin, data[low - base : high - base]
-            if copy.flat is not None:
-                copy.flat[start : start + len(part)] = part
-            else:
-                st.copy_in(part, start, dtype, copy.piece, copy.held, copy.view)
+                yield copy, low - entry.begin, data[low - base : high - base]
 
     def read_value(self, tensor: int) -> object:
         """A stored JSON value, still encoded."""

@@ -684,7 +684,7 @@ class Fields:
 
     def child(self, key: str) -> Fields:
         """An object."""
-        return Fields(self.all.get(key))
+        return Fields(self._typed(key, dict))
 
 
 def int_tuple(value: object) -> Shape:
@@ -1218,10 +1218,16 @@ def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path
     block_crcs = _fixed_width(metadata.text("crc32"))
     if len(block_crcs) != block_count(data_length):
         raise ValueError("checksum field does not fit the data")
-    pieces, nothing = Fields(parse_json(metadata.text("pieces").encode(), path)), Fields({})
-    names = table.all.keys() - {"__metadata__"}
-    if not pieces.all.keys() <= names:
+    pieces = Fields(parse_json(metadata.text("pieces").encode(), path))
+    if not pieces.all.keys() <= table.all.keys() - {"__metadata__"}:
         raise ValueError("pieces of unknown entries")
+    return Header(parse_entries(table, pieces, data_length), block_crcs, data_start, data_length, crc)
+
+
+def parse_entries(table: Fields, pieces: Fields, data_length: int) -> list[Entry]:
+    """The entries of any safetensors header, in the order of their bytes; ValueError where it breaks the rules."""
+    names = table.all.keys() - {"__metadata__"}
+    nothing = Fields({})
     entries = [
         _parse_entry(name, table.child(name), pieces.child(name) if name in pieces.all else nothing) for name in names
     ]
@@ -1233,7 +1239,7 @@ def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path
         position = entry.end
     if position != data_length:
         raise ValueError(f"entries end at byte {position} of {data_length} bytes of data")
-    return Header(entries, block_crcs, data_start, data_length, crc)
+    return entries
 
 
 def _fixed_width(digits: str) -> list[int]:

@@ -61,6 +61,7 @@ import dataclasses
 import datetime
 import enum
 import errno
+import fcntl
 import functools
 import importlib
 import io
@@ -71,6 +72,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import pty
 import random
 import re
 import resource
@@ -80,6 +82,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -97,10 +100,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as ShardDim
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -532,7 +537,7 @@ PUBLIC = [
     "VersionCompatibilityChecker", "SchemaCompatibilityChecker", "FaultToleranceHandler", "DistributedCoordinator",
     "LocalCoordinator", "TorchCoordinator", "CheckpointCoordinator", "CheckpointLoader", "CheckpointStorage",
     "LocalStorage", "CheckpointMetadata", "ShardMetadata", "TensorMetadata", "ShardData", "CheckpointFormat",
-    "CompressionLevel",
+    "CompressionLevel", "export_checkpoint", "import_checkpoint", "diff_checkpoints", "Difference",
 ]  # fmt: skip
 
 
@@ -2537,6 +2542,619 @@ def test_python_ckpt_py_is_the_command(two_checkpoints):
     shards(two_checkpoints, "two")[0].unlink()
     done = python("verify", two_checkpoints)
     assert done.returncode == 1 and "two" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+# Out: safetensors files, as Hugging Face's libraries expect them
+
+
+def contents(path):
+    """A safetensors file as anybody may write it, read by hand: {name: (dtype, shape, bytes)}."""
+    data = Path(path).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    assert header.pop("__metadata__") == {"format": "pt"} and length % 8 == 0
+    places = sorted(entry["data_offsets"] for entry in header.values())
+    assert [0, *(end for _, end in places)] == [*(begin for begin, _ in places), len(body)], "a hole, or an overlap"
+    return {n: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for n, e in header.items()}
+
+
+def as_stored(state):
+    """What a file must hold of a state dict of plain tensors; of F4, two elements a byte."""
+    forms = {n: (st.CODES[t.dtype], list(t.shape), raw(t)) for n, t in state.items()}
+    return {n: (c, [*s[:-1], s[-1] * 2], data) if c == "F4" else (c, s, data) for n, (c, s, data) in forms.items()}
+
+
+def exported(capsys, tmp, prefix, *words, out="out/model.safetensors"):
+    """What `export` writes as one file."""
+    code, text, _ = command(capsys, "export", tmp, prefix, Path(tmp) / out, *words)
+    assert code == 0, text
+    return contents(Path(tmp) / out)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_export_from_any_layout_and_format_holds_the_unsharded_truth_in_the_same_bytes(saved, layout, capsys):
+    base, truth = saved(layout), as_stored(filled(Net(), "truth").state_dict())
+    files = set()
+    for form in FORMATS:
+        assert exported(capsys, base, f"{layout}/{form.name}", "--model-only") == truth
+        files.add((base / "out/model.safetensors").read_bytes())
+        whole = exported(capsys, base, f"{layout}/{form.name}")
+        moments = {name: whole.pop(name) for name in list(whole) if name.startswith("optimizer/")}
+        assert whole == truth
+        for slot in ("exp_avg", "exp_avg_sq"):
+            wanted = as_stored(dict(filled(Net(), f"truth{slot}").named_parameters()))
+            assert {name: moments[f"optimizer/{name}/{slot}"] for name in wanted} == wanted
+    assert len(files) == 1 and not list(base.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level.name != "NONE"])
+def test_an_export_of_a_compressed_checkpoint_is_the_same(tmp_path, level, capsys):
+    run(2, save_layout, tmp_path, "fsdp2", FORMATS, level)
+    for form in FORMATS:
+        exact = as_stored(filled(Net(), "truth").state_dict())
+        assert exported(capsys, tmp_path, f"fsdp2/{form.name}", "--model-only") == exact
+
+
+class Wide(nn.Module):
+    """Two blocks and a bit of a matrix, which TP cuts into columns, and small things before and behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.wide, self.last = nn.Linear(3, 5), nn.Linear(1100, 2000), nn.Linear(5, 3)
+
+
+def save_columns(rank, world_size, tmp):
+    mesh = init_device_mesh("cpu", (world_size,))
+    model = parallelize_module(filled(Wide(), "truth"), mesh, {"wide": RowwiseParallel()})
+    for form in FORMATS:
+        for level in (CompressionLevel.NONE, CompressionLevel.FAST):
+            opened(tmp).save(model, None, to(f"{form.name}/{level.name}", format=form, compression_level=level))
+
+
+def test_an_export_puts_columns_of_several_blocks_together(tmp_path, capsys):
+    run(3, save_columns, tmp_path)
+    truth = as_stored(filled(Wide(), "truth").state_dict())
+    for form, level in itertools.product(FORMATS, ("NONE", "FAST")):
+        assert exported(capsys, tmp_path, f"{form.name}/{level}", "--model-only") == truth, (form, level)
+
+
+def test_an_export_is_byte_for_byte_what_safetensors_itself_writes(tmp_path, capsys):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    truth = {f"{name}.é\n": pattern(dtype) for name, dtype in ((str(d), d) for d in DTYPES)}
+    truth |= {"z": torch.ones(3, 5), "a": torch.zeros(()), "empty": torch.zeros(2, 0)}
+    truth = {name: tensor for name, tensor in truth.items() if tensor.dtype != torch.complex128}
+    opened(tmp_path).save(Bag(**truth), None, to())
+    save_file(truth, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    exported(capsys, tmp_path, "p")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_an_export_over_the_size_limit_is_cut_into_files_with_an_index(tmp_path, capsys):
+    truth = {f"h.{i}": torch.full((1000, 1 + i % 3), i, dtype=torch.int16) for i in range(10)} | {
+        "big": torch.ones(9000)
+    }
+    opened(tmp_path).save(Bag(**truth), None, to())
+    exported(capsys, tmp_path, "p")
+    folder, name = tmp_path / "out", "model.safetensors"
+    assert command(capsys, "export", tmp_path, "p", folder / name, "--max-shard-size", "8kB")[0] == 0
+    index = json.loads((folder / f"{name}.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(t.numel() * t.element_size() for t in truth.values())}
+    count = len(list(folder.iterdir())) - 1  # and the single file of before is gone: readers would prefer it
+    parts = {f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
+    assert set(index["weight_map"].values()) == parts == {p.name for p in folder.iterdir()} - {f"{name}.index.json"}
+    found = {part: contents(folder / part) for part in sorted(parts)}
+    assert all(len(part) == 1 or sum(len(data) for *_, data in part.values()) <= 8000 for part in found.values())
+    assert {n: found[part][n] for n, part in index["weight_map"].items()} == as_stored(truth)
+    assert sum(map(len, found.values())) == len(truth)
+    assert list(index["weight_map"]) == sorted(truth) and count > 3
+    exported(capsys, tmp_path, "p")
+    assert not (folder / f"{name}.index.json").exists(), "the index of before would be one of other files"
+
+
+def test_an_export_cut_into_files_opens_with_safetensors(tmp_path, capsys):
+    safe_open = pytest.importorskip("safetensors").safe_open
+    truth = {f"h.{i}": torch.randn(30, 1 + i) for i in range(10)}
+    opened(tmp_path).save(Bag(**truth), None, to())
+    assert command(capsys, "export", tmp_path, "p", tmp_path / "m.safetensors", "--max-shard-size", "2KiB")[0] == 0
+    for name, part in json.loads((tmp_path / "m.safetensors.index.json").read_text())["weight_map"].items():
+        with safe_open(tmp_path / part, framework="pt") as file:
+            assert identical(file.get_tensor(name), truth.pop(name)) and file.metadata() == {"format": "pt"}
+    assert not truth
+
+
+@pytest.mark.parametrize("code", ["f16", "bf16", "f32", "f64"])
+def test_export_casts_the_floats_of_the_model_and_nothing_else(tmp_path, code, capsys):
+    model = nn.Linear(300, 5)
+    model.register_buffer("narrow", torch.randn(7).half())
+    model.register_buffer("tiny", torch.randn(7).to(torch.float8_e5m2))
+    model.register_buffer("steps", torch.arange(7))
+    optimizer = stepped(model)
+    checkpoint, dtype = opened(tmp_path), st.DTYPES[code.upper()]
+    checkpoint.save(model, optimizer, to(compression_level=CompressionLevel.FAST))
+    kept = {"tiny", "steps"}
+    wanted = {name: t if name in kept else t.to(dtype) for name, t in model.state_dict().items()}
+    found = exported(capsys, tmp_path, "p", "--dtype", code)
+    assert {name: found[name] for name in wanted} == as_stored(wanted)
+    assert {found[name][0] for name in found.keys() - wanted.keys()} == {"F32"}, "moments and steps of the optimizer"
+    with pytest.raises(ValueError, match="bfloat16"):
+        ckpt.export_checkpoint(checkpoint.storage, "p", tmp_path / "x.safetensors", dtype=torch.int8)
+
+
+def test_export_tells_what_is_complex_per_rank_or_no_tensor(tmp_path, capsys):
+    run(2, save_odd, tmp_path)
+    code, text, _ = command(capsys, "export", tmp_path, "p", tmp_path / "m.safetensors")
+    found = contents(tmp_path / "m.safetensors")
+    assert code == 0 and set(found) == {"c", "mean", "model/mean~r1"} and "rng/state~r0" in text
+    assert re.search("pairs.*: c\n", text) and re.search("lowest rank.*: mean\n", text) and "model-values/note" in text
+    assert found["c"] == ("F64", [2, 2], raw(torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128)))
+    assert found["mean"][2] == raw(torch.tensor([1.0])) and found["model/mean~r1"][2] == raw(torch.tensor([2.0]))
+    assert set(exported(capsys, tmp_path, "p", "--model-only")) == {"c", "mean"}
+
+
+def save_odd(rank, world_size, tmp):
+    state = Bag(c=torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128), mean=torch.tensor([rank + 1.0]), note="x")
+    opened(tmp).save(state, None, to())
+
+
+def memory_of(act):
+    """By how much the memory of this process grows at most during `act()`."""
+
+    def status(field):
+        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    act()  # what is allocated once and for all, such as the stacks of threads
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before = status("VmRSS")
+    act()
+    return status("VmHWM") - before
+
+
+def test_an_export_takes_the_memory_of_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path):
+    for part in (64, 256):
+        assert run(1, export_wide, tmp_path, part, group=False)[0] < 48 * MiB
+
+
+def export_wide(tmp, size):
+    storage = ckpt.LocalStorage(tmp / str(size))
+    state = Bag(w=torch.arange(size * MiB // 8, dtype=torch.int64).view(-1, 1 << 14))
+    opened(storage.base_path).save(state, None, to())
+    state.state.clear()
+    peak = memory_of(lambda: ckpt.export_checkpoint(storage, "p", tmp / "m.safetensors", model_only=True))
+    assert (tmp / "m.safetensors").stat().st_size > size * MiB
+    return peak
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_of_a_damaged_checkpoint_exits_1_naming_it_and_leaves_what_was_there(tmp_path, form, capsys):
+    state = Bag(a=torch.ones(5), b=torch.randn(3 * BLOCK // 4))
+    opened(tmp_path).save(state, None, to(format=form))
+    before = exported(capsys, tmp_path, "p", "--model-only")
+    victim = next(path for path in shards(tmp_path) if any(name.endswith("b") for name in Shard(path).header))
+    flip(victim, victim.stat().st_size - 1)
+    for words in ((), ("--max-shard-size", "1kB")):
+        code, text, _ = command(
+            capsys, "export", tmp_path, "p", tmp_path / "out/model.safetensors", "--model-only", *words
+        )
+        assert code == 1 and victim.name in text and re.search(r"holds .*\bb\b", text)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors"}
+        assert contents(tmp_path / "out/model.safetensors") == before
+
+
+def test_an_export_that_the_disk_cannot_take_leaves_nothing(tmp_path):
+    opened(tmp_path).save(Bag(w=torch.ones(MiB)), None, to())
+    kind, _, message = run(1, export_to_little_room, tmp_path, group=False)[0]
+    assert kind == "STORAGE_ERROR" and "m.safetensors" in message, message
+    assert not list(tmp_path.glob("m*"))
+
+
+def export_to_little_room(tmp):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MiB, MiB))
+    return told(lambda: ckpt.export_checkpoint(ckpt.LocalStorage(tmp), "p", tmp / "m.safetensors"))
+
+
+def test_an_export_replaces_what_a_dead_one_has_left_but_not_what_a_live_one_writes(tmp_path, capsys):
+    opened(tmp_path).save(Bag(w=torch.ones(3)), None, to())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/model.safetensors.tmp").write_bytes(b"left")
+    exported(capsys, tmp_path, "p")
+    live = ckpt.LocalStorage(tmp_path / "out").create("model.safetensors.tmp")
+    code, text, _ = command(capsys, "export", tmp_path, "p", tmp_path / "out/model.safetensors")
+    assert code == 1 and "model.safetensors.tmp" in text and (tmp_path / "out/model.safetensors.tmp").exists()
+    live.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_transformers_model_goes_through_fsdp2_and_safetensors_to_from_pretrained(tmp_path, kind, capsys):
+    transformers = pytest.importorskip("transformers")
+    logits = run(2, save_transformer, tmp_path, kind, limit_s=150)
+    for number, words in enumerate(([], ["--max-shard-size", "20kB"])):
+        out = tmp_path / f"hf{number}" / "model.safetensors"
+        assert command(capsys, "export", tmp_path, "p", out, "--model-only", *words)[0] == 0
+        transformer_of(kind).config.save_pretrained(out.parent)
+        model = transformers.AutoModelForCausalLM.from_pretrained(out.parent).eval()
+        assert torch.equal(model(torch.arange(12).view(2, 6)).logits, logits[0]), "the same logits, bit for bit"
+        assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def transformer_of(kind):
+    import transformers
+
+    tied = dict(vocab_size=50, tie_word_embeddings=True)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **tied)
+    else:
+        heads = dict(num_attention_heads=4, num_key_value_heads=2)
+        config = transformers.LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, **heads, **tied)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def save_transformer(rank, world_size, tmp, kind):
+    model = transformer_of(kind)
+    with torch.no_grad():
+        logits = model(torch.arange(12).view(2, 6)).logits
+    for block in model.model.layers if kind == "llama" else model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    opened(tmp).save(model, None, to())
+    return logits
+
+
+# In: what others have saved
+
+
+def safetensors_file(path, state, pad=0, metadata=None):
+    """Write a safetensors file by hand; `pad` spaces misalign its data."""
+    table, body = {"__metadata__": metadata or {"format": "pt"}}, b""
+    for name, (code, shape, data) in as_stored(state).items():
+        table[name] = {"dtype": code, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    text = json.dumps(table).encode() + b" " * pad
+    Path(path).write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return path
+
+
+def as_index(tmp, state):
+    """The same in two files with an index."""
+    names = [list(state)[::2], list(state)[1::2]]
+    for number, part in enumerate(names):
+        safetensors_file(tmp / f"m-{number}.safetensors", {name: state[name] for name in part})
+    weights = {name: f"m-{number}.safetensors" for number, part in enumerate(names) for name in part}
+    (tmp / "m.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    return tmp / "m.safetensors.index.json"
+
+
+def as_torch(tmp, state, **options):
+    torch.save(state, tmp / "m.pt", **options)
+    return tmp / "m.pt"
+
+
+def as_dcp(tmp, state):
+    run(2, save_dcp, tmp, state)
+    return tmp / "dcp"
+
+
+def save_dcp(rank, world_size, tmp, state):
+    mesh, nested = init_device_mesh("cpu", (world_size,)), isinstance(next(iter(state.values())), dict)
+    model = state["model"] if nested else state
+    for name in [name for name in model if name.endswith("weight")]:
+        model[name] = distribute_tensor(model[name], mesh, [ShardDim(0)])
+    dcp.save(state, checkpoint_id=tmp / "dcp")
+
+
+SOURCES = {
+    "safetensors": lambda tmp, state: safetensors_file(tmp / "m.safetensors", state),
+    "misaligned safetensors": lambda tmp, state: safetensors_file(tmp / "m.safetensors", state, pad=3),
+    "index": as_index,
+    "directory with an index": lambda tmp, state: as_index(tmp, state).parent,
+    "directory of safetensors": lambda tmp, state: safetensors_file(tmp / "any.safetensors", state).parent,
+    "torch": as_torch,
+    "torch, of before zip": lambda tmp, state: as_torch(tmp, state, _use_new_zipfile_serialization=False),
+    "torch, from DDP": lambda tmp, state: as_torch(tmp, {f"module.{name}": t for name, t in state.items()}),
+    "torch, nested": lambda tmp, state: as_torch(
+        tmp, {"model": state, "epoch": 3, "optimizer": {0: {"m": torch.ones(2)}}}
+    ),
+    "torch, Lightning": lambda tmp, state: as_torch(tmp, {"epoch": 3, "state_dict": state, "optimizer": None}),
+    "DCP": as_dcp,
+    "DCP, nested": lambda tmp, state: as_dcp(tmp, {"model": state, "epoch": 3, "optimizer": {"m": torch.ones(2)}}),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_an_import_from_any_source_loads_strictly_and_bit_for_bit(tmp_path, kind, capsys):
+    (tmp_path / "in").mkdir()
+    source = SOURCES[kind](tmp_path / "in", dict(filled(Net(), "truth").state_dict()))
+    code, text, _ = command(capsys, "import", source, tmp_path / "new/checkpoints", "a/b")
+    assert code == 0 and ("pickle" in text) == kind.startswith("DCP"), text
+    model, checkpoint = filled(Net(), "other"), opened(tmp_path / "new/checkpoints")
+    result = checkpoint.load(model, None, at("a/b"))
+    assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
+    nested = kind in ("torch, nested", "torch, Lightning", "DCP, nested")
+    assert set(result.extra_state) == ({"epoch", "optimizer"} if nested else set())
+    if nested:
+        assert result.extra_state["epoch"] == 3 and "epoch" in text
+    code, text, _ = command(capsys, "import", source, tmp_path / "new/checkpoints", "a/b")
+    assert code == 1 and "a/b" in text and "exists" in text
+
+
+def test_the_optimizer_of_an_imported_torch_file_comes_back_as_extra_state(tmp_path, capsys):
+    model, optimizer = small()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "m.pt")
+    assert command(capsys, "import", tmp_path / "m.pt", tmp_path, "p")[0] == 0
+    other, other_optimizer = small("other")
+    result = opened(tmp_path).load(other, None, at())
+    other_optimizer.load_state_dict(result.extra_state["optimizer"])
+    assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
+
+
+def test_dicts_of_dicts_of_tensors_are_imported_by_dotted_names_and_tied_tensors_once(tmp_path, capsys):
+    shared = torch.randn(1000)
+    source = as_torch(tmp_path, {"a": {"w": shared, "b": {"0": torch.ones(2)}}, "c": shared, "lr": 0.1})
+    assert command(capsys, "import", source, tmp_path, "p")[0] == 0
+    state = Bag(**{"a.w": torch.zeros(1000), "a.b.0": torch.zeros(2), "c": torch.zeros(1000)})
+    assert opened(tmp_path).load(state, None, at()).extra_state == {"lr": 0.1}
+    assert identical(state.state["c"], shared) and identical(state.state["a.w"], shared)
+    meta = st.read_committed(ckpt.LocalStorage(tmp_path), "p")
+    assert [t.name for t in meta.tensors if t.alias_of is not None] == ["model/c"]
+
+
+def test_an_export_of_an_import_is_the_same_tensors_and_the_same_files_as_safetensors_writes(tmp_path, capsys):
+    state = {f"{number}/~@.{dtype}": pattern(dtype, number) for number, dtype in enumerate(DTYPES)}
+    state = {name: tensor for name, tensor in state.items() if tensor.dtype != torch.complex128}
+    state |= {"empty": torch.zeros(0), "scalar": torch.tensor(-0.0), "big": torch.randn(3 * MiB + 5)}
+    source = safetensors_file(tmp_path / "m.safetensors", state)
+    code, text, _ = command(capsys, "import", source, tmp_path, "p")
+    assert code == 0, text
+    assert exported(capsys, tmp_path, "p") == exported(capsys, tmp_path, "p", "--model-only") == as_stored(state)
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(state, source, metadata={"format": "pt"})
+    assert source.read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_an_import_reads_no_more_into_memory_than_blocks_in_flight(tmp_path):
+    assert run(1, import_wide, tmp_path, group=False)[0] < 48 * MiB
+
+
+def import_wide(tmp):
+    safetensors_file(tmp / "m.safetensors", {"w": torch.arange(16 * MiB)})
+    storage, names = ckpt.LocalStorage(tmp), itertools.count()
+
+    def anonymous():
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    ckpt.import_checkpoint(tmp / "m.safetensors", storage, f"p{next(names)}")
+    before, most = anonymous(), 0
+
+    def watch(told):
+        nonlocal most
+        most = max(most, anonymous())
+
+    ckpt.import_checkpoint(tmp / "m.safetensors", storage, f"p{next(names)}", progress=watch)
+    return most - before
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def bad_sources(tmp):
+    """(what, source, exit code, a word of the message)."""
+    good = safetensors_file(tmp / "good.safetensors", {"w": torch.ones(3)}).read_bytes()
+    text = good[8:-12]
+
+    def file(name, data):
+        (tmp / name).write_bytes(data)
+        return tmp / name
+
+    def header(name, old, new):
+        changed = text.replace(old, new)
+        assert changed != text
+        return file(name, struct.pack("<Q", len(changed)) + changed + good[-12:])
+
+    def folder(name, *files):
+        (tmp / name).mkdir()
+        for path in files:
+            shutil.copy(path, tmp / name)
+        return tmp / name
+
+    both = folder("both", tmp / "good.safetensors")
+    safetensors_file(both / "again.safetensors", {"w": torch.ones(3)})
+    index = as_index(folder("index"), {"a": torch.ones(1), "b": torch.ones(2)})
+    beside = shutil.copytree(index.parent, tmp / "beside")
+    shutil.copy(tmp / "good.safetensors", beside / "m.safetensors")
+    short = shutil.copytree(index.parent, tmp / "short") / index.name
+    short.write_text(index.read_text().replace('"a":', '"x":'))
+    gone = shutil.copytree(index.parent, tmp / "gone") / index.name
+    (gone.parent / "m-1.safetensors").unlink()
+    torch.save({"w": Bomb()}, tmp / "bomb.pt")
+    torch.save([torch.ones(2)], tmp / "list.pt")
+    torch.save({"w": torch.ones(2), "x": {"w": torch.ones(2).to_sparse()}}, tmp / "sparse.pt")
+    torch.save({"a.b": torch.ones(2), "a": {"b": torch.ones(2)}}, tmp / "twice.pt")
+    torn = folder("torn")
+    (torn / ".metadata").write_bytes(b"no pickle")
+    return [
+        ("nothing", tmp / "nothing", 1, "nothing"), ("empty directory", folder("empty"), 2, "empty"),
+        ("two files", both, 2, "w"), ("index beside a file", beside, 2, "m.safetensors"), ("wrong index", short, 1, "x"),
+        ("missing part", gone, 1, "m-1.safetensors"), ("no index", file("i.index.json", b"{}"), 1, "weight_map"),
+        ("empty file", file("0.safetensors", b""), 1, "0.safetensors"), ("cut", file("c.safetensors", good[:-1]), 1, "c.safet"),
+        ("longer", file("l.safetensors", good + b"\0"), 1, "l.safetensors"), ("7", file("7.safetensors", good[:7]), 1, "7."),
+        ("length", file("h.safetensors", struct.pack("<Q", 1 << 63) + good[8:]), 1, "header length"),
+        ("dtype", header("d.safetensors", b"F32", b"F31"), 1, "F31"), ("ours", header("o.safetensors", b"F32", b"C32"), 1, "C32"),
+        ("overlap", header("s.safetensors", b"[0, 12]", b"[4, 12]"), 1, "s.safet"),
+        ("shape", header("z.safetensors", b"[3]", b"[4]"), 1, "shape"),
+        ("twice", header("t.safetensors", b'"w": {', b'"w": 1, "w": {'), 1, "duplicate"),
+        ("pickle", tmp / "bomb.pt", 1, "weights_only"), ("text", file("x.pt", b"hello"), 1, "x.pt"),
+        ("list", tmp / "list.pt", 2, "list"), ("sparse", tmp / "sparse.pt", 1, "x.w"), ("names", tmp / "twice.pt", 2, "a.b"),
+        ("DCP", torn, 1, "torn"),
+    ]  # fmt: skip
+
+
+def test_an_import_of_what_is_damaged_or_unclear_says_so_and_saves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for what, source, wanted, word in bad_sources(tmp_path):
+        code, text, _ = command(capsys, "import", source, tmp_path / "c", "p")
+        assert code == wanted and word in text and "Traceback" not in text, (what, code, text)
+        assert not (tmp_path / "exploded").exists() and not listing(tmp_path / "c"), what
+
+
+# What differs between two checkpoints
+
+
+def kinds(capsys, tmp, *words):
+    """Exit code, and {name: (kind, what, largest change)}, of diff."""
+    code, _, text = command(capsys, "diff", tmp, *words, "--json")
+    return code, {d["name"]: (d["kind"], d["what"], d["largest_change"]) for d in json.loads(text or "[]")}
+
+
+def test_diff_names_what_was_added_removed_and_changed_and_how_much(tmp_path, capsys):
+    checkpoint = opened(tmp_path)
+    old = dict(
+        same=torch.ones(5), gone=torch.ones(2), wide=torch.ones(3), typed=torch.ones(4), moved=torch.zeros(2 * MiB)
+    )
+    old |= dict(
+        nan=torch.tensor([1.0, math.nan]), ints=torch.tensor([1, 2]), z=torch.tensor([3 + 4j]), far=torch.ones(2)
+    )
+    new = {**old, "wide": torch.ones(4), "typed": torch.full((4,), 1.5).bfloat16(), "new": torch.ones(1)}
+    new |= dict(moved=old["moved"].index_fill(0, torch.tensor([MiB]), -0.25), nan=torch.tensor([math.nan, math.nan]))
+    new |= dict(ints=torch.tensor([1, -5]), z=torch.tensor([0j]), far=torch.tensor([1.0, math.inf]))
+    del new["gone"]
+    checkpoint.save(Bag(**old), None, to("a", include_rng_state=False), extra_state={"step": 1, "lr": 0.5})
+    checkpoint.save(Bag(**new), None, to("b", include_rng_state=False), extra_state={"step": 20, "lr": 0.5})
+    wanted = {
+        "model/gone": ("removed", "F32 [2]", None), "model/new": ("added", "F32 [1]", None),
+        "model/wide": ("changed", "F32 [3] -> F32 [4]", None), "model/typed": ("changed", "F32 [4] -> BF16 [4]", 0.5),
+        "model/moved": ("changed", "value", 0.25), "model/ints": ("changed", "value", 7.0), "model/z": ("changed", "value", 5.0),
+        "model/far": ("changed", "value", math.inf), "extra/step": ("changed", "value", None),
+    }  # fmt: skip
+    code, found = kinds(capsys, tmp_path, "a", "b", "--values")
+    kind, what, change = found.pop("model/nan")
+    assert code == 1 and found == wanted and (kind, what) == ("changed", "value") and math.isnan(change)
+    code, found = kinds(capsys, tmp_path, "a", "b")
+    assert code == 1 and {n: (k, w) for n, (k, w, _) in found.items()} == {
+        n: (k, w) for n, (k, w, _) in {**wanted, "model/nan": ("changed", "value", 0)}.items()
+    }
+    assert all(change is None for *_, change in found.values())
+    code, text, _ = command(capsys, "diff", tmp_path, "a", "b", "--values")
+    assert re.search(r"^- model/gone +F32 \[2\]$", text, re.M) and re.search(
+        r"^~ model/moved +value +.*0.25$", text, re.M
+    )
+    assert command(capsys, "diff", tmp_path, "a", "a") == (0, "", "")
+
+
+@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
+def test_diff_reads_no_data_where_checksums_tell(tmp_path, level, capsys):
+    state = dict(first=torch.randn(10), big=torch.randn(4 * MiB), last=torch.randn(10))
+    checkpoint = opened(tmp_path)
+    for prefix in ("a", "b", "c"):
+        if prefix == "c":
+            state["big"] = state["big"] + 1
+        checkpoint.save(Bag(**state), None, to(prefix, compression_level=level, include_rng_state=False))
+    for prefix in ("b", "c"):
+        (path,) = shards(tmp_path, prefix)
+        flip(path, path.stat().st_size - 1)  # what nobody reads, nobody finds damaged
+    assert kinds(capsys, tmp_path, "a", "b") == (0, {})
+    if level is CompressionLevel.NONE:  # else what is around it may have moved
+        assert kinds(capsys, tmp_path, "a", "b", "--values") == (0, {})
+        flip(path, path.stat().st_size - 1)
+        flip(path, path.stat().st_size - 2 * BLOCK)
+        assert kinds(capsys, tmp_path, "a", "c") == (1, {"model/big": ("changed", "value", None)})
+    code, text, _ = command(capsys, "diff", tmp_path, "a", "c", "--values")
+    assert code == 2 and path.name in text, "damage is trouble, not a difference"
+
+
+def test_diff_of_two_layouts_of_the_same_state_is_nothing(saved, capsys):
+    base = saved("fsdp2tp2")
+    for form in FORMATS:
+        _, found = kinds(capsys, saved("fsdp3"), "fsdp3/MULTI_SHARD", f"fsdp2tp2/{form.name}")
+        assert base == saved("fsdp3") and all(name.startswith("rng/state~r") for name in found)
+
+
+# Shown on a terminal, or not
+
+
+def on_terminal(columns, *words):
+    """Exit code and screen output of the command, on a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    line = [sys.executable, str(HERE / "ckpt.py"), *map(str, words)]
+    process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(ours, 1 << 16):
+            text += data
+    os.close(ours)
+    return process.wait(60), text.decode()
+
+
+def test_show_adds_up_modules_and_fits_the_terminal(two_checkpoints, capsys):
+    block = nn.ModuleList([nn.Linear(2, 3), nn.Linear(500, 1000)])
+    model = nn.ModuleDict({"block": block, "a_rather_long_name" * 3: nn.Linear(2, 2)})
+    opened(two_checkpoints).save_model_only(model, to("tree"))
+    code, text, _ = command(capsys, "show", two_checkpoints, "tree")
+    assert code == 0 and "\x1b" not in text and "…" not in text
+    assert re.search(r"^model +501\.01 k +2\.00 MB$", text, re.M) and re.search(
+        r"^  block +501\.01 k +2\.00 MB$", text, re.M
+    )
+    assert re.search(r"^    1\.weight +F32 +1000x500 +500\.00 k +2\.00 MB +1$", text, re.M)
+    assert text.count("a_rather_long_name" * 3) == 2
+    code, text, _ = command(capsys, "show", two_checkpoints, "tree", "--depth", "1")
+    assert "block" in text and "1.weight" not in text
+    code, text = on_terminal(60, "show", two_checkpoints, "tree")
+    lines = text[text.index("NAME") :].split("\r\n")
+    assert code == 0 and max(map(len, lines)) <= 60 and any("…" in line for line in lines) and "\x1b" not in text
+
+
+def test_the_json_of_show_is_as_documented(two_checkpoints, capsys):
+    told = json.loads(command(capsys, "show", two_checkpoints, "runs/one", "--json")[2])
+    keys = "prefix save_id sequence version timestamp world_size format compression torch_version size_bytes"
+    assert list(told) == [*keys.split(), "custom_metadata", "shards", "tensors"]
+    assert list(told["shards"][0]) == ["file", "bytes"]
+    (tensor,) = [tensor for tensor in told["tensors"] if tensor["name"] == "model/0.weight"]
+    documented = dict(name="model/0.weight", dtype="F32", shape=[5, 3], rank=None, pieces=1, bytes=60, tied_to=None)
+    assert tensor == documented and list(tensor) == list(documented)
+    documented = (HERE / "README.md").read_text()
+    assert all(f"`{key}`" in documented for key in [*told, *tensor])
+
+
+@pytest.mark.parametrize("words", [["verify"], ["export"]])
+def test_long_commands_show_rate_and_time_left_on_a_terminal_alone(tmp_path, words, capsys):
+    opened(tmp_path).save(Bag(w=torch.randn(32 * MiB)), None, to())
+    words = [*words, tmp_path, "p", *([tmp_path / "m.safetensors"] if words == ["export"] else [])]
+    code, text = on_terminal(100, *words)
+    line = rf"{words[0]} p +\d+ %  [\d.]+ \wB of 134\.\d\d MB  [\d.]+ \wB/s  \d+:\d\d left  \[#* *\]"
+    assert code == 0 and re.search(line, text), text
+    assert text.rstrip().rpartition("\r")[2].startswith("p: ok" if words[0] == "verify" else str(tmp_path)[:20]), (
+        "it is gone"
+    )
+    code, text, _ = command(capsys, *words)
+    assert code == 0 and "B/s" not in text and "\r" not in text
+
+
+def test_a_reader_of_the_output_may_stop_early(two_checkpoints):
+    line = [sys.executable, str(HERE / "ckpt.py"), "show", str(two_checkpoints), "runs/one"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == (b"", 0)
+
+
+MISUSE = [
+    "export {} two {}/model.bin", "export {} ../x {}/m.safetensors", "export {} two {}/m.safetensors --dtype int8",
+    "export {} two {}/m.safetensors --max-shard-size big", "export {} two {}/m.safetensors --max-shard-size 0",
+    "import {} {} ../x", "import {}/m.safetensors {}", "diff {} two", "show {}/nowhere two", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MISUSE)
+def test_misuse_exits_2_and_writes_nothing(two_checkpoints, words, capsys):
+    before = listing(two_checkpoints)
+    try:
+        code = ckpt.main([word.format(two_checkpoints) for word in words.split()])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2 and capsys.readouterr().err and listing(two_checkpoints) == before
 
 
 # ---- the README's format: enough to write a reader from -----------------------------------------------------------------
