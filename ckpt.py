@@ -869,6 +869,16 @@ class PendingSave(concurrent.futures.Future[str]):
         """Wait for the end without asking how it ended."""
         return not concurrent.futures.wait([self], timeout).not_done
 
+    def complete(self, save: Callable[[], str], logger: logging.Logger) -> None:
+        """Save, and keep what came of it for whoever asks."""
+        try:
+            prefix = save()
+        except BaseException as error:
+            logger.error("background save failed: %s", error)
+            self.set_exception(error)
+        else:
+            self.set_result(prefix)
+
     def hook(self, register: Callable[[Callable[..., None]], torch.utils.hooks.RemovableHandle]) -> None:
         """Make an optimizer's next step wait until the copy is done."""
         self._hooks.append(register(lambda *_: self.wait_staged()))
@@ -1050,7 +1060,7 @@ class DistributedCheckpoint:
                 raise error
             return data
 
-        def run() -> None:
+        def run() -> str:
             nonlocal error
             try:
                 if error is None:
@@ -1058,16 +1068,11 @@ class DistributedCheckpoint:
             except Exception as caught:
                 error = caught
             pending.staged()
-            try:
-                prefix = self._save(collect, model, optimizer, options, extra_state, pending.cancel_event, earlier)
-            except BaseException as caught:
-                self.logger.error("background save failed: %s", caught)
-                pending.set_exception(caught)
-            else:
-                pending.set_result(prefix)
+            return self._save(collect, model, optimizer, options, extra_state, pending.cancel_event, earlier)
 
         self._pending = pending
-        threading.Thread(target=run, name="ckpt-save").start()  # not a daemon: the interpreter's exit waits for it
+        # Not a daemon: the interpreter's exit waits for it.
+        threading.Thread(target=pending.complete, args=(run, self.logger), name="ckpt-save").start()
         return pending
 
     def save_model_only(
@@ -1545,22 +1550,10 @@ class DistributedCheckpointFactory:
 # In and out: safetensors files for everybody else, checkpoints of other makes, and what differs between two
 
 _FLOATS = ("F16", "BF16", "F32", "F64")  # what an export may cast; 8-bit floats mean nothing without their scales
-_WIDEST_FIRST = [
-    "U64",
-    "I64",
-    "F64",
-    "C64",
-    "F32",
-    "U32",
-    "I32",
-    "BF16",
-    "F16",
-    "U16",
-    "I16",
-    "F8_E5M2FNUZ",
-    "F8_E4M3FNUZ",
-]
-_WIDEST_FIRST += ["F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL"]  # the order of safetensors' own serializer
+_WIDEST_FIRST = [  # the order of safetensors' own serializer
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0",
+    "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL",
+]  # fmt: skip
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict")  # where files of torch.save have the model, by custom
 
 
@@ -1889,18 +1882,18 @@ def _well_formed(path: str) -> Iterator[None]:
 
 def _read_dcp(path: str) -> dict[str, object]:
     """What torch.distributed.checkpoint has saved, nested as it was. This unpickles: the source is trusted."""
-    from torch.distributed.checkpoint.api import (
-        CheckpointException as DcpException,  # no Exception, but a BaseException
-    )
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint import default_planner
+    from torch.distributed.checkpoint.api import CheckpointException as DcpException  # a BaseException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.planner import LoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     state: dict[str, object] = {}
+    whole: Callable[[], LoadPlanner] = default_planner._EmptyStateDictLoadPlanner
     try:  # as torch's own dcp_to_torch_save does it
         reader = FileSystemReader(path)
         reader.read_metadata()  # a plain error where that fails
-        _load_state_dict(state, reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+        _load_state_dict(state, reader, planner=whole(), no_dist=True)
     except (Exception, DcpException) as error:
         why = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
         message = f"{path}: torch.distributed.checkpoint cannot read it: {why}"
