@@ -44,7 +44,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -1381,34 +1381,66 @@ class Gathering:
         owned: Sequence[Sequence[int]],
         meter: Meter,
     ) -> dict[int, int]:
-        """Exchange and write; returns the CRC of every block that this rank owns."""
+        """Exchange and write; returns the CRC of every block that this rank owns.
+
+        What one round has gathered is checksummed and written while the next one is exchanged.
+        """
         crcs: dict[int, int] = {}
         step = self.BLOCKS_A_ROUND
-        for first in range(0, max(map(len, owned)), step):
-            mine = [(b, self.segments(b, op.rank)) for b in owned[op.rank][first : first + step]]
-            outgoing: dict[int, list[Bytes]] = {}
-            for rank in range(op.world_size):
-                if rank != op.rank:
-                    for block in owned[rank][first : first + step]:
-                        parts = [_pick(s, views) for s in self.segments(block, rank) if s.provider == op.rank]
-                        outgoing.setdefault(rank, []).extend(parts)
-            received = op.exchange({rank: np.concatenate(parts) for rank, parts in outgoing.items() if parts})
-            cursors = dict.fromkeys(received, 0)
-            for block, segments in mine:
-                data = np.empty(min(st.BLOCK_BYTES, self.length - block * st.BLOCK_BYTES), np.uint8)
-                for segment in segments:
-                    if segment.provider == op.rank:
-                        _place(segment, _pick(segment, views), data)
-                        continue
-                    at = cursors[segment.provider]
-                    size = segment.nbytes()
-                    _place(segment, received[segment.provider][at : at + size], data)
-                    cursors[segment.provider] = at + size
-                crcs[block] = st.crc32(data)
-                file.write(data_start + block * st.BLOCK_BYTES, data.data)
-                meter.add(len(data))
-            meter.tick()
+        buffers = [st.aligned_buffer(st.BLOCK_BYTES) for _ in range(2 * step)]
+
+        def finish(block: int, data: Bytes) -> None:
+            crcs[block] = st.crc32(data)
+            file.write(data_start + block * st.BLOCK_BYTES, data.data)
+            meter.add(len(data))
+
+        with ThreadPoolExecutor(IO_THREADS, "ckpt-io") as pool:
+            writing: list[Future[None]] = []
+            for first in range(0, max(map(len, owned)), step):
+                blocks = [row[first : first + step] for row in owned]
+                received = op.exchange(self._outgoing(op.rank, blocks, views))
+                filled = self._assemble(op.rank, blocks[op.rank], views, received, buffers[:step])
+                for done in writing:
+                    done.result()
+                writing = [pool.submit(finish, block, data) for block, data in filled]
+                buffers = buffers[step:] + buffers[:step]
+                meter.tick()
+            for done in writing:
+                done.result()
         return crcs
+
+    def _outgoing(
+        self, me: int, blocks: Sequence[Sequence[int]], views: Sequence[tuple[Box, torch.Tensor]]
+    ) -> dict[int, Bytes]:
+        """What the other ranks lack for their blocks and have from here."""
+        parts = {
+            rank: [_pick(s, views) for block in theirs for s in self.segments(block, rank) if s.provider == me]
+            for rank, theirs in enumerate(blocks)
+            if rank != me
+        }
+        return {rank: np.concatenate(data) for rank, data in parts.items() if data}
+
+    def _assemble(
+        self,
+        me: int,
+        blocks: Sequence[int],
+        views: Sequence[tuple[Box, torch.Tensor]],
+        received: Mapping[int, Bytes],
+        buffers: Sequence[Bytes],
+    ) -> list[tuple[int, Bytes]]:
+        """The blocks that this rank owns, put together from its own pieces and from what it was sent."""
+        cursors, filled = dict.fromkeys(received, 0), []
+        for block, buffer in zip(blocks, buffers):
+            data = buffer[: self.nbytes([block])]
+            for segment in self.segments(block, me):
+                if segment.provider == me:
+                    _place(segment, _pick(segment, views), data)
+                    continue
+                at, size = cursors[segment.provider], segment.nbytes()
+                _place(segment, received[segment.provider][at : at + size], data)
+                cursors[segment.provider] = at + size
+            filled.append((block, data))
+        return filled
 
 
 def _pick(segment: Segment, views: Sequence[tuple[Box, torch.Tensor]]) -> Bytes:

@@ -6776,7 +6776,7 @@ def test_the_torchrun_example_of_the_readme_trains_stops_on_sigterm_and_resumes(
     assert newest_step(tmp_path) == (stopped + 7) // 5 * 5
 
 
-STEPS = 300
+LAST_STEP = 300
 KILLS = 20
 
 
@@ -6792,7 +6792,7 @@ def test_a_training_job_killed_twenty_times_ends_with_the_state_of_one_that_neve
         assert reached >= before, (plan, "a committed checkpoint is gone")
         if kill is signal.SIGTERM:
             assert [answer[0] for answer in answers] == [reached, reached], (plan, answers)
-    assert reached < STEPS, "the last kills met a job that was done: let it take longer"
+    assert reached < LAST_STEP, "the last kills met a job that was done: let it take longer"
     assert run(2, train_by_the_readme, tmp) == truth
     st.collect_garbage(ckpt.LocalStorage(tmp / "checkpoints"))
     assert set(listing(tmp / "checkpoints")) == named_files(tmp / "checkpoints")
@@ -6816,7 +6816,7 @@ def train_by_the_readme(rank, world_size, tmp, plan=None):
     dist.all_gather_object(pids, os.getpid())
     if plan is not None and rank == plan.victims[-1]:
         threading.Thread(target=carry_out, args=(plan, pids, names), daemon=True).start()
-    script = re.sub("^dist.init_process_group.*\n", "", training_script(STEPS), flags=re.MULTILINE)  # `run` did so
+    script = re.sub("^dist.init_process_group.*\n", "", training_script(LAST_STEP), flags=re.MULTILINE)  # `run` did so
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(script, "README.md", "exec"), names)
