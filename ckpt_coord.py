@@ -9,7 +9,7 @@ The save protocol (`CheckpointCoordinator.coordinate_save`); the checkpoint exis
     S2 collect  | each   | state dicts -> pieces held by this rank (`LocalTensor`)          | nothing
     S3 plan     | rank 0 | who writes which bytes, handed out; rank 0 raises the fence      | the fence
     S4 write    | each   | its blocks, checksummed in the same pass, fsync                  | orphan shards
-    S5 report   | all    | every rank's lengths and CRCs to rank 0                          | orphan shards
+    S5 report   | all    | lengths and CRCs to rank 0; replicas that differ: back to S3     | orphan shards
     S6 commit   | rank 0 | headers of shared files, fsync directories, record, RENAME, fsync | old or new, whole
     S7 announce | all    | every rank learns; then superseded shards and old checkpoints go | extra files
 
