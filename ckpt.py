@@ -605,11 +605,19 @@ class ModelState:
     def fill(self, filling: Filling) -> None:
         """L3: every tensor of the state is filled in place; values are decoded into it."""
         decoded: dict[str, object] = {}
+        filled: set[int] = set()
+        missing: list[tuple[str, torch.Tensor]] = []
         for key, value in self._entries(keep_vars=True):
-            if isinstance(value, torch.Tensor) and not key.endswith("_extra_state"):
-                filling.fill(f"model/{key}", value)
-            else:
+            if not isinstance(value, torch.Tensor) or key.endswith("_extra_state"):
                 filling.value(f"model-values/{key}", key, value, decoded)
+            elif filling.reader.indices(name := f"model/{key}"):
+                filled.add(id(value))
+                filling.fill(name, value)
+            else:
+                missing.append((name, value))
+        for name, value in missing:
+            if id(value) not in filled:  # else it has come by a name that it is tied to
+                filling.fill(name, value)
         for (prefix, _), state in zip(self._parts, self._states if decoded else []):
             state |= {key: decoded[full] for key in state if (full := prefix + _canonical(key)) in decoded}
 
@@ -1550,10 +1558,10 @@ class DistributedCheckpointFactory:
 # In and out: safetensors files for everybody else, checkpoints of other makes, and what differs between two
 
 _FLOATS = ("F16", "BF16", "F32", "F64")  # what an export may cast; 8-bit floats mean nothing without their scales
-_WIDEST_FIRST = [  # the order of safetensors' own serializer
+_WIDEST_FIRST = (  # the order of safetensors' own serializer
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0",
     "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL",
-]  # fmt: skip
+)  # fmt: skip
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict")  # where files of torch.save have the model, by custom
 
 
@@ -1579,10 +1587,11 @@ class _Named(NamedTuple):
 
 def _by_name(meta: CheckpointMetadata) -> dict[str, _Named]:
     """All that is stored, by name and, where it is kept for a rank, that. Of tied tensors, each has the same `stored`."""
-    named = (
-        (coord.entry_name(t, (), True), i if t.alias_of is None else t.alias_of, t) for i, t in enumerate(meta.tensors)
-    )
-    return {name: _Named(name, t.dtype, t.shape, stored) for name, stored, t in named}
+    found = {}
+    for index, t in enumerate(meta.tensors):
+        name = coord.entry_name(t, (), True)
+        found[name] = _Named(name, t.dtype, t.shape, index if t.alias_of is None else t.alias_of)
+    return found
 
 
 def _committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadata:
@@ -1627,9 +1636,8 @@ def export_checkpoint(
             index = {"metadata": {"total_size": sum(t.nbytes() for t in chosen)}, "weight_map": weights}
             heads[f"{name}.index.json"] = (json.dumps(index, indent=2, sort_keys=True).encode() + b"\n", [])
         with _appearing(folder, name, heads) as files:
-            reader.fill(
-                [(files[part], t, begin) for part, (_, places) in heads.items() for t, begin in places], progress
-            )
+            places = [(files[part], t, begin) for part, (_, begins) in heads.items() for t, begin in begins]
+            reader.fill(places, progress)
     return [os.path.join(folder, part) for part in heads]
 
 
@@ -1642,18 +1650,17 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
     chosen: list[_Named] = []
     apart, pairs, values = [], [], []
     for t, item in zip(meta.tensors, _by_name(meta).values()):
-        own = t.name.startswith("model/") and t.rank == lowest.get(t.name)
+        model, own = t.name.startswith("model/"), t.rank == lowest.get(t.name)
         if t.dtype == "JSON":
             values += [item.name] if coord.in_model(t.name) or not model_only else []
-        elif own or not model_only:
-            cast = dtype is not None and t.name.startswith("model/") and t.dtype in _FLOATS
-            code, name = (
-                st.CODES[dtype] if cast and dtype else t.dtype,
-                t.name.removeprefix("model/") if own else item.name,
-            )
-            chosen.append(item._replace(name=name, dtype=code))
-            apart += [name] if own and t.rank is not None else []
-            pairs += [name] if st.stored_form(code, ())[0] != code else []
+        elif (model and own) or not model_only:
+            if model and own:
+                item = item._replace(name=t.name.removeprefix("model/"))
+                apart += [item.name] if t.rank is not None else []
+            if model and dtype is not None and t.dtype in _FLOATS:
+                item = item._replace(dtype=st.CODES[dtype])
+            chosen.append(item)
+            pairs += [item.name] if st.stored_form(item.dtype, ())[0] != item.dtype else []
     if len({"__metadata__", *(item.name for item in chosen)}) <= len(chosen):
         raise ValueError("two tensors of the export would have one name, or one would be named __metadata__")
     for what, names in (
@@ -1666,7 +1673,7 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
     return chosen
 
 
-Head = tuple[bytes, list[tuple[_Named, int]]]  # the first bytes of a file, and where in it each tensor begins
+_Head = tuple[bytes, list[tuple[_Named, int]]]  # the first bytes of a file, and where in it each tensor begins
 
 
 def _groups(tensors: Iterable[_Named], limit_bytes: int) -> list[list[_Named]]:
@@ -1682,7 +1689,7 @@ def _groups(tensors: Iterable[_Named], limit_bytes: int) -> list[list[_Named]]:
     return groups
 
 
-def _header(tensors: Iterable[_Named]) -> Head:
+def _header(tensors: Iterable[_Named]) -> _Head:
     """The header of a safetensors file, byte for byte as their own serializer writes it."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     forms = [(*st.stored_form(t.dtype, t.shape), t) for t in tensors]
@@ -1699,7 +1706,7 @@ def _header(tensors: Iterable[_Named]) -> Head:
 
 
 @contextlib.contextmanager
-def _appearing(folder: str, name: str, heads: Mapping[str, Head]) -> Iterator[dict[str, StoredFile]]:
+def _appearing(folder: str, name: str, heads: Mapping[str, _Head]) -> Iterator[dict[str, StoredFile]]:
     """New files that appear in the end, durable, the last one last, or not at all. They replace the export `name`.
 
     At no time does an index name files of another export.
@@ -1734,14 +1741,11 @@ class _Exporter(CheckpointReader):
     """
 
     def fill(
-        self, places: Iterable[tuple[StoredFile, _Named, int]], progress: Callable[[Progress], None] | None
+        self, places: Sequence[tuple[StoredFile, _Named, int]], progress: Callable[[Progress], None] | None
     ) -> None:
-        """Write every tensor to its file, from byte `begin` on."""
-        self._places: dict[int, tuple[StoredFile, int]] = {}
-        targets = []
-        for file, tensor, begin in places:
-            targets.append(target := tensor.target())
-            self._places[id(target.view)] = (file, begin)
+        """Write each tensor to its file, from its byte there on."""
+        targets = [t.target() for _, t, _ in places]
+        self._places = {id(target.view): (file, begin) for target, (file, _, begin) in zip(targets, places)}
         tasks = self.plan(targets)
         total = sum(st.block_span(self.header(task.shard), task.first, task.last) for task in tasks)
 
@@ -1864,9 +1868,8 @@ def _read_file(path: str) -> dict[str, object]:
         raise CheckpointException(
             f"{path}: not *.safetensors, and torch.load(weights_only=True) refuses it: {why.strip().splitlines()[0]}. If you "
             "trust the file, load it yourself, and give what you want of it to DistributedCheckpoint.save",
-            path,
-            ExceptionType.LOAD_FAILED,
-        ) from error
+            path, ExceptionType.LOAD_FAILED,
+        ) from error  # fmt: skip
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}; expected a dict of tensors, or of dicts of them")
     return {str(key): value for key, value in state.items()}
@@ -2000,11 +2003,11 @@ def _read_changes(
         after = read(new, ((t, box) for _, t, box in batch), buffer)
         for (s, t, _), x, y in zip(batch, before, after):
             if s.dtype != t.dtype or not torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)):
-                known = values and not {"JSON", "F4"} & {s.dtype, t.dtype}
-                found.setdefault(s.name, []).append(_largest_change(x, y) if known else math.nan)
+                sizes = found.setdefault(s.name, [])
+                sizes += [_largest_change(x, y)] if values and not {"JSON", "F4"} & {s.dtype, t.dtype} else []
 
     st.in_parallel(_batches(pairs), compare, coord.IO_THREADS)
-    return {name: float(np.max(sizes)) if values else None for name, sizes in found.items()}
+    return {name: float(np.max(sizes)) if sizes else None for name, sizes in found.items()}
 
 
 def _batches(pairs: Iterable[tuple[_Named, _Named]]) -> Iterator[list[tuple[_Named, _Named, st.Box]]]:
@@ -2050,10 +2053,8 @@ def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
         widths[0] = min(widths[0], max(20, columns - sum(needed) - 2 * len(needed)))
         cut, tail = widths[0] // 2, widths[0] - widths[0] // 2 - 1
         rows = [(r[0] if len(r[0]) <= widths[0] else f"{r[0][:cut]}…{r[0][-tail:]}", *r[1:]) for r in rows]
-    cells = (
-        [cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(r, widths))] for r in rows
-    )
-    return "\n".join("  ".join(row).rstrip()[:columns] for row in cells)
+    form = [f"{{:{'>' if i in right else ''}{width}}}" for i, width in enumerate(widths)]
+    return "\n".join("  ".join(form).format(*row).rstrip()[:columns] for row in rows)
 
 
 class _Bar:
@@ -2236,13 +2237,14 @@ def _byte_count(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(unit.lower()) if unit else 0))
 
 
+Command = Callable[[CheckpointStorage, argparse.Namespace], int]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ckpt.py", description="Look at, verify, convert and delete checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(
-        run: Callable[[CheckpointStorage, argparse.Namespace], int], names: str, text: str
-    ) -> argparse.ArgumentParser:
+    def add(run: Command, names: str, text: str) -> argparse.ArgumentParser:
         name, *arguments = names.split()
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
@@ -2255,9 +2257,8 @@ def _parser() -> argparse.ArgumentParser:
     show = add(_command_show, "show dir prefix", "show the tensors, shards and metadata of a checkpoint")
     show.add_argument("--depth", type=int, default=99, help="of the tree of modules, show so many levels")
     add(_command_verify, "verify dir [prefix]", "read and check every byte of one checkpoint, or of all")
-    export = add(
-        _command_export, "export dir prefix out", "write a checkpoint as *.safetensors, with the names of Hugging Face"
-    )
+    text = "write a checkpoint as OUT.safetensors, in files named as Hugging Face's libraries expect"
+    export = add(_command_export, "export dir prefix out", text)
     export.add_argument("--model-only", action="store_true", help="leave out optimizer and extra state")
     export.add_argument("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
     export.add_argument("--max-shard-size", type=_byte_count, default="5GB", help="of each file; default 5GB")

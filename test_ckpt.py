@@ -2774,6 +2774,10 @@ def test_a_transformers_model_goes_through_fsdp2_and_safetensors_to_from_pretrai
         model = transformers.AutoModelForCausalLM.from_pretrained(out.parent).eval()
         assert torch.equal(model(torch.arange(12).view(2, 6)).logits, logits[0]), "the same logits, bit for bit"
         assert model.lm_head.weight is model.get_input_embeddings().weight
+    transformer_of(kind).save_pretrained(tmp_path / "theirs")
+    assert command(capsys, "import", tmp_path / "theirs", tmp_path, "imported")[0] == 0
+    opened(tmp_path).load(filled(model, "other"), None, at("imported"))
+    assert identical(dict(model.state_dict()), dict(transformer_of(kind).state_dict()))
 
 
 def transformer_of(kind):
@@ -2898,6 +2902,17 @@ def test_dicts_of_dicts_of_tensors_are_imported_by_dotted_names_and_tied_tensors
     assert [t.name for t in meta.tensors if t.alias_of is not None] == ["model/c"]
 
 
+def test_a_tied_tensor_may_be_imported_under_one_of_its_names_alone(tmp_path, capsys):
+    state = dict(filled(Net(), "truth").state_dict())
+    del state["head.weight"]  # as save_pretrained leaves it out
+    assert command(capsys, "import", safetensors_file(tmp_path / "m.safetensors", state), tmp_path, "p")[0] == 0
+    model, apart = filled(Net(), "other"), filled(Net(), "other")
+    opened(tmp_path).load(model, None, at())
+    assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
+    apart.head.weight = nn.Parameter(apart.head.weight.detach().clone())
+    assert "model/head.weight: missing" in refusal(lambda: opened(tmp_path).load(apart, None, at()))
+
+
 def test_an_export_of_an_import_is_the_same_tensors_and_the_same_files_as_safetensors_writes(tmp_path, capsys):
     state = {f"{number}/~@.{dtype}": pattern(dtype, number) for number, dtype in enumerate(DTYPES)}
     state = {name: tensor for name, tensor in state.items() if tensor.dtype != torch.complex128}
@@ -3019,13 +3034,14 @@ def test_diff_names_what_was_added_removed_and_changed_and_how_much(tmp_path, ca
     new |= dict(moved=old["moved"].index_fill(0, torch.tensor([MiB]), -0.25), nan=torch.tensor([math.nan, math.nan]))
     new |= dict(ints=torch.tensor([1, -5]), z=torch.tensor([0j]), far=torch.tensor([1.0, math.inf]))
     del new["gone"]
-    checkpoint.save(Bag(**old), None, to("a", include_rng_state=False), extra_state={"step": 1, "lr": 0.5})
-    checkpoint.save(Bag(**new), None, to("b", include_rng_state=False), extra_state={"step": 20, "lr": 0.5})
+    checkpoint.save(Bag(**old), None, to("a", include_rng_state=False), extra_state={"step": 1, "day": 1, "lr": 0.5})
+    checkpoint.save(Bag(**new), None, to("b", include_rng_state=False), extra_state={"step": 20, "day": 2, "lr": 0.5})
     wanted = {
         "model/gone": ("removed", "F32 [2]", None), "model/new": ("added", "F32 [1]", None),
         "model/wide": ("changed", "F32 [3] -> F32 [4]", None), "model/typed": ("changed", "F32 [4] -> BF16 [4]", 0.5),
         "model/moved": ("changed", "value", 0.25), "model/ints": ("changed", "value", 7.0), "model/z": ("changed", "value", 5.0),
         "model/far": ("changed", "value", math.inf), "extra/step": ("changed", "value", None),
+        "extra/day": ("changed", "value", None),
     }  # fmt: skip
     code, found = kinds(capsys, tmp_path, "a", "b", "--values")
     kind, what, change = found.pop("model/nan")
