@@ -786,7 +786,7 @@ class Holdings:
             told.append(Description(text, told[0].table if told else None))
         tables = {id(d.table): TensorTable(d.table) for d in told}
         self._find_conflicts(tables.values(), told)
-        self.width = max(1, *(d.box.shape[2] for d in told))
+        self.width = max([1, *(len(t.shape) for table in tables.values() for t in table.tensors)])  # empty ones too
         maps: dict[tuple[int, int], Ints] = {}
         parts = [self._rows(rank, d, tables[id(d.table)], maps) for rank, d in enumerate(told)]
         self.rows = Rows(*(np.concatenate(columns) for columns in zip(*parts)))

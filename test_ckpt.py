@@ -1069,8 +1069,12 @@ def test_scalar_empty_strided_expanded_and_tied_tensors_are_fine(tmp_path, form)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_checkpoint_of_nothing_but_scalars_or_of_nothing_at_all_is_fine(tmp_path, form):
-    for truth in ({"a": torch.tensor(1.5), "b": torch.tensor(-0.0)}, {}):
+def test_a_checkpoint_of_nothing_but_scalars_empties_or_nothing_at_all_is_fine(tmp_path, form):
+    scalars, empties = (
+        {"a": torch.tensor(1.5), "b": torch.tensor(-0.0)},
+        {"a": torch.zeros(0, 3), "b": torch.zeros(2, 0)},
+    )
+    for truth in (scalars, empties, {**empties, "c": torch.ones(3)}, {}):
         target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
         opened(tmp_path).save(Bag(**truth), None, to(format=form, include_rng_state=False))
         opened(tmp_path).load(target, None, at())
