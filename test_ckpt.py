@@ -49,6 +49,7 @@ error where nothing was ever committed; once `save` has returned, only the new o
     27  | the clock is ten years off                       | a_clock_that_is_ten_years_off_...
     28  | clean-up races a live writer                     | clean_up_at_any_operation_of_a_live_save_...
     29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
+    -   | a job of two ranks is killed again and again     | a_training_job_killed_twenty_times_...
     -   | twelve mutants of the library                    | each_mutant_of_the_library_is_caught
 
 The fuzz is seeded: the same cases every time, and with `CKPT_FUZZ_ROUNDS=10` ten times as many.
@@ -6796,7 +6797,7 @@ def test_the_torchrun_example_of_the_readme_trains_stops_on_sigterm_and_resumes(
     assert newest_step(tmp_path) == (stopped + 7) // 5 * 5
 
 
-LAST_STEP = 300
+JOB_STEPS = 300
 KILLS = 20
 
 
@@ -6812,7 +6813,7 @@ def test_a_training_job_killed_twenty_times_ends_with_the_state_of_one_that_neve
         assert reached >= before, (plan, "a committed checkpoint is gone")
         if kill is signal.SIGTERM:
             assert [answer[0] for answer in answers] == [reached, reached], (plan, answers)
-    assert reached < LAST_STEP, "the last kills met a job that was done: let it take longer"
+    assert reached < JOB_STEPS, "the last kills met a job that was done: let it take longer"
     assert run(2, train_by_the_readme, tmp) == truth
     st.collect_garbage(ckpt.LocalStorage(tmp / "checkpoints"))
     assert set(listing(tmp / "checkpoints")) == named_files(tmp / "checkpoints")
@@ -6836,7 +6837,7 @@ def train_by_the_readme(rank, world_size, tmp, plan=None):
     dist.all_gather_object(pids, os.getpid())
     if plan is not None and rank == plan.victims[-1]:
         threading.Thread(target=carry_out, args=(plan, pids, names), daemon=True).start()
-    script = re.sub("^dist.init_process_group.*\n", "", training_script(LAST_STEP), flags=re.MULTILINE)  # `run` did so
+    script = re.sub("^dist.init_process_group.*\n", "", training_script(JOB_STEPS), flags=re.MULTILINE)  # `run` did so
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(script, "README.md", "exec"), names)
