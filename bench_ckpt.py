@@ -523,36 +523,43 @@ class RawFile:
         fd = self._open(setting, os.O_RDWR | os.O_CREAT)
         try:
             os.posix_fallocate(fd, 0, self.nbytes)
-            self._each(setting, lambda buffer, offset: os.pwrite(fd, buffer, offset))
+            blocks = [(fd, offset) for offset in range(0, self.nbytes, setting.block)]
+            self._each(
+                setting, blocks, lambda buffer, fd, offset: os.pwrite(fd, buffer[: self.nbytes - offset], offset)
+            )
             os.fsync(fd)
         finally:
             os.close(fd)
 
-    def read(self, setting: Setting, checksum: bool = False) -> None:
-        """Read the bytes into buffers that are used again and again, with the CRC32 of each block if asked to."""
-        fd = self._open(setting, os.O_RDONLY)
+    def read(self, setting: Setting, files: Sequence[Path], world: World, checksum: bool = False) -> None:
+        """Read this rank's share of `files` into buffers used again and again, with the CRC32 of each block if asked to."""
+        fds = [self._open(setting, os.O_RDONLY, path) for path in files]
 
-        def block(buffer: memoryview, offset: int) -> None:
+        def block(buffer: memoryview, fd: int, offset: int) -> None:
             os.preadv(fd, [buffer], offset)
             if checksum:
                 ckpt_storage.crc32(buffer)
 
         try:
-            self._each(setting, block)
+            blocks = [(fd, offset) for fd in fds for offset in range(0, os.fstat(fd).st_size, setting.block)]
+            low, high = (len(blocks) * rank // world.size for rank in (world.rank, world.rank + 1))
+            self._each(setting, blocks[low:high], block)
         finally:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
 
-    def _open(self, setting: Setting, flags: int) -> int:
-        return os.open(self.path, flags | (getattr(os, "O_DIRECT", 0) if setting.direct else 0), 0o600)
+    def _open(self, setting: Setting, flags: int, path: Path | None = None) -> int:
+        return os.open(path or self.path, flags | (getattr(os, "O_DIRECT", 0) if setting.direct else 0), 0o600)
 
-    def _each(self, setting: Setting, work: Callable[[memoryview, int], object]) -> None:
-        """Call `work(buffer, offset)` for all blocks, every thread taking each `threads`-th."""
+    def _each(
+        self, setting: Setting, blocks: Sequence[tuple[int, int]], work: Callable[[memoryview, int, int], object]
+    ) -> None:
+        """Call `work(buffer, fd, offset)` for all blocks, every thread taking each `threads`-th."""
 
         def drain(thread: int) -> None:
-            with memoryview(self._buffers[thread]) as buffer:
-                for offset in range(thread * setting.block, self.nbytes, setting.threads * setting.block):
-                    with buffer[: min(setting.block, self.nbytes - offset)] as part:
-                        work(part, offset)
+            with memoryview(self._buffers[thread]) as buffer, buffer[: setting.block] as part:
+                for fd, offset in blocks[thread :: setting.threads]:
+                    work(part, fd, offset)
 
         for done in [self._pool.submit(drain, thread) for thread in range(setting.threads)]:
             done.result()
@@ -575,20 +582,20 @@ def raw_write(bench: Bench, world: World, nbytes: int) -> list[Candidate]:
     ]
 
 
-def raw_read(bench: Bench, world: World, nbytes: int, cold: bool) -> list[Candidate]:
-    """The ceiling of a load: every rank reads its share of `nbytes`; from a warm cache also its CRC32."""
-    raw = RawFile(bench.path(f"raw-{bench.rank}"), nbytes // world.size)
+def raw_read(bench: Bench, world: World, cold: bool) -> list[Candidate]:
+    """The ceiling of a load: every rank reads its share of the files that ours loads; from a warm cache also its CRC32."""
+    raw = RawFile(bench.path(f"raw-{bench.rank}"), 0)
     settings = usable(raw, world, QUICK_READ_SETTINGS if bench.settings.quick else READ_SETTINGS)
-    raw.write(Setting(settings[0].direct, 1, 16 * MIB))
-    before = (lambda: drop_cache([raw.path])) if cold else (lambda: fill_cache([raw.path]))
+    files = [path for path in files_below([bench.path(LOADED["ours"])]) if path.suffix == ".safetensors"]
+    before = (lambda: drop_cache(files)) if cold else (lambda: fill_cache(files))
     return [
         Candidate(
             "raw read" if cold else "raw read + CRC32",
-            partial(raw.read, setting, checksum=not cold),
+            partial(raw.read, setting, files, world, checksum=not cold),
             str(setting),
             before=before,
             kind="ceiling",
-            does="into warm buffers" + ("" if cold else ", CRC32 of every block, all cores"),
+            does="the same files into warm buffers" + ("" if cold else ", CRC32 of every block, all cores"),
         )
         for setting in (settings if cold else WARM_SETTINGS)
     ]
@@ -931,7 +938,7 @@ def _load(bench: Bench, source: World, layout: str, target: World, wanted: str, 
         library = Ours(bench, target, LOADED["ours"])
         loaders["ours"] = lambda: library.load(loaded.model, loaded.optimizer)
         loaders["DCP"] = lambda: dcp_load(bench.path(LOADED["DCP"]), target, loaded)
-        candidates = raw_read(bench, target, nbytes, cold)
+        candidates = raw_read(bench, target, cold)
     for family, load in loaders.items():
         if compare and (family == "ours" or not bench.settings.quick):
             exact = restores(bench, saved, source, loaded, target, load)

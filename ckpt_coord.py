@@ -73,7 +73,6 @@ __all__ = [
 
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
 IO_THREADS = 4
-READ_THREADS = 8  # a disk needs more reads than writes in flight
 EARLY_PROOF_BYTES = 1 << 20  # replicas smaller than this are compared before they are written, larger ones meanwhile
 CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in the second-level cache
 T = TypeVar("T")
@@ -2382,7 +2381,7 @@ class CheckpointLoader:
             if strategy == "broadcast" and op.world_size > 1:
                 Relay(op, reader, tasks, meter).run()
             elif strategy != "sequential" or turn == op.rank:
-                st.in_parallel(tasks, run, min(READ_THREADS, len(tasks)), meter.tick)
+                st.in_parallel(tasks, run, min(IO_THREADS, len(tasks)), meter.tick)
             if strategy == "sequential":
                 op.gather(None)
         meter.tick()
