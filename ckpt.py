@@ -415,7 +415,7 @@ class Filling:
         self.errors: list[str] = []  # errors in any mode
         self.warnings: list[str] = []
         self.used: set[str] = set()
-        self._seen: set[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = set()
+        self._seen: set[tuple[object, ...]] = set()
 
     def value(self, name: str, key: str, like: object, into: dict[str, object]) -> None:
         """Put the stored value, with its tensors, into `into[key]`, or note the problem where there is none."""
@@ -444,7 +444,7 @@ class Filling:
             here = st.CODES.get(tensor.dtype, tensor.dtype)
             self.problems.append(f"{name}: dtype {meta.dtype} in the checkpoint, {here} here")
         for box, view in coord.local_tensor(name, tensor).pieces:
-            key = (index, view.data_ptr(), tuple(view.stride()), box.offset)
+            key = (index, box.offset, coord.identity(view))
             if key not in self._seen:  # tied tensors need one fill
                 self._seen.add(key)
                 sharded = coord.as_dtensor(tensor)
@@ -942,7 +942,7 @@ class Staging:
         rooms: dict[tuple[object, ...], tuple[str, torch.Tensor, int]] = {}
         total = 0
         for name, view in ((t.name, view) for t in data.tensors for _, view in t.pieces):
-            if (key := _view_key(view)) not in rooms:
+            if (key := coord.identity(view)) not in rooms:
                 rooms[key] = (name, view, total)
                 total += -(-view.numel() * view.dtype.itemsize // 64) * 64
         if total > len(self._memory):
@@ -962,10 +962,6 @@ class Staging:
     def free(self) -> None:
         """Give the memory back."""
         self._memory = np.empty(0, np.uint8)
-
-
-def _view_key(view: torch.Tensor) -> tuple[object, ...]:
-    return (view.data_ptr(), view.device, view.dtype, tuple(view.shape), tuple(view.stride()))
 
 
 def _available_bytes() -> int | None:
@@ -1186,8 +1182,10 @@ class DistributedCheckpoint:
         """Collect, and copy to host memory; what may be copied later, and is guarded until then, is returned."""
         live = self._collect(model, optimizer, options, extra_state)
         copies = self._staging.reserve(live, self.staging_budget_bytes)
-        places = {_view_key(view): room for _, view, room in copies}
-        tensors = [t._replace(pieces=[(box, places[_view_key(view)]) for box, view in t.pieces]) for t in live.tensors]
+        places = {coord.identity(view): room for _, view, room in copies}
+        tensors = [
+            t._replace(pieces=[(box, places[coord.identity(view)]) for box, view in t.pieces]) for t in live.tensors
+        ]
         late: list[StagedCopy] = []
         optimizers = list(optimizer.values()) if isinstance(optimizer, Mapping) else [optimizer]
         if options.staging == "overlapped" and all(hasattr(o, "register_step_pre_hook") for o in optimizers):
@@ -1723,6 +1721,9 @@ def _appearing(folder: str, name: str, heads: Mapping[str, _Head]) -> Iterator[d
         for file in files.values():
             file.sync()
         directory.delete(f"{name}.index.json")
+        old = re.compile(re.escape(name.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}\.safetensors")
+        for stale in [n for n in os.listdir(folder) if old.fullmatch(n) and n not in files]:
+            directory.delete(stale)
         for part in files:
             directory.publish(f"{part}.tmp", part, overwrite=True)
         if name not in files:
@@ -1748,14 +1749,14 @@ class _Exporter(CheckpointReader):
         self._places = {id(target.view): (file, begin) for target, (file, _, begin) in zip(targets, places)}
         tasks = self.plan(targets)
         total = sum(st.block_span(self.header(task.shard), task.first, task.last) for task in tasks)
+        done: list[int] = []
 
         def run(task: coord.Task, buffer: st.Bytes) -> None:
-            count = self.run(task, buffer)
-            self.checked_bytes += count
+            done.append(self.run(task, buffer))
 
         def poll() -> None:
             if progress is not None:
-                progress(Progress("export", self.checked_bytes, total))
+                progress(Progress("export", sum(done), total))
 
         st.in_parallel(tasks, run, min(coord.IO_THREADS, len(tasks)), poll)
         poll()
@@ -1815,6 +1816,8 @@ def import_checkpoint(
     """
     with _typed(os.fspath(source)):
         model, extra = _read_source(os.fspath(source))
+    if model and all(name.startswith("module.") for name in model):
+        model = {name.removeprefix("module."): value for name, value in model.items()}
     options = SaveOptions(prefix, include_rng_state=False, overwrite=False, progress=progress)
     with DistributedCheckpoint(LocalCoordinator(), storage) as checkpoint:
         return checkpoint.save(_Imported(model), None, options, extra_state=extra)
@@ -1922,8 +1925,6 @@ def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, ob
     model = dict(found)
     if len(model) < len(found):
         raise ValueError("two tensors would have one name: an a.b, and a b in an a")
-    if model and all(name.startswith("module.") for name in model):
-        model = {name.removeprefix("module."): value for name, value in model.items()}
     return model, {key: value for key, value in state.items() if not is_model(key)}
 
 

@@ -44,7 +44,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -572,8 +572,6 @@ def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
         return LocalTensor(name, st.CODES[tensor.dtype], tuple(tensor.shape), pieces, declared=True)
     _refuse_unsupported(name, tensor)
     data = tensor.detach()
-    if data.is_conj() or data.is_neg():
-        data = data.resolve_conj().resolve_neg()
     shape = tuple(data.shape)
     pieces = [(Box((0,) * len(shape), shape), data)] if data.numel() else []
     return LocalTensor(name, st.CODES[data.dtype], shape, pieces)
@@ -596,6 +594,8 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
         problem = f"has dtype {tensor.dtype}; store dequantize(), or int_repr() with its scales"
     elif tensor.is_meta:
         problem = "is on the meta device, which holds no data; materialise it (to_empty) first"
+    elif tensor.numel() and not tensor.data_ptr():
+        problem = "has no memory: its storage was freed, or never made; save while it is there"
     if problem:
         raise CheckpointException(f"{name} {problem}", type=ExceptionType.SAVE_FAILED)
 
@@ -645,6 +645,12 @@ def _strided_box(tensor: DTensor, coordinate: Sequence[int]) -> Box | None:
     return Box(tuple(offset), tuple(size))
 
 
+def identity(view: torch.Tensor) -> tuple[object, ...]:
+    """What two views of the same elements in the same order have in common, and no others."""
+    flags = (view.is_conj(), view.is_neg())
+    return (view.data_ptr(), view.device, view.dtype, tuple(view.shape), view.stride(), *flags)
+
+
 def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
     """Mark those that are the same view of the same memory as an earlier one: their bytes are stored once."""
     seen: dict[object, str] = {}
@@ -652,7 +658,7 @@ def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
     for item in tensors:
         if item.pieces:
             box, view = item.pieces[0]
-            key = (view.data_ptr(), view.device, item.dtype, item.shape, box, view.stride())
+            key = (item.dtype, item.shape, box, *identity(view))
             first = seen.setdefault(key, item.name)
             item = item if first == item.name else item._replace(alias_of=first)
         marked.append(item)
@@ -1176,20 +1182,25 @@ def run_jobs(jobs: Sequence[Job], meter: Meter) -> None:
         st.in_parallel(jobs, lambda job, buffer: job(buffer), min(IO_THREADS, len(jobs)), meter.tick)
 
 
-def checksum_jobs(views: Sequence[torch.Tensor], crcs: list[int]) -> list[Job]:
-    """Jobs that put the CRC32 of each view's row-major bytes into `crcs`."""
+def checksum_jobs(views: Sequence[torch.Tensor]) -> tuple[list[Job], list[list[int]]]:
+    """Jobs that checksum the row-major bytes of views a block at a time, and where they put the CRC32s, a row a view."""
+    rows = [[0] * st.block_count(view.numel() * view.dtype.itemsize) for view in views]
 
-    def checksum(index: int, buffer: Bytes) -> None:
-        view, crc = views[index], 0
-        flat, total = st.byte_view(view), view.numel() * view.dtype.itemsize
-        for start in range(0, total, len(buffer)):
-            data = flat[start : start + len(buffer)] if flat is not None else buffer[: min(len(buffer), total - start)]
-            if flat is None:
-                st.copy_out(view, start, data)
-            crc = st.crc32(data, crc)
-        crcs[index] = crc
+    def checksum(index: int, block: int, buffer: Bytes) -> None:
+        view, start = views[index], block * st.BLOCK_BYTES
+        stop = min(start + st.BLOCK_BYTES, view.numel() * view.dtype.itemsize)
+        if (flat := st.byte_view(view)) is not None:
+            rows[index][block] = st.crc32(flat[start:stop])
+        else:
+            st.copy_out(view, start, buffer[: stop - start])
+            rows[index][block] = st.crc32(buffer[: stop - start])
 
-    return [functools.partial(checksum, index) for index in range(len(views))]
+    return [functools.partial(checksum, i, block) for i, row in enumerate(rows) for block in range(len(row))], rows
+
+
+def summaries(rows: Iterable[Sequence[int]]) -> list[int]:
+    """One CRC32 for each row of them."""
+    return [st.crc32(np.array(row, np.uint32)) for row in rows]
 
 
 def write_raw(
@@ -1297,6 +1308,44 @@ class FrameWriter:
             del self._pending[: len(block)]
 
 
+class Beside:
+    """One piece of work at a time in a thread beside this one; at the end it is told to stop, and waited for a little.
+
+    Not an executor: those take nothing more once the interpreter exits, while a save in flight goes on.
+    """
+
+    def __init__(self) -> None:
+        self._stop, self._thread, self._errors = threading.Event(), threading.Thread(), list[BaseException]()
+
+    def start(self, work: Callable[[threading.Event], None]) -> None:
+        """Begin; `work` looks at the event now and then."""
+
+        def run() -> None:
+            try:
+                work(self._stop)
+            except BaseException as error:
+                self._errors.append(error)
+
+        self._thread = threading.Thread(target=run, name="ckpt-io", daemon=True)
+        self._thread.start()
+
+    def wait(self, poll: Callable[[], None]) -> None:
+        """Return when it is done; raises what it, or `poll`, raised."""
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            poll()
+        if self._errors:
+            raise self._errors[0]
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(2.0)
+
+
 class Segment(NamedTuple):
     """A part of a block of the consolidated file: where from (a piece of a rank), and where to (a box of the block)."""
 
@@ -1388,24 +1437,23 @@ class Gathering:
         step = self.BLOCKS_A_ROUND
         buffers = [st.aligned_buffer(st.BLOCK_BYTES) for _ in range(2 * step)]
 
-        def finish(block: int, data: Bytes) -> None:
-            crcs[block] = st.crc32(data)
-            file.write(data_start + block * st.BLOCK_BYTES, data.data)
-            meter.add(len(data))
+        def finish(filled: Sequence[tuple[int, Bytes]], stop: threading.Event) -> None:
+            for block, data in filled:
+                if not stop.is_set():
+                    crcs[block] = st.crc32(data)
+                    file.write(data_start + block * st.BLOCK_BYTES, data.data)
+                    meter.add(len(data))
 
-        with ThreadPoolExecutor(IO_THREADS, "ckpt-io") as pool:
-            writing: list[Future[None]] = []
+        with Beside() as beside:
             for first in range(0, max(map(len, owned)), step):
                 blocks = [row[first : first + step] for row in owned]
                 received = op.exchange(self._outgoing(op.rank, blocks, views))
                 filled = self._assemble(op.rank, blocks[op.rank], views, received, buffers[:step])
-                for done in writing:
-                    done.result()
-                writing = [pool.submit(finish, block, data) for block, data in filled]
+                beside.wait(meter.tick)
+                beside.start(functools.partial(finish, filled))
                 buffers = buffers[step:] + buffers[:step]
                 meter.tick()
-            for done in writing:
-                done.result()
+            beside.wait(meter.tick)
         return crcs
 
     def _outgoing(
@@ -1650,10 +1698,9 @@ class _Attempt:
         if not self.op.broadcast(proof is not None):
             return
         views = self._views(json.loads(self.op.hand_out(parts)))
-        crcs = [0] * len(views)
-        meter = Meter(self.op, 0, None)
-        run_jobs(checksum_jobs(views, crcs), meter)
-        answers = self.op.collect_at_0(st.dump_json(crcs))
+        jobs, rows = checksum_jobs(views)
+        run_jobs(jobs, Meter(self.op, 0, None))
+        answers = self.op.collect_at_0(st.dump_json(summaries(rows)))
         if holdings is not None and proof is not None:
             self._split_differing(holdings, proof, [json.loads(answer) for answer in answers])
 
@@ -1771,9 +1818,8 @@ class _Attempt:
                 owned = self._gathering.schedule(self.op.world_size)
                 total += self._gathering.nbytes(owned[self.op.rank])
             meter = Meter(self.op, total, self.progress)
-            crcs = [0] * len(self._replicas)
-            self._beside = checksum_jobs(self._replicas, crcs)
-            self._report: dict[str, object] = {"replicas": crcs}
+            self._beside, rows = checksum_jobs(self._replicas)
+            self._report: dict[str, object] = {}
             if self._gathering is not None:
                 file = self.storage.open(f"{self.ticket.prefix}/{self._model_name()}", write=True)
                 with _closing(file):
@@ -1788,6 +1834,7 @@ class _Attempt:
             else:
                 self._write_shard(meter)
             run_jobs(self._beside, meter)  # where nothing was written beside which they could run
+            self._report["replicas"] = summaries(rows)
             meter.tick()
             self.bytes_written = total
 
@@ -1844,6 +1891,7 @@ class _Attempt:
             for name in self._created:
                 self.storage.delete(f"{self.ticket.prefix}/{name}")
             self._created = []
+            self.warnings.clear()  # what they told is found again
             return False
 
     # S6
@@ -2172,7 +2220,8 @@ class CheckpointReader:
         entries, ndim = len(meta.pieces.tensor) + len(meta.tensors), int(meta.pieces.box.shape[2])
         name = max((len(t.name) for t in meta.tensors), default=0)
         logical = sum(math.prod(t.shape) * st.itemsize(t.dtype) for t in meta.tensors)
-        digits = 8 * (logical // st.FRAME_BYTES + st.block_count(meta.size_bytes()))
+        # Room for a compressed shard's header is made before anybody knows how many blocks that will be.
+        digits = 8 * (logical // st.FRAME_BYTES + st.block_count(logical + meta.size_bytes()))
         return st.ALIGN_BYTES + entries * (1024 + 128 * ndim + 32 * name) + digits
 
     def _entry(self, shard: int, begin: int, box: Box, tensor: st.TensorMetadata) -> st.Entry:

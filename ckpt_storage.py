@@ -222,7 +222,10 @@ class FileOps:
                 held = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
         os.unlink(name, dir_fd=dir_fd)
         if held >= 0:
-            threading.Thread(target=os.close, args=(held,), name="ckpt-free", daemon=True).start()
+            try:
+                threading.Thread(target=os.close, args=(held,), name="ckpt-free", daemon=True).start()
+            except RuntimeError:  # no more threads: then this call waits
+                os.close(held)
 
     def mkdir(self, name: str, dir_fd: int | None) -> None:
         os.mkdir(name, dir_fd=dir_fd)
@@ -903,11 +906,11 @@ Ints = npt.NDArray[np.int64]
 
 
 def byte_view(tensor: torch.Tensor) -> Bytes | None:
-    """The memory of a contiguous CPU tensor as bytes, or None where it is elsewhere or strided.
+    """The memory of a contiguous CPU tensor as bytes, or None where it is elsewhere, strided, or not the values (conj).
 
     By its address, in a fourth of the time of torch's views: it is valid as long as the caller keeps the tensor.
     """
-    if not (tensor.is_cpu and tensor.is_contiguous()) or not tensor.numel():
+    if not (tensor.is_cpu and tensor.is_contiguous()) or not tensor.numel() or tensor.is_conj() or tensor.is_neg():
         return None
     memory = (ctypes.c_uint8 * (tensor.numel() * tensor.dtype.itemsize)).from_address(tensor.data_ptr())
     return np.frombuffer(memoryview(memory), np.uint8)
