@@ -1062,7 +1062,7 @@ def _small(bench: Bench, world: World, model: Tensors, action: str) -> list[Cand
         save(1)
         loaders = {"ours": lambda: library.load(model, None), "DCP": load}
         found = [_loader(bench, family, run, cold=False) for family, run in loaders.items()]
-        return raw_read(bench, world, nbytes, cold=False) + found
+        return raw_read(bench, world, cold=False) + found
     library = Ours(bench, world, "ours")
     ours = Candidate("ours", lambda: library.save(model, None), kind="ours", does=OURS_DOES)
     ours = replace(ours, after=lambda: bench.remove("ours"))
