@@ -6168,6 +6168,7 @@ def check_store_death(base, step, world_size):
 
 
 def host_the_store_and_die(rank, world_size, tmp, step):
+    dist.barrier()  # who leaves a group while others still connect to it ends it for them
     dist.destroy_process_group()
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
