@@ -1656,7 +1656,9 @@ def save_in_a_subset(rank, world_size, tmp):
 
 
 def test_a_transient_error_on_one_rank_is_retried_by_all(tmp_path):
-    assert run(2, hiccup_on_rank_one, tmp_path) == [(("returned", None, "p"), 2)] * 2
+    (zero, tries), (one, tries_of_one) = run(2, hiccup_on_rank_one, tmp_path)
+    assert zero == one == ("returned", None, "p") and tries_of_one == 2
+    assert tries in (1, 2), "rank 0 may hear of the first failure before it makes a file"
     assert len(listing(tmp_path)) == 3
 
 
