@@ -314,7 +314,7 @@ class LocalFile:
         self._files, self._fd, self._name = files, fd, name
         self._flags = os.O_RDWR if writable else os.O_RDONLY
         self._direct_fd: int | None = None  # -1 where there is none
-        self._cold: dict[int, bool] = {}  # region of the file -> whether the page cache had hardly any of it
+        self._cold: dict[int, bool] = {}  # region of the file -> whether much of it was not in the page cache
         self._lock = threading.Lock()
 
     def read(self, offset: int, buffer: memoryview, alone: bool = False) -> None:
