@@ -408,8 +408,8 @@ class CheckpointOptions:
 class Filling:
     """What a load collects on a rank: targets to fill, and what does not fit."""
 
-    def __init__(self, reader: CheckpointReader, rank: int, world_size: int) -> None:
-        self.reader, self.rank, self.several = reader, rank, world_size > 1
+    def __init__(self, reader: CheckpointReader, rank: int) -> None:
+        self.reader, self.rank = reader, rank
         self.targets: list[coord.Target] = []
         self.problems: list[str] = []  # errors in strict mode, else warnings
         self.errors: list[str] = []  # errors in any mode
@@ -447,9 +447,7 @@ class Filling:
             key = (index, box.offset, coord.identity(view))
             if key not in self._seen:  # tied tensors need one fill
                 self._seen.add(key)
-                sharded = coord.as_dtensor(tensor)
-                replicated = self.several and (sharded is None or any(p.is_replicate() for p in sharded.placements))
-                self.targets.append(coord.Target(index, box, view, replicated))
+                self.targets.append(coord.Target(index, box, view))
 
     def new_tensor(self, name: str, like: torch.Tensor | None, param: torch.Tensor | None) -> torch.Tensor:
         """A tensor for what is stored as `name`: `like` where that fits, else a new one laid out as `param`."""
@@ -1444,7 +1442,7 @@ class _Restore:
     def prepare(self, op: coord.Operation, reader: CheckpointReader) -> list[coord.Target]:
         """L3: match the state here with what is stored."""
         options = self.options
-        self.filling = filling = Filling(reader, op.rank, op.world_size)
+        self.filling = filling = Filling(reader, op.rank)
         self.model = ModelState(self.model_argument)
         self.model.fill(filling)
         self.optimizer = None

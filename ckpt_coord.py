@@ -2097,7 +2097,6 @@ class Target(NamedTuple):
     tensor: int
     box: Box
     view: torch.Tensor
-    replicated: bool = False  # other ranks need the same bytes
 
 
 class Copy(NamedTuple):
@@ -2110,11 +2109,6 @@ class Copy(NamedTuple):
     view: torch.Tensor
     flat: Bytes | None  # the memory of `view`, where the whole piece goes there as it is
     frame: int = -1
-    replicated: bool = False
-
-    def own_bytes(self) -> int:
-        """Logical bytes that go to `view`, and to no other rank."""
-        return 0 if self.replicated else math.prod(self.box.size) * st.itemsize(self.entry.dtype)
 
 
 class Task(NamedTuple):
@@ -2258,7 +2252,7 @@ class CheckpointReader:
     def plan(self, targets: Iterable[Target]) -> list[Task]:
         """L3: which blocks to read, and where each part of them goes."""
         tasks: dict[tuple[int, int], list[Copy]] = {}
-        for tensor, want, view, replicated in targets:
+        for tensor, want, view in targets:
             if math.prod(want.size) == 0:
                 continue
             meta = self.metadata.tensors[tensor]
@@ -2268,7 +2262,7 @@ class CheckpointReader:
                 assert common is not None
                 exact = piece == want and view.dtype == st.DTYPES[meta.dtype]
                 flat = st.byte_view(view) if exact else None
-                copy = Copy(entry, piece, common, want, view, flat, replicated=replicated)
+                copy = Copy(entry, piece, common, want, view, flat)
                 for key, part in self._spread(shard, copy):
                     tasks.setdefault(key, []).append(part)
         return [self._task(shard, window, tasks[shard, window]) for shard, window in sorted(tasks)]
@@ -2303,14 +2297,12 @@ class CheckpointReader:
         """L4 for one task: read, verify, put into place. Returns the bytes read."""
         header, path = self.header(task.shard), self.metadata.shard_path(task.shard)
         size = st.block_span(header, task.first, task.last)
-        # What others need too, or of a block the rest, is read through the page cache, which then serves all of them.
-        alone = sum(min(size, copy.own_bytes()) for copy in task.copies) * 4 >= size * 3
         whole = self._straight(task, size)
         if whole is not None:
-            st.read_blocks(self.file(task.shard), header, task.first, task.last, whole, path, alone)
+            st.read_blocks(self.file(task.shard), header, task.first, task.last, whole, path)
             return size
         data = buffer[:size] if size <= len(buffer) else np.empty(size, np.uint8)
-        st.read_blocks(self.file(task.shard), header, task.first, task.last, data, path, alone)
+        st.read_blocks(self.file(task.shard), header, task.first, task.last, data, path)
         self.place(task, data)
         return size
 

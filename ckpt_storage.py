@@ -73,8 +73,7 @@ BLOCK_BYTES = 4 << 20  # the unit of checksums, of I/O and of who writes what
 FRAME_BYTES = 4 << 20  # logical bytes behind one compressed frame
 ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be read and written directly
 MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
-DIRECT_BYTES = 1 << 20  # smaller reads and writes go through the page cache
-COLD_BYTES = 64 << 20  # whether the page cache has a file's bytes is asked in such regions
+DIRECT_BYTES = 1 << 20  # smaller writes go through the page cache
 SLOW_TO_FREE_BYTES = 64 << 20
 RECORD_SUFFIX = ".metadata.json"
 
@@ -178,16 +177,6 @@ class FileOps:
     def pread(self, fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)
 
-    def is_cached(self, fd: int, offset: int, length: int) -> bool:
-        """Whether most of it is in the page cache (mincore; asking by reading would start a readahead)."""
-        with mmap.mmap(fd, length, access=mmap.ACCESS_READ, offset=offset) as view:
-            pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
-            address = np.frombuffer(view, np.uint8).ctypes.data  # the array is gone, so that the map can close
-            failed = _LIBC.mincore(
-                ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data)
-            )
-        return not failed and bool((pages & 1).mean() > 0.9)
-
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         return os.pwrite(fd, data, offset)
 
@@ -251,10 +240,7 @@ class FileOps:
 class StoredFile(Protocol):
     """An open file of a storage. Reads and writes are positioned and may come from several threads at once."""
 
-    def read(self, offset: int, buffer: memoryview, alone: bool = False) -> None:
-        """Fill `buffer` from `offset`. `alone`: nobody else will want these bytes soon, so they need not be cached."""
-        ...
-
+    def read(self, offset: int, buffer: memoryview) -> None: ...
     def write(self, offset: int, data: memoryview) -> None: ...
     def length(self) -> int: ...
     def resize(self, length: int) -> None: ...
@@ -307,48 +293,23 @@ class LocalFile:
     """A file on a local or mounted file system.
 
     Large aligned writes go past the page cache where the file system allows it: that is the disk's own speed, and pushes
-    nothing out of memory. Reads come from the cache where it has the bytes, else past it too.
+    nothing out of memory. Reads go through the cache, so that ranks that need the same bytes read the disk once.
     """
 
     def __init__(self, files: FileOps, fd: int, name: str, writable: bool) -> None:
         self._files, self._fd, self._name = files, fd, name
         self._flags = os.O_RDWR if writable else os.O_RDONLY
         self._direct_fd: int | None = None  # -1 where there is none
-        self._cold: dict[int, bool] = {}  # region of the file -> whether much of it was not in the page cache
         self._lock = threading.Lock()
 
-    def read(self, offset: int, buffer: memoryview, alone: bool = False) -> None:
+    def read(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`; short reads go on, an early end of the file is corruption."""
         done = 0
-        if alone and len(buffer) >= DIRECT_BYTES and self._is_cold(offset) and self._direct() >= 0:
-            done = self._read_direct(offset, buffer)
         while done < len(buffer):
             count = self._files.pread(self._fd, buffer[done:], offset + done)
             if count == 0:
                 raise corrupted(f"{self._name}: ends at byte {offset + done}, {len(buffer) - done} bytes missing")
             done += count
-
-    def _is_cold(self, offset: int) -> bool:
-        """Looked up once a region: asking takes a good part of the time that reading from the cache does."""
-        region = offset // COLD_BYTES
-        if region not in self._cold:
-            length = min(COLD_BYTES, self.length() - region * COLD_BYTES)
-            self._cold[region] = length > 0 and not self._files.is_cached(self._fd, region * COLD_BYTES, length)
-        return self._cold[region]
-
-    def _read_direct(self, offset: int, buffer: memoryview) -> int:
-        """Read the whole pages of it past the cache, by way of an aligned buffer if need be; how much that was."""
-        length = len(buffer) // ALIGN_BYTES * ALIGN_BYTES if offset % ALIGN_BYTES == 0 else 0
-        target = buffer[:length] if _is_aligned(buffer) else _scratch_buffer(length)[:length].data
-        done = 0
-        while done < length:
-            count = self._files.pread(self._direct(), target[done:], offset + done)
-            done += count
-            if count == 0 or count % ALIGN_BYTES:
-                break
-        if not _is_aligned(buffer):
-            np.frombuffer(buffer, np.uint8)[:done] = np.frombuffer(target, np.uint8)[:done]
-        return done
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`; short writes go on."""
@@ -392,17 +353,6 @@ class LocalFile:
 
 def _is_aligned(view: memoryview) -> bool:
     return np.frombuffer(view, np.uint8).ctypes.data % ALIGN_BYTES == 0
-
-
-_SCRATCH = threading.local()
-
-
-def _scratch_buffer(length: int) -> Bytes:
-    """Aligned memory of the calling thread, gone with it."""
-    held: Bytes = getattr(_SCRATCH, "held", np.empty(0, np.uint8))
-    if len(held) < length:
-        held = _SCRATCH.held = aligned_buffer(length)
-    return held
 
 
 class LocalStorage:
@@ -1285,14 +1235,12 @@ def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
     return Entry(name, dtype, logical, begin, end, offset, whole, frames)
 
 
-def read_blocks(
-    file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str, alone: bool = False
-) -> None:
-    """Read blocks [first, last) into `out` and check each one's CRC32 before anybody uses it; `alone` as in `StoredFile`.
+def read_blocks(file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str) -> None:
+    """Read blocks [first, last) into `out` and check each one's CRC32 before anybody uses it.
 
     CORRUPTED_CHECKPOINT names the file, the block and the tensors in it.
     """
-    file.read(header.data_start + first * BLOCK_BYTES, out.data, alone)
+    file.read(header.data_start + first * BLOCK_BYTES, out.data)
     for block in range(first, last):
         low = (block - first) * BLOCK_BYTES
         found = crc32(out[low : low + BLOCK_BYTES])

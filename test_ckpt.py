@@ -448,10 +448,6 @@ class Seam(FileOps):
         self.paths[direct] = self.paths[fd]
         return direct
 
-    def is_cached(self, fd, offset, length):
-        op = Op("is_cached", self.paths[fd], offset=offset, size=length)
-        return self._do(op, lambda: FileOps.is_cached(self, fd, offset, length))
-
     def allocate(self, fd, length):
         self._do(Op("allocate", self.paths[fd], offset=length), lambda: FileOps.allocate(self, fd, length))
 
@@ -4308,7 +4304,7 @@ class MemoryFile:
     def __init__(self, storage, name):
         self.storage, self.name = storage, name
 
-    def read(self, offset, buffer, alone=False):
+    def read(self, offset, buffer):
         data = self.storage.files[self.name][offset : offset + len(buffer)]
         if len(data) < len(buffer):
             raise st.corrupted(f"{self.name}: too short")
