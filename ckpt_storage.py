@@ -122,7 +122,8 @@ def corrupted(message: str, path: str = "") -> CheckpointException:
 # Names: every file name is made and judged here
 
 _PART = re.compile(r"[A-Za-z0-9._-]{1,200}")
-_SHARD = re.compile(r"[0-9a-f]{8}(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors")
+_SHARD = re.compile(r"([0-9a-f]{8})(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors")
+_SHARD_PATH = re.compile(f"(.+)/{_SHARD.pattern}")
 _FENCE = re.compile(r"(.+)\.metadata\.json\.([0-9a-f]{8})\.tmp")
 
 
@@ -1430,28 +1431,35 @@ def encode_record(meta: CheckpointMetadata) -> bytes:
         "pieces": encode_table({"tensor": pieces.tensor, "shard": pieces.shard, "begin": pieces.begin}, pieces.box),
     }
     text = dump_json(body)[:-1]
-    return text + b',"crc32":"%08x"}\n' % crc32(text)
+    return text + _seal(text)
 
 
-_RECORD_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\n')
-_RECORD_TAIL = len(',"crc32":"01234567"}\n')
+def _seal(text: bytes) -> bytes:
+    """The last field of a record, and its end."""
+    return b',"crc32":"%08x"}\n' % crc32(text)
+
+
+def _unseal(record: bytes, prefix: str) -> bytes:
+    """A record without its seal, which must hold: C1."""
+    text = record[: -len(_seal(b""))]
+    if record[len(text) :] != _seal(text):
+        path = record_name(prefix)
+        raise corrupted(f"{path}: the commit record fails its CRC32; the checkpoint is damaged", path)
+    return text
 
 
 def decode_record(data: bytes, prefix: str) -> CheckpointMetadata:
     """Parse a record: C1 to C3 of "committed". CORRUPTED_CHECKPOINT or INCOMPATIBLE_VERSION otherwise."""
     path = record_name(prefix)
-    end = _RECORD_END.fullmatch(data[-_RECORD_TAIL:]) if len(data) > _RECORD_TAIL else None
-    if end is None or int(end[1], 16) != crc32(data[:-_RECORD_TAIL]):  # C1
-        raise corrupted(f"{path}: the commit record fails its CRC32; the checkpoint is damaged", path)
-    body = parse_json(data[:-_RECORD_TAIL] + b"}", path)
-    version = body.get("format_version") if isinstance(body, dict) else None
-    if type(version) is int and version > FORMAT_VERSION:  # C2
-        message = f"{path}: written in format version {version}; this code knows up to {FORMAT_VERSION}: update it"
-        raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
     try:
+        body = Fields(parse_json(_unseal(data, prefix) + b"}", path))
+        version = body.number("format_version")
+        if version > FORMAT_VERSION:  # C2
+            message = f"{path}: written in format version {version}; this code knows up to {FORMAT_VERSION}: update it"
+            raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
         if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version!r}")
-        return _decode_body(Fields(body), prefix)  # C3
+            raise ValueError(f"format version {version}")
+        return _decode_body(body, prefix)  # C3
     except (ValueError, TypeError, OverflowError, IndexError, RecursionError) as error:
         raise corrupted(f"{path}: malformed record: {error}", path) from error
 
@@ -1540,31 +1548,28 @@ def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadat
     """The record of a committed checkpoint: C1 to C4 hold. Any process, at any time.
 
     FileNotFoundError where no checkpoint exists; CORRUPTED_CHECKPOINT or INCOMPATIBLE_VERSION where one exists that
-    is not intact. An overwrite between the reading of the record and of its shards gets one retry.
+    is not intact. A save that overwrites it meanwhile makes this start again.
     """
     return read_committed_record(storage, prefix)[1]
 
 
 def read_committed_record(storage: CheckpointStorage, prefix: str) -> tuple[bytes, CheckpointMetadata]:
     """The same, and the bytes that it was decoded from, for other ranks to decode."""
-    text = read_file(storage, record_name(check_prefix(prefix)))
-    meta = decode_record(text, prefix)
-    for attempt in range(2):
-        problem = ""
+    doubted = ""  # a save whose shards are not as recorded: either it is damaged, or there is a newer record by now
+    while True:
+        text = read_file(storage, record_name(check_prefix(prefix)))
+        meta = decode_record(text, prefix)
         for index, shard in enumerate(meta.shards):  # C4
-            if (found := storage.length(path := meta.shard_path(index))) != shard.length:
-                what = "is missing" if found is None else f"has {found} bytes"
-                problem = f"{path}: shard {what}, the record says {shard.length} bytes"
+            path = meta.shard_path(index)
+            if (found := storage.length(path)) != shard.length:
                 break
-        if not problem:
+        else:
             _ = meta.pieces  # C3, now that the sizes are known to be true
             return text, meta
-        text = read_file(storage, record_name(prefix))
-        again = decode_record(text, prefix)
-        if attempt or again.save_id == meta.save_id:
-            break
-        meta = again
-    raise corrupted(problem, prefix)
+        if meta.save_id == doubted:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise corrupted(f"{path}: shard {what}, the record says {shard.length} bytes", prefix)
+        doubted = meta.save_id
 
 
 _RECORD_HEAD = re.compile(rb'\{"format_version":[0-9]+,"save_id":"([0-9a-f]{8})","sequence":([0-9]{1,18}),')
@@ -1572,14 +1577,10 @@ _RECORD_HEAD = re.compile(rb'\{"format_version":[0-9]+,"save_id":"([0-9a-f]{8})"
 
 def record_head(storage: CheckpointStorage, prefix: str) -> tuple[str, int] | None:
     """Save id and sequence number of the record of `prefix`, without parsing it whole; None where C1 does not hold."""
-    try:
-        data = read_file(storage, record_name(prefix))
-    except (FileNotFoundError, CheckpointException):
-        return None
-    end, head = _RECORD_END.fullmatch(data[-_RECORD_TAIL:]), _RECORD_HEAD.match(data)
-    if end is None or head is None or int(end[1], 16) != crc32(data[:-_RECORD_TAIL]):
-        return None
-    return head[1].decode(), int(head[2])
+    with contextlib.suppress(FileNotFoundError, CheckpointException):
+        if head := _RECORD_HEAD.match(_unseal(read_file(storage, record_name(prefix)), prefix)):
+            return head[1].decode(), int(head[2])
+    return None
 
 
 def committed_id(storage: CheckpointStorage, prefix: str) -> str | None:
@@ -1598,17 +1599,14 @@ def list_committed(storage: CheckpointStorage) -> list[CheckpointMetadata]:
     """Every committed checkpoint, oldest first."""
     found = []
     for prefix in recorded_prefixes(storage):
-        try:
+        with contextlib.suppress(FileNotFoundError, CheckpointException):  # gone meanwhile, or not intact
             found.append(read_committed(storage, prefix))
-        except (FileNotFoundError, CheckpointException):
-            continue  # gone meanwhile, or not intact: not committed
     return sorted(found, key=lambda meta: (meta.sequence, meta.timestamp, meta.prefix))
 
 
 def shard_files(storage: CheckpointStorage, prefix: str) -> list[str]:
     """The tensor files that lie directly in the directory of `prefix`."""
-    inside = (name.removeprefix(prefix + "/") for name in storage.names(prefix))
-    return [f"{prefix}/{name}" for name in inside if _SHARD.fullmatch(name)]
+    return [n for n in storage.names(prefix) if (m := _SHARD_PATH.fullmatch(n)) and m[1] == prefix]
 
 
 def delete_files(storage: CheckpointStorage, prefix: str, files: Iterable[str]) -> None:
@@ -1640,17 +1638,6 @@ def live_saves(storage: CheckpointStorage, prefix: str, reap: bool = False) -> s
     return {save_id for name, save_id in fences if not storage.reap(name, only_look=not reap)}
 
 
-def record_is_unreadable(storage: CheckpointStorage, prefix: str) -> bool:
-    """Whether there is a record that this code cannot read: damaged, or of a newer version."""
-    try:
-        decode_record(read_file(storage, record_name(prefix)), prefix)
-    except FileNotFoundError:
-        return False
-    except CheckpointException:
-        return True
-    return False
-
-
 def _save_id(path: str) -> str:
     return path.rpartition("/")[2][:8]
 
@@ -1661,20 +1648,28 @@ def collect_garbage(storage: CheckpointStorage) -> list[str]:
     Never touches a committed checkpoint, a save whose fence is locked by a living process, or anything under a prefix
     whose record cannot be read. The order (files, then fences, then records) lets a save commit at any moment.
     """
-    everything = storage.names()
-    shards = [n for n in everything if _SHARD.fullmatch(n.rpartition("/")[2]) and _is_prefix(n.rpartition("/")[0])]
-    fences = [n for n in everything if (m := _FENCE.fullmatch(n)) and _is_prefix(m[1])]
-    prefixes = {name.rpartition("/")[0] for name in shards} | {m[1] for f in fences if (m := _FENCE.fullmatch(f))}
+    found: dict[str, list[tuple[str, str]]] = {}  # prefix -> the save id and the name of each shard and fence
+    for name in storage.names():
+        if (m := _SHARD_PATH.fullmatch(name) or _FENCE.fullmatch(name)) and _is_prefix(m[1]):
+            found.setdefault(m[1], []).append((m[2], name))
     removed: list[str] = []
-    for prefix in sorted(prefixes):
-        if record_is_unreadable(storage, prefix):
+    for prefix, files in sorted(found.items()):
+        try:
+            recorded_id(storage, prefix)
+            live = live_saves(storage, prefix, reap=True)
+            keep = {*live, recorded_id(storage, prefix)}
+        except CheckpointException:
             continue
-        live = live_saves(storage, prefix, reap=True)
-        removed += [name for name in fences if (m := _FENCE.fullmatch(name)) and m[1] == prefix and m[2] not in live]
-        keep = committed_id(storage, prefix)
-        if keep is None and storage.length(record_name(prefix)) is not None:
-            continue  # damaged meanwhile
-        dead = [n for n in shards if n.rpartition("/")[0] == prefix and _save_id(n) not in live | {keep}]
+        removed += [name for save_id, name in files if name.endswith(".tmp") and save_id not in live]
+        dead = [name for save_id, name in files if not name.endswith(".tmp") and save_id not in keep]
         removed += dead
         delete_files(storage, prefix, dead)
     return removed
+
+
+def recorded_id(storage: CheckpointStorage, prefix: str) -> str | None:
+    """The save id in the record of `prefix`, None without one; CheckpointException for one that cannot be read."""
+    try:
+        return decode_record(read_file(storage, record_name(prefix)), prefix).save_id
+    except FileNotFoundError:
+        return None
