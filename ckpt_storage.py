@@ -580,21 +580,17 @@ def parse_json(text: bytes, path: str) -> object:
     """Parse UTF-8 JSON; duplicate keys, NaN, overflowing floats and absurd nesting are corruption."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
+        if len(mapping := dict(pairs)) != len(pairs):
             raise ValueError("duplicate key")
         return mapping
 
     def finite(literal: str) -> float:
-        if math.isinf(number := float(literal)):
-            raise ValueError(f"number out of range: {literal}")
+        if not math.isfinite(number := float(literal)):
+            raise ValueError(f"{literal} is not a number of JSON, or out of range")
         return number
 
-    def refuse(literal: str) -> float:
-        raise ValueError(f"{literal} is not JSON")
-
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:
         raise corrupted(f"{path}: not valid JSON: {error}", path) from error
 
@@ -614,30 +610,22 @@ class Fields:
         return value
 
     def text(self, key: str) -> str:
-        """A string."""
         return self._typed(key, str)
 
+    def number(self, key: str) -> int:
+        """In [0, 2**62)."""
+        return int_tuple([self._typed(key, int)])[0]
+
+    def array(self, key: str) -> list[object]:
+        return self._typed(key, list)
+
     def texts(self, key: str) -> list[str]:
-        """A list of strings."""
         found = self._typed(key, list)
         if not all(type(item) is str for item in found):
             raise ValueError(f"{key!r}: expected strings")
         return found
 
-    def number(self, key: str) -> int:
-        """An integer in [0, 2**62)."""
-        return int_tuple([self._typed(key, int)])[0]
-
-    def array(self, key: str) -> list[object]:
-        """A list of anything."""
-        return self._typed(key, list)
-
-    def shapes(self, key: str) -> list[Shape]:
-        """A list of lists of integers."""
-        return [int_tuple(item) for item in self.array(key)]
-
     def child(self, key: str) -> Fields:
-        """An object."""
         return Fields(self._typed(key, dict))
 
 
@@ -645,9 +633,8 @@ def int_tuple(value: object) -> Shape:
     """`value` as a tuple of at most 64 ints in [0, 2**62), or ValueError."""
     if not isinstance(value, (list, tuple)) or len(value) > 64:
         raise ValueError(f"expected a short list of integers, found {type(value).__name__}")
-    for n in value:
-        if type(n) is not int or not 0 <= n < 1 << 62:
-            raise ValueError(f"expected a non-negative integer, found {n!r}")
+    if wrong := [n for n in value if type(n) is not int or not 0 <= n < 1 << 62]:
+        raise ValueError(f"expected a non-negative integer, found {wrong[0]!r}")
     return tuple(value)
 
 
@@ -656,10 +643,47 @@ def dump_json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-OnTensor = Callable[[str, torch.Tensor], str]
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
-def encode_value(value: object, path: str, on_tensor: OnTensor | None = None) -> object:
+def _pack_array(value: npt.ArrayLike) -> list[object] | None:
+    array = np.asarray(value)
+    return [array.dtype.str, list(array.shape), _base64(array.tobytes())] if array.dtype.kind in "biufcmMSU" else None
+
+
+def _unpack_array(body: tuple[str, list[int], str]) -> npt.NDArray[np.generic]:
+    dtype, shape, data = body
+    if np.dtype(dtype).kind not in "biufcmMSU":
+        raise ValueError(f"dtype {dtype}")
+    return np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
+
+
+def _unpack_dtype(name: str) -> torch.dtype:
+    if not isinstance(found := getattr(torch, name), torch.dtype):
+        raise ValueError(name)
+    return found
+
+
+def _pack_datetime(value: datetime.datetime) -> str | None:
+    return value.isoformat() if value.tzinfo is None or type(value.tzinfo) is datetime.timezone else None
+
+
+_MAPPINGS = {"$dict": dict, "$OrderedDict": OrderedDict, "$Counter": Counter}  # as lists of pairs
+_SEQUENCES = {"$tuple": tuple, "$Size": torch.Size, "$set": set, "$frozenset": frozenset}  # as lists
+_LEAVES: dict[str, tuple[type, Callable[..., object], Callable[..., object]]] = {  # type, to JSON (or None), and back
+    "$int": (int, hex, lambda text: int(text, 16)),
+    "$float": (float, lambda x: struct.pack(">d", x).hex(), lambda text: struct.unpack(">d", bytes.fromhex(text))[0]),
+    "$bytes": (bytes, _base64, base64.b64decode),
+    "$datetime": (datetime.datetime, _pack_datetime, datetime.datetime.fromisoformat),
+    "$dtype": (torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _unpack_dtype),
+    "$device": (torch.device, str, lambda text: torch.device(str(text))),
+    "$ndarray": (np.ndarray, _pack_array, _unpack_array),
+    "$scalar": (np.generic, _pack_array, lambda body: _unpack_array(body)[()]),
+}
+
+
+def encode_value(value: object, path: str, on_tensor: Callable[[str, torch.Tensor], str] | None = None) -> object:
     """`value` as plain JSON; what JSON lacks becomes {"$type": ...}. Tensors become {"$tensor": on_tensor(path, t)}.
 
     Raises ValueError, naming `path` and the type, for anything that could not be restored exactly.
@@ -671,51 +695,26 @@ def encode_value(value: object, path: str, on_tensor: OnTensor | None = None) ->
         if on_tensor is None:
             raise ValueError(f"{path}: a tensor cannot be stored here; put it into extra_state")
         return {"$tensor": on_tensor(path, value)}
-    if isinstance(value, int) and kind is int:
-        return value if abs(value) < 1 << 53 else {"$int": hex(value)}
-    if isinstance(value, float) and kind is float:
-        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
-
-    def inner(items: Iterable[object]) -> list[object]:
-        return [encode_value(item, f"{path}.{index}", on_tensor) for index, item in enumerate(items)]
-
-    if isinstance(value, list) and kind is list:
-        return inner(value)
-    if isinstance(value, dict) and kind in (dict, OrderedDict, Counter):
+    if (type(value) is int and abs(value) < 1 << 53) or (type(value) is float and math.isfinite(value)):
+        return value
+    if isinstance(value, dict) and kind in _MAPPINGS.values():
         if kind is dict and all(type(k) is str and not k.startswith("$") for k in value):
             return {k: encode_value(v, f"{path}.{k}", on_tensor) for k, v in value.items()}
         pairs = [[encode_value(k, path), encode_value(v, f"{path}.{k}", on_tensor)] for k, v in value.items()]
         return {f"${kind.__name__}": pairs}
-    if isinstance(value, torch.Size):
-        return {"$Size": list(value)}
-    if isinstance(value, tuple) and kind is tuple:
-        return {"$tuple": inner(value)}
-    if isinstance(value, (set, frozenset)) and kind in (set, frozenset):
-        return {f"${kind.__name__}": sorted(inner(value), key=dump_json)}
-    return _encode_leaf(value, path)
-
-
-def _encode_leaf(value: object, path: str) -> object:
-    if type(value) is bytes:
-        return {"$bytes": _base64(value)}
-    if isinstance(value, torch.dtype):
-        return {"$dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"$device": str(value)}
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufcmMSU":
-        array = np.asarray(value)
-        name = "$ndarray" if isinstance(value, np.ndarray) else "$scalar"
-        return {name: [array.dtype.str, list(array.shape), _base64(array.tobytes())]}
-    if type(value) is datetime.datetime and (value.tzinfo is None or type(value.tzinfo) is datetime.timezone):
-        return {"$datetime": value.isoformat()}
+    if isinstance(value, (list, tuple, set, frozenset)) and (kind is list or kind in _SEQUENCES.values()):
+        items = [encode_value(item, f"{path}.{index}", on_tensor) for index, item in enumerate(value)]
+        if kind is list:
+            return items
+        return {f"${kind.__name__}": items if isinstance(value, tuple) else sorted(items, key=dump_json)}
+    kind = next((base for base in (np.ndarray, np.generic) if isinstance(value, base)), kind)
+    for tag, (leaf, pack, _) in _LEAVES.items():
+        if leaf is kind and (packed := pack(value)) is not None:
+            return {tag: packed}
     raise ValueError(
         f"{path}: cannot store a {type(value).__module__}.{type(value).__qualname__}; convert it to tensors, numbers, "
         "strings, or lists, tuples, sets and dicts of them (for an Enum its .value, for a dataclass dataclasses.asdict)"
     )
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
 
 
 def decode_value(node: object, tensor: Callable[[str], object]) -> object:
@@ -729,43 +728,15 @@ def decode_value(node: object, tensor: Callable[[str], object]) -> object:
         return {key: decode_value(item, tensor) for key, item in node.items()}
     body = node[tag]
     try:
-        return _decode_tagged(tag, body, tensor)
+        if tag in _MAPPINGS and isinstance(body, list):
+            return _MAPPINGS[tag]({decode_value(key, tensor): decode_value(item, tensor) for key, item in body})
+        if tag in _SEQUENCES and isinstance(body, list):
+            return _SEQUENCES[tag]([decode_value(item, tensor) for item in body])
+        if tag == "$tensor" and isinstance(body, str):
+            return tensor(body)
+        return _LEAVES[tag][2](body)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, struct.error) as error:
         raise corrupted(f"stored value {tag} is malformed: {error}") from error
-
-
-def _decode_tagged(tag: str, body: object, tensor: Callable[[str], object]) -> object:
-    if tag in ("$dict", "$OrderedDict", "$Counter") and isinstance(body, list):
-        pairs = [(decode_value(key, tensor), decode_value(item, tensor)) for key, item in body]
-        plain = dict(pairs)
-        return plain if tag == "$dict" else OrderedDict(pairs) if tag == "$OrderedDict" else Counter(plain)
-    if tag in ("$tuple", "$set", "$frozenset", "$Size") and isinstance(body, list):
-        items = [decode_value(item, tensor) for item in body]
-        return {"$tuple": tuple, "$set": set, "$frozenset": frozenset, "$Size": torch.Size}[tag](items)
-    if tag in ("$ndarray", "$scalar") and isinstance(body, list):
-        dtype, shape, data = body
-        if np.dtype(dtype).kind not in "biufcmMSU":
-            raise ValueError(f"dtype {dtype}")
-        array = np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
-        return array if tag == "$ndarray" else array[()]
-    if not isinstance(body, str):
-        raise ValueError(f"unexpected {type(body).__name__}")
-    if tag == "$tensor":
-        return tensor(body)
-    if tag == "$float":
-        return struct.unpack(">d", bytes.fromhex(body))[0]
-    if tag == "$dtype":
-        dtype_object = getattr(torch, body)
-        if not isinstance(dtype_object, torch.dtype):
-            raise ValueError(body)
-        return dtype_object
-    decoders: dict[str, Callable[[str], object]] = {
-        "$int": lambda text: int(text, 16),
-        "$bytes": base64.b64decode,
-        "$device": torch.device,
-        "$datetime": datetime.datetime.fromisoformat,
-    }
-    return decoders[tag](body)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1496,13 +1467,12 @@ def _decode_body(body: Fields, prefix: str) -> CheckpointMetadata:
 
 def decode_tensors(columns: Fields) -> tuple[TensorMetadata, ...]:
     """Inverse of `encode_tensors`; ValueError for anything malformed."""
-    names, dtypes, shapes = columns.texts("name"), columns.texts("dtype"), columns.shapes("shape")
+    names, dtypes, shapes = columns.texts("name"), columns.texts("dtype"), list(map(int_tuple, columns.array("shape")))
     if not len(names) == len(dtypes) == len(shapes):
         raise ValueError("tensor columns of different lengths")
     if unknown := set(dtypes) - DTYPES.keys():
         raise ValueError(f"dtype(s) {sorted(unknown)} unknown to torch {torch.__version__}")
-    ranks = {index: rank for index, rank in columns.shapes("rank")}
-    aliases = {index: target for index, target in columns.shapes("alias_of")}
+    ranks, aliases = ({i: other for i, other in map(int_tuple, columns.array(key))} for key in ("rank", "alias_of"))
     if not all(target < len(names) and target not in aliases for target in aliases.values()):
         raise ValueError("alias of nothing")
     return tuple(
