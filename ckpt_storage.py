@@ -255,39 +255,30 @@ class CheckpointStorage(Protocol):
 
     def create(self, name: str) -> StoredFile:
         """Make a new file, and the directories above it; it is locked until closed. FileExistsError if there."""
-        ...
 
     def open(self, name: str, write: bool = False) -> StoredFile:
         """Open an existing regular file; FileNotFoundError if there is none."""
-        ...
 
     def length(self, name: str) -> int | None:
         """Bytes in the regular file `name`, or None where there is none."""
-        ...
 
     def names(self, directory: str = "") -> list[str]:
         """Every regular file below `directory`, sorted."""
-        ...
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
         """Atomically give `temporary` its final name, in the same directory. FileExistsError unless `overwrite`."""
-        ...
 
     def delete(self, name: str) -> bool:
         """Remove a file; False where there was none."""
-        ...
 
     def prune(self, directory: str) -> None:
         """Remove `directory` if it is empty."""
-        ...
 
     def sync_directory(self, name: str) -> None:
         """Make creations, renames and removals in the directory that holds `name` durable."""
-        ...
 
     def reap(self, name: str, only_look: bool = False) -> bool:
         """Remove a file whose creator is proved dead (or only look); False where it may be alive."""
-        ...
 
 
 class LocalFile:
@@ -297,9 +288,8 @@ class LocalFile:
     nothing out of memory. Reads go through the cache, so that ranks that need the same bytes read the disk once.
     """
 
-    def __init__(self, files: FileOps, fd: int, name: str, writable: bool) -> None:
-        self._files, self._fd, self._name = files, fd, name
-        self._flags = os.O_RDWR if writable else os.O_RDONLY
+    def __init__(self, files: FileOps, fd: int, name: str, flags: int) -> None:
+        self._files, self._fd, self._name, self._flags = files, fd, name, flags
         self._direct_fd: int | None = None  # -1 where there is none
         self._lock = threading.Lock()
 
@@ -314,18 +304,16 @@ class LocalFile:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`; short writes go on."""
-        done = 0
+        done = whole = 0  # [0, whole) goes past the cache, as long as what is left of it is aligned
         if len(data) >= DIRECT_BYTES and offset % ALIGN_BYTES == 0 and _is_aligned(data) and self._direct() >= 0:
             whole = len(data) // ALIGN_BYTES * ALIGN_BYTES
-            while done < whole and done % ALIGN_BYTES == 0:
-                done += self._took(self._files.pwrite(self._direct(), data[done:whole], offset + done))
         while done < len(data):
-            done += self._took(self._files.pwrite(self._fd, data[done : done + (1 << 30)], offset + done))
-
-    def _took(self, count: int) -> int:
-        if count <= 0:
-            raise OSError(errno.EIO, "the disk takes nothing more", self._name)
-        return count
+            direct = done < whole and done % ALIGN_BYTES == 0
+            fd, stop = (self._direct(), whole) if direct else (self._fd, done + (1 << 30))
+            count = self._files.pwrite(fd, data[done:stop], offset + done)
+            if count <= 0:
+                raise OSError(errno.EIO, "the disk takes nothing more", self._name)
+            done += count
 
     def _direct(self) -> int:
         with self._lock:
@@ -356,6 +344,9 @@ def _is_aligned(view: memoryview) -> bool:
     return np.frombuffer(view, np.uint8).ctypes.data % ALIGN_BYTES == 0
 
 
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+
+
 class LocalStorage:
     """Plain files below `base_path`. No path component below it is ever followed through a symbolic link."""
 
@@ -366,44 +357,40 @@ class LocalStorage:
 
     def create(self, name: str) -> LocalFile:
         for _ in range(100):
-            with self._parent(name, make=True) as (directory, leaf):
-                try:
-                    fd = self.files.open(leaf, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
-                except FileNotFoundError:
-                    continue  # a clean-up has pruned the directory since we entered it
-                try:
-                    if self._hold(fd, leaf, directory):
-                        return LocalFile(self.files, fd, name, writable=True)
-                except BaseException:
-                    self.files.close(fd)
-                    raise
-                self.files.close(fd)
+            with (
+                self._parent(name, make=True) as (directory, leaf),
+                contextlib.suppress(FileNotFoundError),  # a clean-up has pruned the directory since we entered it
+                contextlib.ExitStack() as undo,
+            ):
+                fd = self.files.open(leaf, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
+                undo.callback(self.files.close, fd)
+                # Another file, or none: a clean-up took it for a dead writer's before it was locked.
+                if not self._lock(fd) or self.files.stat(leaf, directory).st_ino == os.fstat(fd).st_ino:
+                    undo.pop_all()
+                    return LocalFile(self.files, fd, name, os.O_RDWR)
         raise FileNotFoundError(errno.ENOENT, "removed again and again while it was created", name)
 
-    def _hold(self, fd: int, leaf: str, directory: int) -> bool:
-        """Lock a new file; False if a clean-up took it for a dead one's between its creation and the lock."""
+    def _lock(self, fd: int) -> bool:
+        """Lock a new file, which somebody may hold for an instant to see if it is in use; False where nothing locks."""
         deadline = time.monotonic() + 5.0
         while True:
             try:
                 self.files.lock(fd)
-                break
+                return True
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.001)  # somebody is looking whether it is in use
+                time.sleep(0.001)
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    return True  # no locks here: then nobody is ever proved dead
+                    return False  # then nobody is ever proved dead
                 raise
-        try:
-            return self.files.stat(leaf, directory).st_ino == os.fstat(fd).st_ino
-        except FileNotFoundError:
-            return False
 
     def open(self, name: str, write: bool = False) -> LocalFile:
+        flags = os.O_RDWR if write else os.O_RDONLY
         with self._parent(name) as (directory, leaf):
             try:
-                fd = self.files.open(leaf, os.O_RDWR if write else os.O_RDONLY, directory)
+                fd = self.files.open(leaf, flags, directory)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
@@ -411,30 +398,26 @@ class LocalStorage:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             self.files.close(fd)
             raise corrupted(f"{name}: not a regular file", name)
-        return LocalFile(self.files, fd, name, write)
+        return LocalFile(self.files, fd, name, flags)
 
     def length(self, name: str) -> int | None:
         try:
             with self._parent(name) as (directory, leaf):
                 status = self.files.stat(leaf, directory)
-        except (FileNotFoundError, NotADirectoryError):
+        except _ABSENT:
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def names(self, directory: str = "") -> list[str]:
-        found: list[str] = []
-        try:
-            with self._parent(f"{directory}/x" if directory else "x") as (fd, _):
-                for name in self.files.listdir(fd):
-                    with contextlib.suppress(FileNotFoundError):  # gone since: a writer is at work beside us
-                        mode = self.files.stat(name, fd).st_mode
-                        path = f"{directory}/{name}" if directory else name
-                        if stat.S_ISDIR(mode):
-                            found += self.names(path)
-                        elif stat.S_ISREG(mode):
-                            found.append(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return found
+        found, above = list[str](), f"{directory}/" if directory else ""
+        with contextlib.suppress(*_ABSENT), self._parent(f"{above}x") as (fd, _):
+            for name in self.files.listdir(fd):
+                with contextlib.suppress(FileNotFoundError):  # gone since: a writer is at work beside us
+                    mode = self.files.stat(name, fd).st_mode
+                    if stat.S_ISDIR(mode):
+                        found += self.names(above + name)
+                    elif stat.S_ISREG(mode):
+                        found.append(above + name)
         return sorted(found)
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
@@ -448,12 +431,10 @@ class LocalStorage:
                     self.files.unlink(source, directory)
 
     def delete(self, name: str) -> bool:
-        try:
-            with self._parent(name) as (directory, leaf):
-                self.files.unlink(leaf, directory)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+        with contextlib.suppress(*_ABSENT), self._parent(name) as (directory, leaf):
+            self.files.unlink(leaf, directory)
+            return True
+        return False
 
     def prune(self, directory: str) -> None:
         try:
@@ -493,8 +474,8 @@ class LocalStorage:
     @contextlib.contextmanager
     def _parent(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
         """The open directory that holds `name`, reached part by part without following links, and its last part."""
-        *parents, leaf = name.split("/")
-        if any(p in ("", ".", "..") or "\0" in p for p in (*parents, leaf)):
+        parts = name.split("/")
+        if any(p in ("", ".", "..") or "\0" in p for p in parts):
             raise ValueError(f"illegal path {name!r}")
         if make:
             self._make_base()
@@ -502,9 +483,17 @@ class LocalStorage:
         # The base path itself may be, or lie behind, a link of the user's own making.
         directory = self.files.open(os.path.realpath(self.base_path), flags)
         try:
-            for part in parents:
-                directory = self._enter(directory, part, flags, make)
-            yield directory, leaf
+            for part in parts[:-1]:
+                try:
+                    inner = self.files.open(part, flags, directory)
+                except FileNotFoundError:
+                    if not make:
+                        raise
+                    self._make(part, directory)
+                    inner = self.files.open(part, flags, directory)
+                self._leave(directory)
+                directory = inner
+            yield directory, parts[-1]
         finally:
             self._leave(directory)
 
@@ -512,29 +501,18 @@ class LocalStorage:
         with contextlib.suppress(OSError):  # nothing was written through it, and it is closed in any case
             self.files.close(directory)
 
+    def _make(self, name: str, directory: int | None) -> None:
+        with contextlib.suppress(FileExistsError):  # another rank was faster
+            self.files.mkdir(name, directory)
+
     def _make_base(self) -> None:
         missing, path = [], self.base_path
         while not os.path.isdir(path):
             missing.append(path)
             path = os.path.dirname(path)
         for path in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another rank was faster
-                self.files.mkdir(path, None)
+            self._make(path, None)
         self._made_above = self._made_above | {os.path.dirname(path) for path in missing}
-
-    def _enter(self, directory: int, part: str, flags: int, make: bool) -> int:
-        try:
-            inner = self.files.open(part, flags, directory)
-        except FileNotFoundError:
-            if not make:
-                raise
-            try:
-                self.files.mkdir(part, directory)
-            except FileExistsError:  # another rank was faster
-                return self._enter(directory, part, flags, make=False)
-            inner = self.files.open(part, flags, directory)
-        self._leave(directory)
-        return inner
 
 
 @dataclass(frozen=True)
