@@ -42,6 +42,7 @@ import enum
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import math
 import mmap
@@ -554,7 +555,7 @@ StorageFactory.register("local", _local)
 # JSON: strict parsing, and an exact, pickle-free form for every value that is not a tensor
 
 
-def parse_json(text: bytes, path: str) -> object:
+def parse_json(text: bytes | bytearray, path: str) -> object:
     """Parse UTF-8 JSON; duplicate keys, NaN, overflowing floats and absurd nesting are corruption."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -749,13 +750,6 @@ def stored_form(code: str, shape: Shape) -> tuple[str, Shape]:
     return ("U8" if code == "JSON" else code), shape
 
 
-def _logical_shape(code: str, stored: Shape) -> Shape:
-    """The shape that `stored_form` was given."""
-    if code in _PAIRS:
-        return stored[:-1]
-    return (*stored[:-1], stored[-1] // 2) if code == "F4" and stored else stored
-
-
 class Box(NamedTuple):
     """A rectangular part of a tensor: `offset` and `size` in each dimension."""
 
@@ -779,26 +773,17 @@ def row_boxes(shape: Shape, start: int, stop: int) -> list[tuple[int, Box]]:
 
     At most 2 * ndim - 1 boxes: a ragged head and tail in each dimension, whole rows between.
     """
-    if start >= stop:
-        return []
     if not shape:
-        return [(0, Box((), ()))]
-    row = math.prod(shape[1:])
-    rest = shape[1:]
-
-    def in_row(index: int, low: int, high: int) -> list[tuple[int, Box]]:
-        parts = row_boxes(rest, low, high)
-        return [(index * row + at, Box((index, *box.offset), (1, *box.size))) for at, box in parts]
-
-    first, head = divmod(start, row)
-    last, tail = divmod(stop, row)
-    if first == last:
-        return in_row(first, head, tail)
-    found = in_row(first, head, row) if head else []
-    first += bool(head)
-    if last > first:
-        found.append((first * row, Box((first, *(0 for _ in rest)), (last - first, *rest))))
-    return found + (in_row(last, 0, tail) if tail else [])
+        return [(0, Box((), ()))][start:stop]
+    rows = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]  # elements to a step in each dimension
+    found = []
+    while start < stop:  # the longest rows that begin here and fit, as many as there are
+        dim = next(dim for dim, row in enumerate(rows) if start % row == 0 and start + row <= stop)
+        offset = tuple(start // row % size for row, size in zip(rows, shape))
+        count = min((stop - start) // rows[dim], shape[dim] - offset[dim])
+        found.append((start, Box(offset, (1,) * dim + (count, *shape[dim + 1 :]))))
+        start += count * rows[dim]
+    return found
 
 
 Bytes = npt.NDArray[np.uint8]  # one-dimensional
@@ -927,11 +912,11 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
             if size != share:
                 stream = zlib.decompressobj()
                 plane = stream.decompress(plane, share + 1)
-                if stream.unconsumed_tail or not stream.eof:
+                if not stream.eof:
                     raise ValueError("plane longer than declared")
-            out[:, index] = np.frombuffer(plane, np.uint8, share)
             if len(plane) != share:
                 raise ValueError("plane of another length than declared")
+            out[:, index] = np.frombuffer(plane, np.uint8)
         if at != len(data):
             raise ValueError("frame of another length than declared")
     except (ValueError, IndexError, struct.error, zlib.error) as error:
@@ -968,11 +953,10 @@ def in_parallel(
         try:
             while not stop.is_set():
                 with lock:
-                    try:
-                        item = next(source)
-                    except StopIteration:
-                        return
-                work(item, buffer)
+                    turn = list(itertools.islice(source, 1))
+                if not turn:
+                    return
+                work(turn[0], buffer)
         except BaseException as error:
             errors.append(error)
             stop.set()
@@ -1014,6 +998,10 @@ class Entry(NamedTuple):
         """Logical bytes of the piece."""
         return math.prod(self.shape) * itemsize(self.dtype)
 
+    def stored(self) -> tuple[str, Shape]:
+        """Dtype and shape that the file's table has for it."""
+        return ("U8", (self.end - self.begin,)) if self.frames else stored_form(self.dtype, self.shape)
+
 
 class Header(NamedTuple):
     """A parsed tensor-file header; `entries` are in the order of their bytes."""
@@ -1040,10 +1028,9 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
     table: dict[str, object] = {}
     position = 0
     for entry in entries:
-        if entry.begin > position:
-            pad = [position, entry.begin]
-            table[f"pad/{position}"] = {"dtype": "U8", "shape": [pad[1] - pad[0]], "data_offsets": pad}
-        code, shape = stored_form(entry.dtype, entry.shape)
+        if (gap := entry.begin - position) > 0:
+            table[f"pad/{position}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [position, entry.begin]}
+        code, shape = entry.stored()
         info: dict[str, object] = {}
         if entry.shape != entry.whole:
             info = {"offset": entry.offset, "whole": entry.whole}
@@ -1051,7 +1038,6 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
             info["dtype"] = entry.dtype
         if entry.frames:
             info |= {"shape": entry.shape, "frames": "".join(f"{length:08x}" for length in entry.frames)}
-            code, shape = "U8", (entry.end - entry.begin,)
         if info:
             pieces[entry.name] = info
         if entry.name in table or entry.name == "__metadata__":
@@ -1082,57 +1068,51 @@ def with_checksums(header: bytes, block_crcs: Sequence[int]) -> bytes:
     return header[:at] + digits + header[at + len(digits) :]
 
 
-def read_header(file: StoredFile, path: str, expected_crc: int | None = None, most: int = MAX_HEADER_BYTES) -> Header:
+def read_header(file: StoredFile, path: str, expected_crc: int, most: int) -> Header:
     """Read and check the header of an open tensor file; CORRUPTED_CHECKPOINT for whatever is wrong with it.
 
     One of more than `most` bytes is refused unread: parsed, it would take many times its length.
     """
-    length = file.length()
-    prefix = bytearray(8)
+    length, prefix = file.length(), bytearray(8)
     if length < 8:
         raise corrupted(f"{path}: {length} bytes are too short for a tensor file", path)
     file.read(0, memoryview(prefix))
     (size,) = struct.unpack("<Q", prefix)
     if not 2 <= size <= min(MAX_HEADER_BYTES, most, length - 8) or (8 + size) % ALIGN_BYTES:
         raise corrupted(f"{path}: impossible header length {size} in a file of {length} bytes", path)
-    text = bytearray(size)
+    text, data_length = bytearray(size), length - 8 - size
     file.read(8, memoryview(text))
-    crc = crc32(text, crc32(prefix))
-    if expected_crc is not None and crc != expected_crc:
+    if (crc := crc32(text, crc32(prefix))) != expected_crc:
         raise corrupted(f"{path}: header has CRC32 {crc:08x}, the record says {expected_crc:08x}", path)
     try:
-        return _parse_header(bytes(text), 8 + size, length - 8 - size, crc, path)
+        if not text.startswith(b"{"):
+            raise ValueError("does not start with '{'")
+        table = Fields(parse_json(text, path))
+        metadata = table.child("__metadata__")
+        if not all(isinstance(value, str) for value in metadata.all.values()):
+            raise ValueError("__metadata__ holds something else than strings")
+        if (version := metadata.text("ckpt_version")) != str(FORMAT_VERSION):
+            message = f"{path}: tensor-file version {version!r}, this code reads {FORMAT_VERSION}"
+            raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
+        if metadata.text("block_bytes") != str(BLOCK_BYTES):
+            raise ValueError(f"block size {metadata.text('block_bytes')!r}")
+        block_crcs = _fixed_width(metadata.text("crc32"))
+        if len(block_crcs) != block_count(data_length):
+            raise ValueError("checksum field does not fit the data")
+        pieces = Fields(parse_json(metadata.text("pieces").encode(), path))
+        if not pieces.all.keys() <= table.all.keys() - {"__metadata__"}:
+            raise ValueError("pieces of unknown entries")
+        return Header(parse_entries(table, pieces, data_length), block_crcs, 8 + size, data_length, crc)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise corrupted(f"{path}: malformed header: {error}", path) from error
 
 
-def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path: str) -> Header:
-    if not text.startswith(b"{"):
-        raise ValueError("does not start with '{'")
-    table = Fields(parse_json(text, path))
-    metadata = table.child("__metadata__")
-    if not all(isinstance(value, str) for value in metadata.all.values()):
-        raise ValueError("__metadata__ holds something else than strings")
-    if (version := metadata.text("ckpt_version")) != str(FORMAT_VERSION):
-        message = f"{path}: tensor-file version {version!r}, this code reads {FORMAT_VERSION}"
-        raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
-    if metadata.text("block_bytes") != str(BLOCK_BYTES):
-        raise ValueError(f"block size {metadata.text('block_bytes')!r}")
-    block_crcs = _fixed_width(metadata.text("crc32"))
-    if len(block_crcs) != block_count(data_length):
-        raise ValueError("checksum field does not fit the data")
-    pieces = Fields(parse_json(metadata.text("pieces").encode(), path))
-    if not pieces.all.keys() <= table.all.keys() - {"__metadata__"}:
-        raise ValueError("pieces of unknown entries")
-    return Header(parse_entries(table, pieces, data_length), block_crcs, data_start, data_length, crc)
-
-
 def parse_entries(table: Fields, pieces: Fields, data_length: int) -> list[Entry]:
     """The entries of any safetensors header, in the order of their bytes; ValueError where it breaks the rules."""
-    names = table.all.keys() - {"__metadata__"}
     nothing = Fields({})
     entries = [
-        _parse_entry(name, table.child(name), pieces.child(name) if name in pieces.all else nothing) for name in names
+        _parse_entry(name, table.child(name), pieces.child(name) if name in pieces.all else nothing)
+        for name in table.all.keys() - {"__metadata__"}
     ]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = 0
@@ -1152,12 +1132,10 @@ def _fixed_width(digits: str) -> list[int]:
     return [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
 
 
-_ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
-_PIECE_FIELDS = {"offset", "whole", "dtype", "shape", "frames"}
-
-
 def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
-    if item.all.keys() != _ENTRY_FIELDS or not info.all.keys() <= _PIECE_FIELDS:
+    """An entry of the header's table, and what `pieces` says of it."""
+    known = {"offset", "whole", "dtype", "shape", "frames"}
+    if item.all.keys() != {"dtype", "shape", "data_offsets"} or not info.all.keys() <= known:
         raise ValueError(f"{name!r}: unexpected fields")
     begin, end = int_tuple(item.array("data_offsets"))
     code, shape = item.text("dtype"), int_tuple(item.array("shape"))
@@ -1167,22 +1145,20 @@ def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
     frames = tuple(_fixed_width(info.text("frames"))) if "frames" in info.all else ()
     if frames:
         logical = int_tuple(info.array("shape"))
-        count = -(-math.prod(logical) * itemsize(dtype) // FRAME_BYTES)
-        if sum(frames) != end - begin or len(frames) != count or (code, shape) != ("U8", (end - begin,)):
-            raise ValueError(f"{name!r}: frames do not fit its bytes")
-    else:
-        logical = _logical_shape(dtype, shape)
-        if stored_form(dtype, logical) != (code, shape):
-            raise ValueError(f"{name!r}: {dtype} stored as {code}")
-        if math.prod(logical) * itemsize(dtype) != end - begin:
-            raise ValueError(f"{name!r}: {dtype} of shape {list(logical)} in {end - begin} bytes")
-    whole, offset = logical, tuple(0 for _ in logical)
+    else:  # the inverse of `stored_form`
+        logical = shape[:-1] if dtype in _PAIRS else (*shape[:-1], shape[-1] // 2) if dtype == "F4" and shape else shape
+    whole, offset = logical, (0,) * len(logical)
     if "whole" in info.all:
         whole, offset = int_tuple(info.array("whole")), int_tuple(info.array("offset"))
         inside = all(o + n <= w for o, n, w in zip(offset, logical, whole))
         if not len(whole) == len(offset) == len(logical) or not inside:
             raise ValueError(f"{name!r}: piece outside of its tensor")
-    return Entry(name, dtype, logical, begin, end, offset, whole, frames)
+    entry = Entry(name, dtype, logical, begin, end, offset, whole, frames)
+    if entry.stored() != (code, shape) or (sum(frames) if frames else entry.nbytes()) != end - begin:
+        raise ValueError(f"{name!r}: {dtype} of shape {list(logical)} stored as {code} in {end - begin} bytes")
+    if frames and len(frames) != -(-entry.nbytes() // FRAME_BYTES):
+        raise ValueError(f"{name!r}: frames do not fit its bytes")
+    return entry
 
 
 def read_blocks(file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str) -> None:
@@ -1272,11 +1248,25 @@ class CheckpointMetadata:
         """The pieces, unpacked; CORRUPTED_CHECKPOINT where they make no sense."""
         if isinstance(self.table, PieceTable):
             return self.table
+        width = max((len(t.shape) for t in self.tensors), default=0)
         try:
-            return _decode_pieces(self.table, self.tensors, self.shards)
+            lengths = np.array([shard.length for shard in self.shards], np.int64)
+            padded = [t.shape + (1,) * (width - len(t.shape)) for t in self.tensors]
+            shapes = np.array(padded, np.int64).reshape(len(padded), width)
+            # Every piece has at least a byte: no row out of thin air.
+            (tensor, shard, begin), box = decode_table(self.table, ("tensor", "shard", "begin"), self.size_bytes())
+            if box.shape[2] != width:
+                raise ValueError("pieces of other dimensions than the tensors")
+            if (np.diff(tensor) < 0).any() or (tensor >= len(shapes)).any() or (shard >= len(lengths)).any():
+                raise ValueError("pieces of unknown tensors or shards")
+            if (box[:, 1] < 1).any() or (box.sum(axis=1) > shapes[tensor]).any():
+                raise ValueError("piece outside of its tensor")
+            if (begin >= lengths[shard]).any():
+                raise ValueError("piece behind the end of its shard")
         except (ValueError, TypeError, OverflowError, IndexError, MemoryError) as error:
             path = record_name(self.prefix)
             raise corrupted(f"{path}: malformed pieces: {type(error).__name__}: {error}", path) from error
+        return PieceTable(tensor, shard, begin, box)
 
     def shard_path(self, index: int) -> str:
         """Storage name of a shard."""
@@ -1295,20 +1285,12 @@ def encode_runs(column: Ints) -> list[int]:
     values = np.asarray(column, np.int64)
     if not len(values):
         return []
-    steps = np.diff(values)
-    changes = np.flatnonzero(np.diff(steps)) + 1  # steps[k] differs from steps[k - 1]
-    ends = np.append(changes, len(steps)).tolist()
-    runs: list[int] = []
-    at = 0
-    starts, gaps = values.tolist() if len(ends) > len(values) // 8 else values, steps
-    for end in ends:
-        if end < at:
-            continue
-        step = int(gaps[at]) if at < len(gaps) else 0
-        runs += [int(starts[at]), step, end - at + 1]
-        at = end + 1
-    if at < len(values):
-        runs += [int(values[at]), 0, 1]
+    steps = np.diff(values, append=values[-1])
+    starts = [0]
+    for at in np.flatnonzero(np.diff(steps[:-1])).tolist():  # another step leads away from value at + 1 than to it
+        if at + 1 >= starts[-1]:
+            starts.append(at + 2)
+    runs: list[int] = np.stack((values[starts], steps[starts], np.diff(starts, append=len(values))), 1).ravel().tolist()
     return runs
 
 
@@ -1408,39 +1390,39 @@ def decode_record(data: bytes, prefix: str) -> CheckpointMetadata:
             raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
         if version != FORMAT_VERSION:
             raise ValueError(f"format version {version}")
-        return _decode_body(body, prefix)  # C3
+        custom = decode_value(body.child("custom_metadata").all, str)  # C3
+        if not isinstance(custom, dict):
+            raise ValueError("no custom metadata")
+        datetime.datetime.fromisoformat(body.text("timestamp"))
+        return CheckpointMetadata(
+            prefix=prefix,
+            save_id=body.text("save_id"),
+            sequence=body.number("sequence"),
+            world_size=body.number("world_size"),
+            format=body.text("format"),
+            compression=body.text("compression"),
+            torch_version=body.text("torch_version"),
+            timestamp=body.text("timestamp"),
+            custom_metadata=custom,
+            shards=_decode_shards(body.child("shards")),
+            tensors=decode_tensors(body.child("tensors")),
+            table=body.child("pieces"),
+        )
     except (ValueError, TypeError, OverflowError, IndexError, RecursionError) as error:
         raise corrupted(f"{path}: malformed record: {error}", path) from error
 
 
-def _decode_body(body: Fields, prefix: str) -> CheckpointMetadata:
-    table, custom = body.child("shards"), decode_value(body.child("custom_metadata").all, str)
-    files = table.texts("file")
-    lengths = decode_runs(table.array("length"), len(files)).tolist()
-    crcs = _fixed_width("".join(table.texts("header_crc32")))
+def _decode_shards(columns: Fields) -> tuple[ShardMetadata, ...]:
+    files = columns.texts("file")
     if bad := [name for name in files if not _SHARD.fullmatch(name)]:
         raise ValueError(f"illegal shard name {bad[0]!r}")
     if len(set(files)) != len(files):
         raise ValueError("a shard is named twice")
-    if len(crcs) != len(files) or not isinstance(custom, dict):
-        raise ValueError("shard columns of different lengths, or no custom metadata")
-    datetime.datetime.fromisoformat(body.text("timestamp"))
-    shards = tuple(ShardMetadata(*row) for row in zip(files, lengths, crcs))
-    tensors = decode_tensors(body.child("tensors"))
-    return CheckpointMetadata(
-        prefix=prefix,
-        save_id=body.text("save_id"),
-        sequence=body.number("sequence"),
-        world_size=body.number("world_size"),
-        format=body.text("format"),
-        compression=body.text("compression"),
-        torch_version=body.text("torch_version"),
-        timestamp=body.text("timestamp"),
-        custom_metadata=custom,
-        shards=shards,
-        tensors=tensors,
-        table=body.child("pieces"),
-    )
+    lengths = decode_runs(columns.array("length"), len(files)).tolist()
+    crcs = _fixed_width("".join(columns.texts("header_crc32")))
+    if len(crcs) != len(files):
+        raise ValueError("shard columns of different lengths")
+    return tuple(ShardMetadata(*row) for row in zip(files, lengths, crcs))
 
 
 def decode_tensors(columns: Fields) -> tuple[TensorMetadata, ...]:
@@ -1457,24 +1439,6 @@ def decode_tensors(columns: Fields) -> tuple[TensorMetadata, ...]:
         TensorMetadata(name, dtype, shape, ranks.get(i), aliases.get(i))
         for i, (name, dtype, shape) in enumerate(zip(names, dtypes, shapes))
     )
-
-
-def _decode_pieces(table: Fields, tensors: Sequence[TensorMetadata], shards: Sequence[ShardMetadata]) -> PieceTable:
-    most = sum(shard.length for shard in shards)  # every piece has at least a byte: no row out of thin air
-    (tensor, shard, begin), box = decode_table(table, ("tensor", "shard", "begin"), most)
-    width = max((len(t.shape) for t in tensors), default=0)
-    if box.shape[2] != width:
-        raise ValueError("pieces of other dimensions than the tensors")
-    if len(box):
-        padded = [t.shape + (1,) * (width - len(t.shape)) for t in tensors]
-        shapes = np.array(padded, np.int64).reshape(len(padded), width)
-        if (np.diff(tensor) < 0).any() or tensor[-1] >= len(tensors) or shard.max() >= len(shards):
-            raise ValueError("pieces of unknown tensors or shards")
-        if (box[:, 1] < 1).any() or (box.sum(axis=1) > shapes[tensor]).any():
-            raise ValueError("piece outside of its tensor")
-        if (begin >= np.array([s.length for s in shards], np.int64)[shard]).any():
-            raise ValueError("piece behind the end of its shard")
-    return PieceTable(tensor, shard, begin, box)
 
 
 # --------------------------------------------------------------------------------------------------------------------
