@@ -306,8 +306,9 @@ class LocalFile:
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`; short writes go on."""
         done = whole = 0  # [0, whole) goes past the cache, as long as what is left of it is aligned
-        if len(data) >= DIRECT_BYTES and offset % ALIGN_BYTES == 0 and _is_aligned(data) and self._direct() >= 0:
-            whole = len(data) // ALIGN_BYTES * ALIGN_BYTES
+        if len(data) >= DIRECT_BYTES and offset % ALIGN_BYTES == 0:
+            aligned = np.frombuffer(data, np.uint8).ctypes.data % ALIGN_BYTES == 0
+            whole = len(data) // ALIGN_BYTES * ALIGN_BYTES if aligned and self._direct() >= 0 else 0
         while done < len(data):
             direct = done < whole and done % ALIGN_BYTES == 0
             fd, stop = (self._direct(), whole) if direct else (self._fd, done + (1 << 30))
@@ -339,10 +340,6 @@ class LocalFile:
         for fd in fds:
             if fd is not None and fd >= 0:
                 self._files.close(fd)
-
-
-def _is_aligned(view: memoryview) -> bool:
-    return np.frombuffer(view, np.uint8).ctypes.data % ALIGN_BYTES == 0
 
 
 _ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -479,7 +476,7 @@ class LocalStorage:
         if any(p in ("", ".", "..") or "\0" in p for p in parts):
             raise ValueError(f"illegal path {name!r}")
         if make:
-            self._make_base()
+            self._make_base(self.base_path)
         flags = os.O_RDONLY | os.O_DIRECTORY
         # The base path itself may be, or lie behind, a link of the user's own making.
         directory = self.files.open(os.path.realpath(self.base_path), flags)
@@ -506,14 +503,11 @@ class LocalStorage:
         with contextlib.suppress(FileExistsError):  # another rank was faster
             self.files.mkdir(name, directory)
 
-    def _make_base(self) -> None:
-        missing, path = [], self.base_path
-        while not os.path.isdir(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        for path in reversed(missing):
+    def _make_base(self, path: str) -> None:
+        if not os.path.isdir(path):
+            self._make_base(above := os.path.dirname(path))
             self._make(path, None)
-        self._made_above = self._made_above | {os.path.dirname(path) for path in missing}
+            self._made_above = self._made_above | {above}
 
 
 @dataclass(frozen=True)
@@ -524,32 +518,30 @@ class StorageOptions:
     connection_settings: Mapping[str, str] = field(default_factory=lambda: {"base_path": "./checkpoints"})
 
 
-class StorageFactory:
-    """Builds storages by provider name."""
-
-    _providers: ClassVar[dict[str, Callable[[Mapping[str, str]], CheckpointStorage]]] = {}
-
-    @staticmethod
-    def create(options: StorageOptions) -> CheckpointStorage:
-        """The storage of `options.provider`; ValueError for an unknown provider or setting."""
-        if options.provider not in StorageFactory._providers:
-            known = ", ".join(sorted(StorageFactory._providers))
-            raise ValueError(f"unknown storage provider {options.provider!r}; registered: {known}")
-        return StorageFactory._providers[options.provider](options.connection_settings)
-
-    @staticmethod
-    def register(provider: str, factory: Callable[[Mapping[str, str]], CheckpointStorage]) -> None:
-        """Make `factory(connection_settings)` available as `provider`, replacing one of that name."""
-        StorageFactory._providers[provider] = factory
-
-
 def _local(settings: Mapping[str, str]) -> LocalStorage:
     if unknown := set(settings) - {"base_path"}:
         raise ValueError(f"unknown setting(s) {sorted(unknown)} for the local provider; allowed: base_path")
     return LocalStorage(settings.get("base_path", "./checkpoints"))
 
 
-StorageFactory.register("local", _local)
+class StorageFactory:
+    """Builds storages by provider name."""
+
+    _providers: ClassVar[dict[str, Callable[[Mapping[str, str]], CheckpointStorage]]] = {"local": _local}
+
+    @staticmethod
+    def create(options: StorageOptions) -> CheckpointStorage:
+        """The storage of `options.provider`; ValueError for an unknown provider or setting."""
+        if (factory := StorageFactory._providers.get(options.provider)) is None:
+            known = ", ".join(sorted(StorageFactory._providers))
+            raise ValueError(f"unknown storage provider {options.provider!r}; registered: {known}")
+        return factory(options.connection_settings)
+
+    @staticmethod
+    def register(provider: str, factory: Callable[[Mapping[str, str]], CheckpointStorage]) -> None:
+        """Make `factory(connection_settings)` available as `provider`, replacing one of that name."""
+        StorageFactory._providers[provider] = factory
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # JSON: strict parsing, and an exact, pickle-free form for every value that is not a tensor
@@ -1010,7 +1002,6 @@ class Header(NamedTuple):
     block_crcs: list[int]
     data_start: int
     data_length: int
-    crc: int  # of the header itself, bytes [0, data_start)
 
 
 def block_count(data_length: int) -> int:
@@ -1102,7 +1093,7 @@ def read_header(file: StoredFile, path: str, expected_crc: int, most: int) -> He
         pieces = Fields(parse_json(metadata.text("pieces").encode(), path))
         if not pieces.all.keys() <= table.all.keys() - {"__metadata__"}:
             raise ValueError("pieces of unknown entries")
-        return Header(parse_entries(table, pieces, data_length), block_crcs, 8 + size, data_length, crc)
+        return Header(parse_entries(table, pieces, data_length), block_crcs, 8 + size, data_length)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise corrupted(f"{path}: malformed header: {error}", path) from error
 
@@ -1447,12 +1438,9 @@ def decode_tensors(columns: Fields) -> tuple[TensorMetadata, ...]:
 
 def read_file(storage: CheckpointStorage, name: str) -> bytes:
     """All bytes of a file; FileNotFoundError where there is none."""
-    file = storage.open(name)
-    try:
+    with contextlib.closing(storage.open(name)) as file:
         data = bytearray(file.length())
         file.read(0, memoryview(data))
-    finally:
-        file.close()
     return bytes(data)
 
 
@@ -1540,7 +1528,7 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
         raise FileNotFoundError(f"no checkpoint {prefix!r}")
     if existed:
         storage.sync_directory(record_name(prefix))
-    delete_files(storage, prefix, (name for name in files if _save_id(name) not in live))
+    delete_files(storage, prefix, (name for name in files if name.rpartition("/")[2][:8] not in live))
 
 
 def live_saves(storage: CheckpointStorage, prefix: str, reap: bool = False) -> set[str]:
@@ -1548,10 +1536,6 @@ def live_saves(storage: CheckpointStorage, prefix: str, reap: bool = False) -> s
     directory = prefix.rpartition("/")[0]
     fences = [(name, m[2]) for name in storage.names(directory) if (m := _FENCE.fullmatch(name)) and m[1] == prefix]
     return {save_id for name, save_id in fences if not storage.reap(name, only_look=not reap)}
-
-
-def _save_id(path: str) -> str:
-    return path.rpartition("/")[2][:8]
 
 
 def collect_garbage(storage: CheckpointStorage) -> list[str]:
