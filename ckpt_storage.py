@@ -119,6 +119,12 @@ def corrupted(message: str, path: str = "") -> CheckpointException:
     return CheckpointException(message, path, ExceptionType.CORRUPTED_CHECKPOINT)
 
 
+def _require(fact: object, problem: str) -> None:
+    """ValueError(problem) unless `fact`; what parses bytes turns it into CORRUPTED_CHECKPOINT."""
+    if not fact:
+        raise ValueError(problem)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Names: every file name is made and judged here
 
@@ -592,8 +598,7 @@ class Fields:
 
     def texts(self, key: str) -> list[str]:
         found = self._typed(key, list)
-        if not all(type(item) is str for item in found):
-            raise ValueError(f"{key!r}: expected strings")
+        _require(all(type(item) is str for item in found), f"{key!r}: expected strings")
         return found
 
     def child(self, key: str) -> Fields:
@@ -618,15 +623,17 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
+_PLAIN_KINDS = "biufcmMSU"  # of numpy's dtypes, those without objects or fields
+
+
 def _pack_array(value: npt.ArrayLike) -> list[object] | None:
     array = np.asarray(value)
-    return [array.dtype.str, list(array.shape), _base64(array.tobytes())] if array.dtype.kind in "biufcmMSU" else None
+    return [array.dtype.str, list(array.shape), _base64(array.tobytes())] if array.dtype.kind in _PLAIN_KINDS else None
 
 
 def _unpack_array(body: tuple[str, list[int], str]) -> npt.NDArray[np.generic]:
     dtype, shape, data = body
-    if np.dtype(dtype).kind not in "biufcmMSU":
-        raise ValueError(f"dtype {dtype}")
+    _require(np.dtype(dtype).kind in _PLAIN_KINDS, f"dtype {dtype}")
     return np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
 
 
@@ -793,18 +800,19 @@ def byte_view(tensor: torch.Tensor) -> Bytes | None:
     return np.frombuffer(memoryview(memory), np.uint8)
 
 
-def _typed(data: Bytes, tensor: torch.Tensor, shape: Shape, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.from_numpy(data).view(dtype or tensor.dtype).view(shape)
+def _in_boxes(data: Bytes, start: int, dtype: torch.dtype, shape: Shape) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Row-major bytes of an array, from byte `start` of it on, as boxes of the array, each with its elements."""
+    width = dtype.itemsize
+    for at, box in row_boxes(shape, start // width, (start + len(data)) // width):
+        low = at * width - start
+        yield box, torch.from_numpy(data[low : low + math.prod(box.size) * width]).view(dtype).view(box.size)
 
 
 def copy_out(tensor: torch.Tensor, start: int, out: Bytes) -> None:
     """Copy the row-major bytes of `tensor` (any strides, any device) from byte `start` into `out`."""
-    width = tensor.dtype.itemsize
     with torch.no_grad():
-        for at, box in row_boxes(tuple(tensor.shape), start // width, (start + len(out)) // width):
-            part = tensor[tuple(slice(o, o + s) for o, s in zip(*box))]
-            low = at * width - start
-            _typed(out[low : low + part.numel() * width], tensor, box.size).copy_(part)
+        for box, elements in _in_boxes(out, start, tensor.dtype, tuple(tensor.shape)):
+            elements.copy_(tensor[tuple(slice(o, o + s) for o, s in zip(*box))])
 
 
 def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, target: torch.Tensor) -> None:
@@ -812,15 +820,11 @@ def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, 
 
     `data` has elements of `dtype`; a target of another dtype gets them cast.
     """
-    width = dtype.itemsize
     with torch.no_grad():
-        for at, part in row_boxes(piece.size, start // width, (start + len(data)) // width):
+        for part, elements in _in_boxes(data, start, dtype, piece.size):
             here = Box(tuple(p + o for p, o in zip(piece.offset, part.offset)), part.size)
-            if (common := here.intersect(want)) is None:
-                continue
-            low = at * width - start
-            source = _typed(data[low : low + math.prod(part.size) * width], target, part.size, dtype)
-            target[common.within(want)].copy_(source[common.within(here)])
+            if (common := here.intersect(want)) is not None:
+                target[common.within(want)].copy_(elements[common.within(here)])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -893,8 +897,7 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
         return np.frombuffer(bytearray(data), np.uint8)
     try:
         count = data[0]
-        if count not in (1, width) or length % count:
-            raise ValueError(f"{count} planes")
+        _require(count in (1, width) and length % count == 0, f"{count} planes")
         lengths = struct.unpack_from(f"<{count}I", data, 1)
         at, share = 1 + 4 * count, length // count
         out = np.empty((share, count), np.uint8)
@@ -904,13 +907,10 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
             if size != share:
                 stream = zlib.decompressobj()
                 plane = stream.decompress(plane, share + 1)
-                if not stream.eof:
-                    raise ValueError("plane longer than declared")
-            if len(plane) != share:
-                raise ValueError("plane of another length than declared")
+                _require(stream.eof, "plane longer than declared")
+            _require(len(plane) == share, "plane of another length than declared")
             out[:, index] = np.frombuffer(plane, np.uint8)
-        if at != len(data):
-            raise ValueError("frame of another length than declared")
+        _require(at == len(data), "frame of another length than declared")
     except (ValueError, IndexError, struct.error, zlib.error) as error:
         raise corrupted(f"compressed frame is damaged: {error}") from error
     return out.reshape(-1)
@@ -1076,23 +1076,18 @@ def read_header(file: StoredFile, path: str, expected_crc: int, most: int) -> He
     if (crc := crc32(text, crc32(prefix))) != expected_crc:
         raise corrupted(f"{path}: header has CRC32 {crc:08x}, the record says {expected_crc:08x}", path)
     try:
-        if not text.startswith(b"{"):
-            raise ValueError("does not start with '{'")
+        _require(text.startswith(b"{"), "does not start with '{'")
         table = Fields(parse_json(text, path))
         metadata = table.child("__metadata__")
-        if not all(isinstance(value, str) for value in metadata.all.values()):
-            raise ValueError("__metadata__ holds something else than strings")
+        _require(all(type(value) is str for value in metadata.all.values()), "__metadata__ holds more than strings")
         if (version := metadata.text("ckpt_version")) != str(FORMAT_VERSION):
             message = f"{path}: tensor-file version {version!r}, this code reads {FORMAT_VERSION}"
             raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
-        if metadata.text("block_bytes") != str(BLOCK_BYTES):
-            raise ValueError(f"block size {metadata.text('block_bytes')!r}")
+        _require(metadata.text("block_bytes") == str(BLOCK_BYTES), f"blocks are not of {BLOCK_BYTES} bytes")
         block_crcs = _fixed_width(metadata.text("crc32"))
-        if len(block_crcs) != block_count(data_length):
-            raise ValueError("checksum field does not fit the data")
+        _require(len(block_crcs) == block_count(data_length), "checksum field does not fit the data")
         pieces = Fields(parse_json(metadata.text("pieces").encode(), path))
-        if not pieces.all.keys() <= table.all.keys() - {"__metadata__"}:
-            raise ValueError("pieces of unknown entries")
+        _require(pieces.all.keys() <= table.all.keys() - {"__metadata__"}, "pieces of unknown entries")
         return Header(parse_entries(table, pieces, data_length), block_crcs, 8 + size, data_length)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise corrupted(f"{path}: malformed header: {error}", path) from error
@@ -1111,15 +1106,13 @@ def parse_entries(table: Fields, pieces: Fields, data_length: int) -> list[Entry
         if entry.begin != position:
             raise ValueError(f"hole or overlap at byte {position} of the data, before {entry.name!r}")
         position = entry.end
-    if position != data_length:
-        raise ValueError(f"entries end at byte {position} of {data_length} bytes of data")
+    _require(position == data_length, f"entries end at byte {position} of {data_length} bytes of data")
     return entries
 
 
 def _fixed_width(digits: str) -> list[int]:
     """Numbers of eight lower-case hex digits each."""
-    if len(digits) % 8 or not re.fullmatch("[0-9a-f]*", digits):
-        raise ValueError("malformed hexadecimal field")
+    _require(len(digits) % 8 == 0 and re.fullmatch("[0-9a-f]*", digits), "malformed hexadecimal field")
     return [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
 
 
@@ -1246,14 +1239,14 @@ class CheckpointMetadata:
             shapes = np.array(padded, np.int64).reshape(len(padded), width)
             # Every piece has at least a byte: no row out of thin air.
             (tensor, shard, begin), box = decode_table(self.table, ("tensor", "shard", "begin"), self.size_bytes())
-            if box.shape[2] != width:
-                raise ValueError("pieces of other dimensions than the tensors")
-            if (np.diff(tensor) < 0).any() or (tensor >= len(shapes)).any() or (shard >= len(lengths)).any():
-                raise ValueError("pieces of unknown tensors or shards")
-            if (box[:, 1] < 1).any() or (box.sum(axis=1) > shapes[tensor]).any():
-                raise ValueError("piece outside of its tensor")
-            if (begin >= lengths[shard]).any():
-                raise ValueError("piece behind the end of its shard")
+            _require(box.shape[2] == width, "pieces of other dimensions than the tensors")
+            _require((np.diff(tensor) >= 0).all(), "pieces in another order than the tensors")
+            _require(
+                (tensor < len(shapes)).all() and (shard < len(lengths)).all(), "pieces of unknown tensors or shards"
+            )
+            inside = (box[:, 1] >= 1).all() and (box.sum(axis=1) <= shapes[tensor]).all()
+            _require(inside, "piece outside of its tensor")
+            _require((begin < lengths[shard]).all(), "piece behind the end of its shard")
         except (ValueError, TypeError, OverflowError, IndexError, MemoryError) as error:
             path = record_name(self.prefix)
             raise corrupted(f"{path}: malformed pieces: {type(error).__name__}: {error}", path) from error
@@ -1289,11 +1282,10 @@ def decode_runs(runs: object, length: int) -> Ints:
     """Inverse of `encode_runs`; ValueError unless the runs are well formed and make exactly `length` values >= 0."""
     if not isinstance(runs, list) or len(runs) % 3 or not set(map(type, runs)) <= {int}:
         raise ValueError("malformed runs")
-    if sum(runs[2::3]) != length or min(runs[2::3], default=1) < 1:
-        raise ValueError("runs do not add up")
+    _require(sum(runs[2::3]) == length and min(runs[2::3], default=1) >= 1, "runs do not add up")
     top = 1 << 62
-    if not all(0 <= at < top and 0 <= at + step * (n - 1) < top > abs(step) for at, step, n in zip(*[iter(runs)] * 3)):
-        raise ValueError("runs leave the range of offsets")
+    inside = (0 <= at < top and 0 <= at + step * (n - 1) < top > abs(step) for at, step, n in zip(*[iter(runs)] * 3))
+    _require(all(inside), "runs leave the range of offsets")
     start, step, count = np.array(runs, np.int64).reshape(-1, 3).T
     # The values before a run's own, by its step: int64 wraps around there and back.
     base = start - step * (np.cumsum(count) - count)
@@ -1310,8 +1302,8 @@ def encode_table(columns: Mapping[str, Ints], box: Ints) -> dict[str, object]:
 def decode_table(table: Fields, names: Sequence[str], most: int = 1 << 62) -> tuple[list[Ints], Ints]:
     """Inverse of `encode_table`; ValueError for anything malformed, or more than `most` rows."""
     count, width = table.number("count"), len(table.array("offset"))
-    if count > most or width > 64 or len(table.array("size")) != width:
-        raise ValueError(f"{count} rows of {width} dimensions")
+    fits = count <= most and len(table.array("size")) == width <= 64
+    _require(fits, f"{count} rows of {width} dimensions")
     columns = [decode_runs(table.array(name), count) for name in names]
     box = np.empty((count, 2, width), np.int64)
     for half, name in enumerate(("offset", "size")):
@@ -1379,8 +1371,7 @@ def decode_record(data: bytes, prefix: str) -> CheckpointMetadata:
         if version > FORMAT_VERSION:  # C2
             message = f"{path}: written in format version {version}; this code knows up to {FORMAT_VERSION}: update it"
             raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version}")
+        _require(version == FORMAT_VERSION, f"format version {version}")
         custom = decode_value(body.child("custom_metadata").all, str)  # C3
         if not isinstance(custom, dict):
             raise ValueError("no custom metadata")
@@ -1407,25 +1398,21 @@ def _decode_shards(columns: Fields) -> tuple[ShardMetadata, ...]:
     files = columns.texts("file")
     if bad := [name for name in files if not _SHARD.fullmatch(name)]:
         raise ValueError(f"illegal shard name {bad[0]!r}")
-    if len(set(files)) != len(files):
-        raise ValueError("a shard is named twice")
+    _require(len(set(files)) == len(files), "a shard is named twice")
     lengths = decode_runs(columns.array("length"), len(files)).tolist()
     crcs = _fixed_width("".join(columns.texts("header_crc32")))
-    if len(crcs) != len(files):
-        raise ValueError("shard columns of different lengths")
+    _require(len(crcs) == len(files), "shard columns of different lengths")
     return tuple(ShardMetadata(*row) for row in zip(files, lengths, crcs))
 
 
 def decode_tensors(columns: Fields) -> tuple[TensorMetadata, ...]:
     """Inverse of `encode_tensors`; ValueError for anything malformed."""
     names, dtypes, shapes = columns.texts("name"), columns.texts("dtype"), list(map(int_tuple, columns.array("shape")))
-    if not len(names) == len(dtypes) == len(shapes):
-        raise ValueError("tensor columns of different lengths")
+    _require(len(names) == len(dtypes) == len(shapes), "tensor columns of different lengths")
     if unknown := set(dtypes) - DTYPES.keys():
         raise ValueError(f"dtype(s) {sorted(unknown)} unknown to torch {torch.__version__}")
     ranks, aliases = ({i: other for i, other in map(int_tuple, columns.array(key))} for key in ("rank", "alias_of"))
-    if not all(target < len(names) and target not in aliases for target in aliases.values()):
-        raise ValueError("alias of nothing")
+    _require(all(target < len(names) and target not in aliases for target in aliases.values()), "alias of nothing")
     return tuple(
         TensorMetadata(name, dtype, shape, ranks.get(i), aliases.get(i))
         for i, (name, dtype, shape) in enumerate(zip(names, dtypes, shapes))
