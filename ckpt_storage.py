@@ -42,6 +42,7 @@ import enum
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import math
 import mmap
@@ -118,11 +119,18 @@ def corrupted(message: str, path: str = "") -> CheckpointException:
     return CheckpointException(message, path, ExceptionType.CORRUPTED_CHECKPOINT)
 
 
+def _require(fact: object, problem: str) -> None:
+    """ValueError(problem) unless `fact`; what parses bytes turns it into CORRUPTED_CHECKPOINT."""
+    if not fact:
+        raise ValueError(problem)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Names: every file name is made and judged here
 
 _PART = re.compile(r"[A-Za-z0-9._-]{1,200}")
-_SHARD = re.compile(r"[0-9a-f]{8}(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors")
+_SHARD = re.compile(r"([0-9a-f]{8})(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors")
+_SHARD_PATH = re.compile(f"(.+)/{_SHARD.pattern}")
 _FENCE = re.compile(r"(.+)\.metadata\.json\.([0-9a-f]{8})\.tmp")
 
 
@@ -254,39 +262,30 @@ class CheckpointStorage(Protocol):
 
     def create(self, name: str) -> StoredFile:
         """Make a new file, and the directories above it; it is locked until closed. FileExistsError if there."""
-        ...
 
     def open(self, name: str, write: bool = False) -> StoredFile:
         """Open an existing regular file; FileNotFoundError if there is none."""
-        ...
 
     def length(self, name: str) -> int | None:
         """Bytes in the regular file `name`, or None where there is none."""
-        ...
 
     def names(self, directory: str = "") -> list[str]:
         """Every regular file below `directory`, sorted."""
-        ...
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
         """Atomically give `temporary` its final name, in the same directory. FileExistsError unless `overwrite`."""
-        ...
 
     def delete(self, name: str) -> bool:
         """Remove a file; False where there was none."""
-        ...
 
     def prune(self, directory: str) -> None:
         """Remove `directory` if it is empty."""
-        ...
 
     def sync_directory(self, name: str) -> None:
         """Make creations, renames and removals in the directory that holds `name` durable."""
-        ...
 
     def reap(self, name: str, only_look: bool = False) -> bool:
         """Remove a file whose creator is proved dead (or only look); False where it may be alive."""
-        ...
 
 
 class LocalFile:
@@ -296,9 +295,8 @@ class LocalFile:
     nothing out of memory. Reads go through the cache, so that ranks that need the same bytes read the disk once.
     """
 
-    def __init__(self, files: FileOps, fd: int, name: str, writable: bool) -> None:
-        self._files, self._fd, self._name = files, fd, name
-        self._flags = os.O_RDWR if writable else os.O_RDONLY
+    def __init__(self, files: FileOps, fd: int, name: str, flags: int) -> None:
+        self._files, self._fd, self._name, self._flags = files, fd, name, flags
         self._direct_fd: int | None = None  # -1 where there is none
         self._lock = threading.Lock()
 
@@ -313,18 +311,17 @@ class LocalFile:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`; short writes go on."""
-        done = 0
-        if len(data) >= DIRECT_BYTES and offset % ALIGN_BYTES == 0 and _is_aligned(data) and self._direct() >= 0:
-            whole = len(data) // ALIGN_BYTES * ALIGN_BYTES
-            while done < whole and done % ALIGN_BYTES == 0:
-                done += self._took(self._files.pwrite(self._direct(), data[done:whole], offset + done))
+        done = whole = 0  # [0, whole) goes past the cache, as long as what is left of it is aligned
+        if len(data) >= DIRECT_BYTES and offset % ALIGN_BYTES == 0:
+            aligned = np.frombuffer(data, np.uint8).ctypes.data % ALIGN_BYTES == 0
+            whole = len(data) // ALIGN_BYTES * ALIGN_BYTES if aligned and self._direct() >= 0 else 0
         while done < len(data):
-            done += self._took(self._files.pwrite(self._fd, data[done : done + (1 << 30)], offset + done))
-
-    def _took(self, count: int) -> int:
-        if count <= 0:
-            raise OSError(errno.EIO, "the disk takes nothing more", self._name)
-        return count
+            direct = done < whole and done % ALIGN_BYTES == 0
+            fd, stop = (self._direct(), whole) if direct else (self._fd, done + (1 << 30))
+            count = self._files.pwrite(fd, data[done:stop], offset + done)
+            if count <= 0:
+                raise OSError(errno.EIO, "the disk takes nothing more", self._name)
+            done += count
 
     def _direct(self) -> int:
         with self._lock:
@@ -351,8 +348,7 @@ class LocalFile:
                 self._files.close(fd)
 
 
-def _is_aligned(view: memoryview) -> bool:
-    return np.frombuffer(view, np.uint8).ctypes.data % ALIGN_BYTES == 0
+_ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 class LocalStorage:
@@ -365,44 +361,40 @@ class LocalStorage:
 
     def create(self, name: str) -> LocalFile:
         for _ in range(100):
-            with self._parent(name, make=True) as (directory, leaf):
-                try:
-                    fd = self.files.open(leaf, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
-                except FileNotFoundError:
-                    continue  # a clean-up has pruned the directory since we entered it
-                try:
-                    if self._hold(fd, leaf, directory):
-                        return LocalFile(self.files, fd, name, writable=True)
-                except BaseException:
-                    self.files.close(fd)
-                    raise
-                self.files.close(fd)
+            with (
+                self._parent(name, make=True) as (directory, leaf),
+                contextlib.suppress(FileNotFoundError),  # a clean-up has pruned the directory since we entered it
+                contextlib.ExitStack() as undo,
+            ):
+                fd = self.files.open(leaf, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
+                undo.callback(self.files.close, fd)
+                # Another file, or none: a clean-up took it for a dead writer's before it was locked.
+                if not self._lock(fd) or self.files.stat(leaf, directory).st_ino == os.fstat(fd).st_ino:
+                    undo.pop_all()
+                    return LocalFile(self.files, fd, name, os.O_RDWR)
         raise FileNotFoundError(errno.ENOENT, "removed again and again while it was created", name)
 
-    def _hold(self, fd: int, leaf: str, directory: int) -> bool:
-        """Lock a new file; False if a clean-up took it for a dead one's between its creation and the lock."""
+    def _lock(self, fd: int) -> bool:
+        """Lock a new file, which somebody may hold for an instant to see if it is in use; False where nothing locks."""
         deadline = time.monotonic() + 5.0
         while True:
             try:
                 self.files.lock(fd)
-                break
+                return True
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.001)  # somebody is looking whether it is in use
+                time.sleep(0.001)
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                    return True  # no locks here: then nobody is ever proved dead
+                    return False  # then nobody is ever proved dead
                 raise
-        try:
-            return self.files.stat(leaf, directory).st_ino == os.fstat(fd).st_ino
-        except FileNotFoundError:
-            return False
 
     def open(self, name: str, write: bool = False) -> LocalFile:
+        flags = os.O_RDWR if write else os.O_RDONLY
         with self._parent(name) as (directory, leaf):
             try:
-                fd = self.files.open(leaf, os.O_RDWR if write else os.O_RDONLY, directory)
+                fd = self.files.open(leaf, flags, directory)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
@@ -410,30 +402,26 @@ class LocalStorage:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             self.files.close(fd)
             raise corrupted(f"{name}: not a regular file", name)
-        return LocalFile(self.files, fd, name, write)
+        return LocalFile(self.files, fd, name, flags)
 
     def length(self, name: str) -> int | None:
         try:
             with self._parent(name) as (directory, leaf):
                 status = self.files.stat(leaf, directory)
-        except (FileNotFoundError, NotADirectoryError):
+        except _ABSENT:
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def names(self, directory: str = "") -> list[str]:
-        found: list[str] = []
-        try:
-            with self._parent(f"{directory}/x" if directory else "x") as (fd, _):
-                for name in self.files.listdir(fd):
-                    with contextlib.suppress(FileNotFoundError):  # gone since: a writer is at work beside us
-                        mode = self.files.stat(name, fd).st_mode
-                        path = f"{directory}/{name}" if directory else name
-                        if stat.S_ISDIR(mode):
-                            found += self.names(path)
-                        elif stat.S_ISREG(mode):
-                            found.append(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return found
+        found, above = list[str](), f"{directory}/" if directory else ""
+        with contextlib.suppress(*_ABSENT), self._parent(f"{above}x") as (fd, _):
+            for name in self.files.listdir(fd):
+                with contextlib.suppress(FileNotFoundError):  # gone since: a writer is at work beside us
+                    mode = self.files.stat(name, fd).st_mode
+                    if stat.S_ISDIR(mode):
+                        found += self.names(above + name)
+                    elif stat.S_ISREG(mode):
+                        found.append(above + name)
         return sorted(found)
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
@@ -447,12 +435,10 @@ class LocalStorage:
                     self.files.unlink(source, directory)
 
     def delete(self, name: str) -> bool:
-        try:
-            with self._parent(name) as (directory, leaf):
-                self.files.unlink(leaf, directory)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        return True
+        with contextlib.suppress(*_ABSENT), self._parent(name) as (directory, leaf):
+            self.files.unlink(leaf, directory)
+            return True
+        return False
 
     def prune(self, directory: str) -> None:
         try:
@@ -492,18 +478,26 @@ class LocalStorage:
     @contextlib.contextmanager
     def _parent(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
         """The open directory that holds `name`, reached part by part without following links, and its last part."""
-        *parents, leaf = name.split("/")
-        if any(p in ("", ".", "..") or "\0" in p for p in (*parents, leaf)):
+        parts = name.split("/")
+        if any(p in ("", ".", "..") or "\0" in p for p in parts):
             raise ValueError(f"illegal path {name!r}")
         if make:
-            self._make_base()
+            self._make_base(self.base_path)
         flags = os.O_RDONLY | os.O_DIRECTORY
         # The base path itself may be, or lie behind, a link of the user's own making.
         directory = self.files.open(os.path.realpath(self.base_path), flags)
         try:
-            for part in parents:
-                directory = self._enter(directory, part, flags, make)
-            yield directory, leaf
+            for part in parts[:-1]:
+                try:
+                    inner = self.files.open(part, flags, directory)
+                except FileNotFoundError:
+                    if not make:
+                        raise
+                    self._make(part, directory)
+                    inner = self.files.open(part, flags, directory)
+                self._leave(directory)
+                directory = inner
+            yield directory, parts[-1]
         finally:
             self._leave(directory)
 
@@ -511,29 +505,15 @@ class LocalStorage:
         with contextlib.suppress(OSError):  # nothing was written through it, and it is closed in any case
             self.files.close(directory)
 
-    def _make_base(self) -> None:
-        missing, path = [], self.base_path
-        while not os.path.isdir(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        for path in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another rank was faster
-                self.files.mkdir(path, None)
-        self._made_above = self._made_above | {os.path.dirname(path) for path in missing}
+    def _make(self, name: str, directory: int | None) -> None:
+        with contextlib.suppress(FileExistsError):  # another rank was faster
+            self.files.mkdir(name, directory)
 
-    def _enter(self, directory: int, part: str, flags: int, make: bool) -> int:
-        try:
-            inner = self.files.open(part, flags, directory)
-        except FileNotFoundError:
-            if not make:
-                raise
-            try:
-                self.files.mkdir(part, directory)
-            except FileExistsError:  # another rank was faster
-                return self._enter(directory, part, flags, make=False)
-            inner = self.files.open(part, flags, directory)
-        self._leave(directory)
-        return inner
+    def _make_base(self, path: str) -> None:
+        if not os.path.isdir(path):
+            self._make_base(above := os.path.dirname(path))
+            self._make(path, None)
+            self._made_above = self._made_above | {above}
 
 
 @dataclass(frozen=True)
@@ -544,18 +524,24 @@ class StorageOptions:
     connection_settings: Mapping[str, str] = field(default_factory=lambda: {"base_path": "./checkpoints"})
 
 
+def _local(settings: Mapping[str, str]) -> LocalStorage:
+    if unknown := set(settings) - {"base_path"}:
+        raise ValueError(f"unknown setting(s) {sorted(unknown)} for the local provider; allowed: base_path")
+    return LocalStorage(settings.get("base_path", "./checkpoints"))
+
+
 class StorageFactory:
     """Builds storages by provider name."""
 
-    _providers: ClassVar[dict[str, Callable[[Mapping[str, str]], CheckpointStorage]]] = {}
+    _providers: ClassVar[dict[str, Callable[[Mapping[str, str]], CheckpointStorage]]] = {"local": _local}
 
     @staticmethod
     def create(options: StorageOptions) -> CheckpointStorage:
         """The storage of `options.provider`; ValueError for an unknown provider or setting."""
-        if options.provider not in StorageFactory._providers:
+        if (factory := StorageFactory._providers.get(options.provider)) is None:
             known = ", ".join(sorted(StorageFactory._providers))
             raise ValueError(f"unknown storage provider {options.provider!r}; registered: {known}")
-        return StorageFactory._providers[options.provider](options.connection_settings)
+        return factory(options.connection_settings)
 
     @staticmethod
     def register(provider: str, factory: Callable[[Mapping[str, str]], CheckpointStorage]) -> None:
@@ -563,37 +549,25 @@ class StorageFactory:
         StorageFactory._providers[provider] = factory
 
 
-def _local(settings: Mapping[str, str]) -> LocalStorage:
-    if unknown := set(settings) - {"base_path"}:
-        raise ValueError(f"unknown setting(s) {sorted(unknown)} for the local provider; allowed: base_path")
-    return LocalStorage(settings.get("base_path", "./checkpoints"))
-
-
-StorageFactory.register("local", _local)
-
 # --------------------------------------------------------------------------------------------------------------------
 # JSON: strict parsing, and an exact, pickle-free form for every value that is not a tensor
 
 
-def parse_json(text: bytes, path: str) -> object:
+def parse_json(text: bytes | bytearray, path: str) -> object:
     """Parse UTF-8 JSON; duplicate keys, NaN, overflowing floats and absurd nesting are corruption."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
+        if len(mapping := dict(pairs)) != len(pairs):
             raise ValueError("duplicate key")
         return mapping
 
     def finite(literal: str) -> float:
-        if math.isinf(number := float(literal)):
-            raise ValueError(f"number out of range: {literal}")
+        if not math.isfinite(number := float(literal)):
+            raise ValueError(f"{literal} is not a number of JSON, or out of range")
         return number
 
-    def refuse(literal: str) -> float:
-        raise ValueError(f"{literal} is not JSON")
-
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=refuse)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:
         raise corrupted(f"{path}: not valid JSON: {error}", path) from error
 
@@ -613,30 +587,21 @@ class Fields:
         return value
 
     def text(self, key: str) -> str:
-        """A string."""
         return self._typed(key, str)
 
-    def texts(self, key: str) -> list[str]:
-        """A list of strings."""
-        found = self._typed(key, list)
-        if not all(type(item) is str for item in found):
-            raise ValueError(f"{key!r}: expected strings")
-        return found
-
     def number(self, key: str) -> int:
-        """An integer in [0, 2**62)."""
+        """In [0, 2**62)."""
         return int_tuple([self._typed(key, int)])[0]
 
     def array(self, key: str) -> list[object]:
-        """A list of anything."""
         return self._typed(key, list)
 
-    def shapes(self, key: str) -> list[Shape]:
-        """A list of lists of integers."""
-        return [int_tuple(item) for item in self.array(key)]
+    def texts(self, key: str) -> list[str]:
+        found = self._typed(key, list)
+        _require(all(type(item) is str for item in found), f"{key!r}: expected strings")
+        return found
 
     def child(self, key: str) -> Fields:
-        """An object."""
         return Fields(self._typed(key, dict))
 
 
@@ -644,9 +609,8 @@ def int_tuple(value: object) -> Shape:
     """`value` as a tuple of at most 64 ints in [0, 2**62), or ValueError."""
     if not isinstance(value, (list, tuple)) or len(value) > 64:
         raise ValueError(f"expected a short list of integers, found {type(value).__name__}")
-    for n in value:
-        if type(n) is not int or not 0 <= n < 1 << 62:
-            raise ValueError(f"expected a non-negative integer, found {n!r}")
+    if wrong := [n for n in value if type(n) is not int or not 0 <= n < 1 << 62]:
+        raise ValueError(f"expected a non-negative integer, found {wrong[0]!r}")
     return tuple(value)
 
 
@@ -655,10 +619,49 @@ def dump_json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-OnTensor = Callable[[str, torch.Tensor], str]
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
-def encode_value(value: object, path: str, on_tensor: OnTensor | None = None) -> object:
+_PLAIN_KINDS = "biufcmMSU"  # of numpy's dtypes, those without objects or fields
+
+
+def _pack_array(value: npt.ArrayLike) -> list[object] | None:
+    array = np.asarray(value)
+    return [array.dtype.str, list(array.shape), _base64(array.tobytes())] if array.dtype.kind in _PLAIN_KINDS else None
+
+
+def _unpack_array(body: tuple[str, list[int], str]) -> npt.NDArray[np.generic]:
+    dtype, shape, data = body
+    _require(np.dtype(dtype).kind in _PLAIN_KINDS, f"dtype {dtype}")
+    return np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
+
+
+def _unpack_dtype(name: str) -> torch.dtype:
+    if not isinstance(found := getattr(torch, name), torch.dtype):
+        raise ValueError(name)
+    return found
+
+
+def _pack_datetime(value: datetime.datetime) -> str | None:
+    return value.isoformat() if value.tzinfo is None or type(value.tzinfo) is datetime.timezone else None
+
+
+_MAPPINGS = {"$dict": dict, "$OrderedDict": OrderedDict, "$Counter": Counter}  # as lists of pairs
+_SEQUENCES = {"$tuple": tuple, "$Size": torch.Size, "$set": set, "$frozenset": frozenset}  # as lists
+_LEAVES: dict[str, tuple[type, Callable[..., object], Callable[..., object]]] = {  # type, to JSON (or None), and back
+    "$int": (int, hex, lambda text: int(text, 16)),
+    "$float": (float, lambda x: struct.pack(">d", x).hex(), lambda text: struct.unpack(">d", bytes.fromhex(text))[0]),
+    "$bytes": (bytes, _base64, base64.b64decode),
+    "$datetime": (datetime.datetime, _pack_datetime, datetime.datetime.fromisoformat),
+    "$dtype": (torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _unpack_dtype),
+    "$device": (torch.device, str, lambda text: torch.device(str(text))),
+    "$ndarray": (np.ndarray, _pack_array, _unpack_array),
+    "$scalar": (np.generic, _pack_array, lambda body: _unpack_array(body)[()]),
+}
+
+
+def encode_value(value: object, path: str, on_tensor: Callable[[str, torch.Tensor], str] | None = None) -> object:
     """`value` as plain JSON; what JSON lacks becomes {"$type": ...}. Tensors become {"$tensor": on_tensor(path, t)}.
 
     Raises ValueError, naming `path` and the type, for anything that could not be restored exactly.
@@ -670,51 +673,26 @@ def encode_value(value: object, path: str, on_tensor: OnTensor | None = None) ->
         if on_tensor is None:
             raise ValueError(f"{path}: a tensor cannot be stored here; put it into extra_state")
         return {"$tensor": on_tensor(path, value)}
-    if isinstance(value, int) and kind is int:
-        return value if abs(value) < 1 << 53 else {"$int": hex(value)}
-    if isinstance(value, float) and kind is float:
-        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
-
-    def inner(items: Iterable[object]) -> list[object]:
-        return [encode_value(item, f"{path}.{index}", on_tensor) for index, item in enumerate(items)]
-
-    if isinstance(value, list) and kind is list:
-        return inner(value)
-    if isinstance(value, dict) and kind in (dict, OrderedDict, Counter):
+    if (type(value) is int and abs(value) < 1 << 53) or (type(value) is float and math.isfinite(value)):
+        return value
+    if isinstance(value, dict) and kind in _MAPPINGS.values():
         if kind is dict and all(type(k) is str and not k.startswith("$") for k in value):
             return {k: encode_value(v, f"{path}.{k}", on_tensor) for k, v in value.items()}
         pairs = [[encode_value(k, path), encode_value(v, f"{path}.{k}", on_tensor)] for k, v in value.items()]
         return {f"${kind.__name__}": pairs}
-    if isinstance(value, torch.Size):
-        return {"$Size": list(value)}
-    if isinstance(value, tuple) and kind is tuple:
-        return {"$tuple": inner(value)}
-    if isinstance(value, (set, frozenset)) and kind in (set, frozenset):
-        return {f"${kind.__name__}": sorted(inner(value), key=dump_json)}
-    return _encode_leaf(value, path)
-
-
-def _encode_leaf(value: object, path: str) -> object:
-    if type(value) is bytes:
-        return {"$bytes": _base64(value)}
-    if isinstance(value, torch.dtype):
-        return {"$dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, torch.device):
-        return {"$device": str(value)}
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufcmMSU":
-        array = np.asarray(value)
-        name = "$ndarray" if isinstance(value, np.ndarray) else "$scalar"
-        return {name: [array.dtype.str, list(array.shape), _base64(array.tobytes())]}
-    if type(value) is datetime.datetime and (value.tzinfo is None or type(value.tzinfo) is datetime.timezone):
-        return {"$datetime": value.isoformat()}
+    if isinstance(value, (list, tuple, set, frozenset)) and (kind is list or kind in _SEQUENCES.values()):
+        items = [encode_value(item, f"{path}.{index}", on_tensor) for index, item in enumerate(value)]
+        if kind is list:
+            return items
+        return {f"${kind.__name__}": items if isinstance(value, tuple) else sorted(items, key=dump_json)}
+    kind = next((base for base in (np.ndarray, np.generic) if isinstance(value, base)), kind)
+    for tag, (leaf, pack, _) in _LEAVES.items():
+        if leaf is kind and (packed := pack(value)) is not None:
+            return {tag: packed}
     raise ValueError(
         f"{path}: cannot store a {type(value).__module__}.{type(value).__qualname__}; convert it to tensors, numbers, "
         "strings, or lists, tuples, sets and dicts of them (for an Enum its .value, for a dataclass dataclasses.asdict)"
     )
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
 
 
 def decode_value(node: object, tensor: Callable[[str], object]) -> object:
@@ -728,43 +706,15 @@ def decode_value(node: object, tensor: Callable[[str], object]) -> object:
         return {key: decode_value(item, tensor) for key, item in node.items()}
     body = node[tag]
     try:
-        return _decode_tagged(tag, body, tensor)
+        if tag in _MAPPINGS and isinstance(body, list):
+            return _MAPPINGS[tag]({decode_value(key, tensor): decode_value(item, tensor) for key, item in body})
+        if tag in _SEQUENCES and isinstance(body, list):
+            return _SEQUENCES[tag]([decode_value(item, tensor) for item in body])
+        if tag == "$tensor" and isinstance(body, str):
+            return tensor(body)
+        return _LEAVES[tag][2](body)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, struct.error) as error:
         raise corrupted(f"stored value {tag} is malformed: {error}") from error
-
-
-def _decode_tagged(tag: str, body: object, tensor: Callable[[str], object]) -> object:
-    if tag in ("$dict", "$OrderedDict", "$Counter") and isinstance(body, list):
-        pairs = [(decode_value(key, tensor), decode_value(item, tensor)) for key, item in body]
-        plain = dict(pairs)
-        return plain if tag == "$dict" else OrderedDict(pairs) if tag == "$OrderedDict" else Counter(plain)
-    if tag in ("$tuple", "$set", "$frozenset", "$Size") and isinstance(body, list):
-        items = [decode_value(item, tensor) for item in body]
-        return {"$tuple": tuple, "$set": set, "$frozenset": frozenset, "$Size": torch.Size}[tag](items)
-    if tag in ("$ndarray", "$scalar") and isinstance(body, list):
-        dtype, shape, data = body
-        if np.dtype(dtype).kind not in "biufcmMSU":
-            raise ValueError(f"dtype {dtype}")
-        array = np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
-        return array if tag == "$ndarray" else array[()]
-    if not isinstance(body, str):
-        raise ValueError(f"unexpected {type(body).__name__}")
-    if tag == "$tensor":
-        return tensor(body)
-    if tag == "$float":
-        return struct.unpack(">d", bytes.fromhex(body))[0]
-    if tag == "$dtype":
-        dtype_object = getattr(torch, body)
-        if not isinstance(dtype_object, torch.dtype):
-            raise ValueError(body)
-        return dtype_object
-    decoders: dict[str, Callable[[str], object]] = {
-        "$int": lambda text: int(text, 16),
-        "$bytes": base64.b64decode,
-        "$device": torch.device,
-        "$datetime": datetime.datetime.fromisoformat,
-    }
-    return decoders[tag](body)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -799,13 +749,6 @@ def stored_form(code: str, shape: Shape) -> tuple[str, Shape]:
     return ("U8" if code == "JSON" else code), shape
 
 
-def _logical_shape(code: str, stored: Shape) -> Shape:
-    """The shape that `stored_form` was given."""
-    if code in _PAIRS:
-        return stored[:-1]
-    return (*stored[:-1], stored[-1] // 2) if code == "F4" and stored else stored
-
-
 class Box(NamedTuple):
     """A rectangular part of a tensor: `offset` and `size` in each dimension."""
 
@@ -829,26 +772,17 @@ def row_boxes(shape: Shape, start: int, stop: int) -> list[tuple[int, Box]]:
 
     At most 2 * ndim - 1 boxes: a ragged head and tail in each dimension, whole rows between.
     """
-    if start >= stop:
-        return []
     if not shape:
-        return [(0, Box((), ()))]
-    row = math.prod(shape[1:])
-    rest = shape[1:]
-
-    def in_row(index: int, low: int, high: int) -> list[tuple[int, Box]]:
-        parts = row_boxes(rest, low, high)
-        return [(index * row + at, Box((index, *box.offset), (1, *box.size))) for at, box in parts]
-
-    first, head = divmod(start, row)
-    last, tail = divmod(stop, row)
-    if first == last:
-        return in_row(first, head, tail)
-    found = in_row(first, head, row) if head else []
-    first += bool(head)
-    if last > first:
-        found.append((first * row, Box((first, *(0 for _ in rest)), (last - first, *rest))))
-    return found + (in_row(last, 0, tail) if tail else [])
+        return [(0, Box((), ()))][start:stop]
+    rows = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]  # elements to a step in each dimension
+    found = []
+    while start < stop:  # the longest rows that begin here and fit, as many as there are
+        dim = next(dim for dim, row in enumerate(rows) if start % row == 0 and start + row <= stop)
+        offset = tuple(start // row % size for row, size in zip(rows, shape))
+        count = min((stop - start) // rows[dim], shape[dim] - offset[dim])
+        found.append((start, Box(offset, (1,) * dim + (count, *shape[dim + 1 :]))))
+        start += count * rows[dim]
+    return found
 
 
 Bytes = npt.NDArray[np.uint8]  # one-dimensional
@@ -866,18 +800,19 @@ def byte_view(tensor: torch.Tensor) -> Bytes | None:
     return np.frombuffer(memoryview(memory), np.uint8)
 
 
-def _typed(data: Bytes, tensor: torch.Tensor, shape: Shape, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.from_numpy(data).view(dtype or tensor.dtype).view(shape)
+def _in_boxes(data: Bytes, start: int, dtype: torch.dtype, shape: Shape) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Row-major bytes of an array, from byte `start` of it on, as boxes of the array, each with its elements."""
+    width = dtype.itemsize
+    for at, box in row_boxes(shape, start // width, (start + len(data)) // width):
+        low = at * width - start
+        yield box, torch.from_numpy(data[low : low + math.prod(box.size) * width]).view(dtype).view(box.size)
 
 
 def copy_out(tensor: torch.Tensor, start: int, out: Bytes) -> None:
     """Copy the row-major bytes of `tensor` (any strides, any device) from byte `start` into `out`."""
-    width = tensor.dtype.itemsize
     with torch.no_grad():
-        for at, box in row_boxes(tuple(tensor.shape), start // width, (start + len(out)) // width):
-            part = tensor[tuple(slice(o, o + s) for o, s in zip(*box))]
-            low = at * width - start
-            _typed(out[low : low + part.numel() * width], tensor, box.size).copy_(part)
+        for box, elements in _in_boxes(out, start, tensor.dtype, tuple(tensor.shape)):
+            elements.copy_(tensor[tuple(slice(o, o + s) for o, s in zip(*box))])
 
 
 def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, target: torch.Tensor) -> None:
@@ -885,15 +820,11 @@ def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, 
 
     `data` has elements of `dtype`; a target of another dtype gets them cast.
     """
-    width = dtype.itemsize
     with torch.no_grad():
-        for at, part in row_boxes(piece.size, start // width, (start + len(data)) // width):
+        for part, elements in _in_boxes(data, start, dtype, piece.size):
             here = Box(tuple(p + o for p, o in zip(piece.offset, part.offset)), part.size)
-            if (common := here.intersect(want)) is None:
-                continue
-            low = at * width - start
-            source = _typed(data[low : low + math.prod(part.size) * width], target, part.size, dtype)
-            target[common.within(want)].copy_(source[common.within(here)])
+            if (common := here.intersect(want)) is not None:
+                target[common.within(want)].copy_(elements[common.within(here)])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -966,8 +897,7 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
         return np.frombuffer(bytearray(data), np.uint8)
     try:
         count = data[0]
-        if count not in (1, width) or length % count:
-            raise ValueError(f"{count} planes")
+        _require(count in (1, width) and length % count == 0, f"{count} planes")
         lengths = struct.unpack_from(f"<{count}I", data, 1)
         at, share = 1 + 4 * count, length // count
         out = np.empty((share, count), np.uint8)
@@ -977,13 +907,10 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
             if size != share:
                 stream = zlib.decompressobj()
                 plane = stream.decompress(plane, share + 1)
-                if stream.unconsumed_tail or not stream.eof:
-                    raise ValueError("plane longer than declared")
-            out[:, index] = np.frombuffer(plane, np.uint8, share)
-            if len(plane) != share:
-                raise ValueError("plane of another length than declared")
-        if at != len(data):
-            raise ValueError("frame of another length than declared")
+                _require(stream.eof, "plane longer than declared")
+            _require(len(plane) == share, "plane of another length than declared")
+            out[:, index] = np.frombuffer(plane, np.uint8)
+        _require(at == len(data), "frame of another length than declared")
     except (ValueError, IndexError, struct.error, zlib.error) as error:
         raise corrupted(f"compressed frame is damaged: {error}") from error
     return out.reshape(-1)
@@ -1020,11 +947,10 @@ def in_parallel(
         try:
             while not stop.is_set():
                 with lock:
-                    try:
-                        item = next(source)
-                    except StopIteration:
-                        return
-                work(item, buffer)
+                    turn = list(itertools.islice(source, 1))
+                if not turn:
+                    return
+                work(turn[0], buffer)
         except BaseException as error:
             errors.append(error)
             stop.set()
@@ -1066,6 +992,10 @@ class Entry(NamedTuple):
         """Logical bytes of the piece."""
         return math.prod(self.shape) * itemsize(self.dtype)
 
+    def stored(self) -> tuple[str, Shape]:
+        """Dtype and shape that the file's table has for it."""
+        return ("U8", (self.end - self.begin,)) if self.frames else stored_form(self.dtype, self.shape)
+
 
 class Header(NamedTuple):
     """A parsed tensor-file header; `entries` are in the order of their bytes."""
@@ -1074,7 +1004,6 @@ class Header(NamedTuple):
     block_crcs: list[int]
     data_start: int
     data_length: int
-    crc: int  # of the header itself, bytes [0, data_start)
 
 
 def block_count(data_length: int) -> int:
@@ -1092,10 +1021,9 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
     table: dict[str, object] = {}
     position = 0
     for entry in entries:
-        if entry.begin > position:
-            pad = [position, entry.begin]
-            table[f"pad/{position}"] = {"dtype": "U8", "shape": [pad[1] - pad[0]], "data_offsets": pad}
-        code, shape = stored_form(entry.dtype, entry.shape)
+        if (gap := entry.begin - position) > 0:
+            table[f"pad/{position}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [position, entry.begin]}
+        code, shape = entry.stored()
         info: dict[str, object] = {}
         if entry.shape != entry.whole:
             info = {"offset": entry.offset, "whole": entry.whole}
@@ -1103,7 +1031,6 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
             info["dtype"] = entry.dtype
         if entry.frames:
             info |= {"shape": entry.shape, "frames": "".join(f"{length:08x}" for length in entry.frames)}
-            code, shape = "U8", (entry.end - entry.begin,)
         if info:
             pieces[entry.name] = info
         if entry.name in table or entry.name == "__metadata__":
@@ -1134,57 +1061,46 @@ def with_checksums(header: bytes, block_crcs: Sequence[int]) -> bytes:
     return header[:at] + digits + header[at + len(digits) :]
 
 
-def read_header(file: StoredFile, path: str, expected_crc: int | None = None, most: int = MAX_HEADER_BYTES) -> Header:
+def read_header(file: StoredFile, path: str, expected_crc: int, most: int) -> Header:
     """Read and check the header of an open tensor file; CORRUPTED_CHECKPOINT for whatever is wrong with it.
 
     One of more than `most` bytes is refused unread: parsed, it would take many times its length.
     """
-    length = file.length()
-    prefix = bytearray(8)
+    length, prefix = file.length(), bytearray(8)
     if length < 8:
         raise corrupted(f"{path}: {length} bytes are too short for a tensor file", path)
     file.read(0, memoryview(prefix))
     (size,) = struct.unpack("<Q", prefix)
     if not 2 <= size <= min(MAX_HEADER_BYTES, most, length - 8) or (8 + size) % ALIGN_BYTES:
         raise corrupted(f"{path}: impossible header length {size} in a file of {length} bytes", path)
-    text = bytearray(size)
+    text, data_length = bytearray(size), length - 8 - size
     file.read(8, memoryview(text))
-    crc = crc32(text, crc32(prefix))
-    if expected_crc is not None and crc != expected_crc:
+    if (crc := crc32(text, crc32(prefix))) != expected_crc:
         raise corrupted(f"{path}: header has CRC32 {crc:08x}, the record says {expected_crc:08x}", path)
     try:
-        return _parse_header(bytes(text), 8 + size, length - 8 - size, crc, path)
+        _require(text.startswith(b"{"), "does not start with '{'")
+        table = Fields(parse_json(text, path))
+        metadata = table.child("__metadata__")
+        _require(all(type(value) is str for value in metadata.all.values()), "__metadata__ holds more than strings")
+        if (version := metadata.text("ckpt_version")) != str(FORMAT_VERSION):
+            message = f"{path}: tensor-file version {version!r}, this code reads {FORMAT_VERSION}"
+            raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
+        _require(metadata.text("block_bytes") == str(BLOCK_BYTES), f"blocks are not of {BLOCK_BYTES} bytes")
+        block_crcs = _fixed_width(metadata.text("crc32"))
+        _require(len(block_crcs) == block_count(data_length), "checksum field does not fit the data")
+        pieces = Fields(parse_json(metadata.text("pieces").encode(), path))
+        _require(pieces.all.keys() <= table.all.keys() - {"__metadata__"}, "pieces of unknown entries")
+        return Header(parse_entries(table, pieces, data_length), block_crcs, 8 + size, data_length)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise corrupted(f"{path}: malformed header: {error}", path) from error
 
 
-def _parse_header(text: bytes, data_start: int, data_length: int, crc: int, path: str) -> Header:
-    if not text.startswith(b"{"):
-        raise ValueError("does not start with '{'")
-    table = Fields(parse_json(text, path))
-    metadata = table.child("__metadata__")
-    if not all(isinstance(value, str) for value in metadata.all.values()):
-        raise ValueError("__metadata__ holds something else than strings")
-    if (version := metadata.text("ckpt_version")) != str(FORMAT_VERSION):
-        message = f"{path}: tensor-file version {version!r}, this code reads {FORMAT_VERSION}"
-        raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
-    if metadata.text("block_bytes") != str(BLOCK_BYTES):
-        raise ValueError(f"block size {metadata.text('block_bytes')!r}")
-    block_crcs = _fixed_width(metadata.text("crc32"))
-    if len(block_crcs) != block_count(data_length):
-        raise ValueError("checksum field does not fit the data")
-    pieces = Fields(parse_json(metadata.text("pieces").encode(), path))
-    if not pieces.all.keys() <= table.all.keys() - {"__metadata__"}:
-        raise ValueError("pieces of unknown entries")
-    return Header(parse_entries(table, pieces, data_length), block_crcs, data_start, data_length, crc)
-
-
 def parse_entries(table: Fields, pieces: Fields, data_length: int) -> list[Entry]:
     """The entries of any safetensors header, in the order of their bytes; ValueError where it breaks the rules."""
-    names = table.all.keys() - {"__metadata__"}
     nothing = Fields({})
     entries = [
-        _parse_entry(name, table.child(name), pieces.child(name) if name in pieces.all else nothing) for name in names
+        _parse_entry(name, table.child(name), pieces.child(name) if name in pieces.all else nothing)
+        for name in table.all.keys() - {"__metadata__"}
     ]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = 0
@@ -1192,24 +1108,20 @@ def parse_entries(table: Fields, pieces: Fields, data_length: int) -> list[Entry
         if entry.begin != position:
             raise ValueError(f"hole or overlap at byte {position} of the data, before {entry.name!r}")
         position = entry.end
-    if position != data_length:
-        raise ValueError(f"entries end at byte {position} of {data_length} bytes of data")
+    _require(position == data_length, f"entries end at byte {position} of {data_length} bytes of data")
     return entries
 
 
 def _fixed_width(digits: str) -> list[int]:
     """Numbers of eight lower-case hex digits each."""
-    if len(digits) % 8 or not re.fullmatch("[0-9a-f]*", digits):
-        raise ValueError("malformed hexadecimal field")
+    _require(len(digits) % 8 == 0 and re.fullmatch("[0-9a-f]*", digits), "malformed hexadecimal field")
     return [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
 
 
-_ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
-_PIECE_FIELDS = {"offset", "whole", "dtype", "shape", "frames"}
-
-
 def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
-    if item.all.keys() != _ENTRY_FIELDS or not info.all.keys() <= _PIECE_FIELDS:
+    """An entry of the header's table, and what `pieces` says of it."""
+    known = {"offset", "whole", "dtype", "shape", "frames"}
+    if item.all.keys() != {"dtype", "shape", "data_offsets"} or not info.all.keys() <= known:
         raise ValueError(f"{name!r}: unexpected fields")
     begin, end = int_tuple(item.array("data_offsets"))
     code, shape = item.text("dtype"), int_tuple(item.array("shape"))
@@ -1219,22 +1131,20 @@ def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
     frames = tuple(_fixed_width(info.text("frames"))) if "frames" in info.all else ()
     if frames:
         logical = int_tuple(info.array("shape"))
-        count = -(-math.prod(logical) * itemsize(dtype) // FRAME_BYTES)
-        if sum(frames) != end - begin or len(frames) != count or (code, shape) != ("U8", (end - begin,)):
-            raise ValueError(f"{name!r}: frames do not fit its bytes")
-    else:
-        logical = _logical_shape(dtype, shape)
-        if stored_form(dtype, logical) != (code, shape):
-            raise ValueError(f"{name!r}: {dtype} stored as {code}")
-        if math.prod(logical) * itemsize(dtype) != end - begin:
-            raise ValueError(f"{name!r}: {dtype} of shape {list(logical)} in {end - begin} bytes")
-    whole, offset = logical, tuple(0 for _ in logical)
+    else:  # the inverse of `stored_form`
+        logical = shape[:-1] if dtype in _PAIRS else (*shape[:-1], shape[-1] // 2) if dtype == "F4" and shape else shape
+    whole, offset = logical, (0,) * len(logical)
     if "whole" in info.all:
         whole, offset = int_tuple(info.array("whole")), int_tuple(info.array("offset"))
         inside = all(o + n <= w for o, n, w in zip(offset, logical, whole))
         if not len(whole) == len(offset) == len(logical) or not inside:
             raise ValueError(f"{name!r}: piece outside of its tensor")
-    return Entry(name, dtype, logical, begin, end, offset, whole, frames)
+    entry = Entry(name, dtype, logical, begin, end, offset, whole, frames)
+    if entry.stored() != (code, shape) or (sum(frames) if frames else entry.nbytes()) != end - begin:
+        raise ValueError(f"{name!r}: {dtype} of shape {list(logical)} stored as {code} in {end - begin} bytes")
+    if frames and len(frames) != -(-entry.nbytes() // FRAME_BYTES):
+        raise ValueError(f"{name!r}: frames do not fit its bytes")
+    return entry
 
 
 def read_blocks(file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str) -> None:
@@ -1324,11 +1234,25 @@ class CheckpointMetadata:
         """The pieces, unpacked; CORRUPTED_CHECKPOINT where they make no sense."""
         if isinstance(self.table, PieceTable):
             return self.table
+        width = max((len(t.shape) for t in self.tensors), default=0)
         try:
-            return _decode_pieces(self.table, self.tensors, self.shards)
+            lengths = np.array([shard.length for shard in self.shards], np.int64)
+            padded = [t.shape + (1,) * (width - len(t.shape)) for t in self.tensors]
+            shapes = np.array(padded, np.int64).reshape(len(padded), width)
+            # Every piece has at least a byte: no row out of thin air.
+            (tensor, shard, begin), box = decode_table(self.table, ("tensor", "shard", "begin"), self.size_bytes())
+            _require(box.shape[2] == width, "pieces of other dimensions than the tensors")
+            _require((np.diff(tensor) >= 0).all(), "pieces in another order than the tensors")
+            _require(
+                (tensor < len(shapes)).all() and (shard < len(lengths)).all(), "pieces of unknown tensors or shards"
+            )
+            inside = (box[:, 1] >= 1).all() and (box.sum(axis=1) <= shapes[tensor]).all()
+            _require(inside, "piece outside of its tensor")
+            _require((begin < lengths[shard]).all(), "piece behind the end of its shard")
         except (ValueError, TypeError, OverflowError, IndexError, MemoryError) as error:
             path = record_name(self.prefix)
             raise corrupted(f"{path}: malformed pieces: {type(error).__name__}: {error}", path) from error
+        return PieceTable(tensor, shard, begin, box)
 
     def shard_path(self, index: int) -> str:
         """Storage name of a shard."""
@@ -1347,20 +1271,12 @@ def encode_runs(column: Ints) -> list[int]:
     values = np.asarray(column, np.int64)
     if not len(values):
         return []
-    steps = np.diff(values)
-    changes = np.flatnonzero(np.diff(steps)) + 1  # steps[k] differs from steps[k - 1]
-    ends = np.append(changes, len(steps)).tolist()
-    runs: list[int] = []
-    at = 0
-    starts, gaps = values.tolist() if len(ends) > len(values) // 8 else values, steps
-    for end in ends:
-        if end < at:
-            continue
-        step = int(gaps[at]) if at < len(gaps) else 0
-        runs += [int(starts[at]), step, end - at + 1]
-        at = end + 1
-    if at < len(values):
-        runs += [int(values[at]), 0, 1]
+    steps = np.diff(values, append=values[-1])
+    starts = [0]
+    for at in np.flatnonzero(np.diff(steps[:-1])).tolist():  # another step leads away from value at + 1 than to it
+        if at + 1 >= starts[-1]:
+            starts.append(at + 2)
+    runs: list[int] = np.stack((values[starts], steps[starts], np.diff(starts, append=len(values))), 1).ravel().tolist()
     return runs
 
 
@@ -1368,11 +1284,10 @@ def decode_runs(runs: object, length: int) -> Ints:
     """Inverse of `encode_runs`; ValueError unless the runs are well formed and make exactly `length` values >= 0."""
     if not isinstance(runs, list) or len(runs) % 3 or not set(map(type, runs)) <= {int}:
         raise ValueError("malformed runs")
-    if sum(runs[2::3]) != length or min(runs[2::3], default=1) < 1:
-        raise ValueError("runs do not add up")
+    _require(sum(runs[2::3]) == length and min(runs[2::3], default=1) >= 1, "runs do not add up")
     top = 1 << 62
-    if not all(0 <= at < top and 0 <= at + step * (n - 1) < top > abs(step) for at, step, n in zip(*[iter(runs)] * 3)):
-        raise ValueError("runs leave the range of offsets")
+    inside = (0 <= at < top and 0 <= at + step * (n - 1) < top > abs(step) for at, step, n in zip(*[iter(runs)] * 3))
+    _require(all(inside), "runs leave the range of offsets")
     start, step, count = np.array(runs, np.int64).reshape(-1, 3).T
     # The values before a run's own, by its step: int64 wraps around there and back.
     base = start - step * (np.cumsum(count) - count)
@@ -1389,8 +1304,8 @@ def encode_table(columns: Mapping[str, Ints], box: Ints) -> dict[str, object]:
 def decode_table(table: Fields, names: Sequence[str], most: int = 1 << 62) -> tuple[list[Ints], Ints]:
     """Inverse of `encode_table`; ValueError for anything malformed, or more than `most` rows."""
     count, width = table.number("count"), len(table.array("offset"))
-    if count > most or width > 64 or len(table.array("size")) != width:
-        raise ValueError(f"{count} rows of {width} dimensions")
+    fits = count <= most and len(table.array("size")) == width <= 64
+    _require(fits, f"{count} rows of {width} dimensions")
     columns = [decode_runs(table.array(name), count) for name in names]
     box = np.empty((count, 2, width), np.int64)
     for half, name in enumerate(("offset", "size")):
@@ -1432,95 +1347,78 @@ def encode_record(meta: CheckpointMetadata) -> bytes:
         "pieces": encode_table({"tensor": pieces.tensor, "shard": pieces.shard, "begin": pieces.begin}, pieces.box),
     }
     text = dump_json(body)[:-1]
-    return text + b',"crc32":"%08x"}\n' % crc32(text)
+    return text + _seal(text)
 
 
-_RECORD_END = re.compile(rb',"crc32":"([0-9a-f]{8})"\}\n')
-_RECORD_TAIL = len(',"crc32":"01234567"}\n')
+def _seal(text: bytes) -> bytes:
+    """The last field of a record, and its end."""
+    return b',"crc32":"%08x"}\n' % crc32(text)
+
+
+def _unseal(record: bytes, prefix: str) -> bytes:
+    """A record without its seal, which must hold: C1."""
+    text = record[: -len(_seal(b""))]
+    if record[len(text) :] != _seal(text):
+        path = record_name(prefix)
+        raise corrupted(f"{path}: the commit record fails its CRC32; the checkpoint is damaged", path)
+    return text
 
 
 def decode_record(data: bytes, prefix: str) -> CheckpointMetadata:
     """Parse a record: C1 to C3 of "committed". CORRUPTED_CHECKPOINT or INCOMPATIBLE_VERSION otherwise."""
     path = record_name(prefix)
-    end = _RECORD_END.fullmatch(data[-_RECORD_TAIL:]) if len(data) > _RECORD_TAIL else None
-    if end is None or int(end[1], 16) != crc32(data[:-_RECORD_TAIL]):  # C1
-        raise corrupted(f"{path}: the commit record fails its CRC32; the checkpoint is damaged", path)
-    body = parse_json(data[:-_RECORD_TAIL] + b"}", path)
-    version = body.get("format_version") if isinstance(body, dict) else None
-    if type(version) is int and version > FORMAT_VERSION:  # C2
-        message = f"{path}: written in format version {version}; this code knows up to {FORMAT_VERSION}: update it"
-        raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
     try:
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format version {version!r}")
-        return _decode_body(Fields(body), prefix)  # C3
+        body = Fields(parse_json(_unseal(data, prefix) + b"}", path))
+        version = body.number("format_version")
+        if version > FORMAT_VERSION:  # C2
+            message = f"{path}: written in format version {version}; this code knows up to {FORMAT_VERSION}: update it"
+            raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
+        _require(version == FORMAT_VERSION, f"format version {version}")
+        custom = decode_value(body.child("custom_metadata").all, str)  # C3
+        if not isinstance(custom, dict):
+            raise ValueError("no custom metadata")
+        datetime.datetime.fromisoformat(body.text("timestamp"))
+        return CheckpointMetadata(
+            prefix=prefix,
+            save_id=body.text("save_id"),
+            sequence=body.number("sequence"),
+            world_size=body.number("world_size"),
+            format=body.text("format"),
+            compression=body.text("compression"),
+            torch_version=body.text("torch_version"),
+            timestamp=body.text("timestamp"),
+            custom_metadata=custom,
+            shards=_decode_shards(body.child("shards")),
+            tensors=decode_tensors(body.child("tensors")),
+            table=body.child("pieces"),
+        )
     except (ValueError, TypeError, OverflowError, IndexError, RecursionError) as error:
         raise corrupted(f"{path}: malformed record: {error}", path) from error
 
 
-def _decode_body(body: Fields, prefix: str) -> CheckpointMetadata:
-    table, custom = body.child("shards"), decode_value(body.child("custom_metadata").all, str)
-    files = table.texts("file")
-    lengths = decode_runs(table.array("length"), len(files)).tolist()
-    crcs = _fixed_width("".join(table.texts("header_crc32")))
+def _decode_shards(columns: Fields) -> tuple[ShardMetadata, ...]:
+    files = columns.texts("file")
     if bad := [name for name in files if not _SHARD.fullmatch(name)]:
         raise ValueError(f"illegal shard name {bad[0]!r}")
-    if len(set(files)) != len(files):
-        raise ValueError("a shard is named twice")
-    if len(crcs) != len(files) or not isinstance(custom, dict):
-        raise ValueError("shard columns of different lengths, or no custom metadata")
-    datetime.datetime.fromisoformat(body.text("timestamp"))
-    shards = tuple(ShardMetadata(*row) for row in zip(files, lengths, crcs))
-    tensors = decode_tensors(body.child("tensors"))
-    return CheckpointMetadata(
-        prefix=prefix,
-        save_id=body.text("save_id"),
-        sequence=body.number("sequence"),
-        world_size=body.number("world_size"),
-        format=body.text("format"),
-        compression=body.text("compression"),
-        torch_version=body.text("torch_version"),
-        timestamp=body.text("timestamp"),
-        custom_metadata=custom,
-        shards=shards,
-        tensors=tensors,
-        table=body.child("pieces"),
-    )
+    _require(len(set(files)) == len(files), "a shard is named twice")
+    lengths = decode_runs(columns.array("length"), len(files)).tolist()
+    crcs = _fixed_width("".join(columns.texts("header_crc32")))
+    _require(len(crcs) == len(files), "shard columns of different lengths")
+    return tuple(ShardMetadata(*row) for row in zip(files, lengths, crcs))
 
 
 def decode_tensors(columns: Fields) -> tuple[TensorMetadata, ...]:
     """Inverse of `encode_tensors`; ValueError for anything malformed."""
-    names, dtypes, shapes = columns.texts("name"), columns.texts("dtype"), columns.shapes("shape")
-    if not len(names) == len(dtypes) == len(shapes):
-        raise ValueError("tensor columns of different lengths")
+    names, dtypes, shapes = columns.texts("name"), columns.texts("dtype"), list(map(int_tuple, columns.array("shape")))
+    _require(len(names) == len(dtypes) == len(shapes), "tensor columns of different lengths")
     if unknown := set(dtypes) - DTYPES.keys():
         raise ValueError(f"dtype(s) {sorted(unknown)} unknown to torch {torch.__version__}")
-    ranks = {index: rank for index, rank in columns.shapes("rank")}
-    aliases = {index: target for index, target in columns.shapes("alias_of")}
-    if not all(target < len(names) and target not in aliases for target in aliases.values()):
-        raise ValueError("alias of nothing")
+    ranks, aliases = ({i: other for i, other in map(int_tuple, columns.array(key))} for key in ("rank", "alias_of"))
+    _require(all(target < len(names) and target not in aliases for target in aliases.values()), "alias of nothing")
     return tuple(
         TensorMetadata(name, dtype, shape, ranks.get(i), aliases.get(i))
         for i, (name, dtype, shape) in enumerate(zip(names, dtypes, shapes))
     )
-
-
-def _decode_pieces(table: Fields, tensors: Sequence[TensorMetadata], shards: Sequence[ShardMetadata]) -> PieceTable:
-    most = sum(shard.length for shard in shards)  # every piece has at least a byte: no row out of thin air
-    (tensor, shard, begin), box = decode_table(table, ("tensor", "shard", "begin"), most)
-    width = max((len(t.shape) for t in tensors), default=0)
-    if box.shape[2] != width:
-        raise ValueError("pieces of other dimensions than the tensors")
-    if len(box):
-        padded = [t.shape + (1,) * (width - len(t.shape)) for t in tensors]
-        shapes = np.array(padded, np.int64).reshape(len(padded), width)
-        if (np.diff(tensor) < 0).any() or tensor[-1] >= len(tensors) or shard.max() >= len(shards):
-            raise ValueError("pieces of unknown tensors or shards")
-        if (box[:, 1] < 1).any() or (box.sum(axis=1) > shapes[tensor]).any():
-            raise ValueError("piece outside of its tensor")
-        if (begin >= np.array([s.length for s in shards], np.int64)[shard]).any():
-            raise ValueError("piece behind the end of its shard")
-    return PieceTable(tensor, shard, begin, box)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1529,12 +1427,9 @@ def _decode_pieces(table: Fields, tensors: Sequence[TensorMetadata], shards: Seq
 
 def read_file(storage: CheckpointStorage, name: str) -> bytes:
     """All bytes of a file; FileNotFoundError where there is none."""
-    file = storage.open(name)
-    try:
+    with contextlib.closing(storage.open(name)) as file:
         data = bytearray(file.length())
         file.read(0, memoryview(data))
-    finally:
-        file.close()
     return bytes(data)
 
 
@@ -1542,31 +1437,28 @@ def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadat
     """The record of a committed checkpoint: C1 to C4 hold. Any process, at any time.
 
     FileNotFoundError where no checkpoint exists; CORRUPTED_CHECKPOINT or INCOMPATIBLE_VERSION where one exists that
-    is not intact. An overwrite between the reading of the record and of its shards gets one retry.
+    is not intact. A save that overwrites it meanwhile makes this start again.
     """
     return read_committed_record(storage, prefix)[1]
 
 
 def read_committed_record(storage: CheckpointStorage, prefix: str) -> tuple[bytes, CheckpointMetadata]:
     """The same, and the bytes that it was decoded from, for other ranks to decode."""
-    text = read_file(storage, record_name(check_prefix(prefix)))
-    meta = decode_record(text, prefix)
-    for attempt in range(2):
-        problem = ""
+    doubted = ""  # a save whose shards are not as recorded: either it is damaged, or there is a newer record by now
+    while True:
+        text = read_file(storage, record_name(check_prefix(prefix)))
+        meta = decode_record(text, prefix)
         for index, shard in enumerate(meta.shards):  # C4
-            if (found := storage.length(path := meta.shard_path(index))) != shard.length:
-                what = "is missing" if found is None else f"has {found} bytes"
-                problem = f"{path}: shard {what}, the record says {shard.length} bytes"
+            path = meta.shard_path(index)
+            if (found := storage.length(path)) != shard.length:
                 break
-        if not problem:
+        else:
             _ = meta.pieces  # C3, now that the sizes are known to be true
             return text, meta
-        text = read_file(storage, record_name(prefix))
-        again = decode_record(text, prefix)
-        if attempt or again.save_id == meta.save_id:
-            break
-        meta = again
-    raise corrupted(problem, prefix)
+        if meta.save_id == doubted:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise corrupted(f"{path}: shard {what}, the record says {shard.length} bytes", prefix)
+        doubted = meta.save_id
 
 
 _RECORD_HEAD = re.compile(rb'\{"format_version":[0-9]+,"save_id":"([0-9a-f]{8})","sequence":([0-9]{1,18}),')
@@ -1574,14 +1466,10 @@ _RECORD_HEAD = re.compile(rb'\{"format_version":[0-9]+,"save_id":"([0-9a-f]{8})"
 
 def record_head(storage: CheckpointStorage, prefix: str) -> tuple[str, int] | None:
     """Save id and sequence number of the record of `prefix`, without parsing it whole; None where C1 does not hold."""
-    try:
-        data = read_file(storage, record_name(prefix))
-    except (FileNotFoundError, CheckpointException):
-        return None
-    end, head = _RECORD_END.fullmatch(data[-_RECORD_TAIL:]), _RECORD_HEAD.match(data)
-    if end is None or head is None or int(end[1], 16) != crc32(data[:-_RECORD_TAIL]):
-        return None
-    return head[1].decode(), int(head[2])
+    with contextlib.suppress(FileNotFoundError, CheckpointException):
+        if head := _RECORD_HEAD.match(_unseal(read_file(storage, record_name(prefix)), prefix)):
+            return head[1].decode(), int(head[2])
+    return None
 
 
 def committed_id(storage: CheckpointStorage, prefix: str) -> str | None:
@@ -1600,17 +1488,14 @@ def list_committed(storage: CheckpointStorage) -> list[CheckpointMetadata]:
     """Every committed checkpoint, oldest first."""
     found = []
     for prefix in recorded_prefixes(storage):
-        try:
+        with contextlib.suppress(FileNotFoundError, CheckpointException):  # gone meanwhile, or not intact
             found.append(read_committed(storage, prefix))
-        except (FileNotFoundError, CheckpointException):
-            continue  # gone meanwhile, or not intact: not committed
     return sorted(found, key=lambda meta: (meta.sequence, meta.timestamp, meta.prefix))
 
 
 def shard_files(storage: CheckpointStorage, prefix: str) -> list[str]:
     """The tensor files that lie directly in the directory of `prefix`."""
-    inside = (name.removeprefix(prefix + "/") for name in storage.names(prefix))
-    return [f"{prefix}/{name}" for name in inside if _SHARD.fullmatch(name)]
+    return [n for n in storage.names(prefix) if (m := _SHARD_PATH.fullmatch(n)) and m[1] == prefix]
 
 
 def delete_files(storage: CheckpointStorage, prefix: str, files: Iterable[str]) -> None:
@@ -1632,7 +1517,7 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
         raise FileNotFoundError(f"no checkpoint {prefix!r}")
     if existed:
         storage.sync_directory(record_name(prefix))
-    delete_files(storage, prefix, (name for name in files if _save_id(name) not in live))
+    delete_files(storage, prefix, (name for name in files if name.rpartition("/")[2][:8] not in live))
 
 
 def live_saves(storage: CheckpointStorage, prefix: str, reap: bool = False) -> set[str]:
@@ -1642,41 +1527,34 @@ def live_saves(storage: CheckpointStorage, prefix: str, reap: bool = False) -> s
     return {save_id for name, save_id in fences if not storage.reap(name, only_look=not reap)}
 
 
-def record_is_unreadable(storage: CheckpointStorage, prefix: str) -> bool:
-    """Whether there is a record that this code cannot read: damaged, or of a newer version."""
-    try:
-        decode_record(read_file(storage, record_name(prefix)), prefix)
-    except FileNotFoundError:
-        return False
-    except CheckpointException:
-        return True
-    return False
-
-
-def _save_id(path: str) -> str:
-    return path.rpartition("/")[2][:8]
-
-
 def collect_garbage(storage: CheckpointStorage) -> list[str]:
     """Remove what crashed saves and deletes left behind, and return its names. Any process, at any time.
 
     Never touches a committed checkpoint, a save whose fence is locked by a living process, or anything under a prefix
     whose record cannot be read. The order (files, then fences, then records) lets a save commit at any moment.
     """
-    everything = storage.names()
-    shards = [n for n in everything if _SHARD.fullmatch(n.rpartition("/")[2]) and _is_prefix(n.rpartition("/")[0])]
-    fences = [n for n in everything if (m := _FENCE.fullmatch(n)) and _is_prefix(m[1])]
-    prefixes = {name.rpartition("/")[0] for name in shards} | {m[1] for f in fences if (m := _FENCE.fullmatch(f))}
+    found: dict[str, list[tuple[str, str]]] = {}  # prefix -> the save id and the name of each shard and fence
+    for name in storage.names():
+        if (m := _SHARD_PATH.fullmatch(name) or _FENCE.fullmatch(name)) and _is_prefix(m[1]):
+            found.setdefault(m[1], []).append((m[2], name))
     removed: list[str] = []
-    for prefix in sorted(prefixes):
-        if record_is_unreadable(storage, prefix):
+    for prefix, files in sorted(found.items()):
+        try:
+            recorded_id(storage, prefix)
+            live = live_saves(storage, prefix, reap=True)
+            keep = {*live, recorded_id(storage, prefix)}
+        except CheckpointException:
             continue
-        live = live_saves(storage, prefix, reap=True)
-        removed += [name for name in fences if (m := _FENCE.fullmatch(name)) and m[1] == prefix and m[2] not in live]
-        keep = committed_id(storage, prefix)
-        if keep is None and storage.length(record_name(prefix)) is not None:
-            continue  # damaged meanwhile
-        dead = [n for n in shards if n.rpartition("/")[0] == prefix and _save_id(n) not in live | {keep}]
+        removed += [name for save_id, name in files if name.endswith(".tmp") and save_id not in live]
+        dead = [name for save_id, name in files if not name.endswith(".tmp") and save_id not in keep]
         removed += dead
         delete_files(storage, prefix, dead)
     return removed
+
+
+def recorded_id(storage: CheckpointStorage, prefix: str) -> str | None:
+    """The save id in the record of `prefix`, None without one; CheckpointException for one that cannot be read."""
+    try:
+        return decode_record(read_file(storage, record_name(prefix)), prefix).save_id
+    except FileNotFoundError:
+        return None
