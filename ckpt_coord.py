@@ -58,7 +58,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Placement
 
 if TYPE_CHECKING or __package__:
     from . import ckpt_storage as st
@@ -563,13 +563,15 @@ def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     """The pieces of `tensor` on this rank. CheckpointException, naming it, for what cannot be stored."""
     sharded = as_dtensor(tensor)
     local = tensor if sharded is None else sharded.to_local()
-    _refuse_unsupported(name, local)
-    box = whole_box(tuple(local.shape)) if sharded is None else local_box(name, sharded)
-    pieces = [(box, local.detach())] if local.numel() and box is not None else []
+    _refuse_unsupported(name, local, () if sharded is None else sharded.placements)
+    box, size = None, tuple(local.shape)
+    if local.numel():
+        box = whole_box(size) if sharded is None else _shard_box(name, sharded, size)
+    pieces = [] if box is None else [(box, local.detach())]
     return LocalTensor(name, st.CODES[local.dtype], tuple(tensor.shape), pieces, declared=sharded is not None)
 
 
-def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
+def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Placement]) -> None:
     problem = ""
     if type(tensor).__name__ == "ShardedTensor":
         problem = "is an FSDP1 ShardedTensor; use FSDP2 (torch.distributed.fsdp.fully_shard), which holds DTensors"
@@ -585,30 +587,23 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
         problem = "is on the meta device, which holds no data; materialise it (to_empty) first"
     elif tensor.numel() and not tensor.data_ptr():
         problem = "has no memory: its storage was freed, or never made; save while it is there"
+    elif any(placement.is_partial() for placement in placements):
+        problem = "has a Partial() placement, a sum not yet taken: redistribute it to Replicate() or Shard() first"
     if problem:
         raise CheckpointException(f"{name} {problem}", type=ExceptionType.SAVE_FAILED)
 
 
-def local_box(name: str, tensor: DTensor) -> Box | None:
-    """The part of a DTensor that this rank holds; None where that is nothing."""
-    from torch.distributed.tensor import Partial
-
-    local = tuple(tensor.to_local().shape)
-    if any(isinstance(p, Partial) for p in tensor.placements):
-        raise CheckpointException(
-            f"{name} has a Partial() placement, a sum not yet taken: redistribute it to Replicate() or Shard() first",
-            type=ExceptionType.SAVE_FAILED,
-        )
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None or math.prod(local) == 0:
+def _shard_box(name: str, tensor: DTensor, size: Shape) -> Box | None:
+    """The part of a DTensor that this rank holds, which is of `size`; None outside of its mesh."""
+    if (coordinate := tensor.device_mesh.get_coordinate()) is None:
         return None
     box = _strided_box(tensor, coordinate)
-    if box is None or box.size != local:
+    if box is None or box.size != size:
         chunks = getattr(tensor, "__create_chunk_list__")()  # torch does not type it
         box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
-        if len(chunks) != 1 or box.size != local:
+        if len(chunks) != 1 or box.size != size:
             raise CheckpointException(
-                f"{name}: its local shape {list(local)} is not what placements {tensor.placements} imply",
+                f"{name}: its local shape {list(size)} is not what placements {tensor.placements} imply",
                 type=ExceptionType.SAVE_FAILED,
             )
     return box
@@ -681,9 +676,8 @@ def lowest_ranks(tensors: Iterable[st.TensorMetadata]) -> dict[str, int | None]:
 def entry_name(tensor: st.TensorMetadata, offset: Sequence[int], whole: bool) -> str:
     """The name of a piece in its file: the tensor's, then the piece's offset, then the rank that it is kept for."""
     name = tensor.name.replace("~", "~0").replace("@", "~1")
-    return (
-        name + ("" if whole else "@" + ",".join(map(str, offset))) + ("" if tensor.rank is None else f"~r{tensor.rank}")
-    )
+    place, kept_for = "@" + ",".join(map(str, offset)), f"~r{tensor.rank}"
+    return name + ("" if whole else place) + ("" if tensor.rank is None else kept_for)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -781,27 +775,32 @@ class Holdings:
         tables = list({id(tensors): tensors for tensors, *_ in self._told}.values())
         width = max([1, *(len(t.shape) for table in tables for t in table)])  # empty ones too
         counts = [len(box) for box in boxes]
-        stacked = stack_boxes([Box((), ())], width).repeat(sum(counts), axis=0)
+        stacked = np.zeros((sum(counts), 2, width), np.int64)
+        stacked[:, 1] = 1
         for part, box in zip(np.split(stacked, np.cumsum(counts)), boxes):
             part[:, :, : box.shape[2]] = box
         rank, source = np.arange(len(counts)).repeat(counts), np.concatenate([np.arange(count) for count in counts])
         self._held = Rows(rank, source, np.zeros_like(rank), stacked)
-        self._spoilt, self._apart = np.zeros(len(rank), bool), set[str]()
-        self.tensors: list[st.TensorMetadata] = []
-        self.arrange(_differing(chain(*tables, *(values for _, values, _ in self._told))))
+        self._spoilt = np.zeros(len(rank), bool)
+        self._apart = _differing(chain(*tables, *(values for _, values, _ in self._told)))
+        self.declared = {t.name: t.declared for table in tables[::-1] for t in table}
+        aliases: dict[str, set[str]] = {}
+        for t in chain(*tables):
+            aliases.setdefault(t.name, set()).add(t.alias_of)
+        self._tied = {name: found.pop() for name, found in aliases.items() if len(found) == 1}
+        self.arrange(set())
 
     def arrange(self, apart: set[str], spoilt: Rows | None = None) -> None:
         """From now on every rank has its own of the tensors `apart`, and of what is tied to them; `spoilt` copies are out.
 
-        A tensor is an alias where all ranks that have one say so; it then needs no bytes of its own.
+        What all ranks that have it call an alias needs no bytes of its own.
         """
-        tied = {t.name for t in self.tensors if t.alias_of is not None and self.tensors[t.alias_of].name in apart}
-        self._apart |= apart | tied
+        self._apart |= apart | {name for name, alias in self._tied.items() if alias in apart}
         if spoilt is not None:
             self._spoilt[np.searchsorted(self._held.rank, spoilt.rank) + spoilt.source] = True
-        self.tensors, self.declared, columns = [], list[bool](), list[Ints]()
-        self._ids: dict[tuple[str, int | None], int] = {}
-        self._aliases: list[set[str]] = []
+        self.tensors: list[st.TensorMetadata] = []
+        self._ids: dict[tuple[str, int | None], int] = {}  # by name, and the rank that it is kept for
+        columns = []
         shared: dict[int, tuple[Ints, list[int]]] = {}  # what is the same for all ranks that have one table
         for rank, (table, values, local) in enumerate(self._told):
             if id(table) not in shared:
@@ -812,8 +811,8 @@ class Holdings:
             ids[own] = [self._number(table[i], rank) for i in own]
             ids[len(table) :] = [self._number(value, rank) for value in values]
             columns.append(ids[local])
-        for index, (t, (alias, *others)) in enumerate(zip(self.tensors, self._aliases)):
-            if not others and (target := self._ids.get((alias, t.rank))) is not None:
+        for index, t in enumerate(self.tensors):
+            if (target := self._ids.get((self._tied.get(t.name, ""), t.rank))) is not None:
                 self.tensors[index] = t._replace(alias_of=target)
         stored = np.array([t.alias_of is None for t in self.tensors], bool)
         rows = self._held._replace(tensor=np.concatenate(columns))
@@ -826,9 +825,6 @@ class Holdings:
         index = self._ids.setdefault((told.name, own), len(self.tensors))
         if index == len(self.tensors):
             self.tensors.append(st.TensorMetadata(told.name, told.dtype, told.shape, own))
-            self.declared.append(told.declared)
-            self._aliases.append(set())
-        self._aliases[index].add(told.alias_of)
         return index
 
     def nbytes(self, rows: Rows) -> Ints:
@@ -910,9 +906,10 @@ def assign_writers(holdings: Holdings, todo: Mask, world_size: int) -> Rows:
     load: Floats = np.bincount(groups.rows.rank[single], nbytes[single], world_size).astype(np.float64)
     parts = [groups.rows.take(single)]
     lots = np.random.default_rng(0).integers(1 << 62, size=world_size)  # equal sums of them: held by the same ranks
-    sums = np.add.reduceat(lots[groups.members.rank], groups.start) if len(groups.start) else groups.start
-    for kind in np.unique(sums[todo & ~single]):
-        chosen = np.flatnonzero(todo & ~single & (sums == kind))
+    sums = np.add.reduceat(lots[groups.members.rank], groups.start)
+    multi = np.flatnonzero(todo & ~single)
+    for kind in np.unique(sums[multi]):
+        chosen = multi[sums[multi] == kind]
         holders = groups.holders(chosen[0])
         # With the k least loaded filled up alike they come to levels[k - 1]; one more pays as long as that gets lower.
         levels = (nbytes[chosen].sum() + np.cumsum(np.sort(load[holders]))) / np.arange(1, len(holders) + 1)
@@ -961,13 +958,9 @@ class SavePlan(NamedTuple):
         mine = slice(*np.searchsorted(self.rows.rank, (rank, rank + 1)))
         rows = self.rows.take(mine)
         used, local = np.unique(rows.tensor, return_inverse=True)
-        tensors = [self.tensors[index]._replace(alias_of=None) for index in used.tolist()]
+        tensors = st.encode_tensors([self.tensors[index] for index in used.tolist()])
         columns = {"tensor": local, "source": rows.source, "begin": self.begin[mine]}
-        return {
-            "base": self.bases[rank],
-            "tensors": st.encode_tensors(tensors),
-            "rows": st.encode_table(columns, rows.box),
-        }
+        return {"base": self.bases[rank], "tensors": tensors, "rows": st.encode_table(columns, rows.box)}
 
     def record(self) -> tuple[list[st.TensorMetadata], st.PieceTable]:
         """The tensors and pieces of the commit record; those of the model file come as whole tensors, tied ones too."""
@@ -995,8 +988,7 @@ def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> 
         todo[[index for index, _ in model_entries]] = False
     rows = assign_writers(holdings, todo[holdings.groups.rows.tensor], world_size)
     section = np.array([not in_model(t.name) for t in tensors], np.int64)[rows.tensor]
-    keys = (rows.tensor, -holdings.itemsize[rows.tensor], section, rows.rank)
-    order = np.lexsort((*rows.box[:, 0].T[::-1], *keys))
+    order = np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor, -holdings.itemsize[rows.tensor], section, rows.rank))
     rows, section, nbytes = rows.take(order), section[order], holdings.nbytes(rows)[order]
     # Sections start on 16 bytes and hold wide elements first, so every entry is aligned to its element size.
     model_bytes = np.bincount(rows.rank, nbytes * (1 - section), world_size).astype(np.int64)
@@ -1020,18 +1012,17 @@ def _plan_model_file(holdings: Holdings) -> tuple[Rows, list[tuple[int, int]]]:
 
     Tied ones are in it each; of per-rank copies the lowest rank's.
     """
-    tensors, lowest = holdings.tensors, lowest_ranks(holdings.tensors)
+    tensors, lowest, members = holdings.tensors, lowest_ranks(holdings.tensors), holdings.groups.members
     chosen = [
-        index
-        for index, t in enumerate(tensors)
+        (i, t)
+        for i, t in enumerate(tensors)
         if t.name.startswith("model/") and t.dtype not in ("C128", "C32", "JSON") and t.rank == lowest[t.name]
     ]
-    chosen.sort(key=lambda index: -st.itemsize(tensors[index].dtype))
-    sizes = [math.prod(tensors[index].shape) * st.itemsize(tensors[index].dtype) for index in chosen]
-    sources = [index if (alias := tensors[index].alias_of) is None else alias for index in chosen]
-    rows = holdings.groups.members
-    rows = rows.take(np.isin(rows.tensor, sources))
-    return rows, list(zip(chosen, accumulate(sizes, initial=0)))
+    chosen.sort(key=lambda pair: -st.itemsize(pair[1].dtype))
+    ends = accumulate(math.prod(t.shape) * st.itemsize(t.dtype) for _, t in chosen)
+    sources = [i if t.alias_of is None else t.alias_of for i, t in chosen]
+    entries = list(zip((i for i, _ in chosen), (0, *ends)))
+    return members.take(np.isin(members.tensor, sources)), entries
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1615,7 +1606,7 @@ class _Attempt:
         for group, odd_ranks in proof.differing(answers).items():
             index, lowest = int(groups.rows.tensor[group]), groups.rows.rank[group]
             name, odd = holdings.tensors[index].name, ", ".join(map(str, odd_ranks))
-            if holdings.declared[index]:
+            if holdings.declared[name]:
                 spoilt += range(groups.start[group] + 1, groups.start[group] + groups.count[group])
                 self.warnings.append(
                     f"{name}: copies that its placement declares equal differ: rank(s) {odd} from rank {lowest}, "
