@@ -1639,14 +1639,11 @@ def export_checkpoint(
 
 def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | None) -> list[_Named]:
     """The tensors to export, in the order of the record, which is the model's; logs what one might not expect."""
-    lowest: dict[str, int] = {}
-    for t in meta.tensors:
-        if t.rank is not None:
-            lowest[t.name] = min(t.rank, lowest.get(t.name, t.rank))
+    lowest = coord.lowest_ranks(meta.tensors)
     chosen: list[_Named] = []
     apart, pairs, values = [], [], []
     for t, item in zip(meta.tensors, _by_name(meta).values()):
-        model, own = t.name.startswith("model/"), t.rank == lowest.get(t.name)
+        model, own = t.name.startswith("model/"), t.rank == lowest[t.name]
         if t.dtype == "JSON":
             values += [item.name] if coord.in_model(t.name) or not model_only else []
         elif (model and own) or not model_only:

@@ -47,7 +47,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -57,7 +58,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Placement
 
 if TYPE_CHECKING or __package__:
     from . import ckpt_storage as st
@@ -76,6 +77,8 @@ IO_THREADS = 4
 EARLY_PROOF_BYTES = 1 << 20  # replicas smaller than this are compared before they are written, larger ones meanwhile
 CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in the second-level cache
 T = TypeVar("T")
+Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 # --------------------------------------------------------------------------------------------------------------------
 # Coordinators
@@ -550,41 +553,29 @@ class LocalTensor(NamedTuple):
     alias_of: str | None = None
 
 
-def dtensor_class() -> type[DTensor] | None:
-    """DTensor, if anybody has imported it: importing it takes as long as torch itself."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module.DTensor if module else None
-
-
 def as_dtensor(tensor: object) -> DTensor | None:
-    """`tensor` if it is a DTensor."""
-    kind = dtensor_class()
+    """`tensor` if it is a DTensor. Does not import that class, which takes as long as torch itself: somebody has, or not."""
+    kind: type[DTensor] | None = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return tensor if kind is not None and isinstance(tensor, kind) else None
 
 
 def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     """The pieces of `tensor` on this rank. CheckpointException, naming it, for what cannot be stored."""
-    if (sharded := as_dtensor(tensor)) is not None:
-        _refuse_unsupported(name, sharded.to_local())
-        boxes = local_boxes(name, sharded)
-        local = sharded.to_local().detach()
-        pieces = [(box, local) for box in boxes]
-        return LocalTensor(name, st.CODES[tensor.dtype], tuple(tensor.shape), pieces, declared=True)
-    _refuse_unsupported(name, tensor)
-    data = tensor.detach()
-    shape = tuple(data.shape)
-    pieces = [(Box((0,) * len(shape), shape), data)] if data.numel() else []
-    return LocalTensor(name, st.CODES[data.dtype], shape, pieces)
+    sharded = as_dtensor(tensor)
+    local = tensor if sharded is None else sharded.to_local()
+    _refuse_unsupported(name, local, () if sharded is None else sharded.placements)
+    box, size = None, tuple(local.shape)
+    if local.numel():
+        box = whole_box(size) if sharded is None else _shard_box(name, sharded, size)
+    pieces = [] if box is None else [(box, local.detach())]
+    return LocalTensor(name, st.CODES[local.dtype], tuple(tensor.shape), pieces, declared=sharded is not None)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-
-def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
+def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Placement]) -> None:
     problem = ""
     if type(tensor).__name__ == "ShardedTensor":
         problem = "is an FSDP1 ShardedTensor; use FSDP2 (torch.distributed.fsdp.fully_shard), which holds DTensors"
-    elif type(tensor) not in _PLAIN:
+    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         problem = (
             f"is a {type(tensor).__name__}, a tensor subclass without a known layout; convert it to a plain tensor"
         )
@@ -596,33 +587,26 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
         problem = "is on the meta device, which holds no data; materialise it (to_empty) first"
     elif tensor.numel() and not tensor.data_ptr():
         problem = "has no memory: its storage was freed, or never made; save while it is there"
+    elif any(placement.is_partial() for placement in placements):
+        problem = "has a Partial() placement, a sum not yet taken: redistribute it to Replicate() or Shard() first"
     if problem:
         raise CheckpointException(f"{name} {problem}", type=ExceptionType.SAVE_FAILED)
 
 
-def local_boxes(name: str, tensor: DTensor) -> list[Box]:
-    """The part of a DTensor that this rank holds, as [] (nothing) or one box."""
-    from torch.distributed.tensor import Partial
-
-    local = tuple(tensor.to_local().shape)
-    if any(isinstance(p, Partial) for p in tensor.placements):
-        raise CheckpointException(
-            f"{name} has a Partial() placement, a sum not yet taken: redistribute it to Replicate() or Shard() first",
-            type=ExceptionType.SAVE_FAILED,
-        )
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None or math.prod(local) == 0:
-        return []
+def _shard_box(name: str, tensor: DTensor, size: Shape) -> Box | None:
+    """The part of a DTensor that this rank holds, which is of `size`; None outside of its mesh."""
+    if (coordinate := tensor.device_mesh.get_coordinate()) is None:
+        return None
     box = _strided_box(tensor, coordinate)
-    if box is None or box.size != local:
+    if box is None or box.size != size:
         chunks = getattr(tensor, "__create_chunk_list__")()  # torch does not type it
         box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
-        if len(chunks) != 1 or box.size != local:
+        if len(chunks) != 1 or box.size != size:
             raise CheckpointException(
-                f"{name}: its local shape {list(local)} is not what placements {tensor.placements} imply",
+                f"{name}: its local shape {list(size)} is not what placements {tensor.placements} imply",
                 type=ExceptionType.SAVE_FAILED,
             )
-    return [box]
+    return box
 
 
 def _strided_box(tensor: DTensor, coordinate: Sequence[int]) -> Box | None:
@@ -658,8 +642,7 @@ def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
     for item in tensors:
         if item.pieces:
             box, view = item.pieces[0]
-            key = (item.dtype, item.shape, box, *identity(view))
-            first = seen.setdefault(key, item.name)
+            first = seen.setdefault((item.dtype, item.shape, box, *identity(view)), item.name)
             item = item if first == item.name else item._replace(alias_of=first)
         marked.append(item)
     return marked
@@ -685,21 +668,65 @@ def in_model(name: str) -> bool:
     return name.startswith(("model/", "model-values/"))
 
 
-def in_model_file(tensor: st.TensorMetadata) -> bool:
-    """Whether CONSOLIDATED puts it into the model file: the entries of `model.state_dict()` that safetensors knows."""
-    return tensor.name.startswith("model/") and tensor.dtype not in ("C128", "C32", "JSON")
+def lowest_ranks(tensors: Iterable[st.TensorMetadata]) -> dict[str, int | None]:
+    """Of every name the lowest rank that one is kept for, which stands for all where there can be one only; else None."""
+    return {t.name: t.rank for t in sorted(tensors, key=lambda t: t.rank or 0, reverse=True)}
 
 
 def entry_name(tensor: st.TensorMetadata, offset: Sequence[int], whole: bool) -> str:
     """The name of a piece in its file: the tensor's, then the piece's offset, then the rank that it is kept for."""
     name = tensor.name.replace("~", "~0").replace("@", "~1")
-    return (
-        name + ("" if whole else "@" + ",".join(map(str, offset))) + ("" if tensor.rank is None else f"~r{tensor.rank}")
-    )
+    place, kept_for = "@" + ",".join(map(str, offset)), f"~r{tensor.rank}"
+    return name + ("" if whole else place) + ("" if tensor.rank is None else kept_for)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # S3: the plan, made on rank 0 from every rank's description, as columns of numpy arrays
+
+
+class Told(NamedTuple):
+    """A tensor, or a value (dtype "JSON"), as a rank tells the planner of it."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    declared: bool = False
+    alias_of: str = ""
+    crc: int = 0  # of a value
+    kept: bool = False  # a value that every rank has for itself
+
+
+def describe(data: ShardData, reference: str | None = None) -> tuple[dict[str, object], str]:
+    """What a rank holds, for the planner, and a digest of its tensors.
+
+    Where the digest equals `reference` (rank 0's), they are left out: at thousands of ranks it is nearly always equal.
+    """
+    tensors = [Told(t.name, t.dtype, t.shape, t.declared, t.alias_of or "") for t in data.tensors]
+    values = [Told(n, "JSON", (len(text),), crc=st.crc32(text), kept=kept) for n, (text, kept) in data.values.items()]
+    digest = hashlib.sha256(st.dump_json(tensors)).hexdigest()
+    held = [(index, box) for index, t in enumerate(data.tensors) for box, _ in t.pieces]
+    held += [(index, whole_box(value.shape)) for index, value in enumerate(values, len(tensors))]
+    tensor = np.array([index for index, _ in held], np.int64)
+    pieces = st.encode_table({"tensor": tensor}, stack_boxes([box for _, box in held]))
+    return {"tensors": None if digest == reference else tensors, "values": values, "pieces": pieces}, digest
+
+
+def whole_box(shape: Shape) -> Box:
+    """All of a tensor."""
+    return Box((0,) * len(shape), shape)
+
+
+def stack_boxes(boxes: Sequence[Box], least_width: int = 0) -> Ints:
+    """Boxes as an array (rows, 2, dimensions), padded with offset 0 and size 1."""
+    width = max([least_width, *(len(box.size) for box in boxes)])
+    pads = [width - len(box.size) for box in boxes]
+    rows = [(box.offset + (0,) * pad, box.size + (1,) * pad) for box, pad in zip(boxes, pads)]
+    return np.array(rows, np.int64).reshape(len(boxes), 2, width)
+
+
+def _box(row: Sequence[Sequence[int]], ndim: int) -> Box:
+    """A row of such an array as the box of a tensor of `ndim` dimensions."""
+    return Box(tuple(row[0][:ndim]), tuple(row[1][:ndim]))
 
 
 class Rows(NamedTuple):
@@ -710,192 +737,105 @@ class Rows(NamedTuple):
     tensor: Ints
     box: Ints  # (rows, 2, dimensions): offset and size, padded with 0 and 1
 
-    def take(self, index: Ints) -> Rows:
+    def take(self, index: Ints | Mask | slice) -> Rows:
         """The rows at `index`."""
         return Rows(*(column[index] for column in self))
 
 
-def describe(data: ShardData, reference: str | None = None) -> tuple[dict[str, object], str]:
-    """What a rank holds, for the planner, and a digest of its tensor table.
+class Groups:
+    """Equal pieces (same tensor, same box) on several ranks: one row a group, and which rows hold it."""
 
-    Where the digest equals `reference` (rank 0's), the table is left out: at thousands of ranks it is nearly always equal.
-    """
-    table = st.encode_tensors([st.TensorMetadata(t.name, t.dtype, t.shape) for t in data.tensors])
-    table["declared"] = [i for i, t in enumerate(data.tensors) if t.declared]
-    table["alias"] = [t.alias_of or "" for t in data.tensors]
-    digest = hashlib.sha256(st.dump_json(table)).hexdigest()
-    held = [(index, box) for index, t in enumerate(data.tensors) for box, _ in t.pieces]
-    pieces = st.encode_table(
-        {"tensor": np.array([index for index, _ in held], np.int64)}, stack_boxes([b for _, b in held])
-    )
-    values = [(name, len(text), st.crc32(text), kept) for name, (text, kept) in data.values.items()]
-    return {
-        "tensors": None if digest == reference else table,
-        "values": [name for name, *_ in values],
-        "lengths": st.encode_runs(np.array([length for _, length, *_ in values], np.int64)),
-        "crcs": st.encode_runs(np.array([crc for *_, crc, _ in values], np.int64)),
-        "per_rank": [name for name, *_, kept in values if kept],
-        "pieces": pieces,
-    }, digest
+    def __init__(self, rows: Rows) -> None:
+        columns = rows.box.reshape(len(rows.box), math.prod(rows.box.shape[1:])).T
+        self.members = rows.take(np.lexsort((*columns[::-1], rows.tensor)))  # stable: within a group by rank
+        tensor, box, first = self.members.tensor, self.members.box, np.ones(len(rows.tensor), bool)
+        first[1:] = (tensor[1:] != tensor[:-1]) | (box[1:] != box[:-1]).any(axis=(1, 2))
+        self.start = np.flatnonzero(first)
+        self.count = np.diff(self.start, append=len(first))
+        self.rows = self.members.take(self.start)  # the lowest rank stands for the group
 
-
-def stack_boxes(boxes: Sequence[Box], least_width: int = 0) -> Ints:
-    """Boxes as an array (rows, 2, dimensions), padded with offset 0 and size 1."""
-    width = max(least_width, max((len(box.size) for box in boxes), default=0))
-    stacked = np.zeros((len(boxes), 2, width), np.int64)
-    stacked[:, 1] = 1
-    for row, box in enumerate(boxes):
-        stacked[row, :, : len(box.size)] = box
-    return stacked
-
-
-def _box(row: Sequence[Sequence[int]], ndim: int) -> Box:
-    """A row of such an array as the box of a tensor of `ndim` dimensions."""
-    return Box(tuple(row[0][:ndim]), tuple(row[1][:ndim]))
-
-
-class Description:
-    """What one rank told the planner."""
-
-    def __init__(self, text: bytes, table: Fields | None) -> None:
-        body = Fields(json.loads(text))
-        self.table = table if body.all["tensors"] is None and table is not None else body.child("tensors")
-        (self.tensor,), self.box = st.decode_table(body.child("pieces"), ("tensor",))
-        names = body.texts("values")
-        lengths, crcs = (st.decode_runs(body.array(key), len(names)).tolist() for key in ("lengths", "crcs"))
-        kept = set(body.texts("per_rank"))
-        self.values = [(name, length, crc, name in kept) for name, length, crc in zip(names, lengths, crcs)]
-
-
-class TensorTable:
-    """The tensors that one rank, or many alike, told the planner of."""
-
-    def __init__(self, table: Fields) -> None:
-        self.tensors = st.decode_tensors(table)
-        declared = set(table.array("declared"))
-        self.declared = [index in declared for index in range(len(self.tensors))]
-        self.alias = table.texts("alias")
+    def holders(self, group: int) -> Ints:
+        """Ranks that hold a group, ascending."""
+        return self.members.rank[self.start[group] : self.start[group] + self.count[group]]
 
 
 class Holdings:
-    """Every rank's description put together: one list of tensors, and the rows of all pieces."""
+    """Every rank's description put together: one list of tensors, the rows of all their pieces, and which are equal."""
 
     def __init__(self, texts: Iterable[bytes]) -> None:
-        self.tensors: list[st.TensorMetadata] = []
-        self.declared: list[bool] = []
-        self._ids: dict[tuple[str, int | None], int] = {}
-        self._aliases: dict[int, set[str]] = {}
-        self._conflicts: set[str] = set()
-        told: list[Description] = []
+        # Of each rank: its tensors (one object where ranks have the same), its values, and which of those each piece is of.
+        self._told: list[tuple[list[Told], list[Told], Ints]] = []
+        boxes = []
         for text in texts:
-            told.append(Description(text, told[0].table if told else None))
-        tables = {id(d.table): TensorTable(d.table) for d in told}
-        self._find_conflicts(tables.values(), told)
-        self.width = max([1, *(len(t.shape) for table in tables.values() for t in table.tensors)])  # empty ones too
-        maps: dict[tuple[int, int], Ints] = {}
-        parts = [self._rows(rank, d, tables[id(d.table)], maps) for rank, d in enumerate(told)]
-        self.rows = Rows(*(np.concatenate(columns) for columns in zip(*parts)))
-        self._resolve_aliases()
+            body = json.loads(text)
+            tensors = self._told[0][0] if body["tensors"] is None else _read_told(body["tensors"])
+            (local,), box = st.decode_table(Fields(body["pieces"]), ("tensor",))
+            self._told.append((tensors, _read_told(body["values"]), local))
+            boxes.append(box)
+        tables = list({id(tensors): tensors for tensors, *_ in self._told}.values())
+        width = max([1, *(len(t.shape) for table in tables for t in table)])  # empty ones too
+        counts = [len(box) for box in boxes]
+        stacked = np.zeros((sum(counts), 2, width), np.int64)
+        stacked[:, 1] = 1
+        for part, box in zip(np.split(stacked, np.cumsum(counts)), boxes):
+            part[:, :, : box.shape[2]] = box
+        rank, source = np.arange(len(counts)).repeat(counts), np.concatenate([np.arange(count) for count in counts])
+        self._held = Rows(rank, source, np.zeros_like(rank), stacked)
+        self._spoilt = np.zeros(len(rank), bool)
+        self._apart = _differing(chain(*tables, *(values for _, values, _ in self._told)))
+        self.declared = {t.name: t.declared for table in tables[::-1] for t in table}
+        aliases: dict[str, set[str]] = {}
+        for t in chain(*tables):
+            aliases.setdefault(t.name, set()).add(t.alias_of)
+        self._tied = {name: found.pop() for name, found in aliases.items() if len(found) == 1}
+        self.arrange(set())
 
-    def _find_conflicts(self, tables: Iterable[TensorTable], told: Sequence[Description]) -> None:
-        """What differs between ranks is kept per rank: values, and plain tensors of other shape; a DTensor may not."""
-        seen: dict[str, tuple[st.TensorMetadata, bool]] = {}
-        for table in tables:
-            for tensor, declared in zip(table.tensors, table.declared):
-                other, also = seen.setdefault(tensor.name, (tensor, declared))
-                if other != tensor:
-                    if declared or also:
-                        raise CheckpointException(
-                            f"{tensor.name}: ranks disagree: {other.dtype}{list(other.shape)} against "
-                            f"{tensor.dtype}{list(tensor.shape)}",
-                            type=ExceptionType.VALIDATION_FAILED,
-                        )
-                    self._conflicts.add(tensor.name)
-        values: dict[str, tuple[int, int]] = {}
-        for name, length, crc, kept in (value for d in told for value in d.values):
-            if values.setdefault(name, (length, crc)) != (length, crc) or kept:
-                self._conflicts.add(name)
+    def arrange(self, apart: set[str], spoilt: Rows | None = None) -> None:
+        """From now on every rank has its own of the tensors `apart`, and of what is tied to them; `spoilt` copies are out.
 
-    def tensor_id(self, name: str, dtype: str, shape: Shape, rank: int | None, declared: bool) -> int:
+        What all ranks that have it call an alias needs no bytes of its own.
+        """
+        self._apart |= apart | {name for name, alias in self._tied.items() if alias in apart}
+        if spoilt is not None:
+            self._spoilt[np.searchsorted(self._held.rank, spoilt.rank) + spoilt.source] = True
+        self.tensors: list[st.TensorMetadata] = []
+        self._ids: dict[tuple[str, int | None], int] = {}  # by name, and the rank that it is kept for
+        columns = []
+        shared: dict[int, tuple[Ints, list[int]]] = {}  # what is the same for all ranks that have one table
+        for rank, (table, values, local) in enumerate(self._told):
+            if id(table) not in shared:
+                own = [i for i, t in enumerate(table) if t.name in self._apart]
+                shared[id(table)] = np.array([self._number(t, rank) for t in table], np.int64), own
+            common, own = shared[id(table)]
+            ids = np.append(common, np.zeros(len(values), np.int64))
+            ids[own] = [self._number(table[i], rank) for i in own]
+            ids[len(table) :] = [self._number(value, rank) for value in values]
+            columns.append(ids[local])
+        for index, t in enumerate(self.tensors):
+            if (target := self._ids.get((self._tied.get(t.name, ""), t.rank))) is not None:
+                self.tensors[index] = t._replace(alias_of=target)
+        stored = np.array([t.alias_of is None for t in self.tensors], bool)
+        rows = self._held._replace(tensor=np.concatenate(columns))
+        self.groups = Groups(rows.take(stored[rows.tensor] & ~self._spoilt))
+        self.itemsize = np.array([st.itemsize(t.dtype) for t in self.tensors], np.int64)
+
+    def _number(self, told: Told, rank: int) -> int:
         """The index of a tensor, added at first sight."""
-        key = (name, rank)
-        if key not in self._ids:
-            self._ids[key] = len(self.tensors)
-            self.tensors.append(st.TensorMetadata(name, dtype, shape, rank))
-            self.declared.append(declared)
-        return self._ids[key]
-
-    def _rows(self, rank: int, d: Description, table: TensorTable, maps: dict[tuple[int, int], Ints]) -> Rows:
-        key = (id(table), rank if self._conflicts.intersection(t.name for t in table.tensors) else -1)
-        if key not in maps:
-            ids = []
-            for t, declared, alias in zip(table.tensors, table.declared, table.alias):
-                kept = rank if t.name in self._conflicts else None
-                ids.append(self.tensor_id(t.name, t.dtype, t.shape, kept, declared))
-                if kept is None:
-                    self._aliases.setdefault(ids[-1], set()).add(alias)
-            maps[key] = np.array(ids, np.int64)
-        box = np.zeros((len(d.tensor), 2, self.width), np.int64)
-        box[:, 1] = 1
-        box[:, :, : d.box.shape[2]] = d.box
-        values = [
-            self.tensor_id(name, "JSON", (length,), rank if name in self._conflicts else None, False)
-            for name, length, *_ in d.values
-        ]
-        extra = stack_boxes([Box((0,), (length,)) for _, length, *_ in d.values], self.width)
-        count = len(d.tensor) + len(values)
-        tensor = np.concatenate([maps[key][d.tensor], np.array(values, np.int64)])
-        return Rows(np.full(count, rank, np.int64), np.arange(count), tensor, np.concatenate([box, extra]))
-
-    def _resolve_aliases(self) -> None:
-        """A tensor is an alias where every rank that holds any of it says so; it then needs no bytes of its own."""
-        for index, names in self._aliases.items():
-            if len(names) == 1 and (target := next(iter(names))) and (target, None) in self._ids:
-                self.tensors[index] = self.tensors[index]._replace(alias_of=self._ids[target, None])
-        aliased = np.array([t.alias_of is not None for t in self.tensors], bool)
-        if len(self.rows.tensor):
-            self.rows = self.rows.take(np.flatnonzero(~aliased[self.rows.tensor]))
+        own = rank if told.name in self._apart else None
+        index = self._ids.setdefault((told.name, own), len(self.tensors))
+        if index == len(self.tensors):
+            self.tensors.append(st.TensorMetadata(told.name, told.dtype, told.shape, own))
+        return index
 
     def nbytes(self, rows: Rows) -> Ints:
         """Logical bytes of each row."""
-        widths = np.array([st.itemsize(t.dtype) for t in self.tensors], np.int64)
-        sizes: Ints = rows.box[:, 1].prod(axis=1) * widths[rows.tensor]
+        sizes: Ints = rows.box[:, 1].prod(axis=1) * self.itemsize[rows.tensor]
         return sizes
 
-    def keep_per_rank(self, names: set[str]) -> None:
-        """Plain tensors whose copies differ: from now on every rank has its own, and what is tied to them too."""
-        dropped = {i for i, t in enumerate(self.tensors) if t.name in names and t.rank is None}
-        tied = [(i, t) for i, t in enumerate(self.tensors) if t.alias_of in dropped]
-        for row, index in enumerate(self.rows.tensor.tolist()):
-            if index in dropped:
-                t, rank = self.tensors[index], int(self.rows.rank[row])
-                self.rows.tensor[row] = own = self.tensor_id(t.name, t.dtype, t.shape, rank, False)
-                for _, alias in (pair for pair in tied if pair[1].alias_of == index):
-                    copy = self.tensor_id(alias.name, t.dtype, t.shape, rank, False)
-                    self.tensors[copy] = self.tensors[copy]._replace(alias_of=own)
-        gone = dropped | {i for i, _ in tied}
-        kept = [i for i in range(len(self.tensors)) if i not in gone]
-        place = np.full(len(self.tensors), -1, np.int64)
-        place[kept] = np.arange(len(kept))
-        self.rows = self.rows._replace(tensor=place[self.rows.tensor])
-        self.declared = [self.declared[i] for i in kept]
-        self.tensors = [
-            t if t.alias_of is None else t._replace(alias_of=int(place[t.alias_of]))
-            for t in (self.tensors[i] for i in kept)
-        ]
-
-    def lowest_ranks(self) -> dict[str, int]:
-        """Of every tensor that is kept per rank, the lowest rank that has it."""
-        lowest: dict[str, int] = {}
-        for t in self.tensors:
-            if t.rank is not None:
-                lowest[t.name] = min(t.rank, lowest.get(t.name, t.rank))
-        return lowest
-
-    def check_complete(self, groups: Groups) -> None:
+    def check_complete(self) -> None:
         """Every tensor's pieces must make up the whole of it; else VALIDATION_FAILED."""
         volume = np.zeros(len(self.tensors), np.int64)
-        np.add.at(volume, groups.rows.tensor, groups.rows.box[:, 1].prod(axis=1))
+        np.add.at(volume, self.groups.rows.tensor, self.groups.rows.box[:, 1].prod(axis=1))
         expected = [0 if t.alias_of is not None else math.prod(t.shape) for t in self.tensors]
         wrong = np.flatnonzero(volume != np.array(expected, np.int64))
         if len(wrong):
@@ -907,123 +847,101 @@ class Holdings:
             )
 
 
-class Groups:
-    """Equal pieces (same tensor, same box) on several ranks: one row a group, and which rows hold it."""
+def _read_told(rows: Iterable[tuple[str, str, Shape, bool, str, int, bool]]) -> list[Told]:
+    return [Told(*row)._replace(shape=tuple(row[2])) for row in rows]
 
-    def __init__(self, rows: Rows) -> None:
-        keys = _mix(rows.tensor)
-        for column in rows.box.reshape(len(rows.box), math.prod(rows.box.shape[1:])).T:
-            keys = _mix(keys * np.uint64(31) + column.astype(np.uint64))
-        order = np.argsort(keys, kind="stable")  # within a group by rank, since rows come in the order of ranks
-        ordered = rows.take(order)
-        new = np.ones(len(order), bool)
-        if len(order):
-            same = (ordered.tensor[1:] == ordered.tensor[:-1]) & (ordered.box[1:] == ordered.box[:-1]).all(axis=(1, 2))
-            if not (same == (keys[order][1:] == keys[order][:-1])).all():
-                raise CheckpointException("hash collision while planning; save again")  # one in 10^7 at 4M pieces
-            new[1:] = ~same
-        self.start = np.flatnonzero(new)
-        self.count = np.diff(np.append(self.start, len(order)))
-        self.members = ordered
-        self.rows = ordered.take(self.start)  # the lowest rank stands for the group
 
-    def holders(self, group: int) -> Ints:
-        """Ranks that hold a group, ascending."""
-        return self.members.rank[self.start[group] : self.start[group] + self.count[group]]
+def _differing(told: Iterable[Told]) -> set[str]:
+    """What ranks have each for themselves: values, and plain tensors, that are not the same on all; a DTensor must be."""
+    seen: dict[str, Told] = {}
+    apart = set()
+    for t in told:
+        first = seen.setdefault(t.name, t)
+        differs = (t.dtype, t.shape, t.crc) != (first.dtype, first.shape, first.crc)
+        if differs and (t.declared or first.declared):
+            raise CheckpointException(
+                f"{t.name}: ranks disagree: {first.dtype}{list(first.shape)} against {t.dtype}{list(t.shape)}",
+                type=ExceptionType.VALIDATION_FAILED,
+            )
+        if differs or t.kept:
+            apart.add(t.name)
+    return apart
 
 
 class ReplicaProof:
     """On rank 0: which copies of some groups each rank is to checksum, and in which groups they turn out to differ."""
 
     def __init__(self, groups: Groups, chosen: Ints) -> None:
-        self.groups, self._chosen, self.count = groups, chosen, len(chosen)
-        asked = np.zeros(len(groups.count), bool)
-        asked[chosen] = True
-        asked = np.repeat(asked, groups.count)
-        self._rank, self._source = groups.members.rank[asked], groups.members.source[asked]
+        self.groups, self._group = groups, np.arange(len(groups.count)).repeat(groups.count)
+        asked = np.flatnonzero(np.isin(self._group, chosen))
+        rank, source = groups.members.rank[asked], groups.members.source[asked]
+        order = np.lexsort((source, rank))  # a rank's pieces in their order make few runs
+        self._asked, self._rank, self._source, self.count = asked[order], rank[order], source[order], len(asked)
 
     def wanted(self, rank: int) -> list[int]:
         """The pieces of a rank that it is to checksum, as runs."""
-        return st.encode_runs(self._source[self._rank == rank])
+        return st.encode_runs(self._source[slice(*np.searchsorted(self._rank, (rank, rank + 1)))])
 
-    def differing(self, answers: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+    def differing(self, answers: Sequence[Sequence[int]]) -> dict[int, list[int]]:
         """Groups whose copies differ, each with the ranks that differ from the lowest one. `answers`: each rank's CRCs."""
-        crcs = np.empty(len(self._rank), np.int64)
-        for rank, answer in enumerate(answers):
-            crcs[self._rank == rank] = answer
-        ends, found = np.cumsum(self.groups.count[self._chosen]), []
-        for group, end in zip(self._chosen.tolist(), ends.tolist()):
-            own = crcs[end - self.groups.count[group] : end]
-            if (odd := own != own[0]).any():
-                found.append((group, self.groups.holders(group)[odd].tolist()))
+        crcs = np.zeros(len(self._group), np.int64)
+        crcs[self._asked] = np.concatenate([np.array(answer, np.int64) for answer in answers])
+        odd = np.flatnonzero(crcs != crcs[self.groups.start[self._group]])
+        found: dict[int, list[int]] = {}
+        for group, rank in zip(self._group[odd].tolist(), self.groups.members.rank[odd].tolist()):
+            found.setdefault(group, []).append(rank)
         return found
 
 
-def _mix(values: Ints) -> Ints:
-    """splitmix64, the finaliser of Steele, Lea and Flood's generator: a hash of each integer."""
-    z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-Floats = npt.NDArray[np.float64]
 MIN_SPLIT_BYTES = 1 << 20  # smaller replicas are written whole by one of their holders
 
 
-def assign_writers(holdings: Holdings, groups: Groups, world_size: int) -> Rows:
-    """One writer for every byte (I1): pieces held once by their holder, replicas shared out so that loads are level."""
-    nbytes = holdings.nbytes(groups.rows)
-    single = groups.count == 1
+def assign_writers(holdings: Holdings, todo: Mask, world_size: int) -> Rows:
+    """One writer for every byte (I1) of the groups `todo`: the holder of what is held once, else all holders a share.
+
+    Shares are such that the least loaded ranks fill up first.
+    """
+    groups, nbytes = holdings.groups, holdings.nbytes(holdings.groups.rows)
+    single = todo & (groups.count == 1)
     load: Floats = np.bincount(groups.rows.rank[single], nbytes[single], world_size).astype(np.float64)
-    parts = [groups.rows.take(np.flatnonzero(single))]
-    multi = np.flatnonzero(~single)
-    sums = np.add.reduceat(_mix(groups.members.rank), groups.start) if len(groups.start) else np.empty(0, np.uint64)
+    parts = [groups.rows.take(single)]
+    lots = np.random.default_rng(0).integers(1 << 62, size=world_size)  # equal sums of them: held by the same ranks
+    sums = np.add.reduceat(lots[groups.members.rank], groups.start)
+    multi = np.flatnonzero(todo & ~single)
     for kind in np.unique(sums[multi]):
         chosen = multi[sums[multi] == kind]
-        chosen = chosen[np.lexsort((groups.rows.source[chosen], groups.rows.rank[chosen]))]
         holders = groups.holders(chosen[0])
-        shares = _level(load[holders], float(nbytes[chosen].sum()))
+        # With the k least loaded filled up alike they come to levels[k - 1]; one more pays as long as that gets lower.
+        levels = (nbytes[chosen].sum() + np.cumsum(np.sort(load[holders]))) / np.arange(1, len(holders) + 1)
+        shares = np.maximum(0.0, levels.min() - load[holders])
         load[holders] += shares
-        parts += _cut(groups, chosen, nbytes[chosen], holders, shares)
+        parts.append(_cut(groups, chosen, nbytes[chosen], np.cumsum(shares)[:-1]))
     return Rows(*(np.concatenate(columns) for columns in zip(*parts)))
 
 
-def _level(load: Floats, total: float) -> Floats:
-    """How much each of some ranks gets of `total` more, so that the least loaded fill up first."""
-    order = np.sort(load)
-    levels = (total + np.cumsum(order)) / np.arange(1, len(load) + 1)
-    usable = levels >= order
-    level = levels[np.flatnonzero(usable)[-1]]
-    share: Floats = np.maximum(0.0, level - load)
-    return share
+def _cut(groups: Groups, chosen: Ints, nbytes: Ints, cuts: Floats) -> Rows:
+    """Lay the chosen groups end to end and cut the row of bytes at `cuts`, rounded to what a piece can be cut into.
+
+    Those are the rows of its first dimension of more than one, or the whole where it is small. Between two cuts lies
+    what one of the holders writes.
+    """
+    box, at = groups.rows.box[chosen], np.arange(len(chosen))
+    dim = np.argmax(box[:, 1] > 1, axis=1)
+    count = np.where(nbytes >= MIN_SPLIT_BYTES, box[at, 1, dim], 1)  # of such rows
+    first, begin = np.cumsum(count) - count, np.cumsum(nbytes) - nbytes
+    hit = np.searchsorted(begin, cuts, side="right") - 1
+    cuts = first[hit] + np.rint((cuts - begin[hit]) / nbytes[hit] * count[hit]).astype(np.int64)
+    low = np.unique(np.append(first, cuts[cuts < count.sum()]))
+    piece, holder = np.searchsorted(first, low, side="right") - 1, np.searchsorted(cuts, low, side="right")
+    size = np.diff(low, append=count.sum())
+    rows = groups.members.take(groups.start[chosen[piece]] + holder)
+    split = np.flatnonzero(size < count[piece])
+    rows.box[split, 0, dim[piece[split]]] += (low - first[piece])[split]
+    rows.box[split, 1, dim[piece[split]]] = size[split]
+    return rows
 
 
-def _cut(groups: Groups, chosen: Ints, nbytes: Ints, holders: Ints, shares: Floats) -> list[Rows]:
-    """Lay the chosen groups end to end and cut the row of bytes where each holder's share ends."""
-    ends, starts = np.cumsum(nbytes), np.cumsum(nbytes) - nbytes
-    cuts = np.cumsum(shares)[:-1]
-    owner = np.searchsorted(cuts, (starts + ends) / 2, side="right")
-    straddling = np.searchsorted(cuts, starts, "right") != np.searchsorted(cuts, ends, "left")
-    split = np.flatnonzero(straddling & (nbytes >= MIN_SPLIT_BYTES))
-    members = groups.start[chosen] + owner
-    whole = np.setdiff1d(np.arange(len(chosen)), split)
-    parts = [groups.members.take(members[whole])]
-    for index in split.tolist():
-        group, (offset, size) = chosen[index], groups.rows.box[chosen[index]]
-        dim = int(np.argmax(size > 1))
-        points = (cuts - starts[index]) / nbytes[index] * size[dim]
-        edges = [0, *np.clip(np.rint(points), 0, size[dim]).astype(int).tolist(), int(size[dim])]
-        for holder, (low, high) in enumerate(zip(edges, edges[1:])):
-            if high > low:
-                part = groups.members.take(np.array([groups.start[group] + holder]))
-                part.box[0, 0, dim], part.box[0, 1, dim] = offset[dim] + low, high - low
-                parts.append(part)
-    return parts
-
-
-@dataclass
-class SavePlan:
+class SavePlan(NamedTuple):
     """The result of S3, on rank 0."""
 
     tensors: list[st.TensorMetadata]
@@ -1032,99 +950,79 @@ class SavePlan:
     shard: Ints
     bases: list[int]  # first byte of each rank's region in a shared file, and the end of the last
     shared: bool  # one file for all ranks
-    groups: Groups  # who else holds the same
-    warnings: list[str] = field(default_factory=list)
-    model_rows: Rows | None = None  # CONSOLIDATED: all holders of the model file's tensors
-    model_entries: list[tuple[int, int]] = field(default_factory=list)  # (tensor, begin)
+    model_rows: Rows | None  # CONSOLIDATED: all holders of the model file's tensors
+    model_entries: list[tuple[int, int]]  # (tensor, begin)
 
     def order(self, rank: int) -> dict[str, object]:
         """What a rank needs to know to write its bytes."""
-        low, high = np.searchsorted(self.rows.rank, (rank, rank + 1)).tolist()
-        rows = self.rows.take(np.arange(low, high))
+        mine = slice(*np.searchsorted(self.rows.rank, (rank, rank + 1)))
+        rows = self.rows.take(mine)
         used, local = np.unique(rows.tensor, return_inverse=True)
-        tensors = [self.tensors[index]._replace(alias_of=None) for index in used.tolist()]
-        columns = {"tensor": local, "source": rows.source, "begin": self.begin[low:high]}
-        return {
-            "base": self.bases[rank],
-            "tensors": st.encode_tensors(tensors),
-            "rows": st.encode_table(columns, rows.box),
-        }
+        tensors = st.encode_tensors([self.tensors[index] for index in used.tolist()])
+        columns = {"tensor": local, "source": rows.source, "begin": self.begin[mine]}
+        return {"base": self.bases[rank], "tensors": tensors, "rows": st.encode_table(columns, rows.box)}
 
     def record(self) -> tuple[list[st.TensorMetadata], st.PieceTable]:
-        """The tensors and pieces of the commit record; those of the model file come as whole tensors."""
-        tensors, shard, begin, box, tensor = list(self.tensors), self.shard, self.begin, self.rows.box, self.rows.tensor
+        """The tensors and pieces of the commit record; those of the model file come as whole tensors, tied ones too."""
+        tensors = list(self.tensors)
+        table = st.PieceTable(self.rows.tensor, self.shard, self.begin, self.rows.box)
         if self.model_entries:
-            index = np.array([i for i, _ in self.model_entries], np.int64)
-            keep = np.array([math.prod(tensors[i].shape) > 0 for i in index.tolist()], bool)
-            whole = stack_boxes(
-                [Box((0,) * len(s), s) for s in (tensors[i].shape for i in index.tolist())], box.shape[2]
-            )
-            box = np.concatenate([box, whole[keep]])
-            shard = np.concatenate([shard, np.zeros(keep.sum(), np.int64)])
-            begin = np.concatenate([begin, np.array([b for _, b in self.model_entries], np.int64)[keep]])
-            tensor = np.concatenate([tensor, index[keep]])
-            for i in index.tolist():
+            for i, _ in self.model_entries:
                 tensors[i] = tensors[i]._replace(alias_of=None)
+            whole = [(i, 0, begin) for i, begin in self.model_entries if math.prod(tensors[i].shape)]
+            boxes = stack_boxes([whole_box(tensors[i].shape) for i, *_ in whole], table.box.shape[2])
+            index, shard, begin = np.array(whole, np.int64).reshape(-1, 3).T
+            added = st.PieceTable(index, shard, begin, boxes)
+            table = st.PieceTable(*(np.concatenate(columns) for columns in zip(table, added)))
         width = max((len(t.shape) for t in tensors), default=0)
-        return tensors, st.PieceTable(tensor, shard, begin, box[:, :, :width]).sort()
+        return tensors, table._replace(box=table.box[:, :, :width]).sort()
 
 
 def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> SavePlan:
     """Who writes which bytes where, from what every rank holds."""
-    holdings.check_complete(groups := Groups(holdings.rows))
-    plan = SavePlan(
-        holdings.tensors,
-        holdings.rows,
-        np.empty(0, np.int64),
-        np.empty(0, np.int64),
-        [],
-        form is not CheckpointFormat.MULTI_SHARD,
-        groups,
-    )
+    holdings.check_complete()
+    tensors, shared = holdings.tensors, form is not CheckpointFormat.MULTI_SHARD
+    todo, model_rows, model_entries = np.ones(len(tensors), bool), None, list[tuple[int, int]]()
     if form is CheckpointFormat.CONSOLIDATED:
-        _plan_model_file(plan, holdings)
-        lowest = holdings.lowest_ranks()
-        apart = np.array([in_model_file(t) and t.rank == lowest.get(t.name) for t in holdings.tensors], bool)
-        groups = Groups(holdings.rows.take(np.flatnonzero(~apart[holdings.rows.tensor])))
-    rows = assign_writers(holdings, groups, world_size)
-    nbytes = holdings.nbytes(rows)
-    other = np.array([not in_model(t.name) for t in holdings.tensors], np.int64)
-    width = np.array([st.itemsize(t.dtype) for t in holdings.tensors], np.int64)
-    section = other[rows.tensor]
-    order = np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor, -width[rows.tensor], section, rows.rank))
-    rows, nbytes, section = rows.take(order), nbytes[order], section[order]
+        model_rows, model_entries = _plan_model_file(holdings)
+        todo[[index for index, _ in model_entries]] = False
+    rows = assign_writers(holdings, todo[holdings.groups.rows.tensor], world_size)
+    section = np.array([not in_model(t.name) for t in tensors], np.int64)[rows.tensor]
+    order = np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor, -holdings.itemsize[rows.tensor], section, rows.rank))
+    rows, section, nbytes = rows.take(order), section[order], holdings.nbytes(rows)[order]
     # Sections start on 16 bytes and hold wide elements first, so every entry is aligned to its element size.
-    model_bytes = np.bincount(rows.rank[section == 0], nbytes[section == 0], world_size).astype(np.int64)
+    model_bytes = np.bincount(rows.rank, nbytes * (1 - section), world_size).astype(np.int64)
     totals = np.bincount(rows.rank, nbytes, world_size).astype(np.int64)
-    pads = np.where(totals > model_bytes, -model_bytes % 16, 0)
-    first = np.cumsum(totals) - totals
-    begin = np.cumsum(nbytes) - nbytes - first[rows.rank] + pads[rows.rank] * section
+    pads = -model_bytes % 16 * (totals > model_bytes)
     lengths = totals + pads
-    if plan.shared:
-        rounded = -(-lengths // st.BLOCK_BYTES) * st.BLOCK_BYTES  # I1: regions start on block boundaries
+    bases = np.zeros(world_size + 1, np.int64)
+    if shared:
+        room = -(-lengths // st.BLOCK_BYTES) * st.BLOCK_BYTES  # I1: regions start on block boundaries
         last = max(np.flatnonzero(lengths), default=0)
-        rounded[last] = lengths[last]
-        plan.bases = [0, *np.cumsum(rounded).tolist()]
-        begin = begin + np.array(plan.bases[:-1], np.int64)[rows.rank]
-        shard = np.full(len(begin), int(form is CheckpointFormat.CONSOLIDATED), np.int64)
-    else:
-        plan.bases = [0] * (world_size + 1)
-        shard = rows.rank
-    plan.rows, plan.begin, plan.shard = rows, begin, shard
-    return plan
+        room[last] = lengths[last]
+        bases[1:] = np.cumsum(room)
+    first = bases[:-1] - (np.cumsum(totals) - totals)
+    begin = np.cumsum(nbytes) - nbytes + first[rows.rank] + pads[rows.rank] * section
+    shard = np.full_like(begin, form is CheckpointFormat.CONSOLIDATED) if shared else rows.rank
+    return SavePlan(tensors, rows, begin, shard, bases.tolist(), shared, model_rows, model_entries)
 
 
-def _plan_model_file(plan: SavePlan, holdings: Holdings) -> None:
-    """Whole tensors under their own names, tied ones each; of per-rank copies the lowest rank's."""
-    lowest = holdings.lowest_ranks()
-    chosen = [i for i, t in enumerate(plan.tensors) if in_model_file(t) and t.rank == lowest.get(t.name)]
-    chosen.sort(key=lambda i: (-st.itemsize(plan.tensors[i].dtype), i))
-    position = 0
-    for index in chosen:
-        plan.model_entries.append((index, position))
-        position += math.prod(plan.tensors[index].shape) * st.itemsize(plan.tensors[index].dtype)
-    wanted = [index if (alias := plan.tensors[index].alias_of) is None else alias for index in chosen]
-    plan.model_rows = holdings.rows.take(np.flatnonzero(np.isin(holdings.rows.tensor, wanted)))
+def _plan_model_file(holdings: Holdings) -> tuple[Rows, list[tuple[int, int]]]:
+    """CONSOLIDATED's model file: the entries of `model.state_dict()` that safetensors knows, as whole tensors.
+
+    Tied ones are in it each; of per-rank copies the lowest rank's.
+    """
+    tensors, lowest, members = holdings.tensors, lowest_ranks(holdings.tensors), holdings.groups.members
+    chosen = [
+        (i, t)
+        for i, t in enumerate(tensors)
+        if t.name.startswith("model/") and t.dtype not in ("C128", "C32", "JSON") and t.rank == lowest[t.name]
+    ]
+    chosen.sort(key=lambda pair: -st.itemsize(pair[1].dtype))
+    ends = accumulate(math.prod(t.shape) * st.itemsize(t.dtype) for _, t in chosen)
+    sources = [i if t.alias_of is None else t.alias_of for i, t in chosen]
+    entries = list(zip((i for i, _ in chosen), (0, *ends)))
+    return members.take(np.isin(members.tensor, sources)), entries
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1660,7 +1558,7 @@ class _Attempt:
             orders: list[bytes] = []
             if holdings is not None:
                 self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
-                self._proof = ReplicaProof(self._plan.groups, self._to_prove(holdings, self._plan.groups, verify))
+                self._proof = ReplicaProof(holdings.groups, self._to_prove(holdings, verify))
                 self._raise_fence()
                 orders = self._orders()
             order = Fields(json.loads(self.op.hand_out(orders)))
@@ -1669,11 +1567,11 @@ class _Attempt:
             self._gathering = self._read_model_order(order)
             self._proving, self._replicas = bool(order.all["proving"]), self._views(order.all["replicas"])
 
-    def _to_prove(self, holdings: Holdings, groups: Groups, verify: bool, early: bool = False) -> Ints:
+    def _to_prove(self, holdings: Holdings, verify: bool, early: bool = False) -> Ints:
         """Groups of replicas whose copies are compared before (early), or else beside, the writing."""
         if not verify:
             return np.empty(0, np.int64)
-        tensors = holdings.tensors
+        tensors, groups = holdings.tensors, holdings.groups
         json_like = np.array([t.dtype == "JSON" for t in tensors], bool)  # compared while planning
         suspect = np.array([t.name in self._suspects for t in tensors], bool)
         first = (holdings.nbytes(groups.rows) < EARLY_PROOF_BYTES) | suspect[groups.rows.tensor]
@@ -1691,9 +1589,8 @@ class _Attempt:
         """Compare the copies of small tensors, and of those that differed before; what differs is kept per rank."""
         proof, parts = None, list[bytes]()
         if holdings is not None:
-            groups = Groups(holdings.rows)
-            if len(chosen := self._to_prove(holdings, groups, True, early=True)):
-                proof = ReplicaProof(groups, chosen)
+            if len(chosen := self._to_prove(holdings, True, early=True)):
+                proof = ReplicaProof(holdings.groups, chosen)
                 parts = [st.dump_json(proof.wanted(rank)) for rank in range(self.op.world_size)]
         if not self.op.broadcast(proof is not None):
             return
@@ -1705,13 +1602,12 @@ class _Attempt:
             self._split_differing(holdings, proof, [json.loads(answer) for answer in answers])
 
     def _split_differing(self, holdings: Holdings, proof: ReplicaProof, answers: Sequence[Sequence[int]]) -> None:
-        groups, drop = proof.groups, list[Ints]()
-        apart: set[str] = set()
-        for group, odd_ranks in proof.differing(answers):
-            index, lowest = int(groups.rows.tensor[group]), groups.holders(group)[0]
+        groups, apart, spoilt = holdings.groups, set[str](), list[int]()
+        for group, odd_ranks in proof.differing(answers).items():
+            index, lowest = int(groups.rows.tensor[group]), groups.rows.rank[group]
             name, odd = holdings.tensors[index].name, ", ".join(map(str, odd_ranks))
-            if holdings.declared[index]:
-                drop.append(groups.start[group] + np.arange(1, groups.count[group]))
+            if holdings.declared[name]:
+                spoilt += range(groups.start[group] + 1, groups.start[group] + groups.count[group])
                 self.warnings.append(
                     f"{name}: copies that its placement declares equal differ: rank(s) {odd} from rank {lowest}, "
                     "whose copy is kept"
@@ -1721,13 +1617,8 @@ class _Attempt:
                 self.warnings.append(
                     f"{name}: differs between ranks (rank(s) {odd} from rank {lowest}); it is saved per rank"
                 )
-        holdings.rows = groups.members
-        if drop:
-            holdings.rows = groups.members.take(np.setdiff1d(np.arange(len(groups.members.rank)), np.concatenate(drop)))
-        order = np.argsort(holdings.rows.rank, kind="stable")  # `Groups` relies on the order of ranks
-        holdings.rows = holdings.rows.take(order)
-        if apart:
-            holdings.keep_per_rank(apart)
+        if apart or spoilt:
+            holdings.arrange(apart, groups.members.take(np.array(spoilt, np.int64)))
 
     def _raise_fence(self) -> None:
         if self._fence is None:
@@ -1884,7 +1775,7 @@ class _Attempt:
             if self.op.rank == 0:
                 groups = self._proof.groups
                 found = self._proof.differing([report["replicas"] for report in self._reports])
-                differing = {self._plan.tensors[groups.rows.tensor[group]].name for group, _ in found}
+                differing = {self._plan.tensors[groups.rows.tensor[group]].name for group in found}
                 self._suspects |= differing
             if self.op.broadcast(not differing):
                 return True
