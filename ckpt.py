@@ -608,7 +608,7 @@ class ModelState:
         for key, value in self._entries(keep_vars=True):
             if not isinstance(value, torch.Tensor) or key.endswith("_extra_state"):
                 filling.value(f"model-values/{key}", key, value, decoded)
-            elif filling.reader.indices(name := f"model/{key}"):
+            elif (name := f"model/{key}") in filling.reader.stored:
                 filled.add(id(value))
                 filling.fill(name, value)
             else:
@@ -1446,7 +1446,7 @@ class _Restore:
         self.model = ModelState(self.model_argument)
         self.model.fill(filling)
         self.optimizer = None
-        names = set(reader.names())
+        names = set(reader.stored)
         if self.optimizer_argument is not None and options.load_optimizer:
             if "optimizer/state" in names:
                 self.optimizer = OptimizerState(self.optimizer_argument, self.model.parameters())
@@ -1482,7 +1482,7 @@ class _Restore:
 
     @staticmethod
     def _is_value(reader: CheckpointReader, name: str) -> bool:
-        return any(reader.metadata.tensors[i].dtype == "JSON" for i in reader.indices(name))
+        return any(reader.metadata.tensors[i].dtype == "JSON" for i in reader.stored[name].values())
 
     def _judge(self, op: coord.Operation, names: set[str]) -> None:
         """Errors, or in loose mode warnings, for all that does not fit; what no rank wants is unexpected."""
@@ -1746,11 +1746,12 @@ class _Exporter(CheckpointReader):
         targets = [t.target() for _, t, _ in places]
         self._places = {id(target.view): (file, begin) for target, (file, _, begin) in zip(targets, places)}
         tasks = self.plan(targets)
-        total = sum(st.block_span(self.header(task.shard), task.first, task.last) for task in tasks)
+        total = sum(task.nbytes for task in tasks)
         done: list[int] = []
 
         def run(task: coord.Task, buffer: st.Bytes) -> None:
-            done.append(self.run(task, buffer))
+            self.run(task, buffer)
+            done.append(task.nbytes)
 
         def poll() -> None:
             if progress is not None:
@@ -1759,19 +1760,19 @@ class _Exporter(CheckpointReader):
         st.in_parallel(tasks, run, min(coord.IO_THREADS, len(tasks)), poll)
         poll()
 
-    def place(self, task: coord.Task, data: st.Bytes) -> None:
-        """Write the verified bytes of a task."""
-        for copy, start, part in self.parts(task, data):
-            (file, begin), stored, wanted = self._places[id(copy.view)], st.DTYPES[copy.entry.dtype], copy.view.dtype
-            first, last, done = start // stored.itemsize, (start + len(part)) // stored.itemsize, 0
-            if wanted != stored:
-                part = torch.from_numpy(part).view(stored).to(wanted).view(torch.uint8).numpy()
-            for _, box in st.row_boxes(copy.piece.size, first, last):
-                offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
-                for element, count in _runs(st.Box(offset, box.size), copy.held.size):
-                    stop = done + count * wanted.itemsize
-                    file.write(begin + element * wanted.itemsize, part[done:stop].data)
-                    done = stop
+    def place(self, copy: coord.Copy, part: st.Bytes) -> None:
+        """Write verified bytes of a piece."""
+        (file, begin), view = self._places[id(copy.target.view)], copy.target.view
+        stored, wanted = st.DTYPES[copy.entry.dtype], view.dtype
+        first, last, done = copy.start // stored.itemsize, (copy.start + len(part)) // stored.itemsize, 0
+        if wanted != stored:
+            part = torch.from_numpy(part).view(stored).to(wanted).view(torch.uint8).numpy()
+        for _, box in st.row_boxes(copy.piece.size, first, last):
+            offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
+            for element, count in _runs(st.Box(offset, box.size), copy.target.box.size):
+                stop = done + count * wanted.itemsize
+                file.write(begin + element * wanted.itemsize, part[done:stop].data)
+                done = stop
 
 
 def _runs(box: st.Box, shape: st.Shape) -> Iterator[tuple[int, int]]:
@@ -1978,10 +1979,10 @@ def _blocks(reader: CheckpointReader, tensors: Sequence[_Named]) -> dict[str, li
     names = {id(target.view): t.name for target, t in zip(targets, tensors)}
     for task in reader.plan(targets):
         for copy in task.copies:
-            at = task.first * st.BLOCK_BYTES - copy.entry.begin
-            alone = copy.frame < 0 and 0 <= at <= copy.entry.nbytes() - st.BLOCK_BYTES
+            entry, at = copy.entry, task.first * st.BLOCK_BYTES - copy.entry.begin
+            alone = not entry.frames and copy.high - copy.low == st.BLOCK_BYTES
             crcs = reader.header(task.shard).block_crcs[task.first : task.last]
-            found[names[id(copy.view)]].append(_Block((copy.piece, at, copy.entry.frames, copy.frame), alone, crcs))
+            found[names[id(copy.target.view)]].append(_Block((copy.piece, at, entry.frames, copy.start), alone, crcs))
     return found
 
 

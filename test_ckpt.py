@@ -1839,6 +1839,19 @@ def test_reshard_compressed_checkpoints_of_every_format(tmp_path, level):
         assert len(answer) == 3 and not any(answer.values()), answer
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_shard_of_many_blocks_is_broadcast_whole(tmp_path, level):
+    assert all(run(2, broadcast_many_blocks, tmp_path, level))
+
+
+def broadcast_many_blocks(rank, world_size, tmp, level):
+    truth = torch.randn(48 * MiB // 4, generator=torch.Generator().manual_seed(1))
+    opened(tmp).save(Bag(a=truth, b=truth[:100]), None, to(compression_level=level))
+    found = Bag(a=torch.zeros_like(truth), b=torch.zeros(100))
+    opened(tmp).load(found, None, at(resharding_strategy="broadcast"))
+    return torch.equal(found.state["a"], truth) and torch.equal(found.state["b"], truth[:100])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reshard_to_whole_tensors_on_disk_holds_the_unsharded_truth(saved, layout):
     shard = Shard(shards(saved(layout), f"{layout}/CONSOLIDATED")[0])
