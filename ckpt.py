@@ -1307,7 +1307,7 @@ class DistributedCheckpoint:
             try:
                 return once()
             except coord.OperationFailed as failed:
-                if not failed.info.get("superseded"):
+                if not failed.superseded:
                     raise
             return once()
 

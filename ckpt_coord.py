@@ -44,8 +44,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -154,30 +153,22 @@ class TorchCoordinator:
         ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         if dist.get_rank() not in ranks:
             raise ValueError(f"rank {dist.get_rank()} is not in the process group of ranks {ranks}")
-        self._rank, self._world_size = ranks.index(dist.get_rank()), len(ranks)
+        self.rank, self.world_size = ranks.index(dist.get_rank()), len(ranks)
         store = dist.distributed_c10d._get_default_store()
         if hasattr(store, "clone"):  # a connection of our own: training threads block on theirs
             store = store.clone()
         name = "ckpt/" + hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-        instance = store.add(f"{name}/made/{self._rank}", 1)
+        instance = store.add(f"{name}/made/{self.rank}", 1)
         self._store = PrefixStore(f"{name}/{instance}", store)
         self._operation = self._step = 0
         self._posted: list[str] = []
         self._poll: Callable[[], None] = lambda: None
         self._store_error = ""
-        self._longest_pause = min(0.5, 0.02 * max(1.0, self._world_size / 64))  # thousands of ranks ask one store
+        self._longest_pause = min(0.5, 0.02 * max(1.0, self.world_size / 64))  # thousands of ranks ask one store
         self._group: dist.ProcessGroupGloo | None = None
+        self._generation = ""  # of the group; "" where it is not usable (any more)
         # gloo's threads must not drop the last reference to a tensor: at interpreter exit that ends the process.
         self._in_flight: tuple[object, ...] = ()
-        self._generation = ""
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return self._world_size
 
     def begin(self, poll: Callable[[], None]) -> None:
         self._operation += 1
@@ -192,25 +183,18 @@ class TorchCoordinator:
         if self.rank == src:
             self._post(key, value)
             return value
-        self._wait([key], timeout, lambda: [src])
-        return self._get([key])[0]
+        return self._await([key], timeout, {src: key})[0]
 
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
         """Two hops: everybody posts, rank 0 collects and posts the whole."""
         step, before = self._next_step(), len(self._posted)
-        keys = [f"{step}/{rank}" for rank in range(self.world_size)]
-
-        def missing() -> list[int]:
-            return [rank for rank, key in enumerate(keys) if not self._check([key])] or [0]
-
-        self._post(keys[self.rank], value)
+        posts = {rank: f"{step}/{rank}" for rank in range(self.world_size)}
+        self._post(posts[self.rank], value)
         if self.rank == 0:
-            self._wait(keys, timeout, missing)
-            values = self._get(keys)
+            values = self._await(list(posts.values()), timeout, posts)
             self._post(f"{step}/all", values)
         else:
-            self._wait([f"{step}/all"], timeout, missing)
-            (gathered,) = self._get([f"{step}/all"])
+            (gathered,) = self._await([f"{step}/all"], timeout, posts)
             values = gathered if isinstance(gathered, list) else []
         # Everybody has come as far as this step, so nobody still reads what was posted before it.
         retired, self._posted = self._posted[:before], self._posted[before:]
@@ -227,25 +211,24 @@ class TorchCoordinator:
             return {}
         key = str(self.rank)
         incoming = [table.number(key) if key in table.all else 0 for table in tables]
-        problem, received = "", np.empty(sum(incoming), np.uint8)
+        order = [outgoing.get(rank, np.empty(0, np.uint8)) for rank in range(self.world_size)]
+        sent, received = np.concatenate(order), np.empty(sum(incoming), np.uint8)
+        problem = ""
         try:
-            if len({row.text("generation") for row in told}) > 1 or not self._generation:
-                self._rebuild(max(0.1, deadline - time.monotonic()))
+            if not self._generation or len({row.text("generation") for row in told}) > 1:
+                self._generation = f"{self._operation}.{self._step}"
+                store = PrefixStore(f"gloo/{self._generation}", self._store)
+                limit = datetime.timedelta(seconds=max(0.1, deadline - time.monotonic()))
+                self._group = dist.ProcessGroupGloo(store, self.rank, self.world_size, limit)
             options = dist.AllToAllOptions()
             options.timeout = datetime.timedelta(seconds=max(0.1, deadline - GRACE_S - time.monotonic()))
-            order = [outgoing.get(rank, np.empty(0, np.uint8)) for rank in range(self.world_size)]
-            sent = torch.from_numpy(np.concatenate(order))
-            lengths = [len(data) for data in order]
-            if self._group is not None:
-                output = torch.from_numpy(received)
-                send = getattr(self._group, "alltoall_base")  # missing in torch's type stubs
-                work = send(output, sent, incoming, lengths, options)
-                self._in_flight = (work, output, sent)
-                work.wait()
+            send = getattr(self._group, "alltoall_base")  # missing in torch's type stubs
+            tensors = torch.from_numpy(received), torch.from_numpy(sent)
+            self._in_flight = (work := send(*tensors, incoming, list(map(len, order)), options), tensors)
+            work.wait()
         except RuntimeError as error:
             problem, self._generation = str(error), ""
-        problems = self.all_gather(problem, max(0.1, deadline - time.monotonic()))
-        for rank, text in enumerate(problems):
+        for rank, text in enumerate(self.all_gather(problem, max(0.1, deadline - time.monotonic()))):
             if text:
                 self._generation = ""  # a group that failed once is not usable again
                 raise CheckpointException(f"gloo exchange failed on rank {rank}: {text}", rank=rank)
@@ -256,29 +239,19 @@ class TorchCoordinator:
         self._generation = ""
         key = f"{self._operation}/failed"
         try:
-            if self._call(self._store.add, f"{key}/count", 1) == 1:
-                self._post(key, failure)
-                self._posted.append(f"{key}/count")
-                return failure
-            deadline = time.monotonic() + GRACE_S
-            while (first := self.failure()) is None and time.monotonic() < deadline:
-                time.sleep(0.002)
-            return first or failure
+            text = st.dump_json(st.encode_value(failure, key)).decode()
+            self._call(self._store.compare_set, key, "", text)  # the first one stays
+            self._posted.append(key)
+            return self.failure() or failure
         except CheckpointException:  # the store is gone: nobody is left to agree with
             return failure
 
     def failure(self) -> dict[str, object] | None:
         key = f"{self._operation}/failed"
-        if not self._check([key]):
+        if not self._call(self._store.check, [key]):
             return None
-        (failure,) = self._get([key])
         self._generation = ""
-        return failure if isinstance(failure, dict) else None
-
-    def _rebuild(self, timeout: float) -> None:
-        self._generation = f"{self._operation}.{self._step}"
-        store = PrefixStore(f"gloo/{self._generation}", self._store)
-        self._group = dist.ProcessGroupGloo(store, self.rank, self.world_size, datetime.timedelta(seconds=timeout))
+        return Fields(self._get([key])[0]).all
 
     def _next_step(self) -> str:
         self._step += 1
@@ -292,9 +265,6 @@ class TorchCoordinator:
         texts: list[bytes] = self._call(self._store.multi_get, keys)
         return [st.decode_value(json.loads(text), str) for text in texts]
 
-    def _check(self, keys: list[str]) -> bool:
-        return bool(self._call(self._store.check, keys))
-
     def _call(self, function: Callable[..., T], *args: object) -> T:
         try:
             if self._store_error:  # asking a dead store again may take seconds each time
@@ -307,23 +277,23 @@ class TorchCoordinator:
                 type=ExceptionType.TIMEOUT,
             ) from error
 
-    def _wait(self, keys: list[str], timeout: float, missing: Callable[[], list[int]]) -> None:
+    def _await(self, keys: list[str], timeout: float, posts: Mapping[int, str]) -> list[object]:
+        """The values of `keys`, once they are there; TIMEOUT names the ranks whose `posts` are not."""
         now = time.monotonic()
         deadline, polled, pause = now + timeout, now, 0.0003
-        while not self._check(keys):
+        while not self._call(self._store.check, keys):
             if (now := time.monotonic()) > polled + 0.02:
                 self._poll()
                 polled = now
             if now > deadline:
-                ranks = missing()
-                names = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
-                raise CheckpointException(
-                    f"no answer from rank(s) {names} of {self.world_size} by the deadline",
-                    type=ExceptionType.TIMEOUT,
-                    rank=ranks[0],
-                )
+                late = [rank for rank, key in posts.items() if not self._call(self._store.check, [key])]
+                late = late or list(posts)[:1]  # all have posted: then it is the rank that hands out the whole
+                names = ", ".join(map(str, late[:20])) + (f" and {len(late) - 20} more" if len(late) > 20 else "")
+                message = f"no answer from rank(s) {names} of {self.world_size} by the deadline"
+                raise CheckpointException(message, type=ExceptionType.TIMEOUT, rank=late[0])
             time.sleep(pause)
             pause = min(pause * 1.25, self._longest_pause)
+        return self._get(keys)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -333,24 +303,18 @@ class TorchCoordinator:
 class OperationFailed(Exception):
     """Every rank has agreed that the operation failed, and how. Turned into the public exception at the API."""
 
-    def __init__(self, info: Mapping[str, object]) -> None:
-        super().__init__(str(info.get("message")))
-        self.info = info
-
-    @property
-    def retryable(self) -> bool:
-        """Whether the rank that failed first would try again."""
-        return bool(self.info.get("retryable"))
+    def __init__(self, failure: Mapping[str, object]) -> None:
+        told = Fields(failure)
+        super().__init__(told.text("message"))
+        self.kind, self.rank = told.text("type"), told.number("rank")
+        self.retryable = told.all["retryable"] is True  # whether the rank that failed first would try again
+        self.superseded = told.all["superseded"] is True
 
     def public(self, checkpoint_path: str) -> Exception:
         """The exception that the user sees, the same on every rank."""
-        kind, message = str(self.info.get("type")), str(self)
-        if kind == "value_error":
-            return ValueError(message)
-        rank = self.info.get("rank")
-        return CheckpointException(
-            message, checkpoint_path, ExceptionType(kind), rank if isinstance(rank, int) else None
-        )
+        if self.kind == "value_error":
+            return ValueError(str(self))
+        return CheckpointException(str(self), checkpoint_path, ExceptionType(self.kind), self.rank)
 
 
 class Operation:
@@ -387,9 +351,8 @@ class Operation:
         """Raise if interrupted, or if the deadline has passed; called a few times a second while working."""
         self.interrupted()
         if time.monotonic() > self._deadline:
-            raise CheckpointException(
-                f"not done by the deadline of {self.timeout:g} s", type=ExceptionType.TIMEOUT, rank=self.rank
-            )
+            late = f"not done by the deadline of {self.timeout:g} s"
+            raise CheckpointException(late, type=ExceptionType.TIMEOUT, rank=self.rank)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -401,26 +364,23 @@ class Operation:
             yield
         except OperationFailed:
             raise
-        except Exception as error:
-            raise OperationFailed(self.coordinator.fail(self._describe(error))) from error
-        except BaseException as error:  # KeyboardInterrupt, SystemExit: tell the others, then go
-            self.coordinator.fail(self._describe(error))
-            raise
+        except BaseException as error:
+            failure = self.coordinator.fail(self._describe(error))
+            if not isinstance(error, Exception):  # KeyboardInterrupt, SystemExit: now that the others know, go
+                raise
+            raise OperationFailed(failure) from error
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
     def _describe(self, error: BaseException) -> dict[str, object]:
-        kind, rank = self._default.value, self.rank
+        kind, rank, text = self._default.value, self.rank, f"{type(error).__name__}: {error}"
         if isinstance(error, CheckpointException):
-            kind = self._default.value if error.type is ExceptionType.UNKNOWN else error.type.value
-            rank = self.rank if error.rank is None else error.rank
+            kind = kind if error.type is ExceptionType.UNKNOWN else error.type.value
+            rank, text = rank if error.rank is None else error.rank, str(error)
         elif isinstance(error, OSError):
             kind = ExceptionType.STORAGE_ERROR.value
-        elif isinstance(error, ValueError) and self.step_name[:2] in ("S1", "L1"):
-            kind = "value_error"
-        text = (
-            str(error) if isinstance(error, (CheckpointException, ValueError)) else f"{type(error).__name__}: {error}"
-        )
+        elif isinstance(error, ValueError):
+            kind, text = "value_error" if self.step_name[:2] in ("S1", "L1") else kind, str(error)
         if self.step_name == "L4 read":
             text += "; tensors being loaded are undefined now: load again, or restart"
         message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
@@ -447,15 +407,12 @@ class Operation:
 
     def collect_at_0(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, on rank 0; elsewhere an empty list."""
-        got = self.exchange({0: np.frombuffer(bytearray(data), np.uint8)})
-        return (
-            [got[rank].tobytes() if rank in got else b"" for rank in range(self.world_size)] if self.rank == 0 else []
-        )
+        got = self.exchange({0: np.frombuffer(data, np.uint8)})
+        return [got[rank].tobytes() for rank in range(self.world_size)] if self.rank == 0 else []
 
     def hand_out(self, parts: Sequence[bytes]) -> bytes:
         """This rank's part of what rank 0 gives out."""
-        got = self.exchange({rank: np.frombuffer(bytearray(part), np.uint8) for rank, part in enumerate(parts)})
-        return got[0].tobytes()
+        return self.exchange({rank: np.frombuffer(part, np.uint8) for rank, part in enumerate(parts)})[0].tobytes()
 
 
 @dataclass(frozen=True)
@@ -487,22 +444,22 @@ class FaultToleranceHandler:
 
         A collective operation fails as `OperationFailed`, whose verdict all ranks share: they all retry, or none.
         """
-        for attempt in range(max(1, self.retry_policy.max_retries)):
+        policy = self.retry_policy
+        for attempt in range(policy.max_retries - 1):
             try:
                 return function()
             except Exception as error:
+                again = isinstance(error, policy.retryable_exceptions)
                 if isinstance(error, OperationFailed):
-                    hopeless = not error.retryable
-                else:
-                    hopeless = not isinstance(error, self.retry_policy.retryable_exceptions)
-                if hopeless or attempt + 1 >= self.retry_policy.max_retries or (cancel and cancel.is_set()):
+                    again = error.retryable
+                if not again or (cancel and cancel.is_set()):
                     raise
-                (cancel or threading.Event()).wait(self.retry_policy.delay(attempt))
-        raise AssertionError("unreachable")
+            (cancel or threading.Event()).wait(policy.delay(attempt))
+        return function()
 
     def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
         """Call `function` in a thread; TIMEOUT if it takes longer than `timeout` seconds (it may go on in the background)."""
-        result: Future[T] = Future()
+        result: futures.Future[T] = futures.Future()
 
         def run() -> None:
             try:
@@ -511,12 +468,9 @@ class FaultToleranceHandler:
                 result.set_exception(error)
 
         threading.Thread(target=run, name="ckpt-timeout", daemon=True).start()
-        try:
-            return result.result(timeout)
-        except FutureTimeout as error:  # the built-in one from Python 3.11 on
-            if result.done():
-                raise
-            raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT) from error
+        if not futures.wait([result], timeout).done:
+            raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT)
+        return result.result()
 
     def rollback(self, checkpoint_prefix: str) -> None:
         """Delete a checkpoint, committed or not: record first, then shards. FileNotFoundError where there is none."""
