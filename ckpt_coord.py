@@ -72,6 +72,7 @@ __all__ = [
 
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
 IO_THREADS = 4
+STORE_BYTES = 4 << 20  # the most in one value: over twice that, a TCPStore drops the connection
 EARLY_PROOF_BYTES = 1 << 20  # replicas smaller than this are compared before they are written, larger ones meanwhile
 CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in the second-level cache
 T = TypeVar("T")
@@ -258,11 +259,19 @@ class TorchCoordinator:
         return f"{self._operation}/{self._step}"
 
     def _post(self, key: str, value: object) -> None:
-        self._call(self._store.set, key, st.dump_json(st.encode_value(value, key)))
-        self._posted.append(key)
+        text = st.dump_json(st.encode_value(value, key))
+        for at in range(len(text) // STORE_BYTES * STORE_BYTES, -1, -STORE_BYTES):  # whoever sees `key` may get it all
+            part_key = f"{key}+{at}" if at else key
+            self._call(self._store.set, part_key, text[at : at + STORE_BYTES])
+            self._posted.append(part_key)
 
     def _get(self, keys: list[str]) -> list[object]:
         texts: list[bytes] = self._call(self._store.multi_get, keys)
+        at = 0
+        while going_on := [n for n, text in enumerate(texts) if len(text) == at + STORE_BYTES]:
+            at += STORE_BYTES
+            for n, part in zip(going_on, self._call(self._store.multi_get, [f"{keys[n]}+{at}" for n in going_on])):
+                texts[n] += part
         return [st.decode_value(json.loads(text), str) for text in texts]
 
     def _call(self, function: Callable[..., T], *args: object) -> T:

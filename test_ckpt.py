@@ -1428,6 +1428,21 @@ def coordinate(rank, world_size, tmp):
     return gathered, sent, late, ckpt.TorchCoordinator().all_gather(rank, timeout=20.0)
 
 
+def test_ranks_tell_each_other_values_of_any_size(tmp_path):
+    for rank, (sizes, same, keys) in enumerate(run(3, tell_much, tmp_path)):
+        assert sizes == [1 << 22, (1 << 22) - 2, 30_000_000] and same and keys <= 20, rank
+
+
+def tell_much(rank, world_size, tmp):
+    coordinator = ckpt.TorchCoordinator()
+    mine = str(rank) * [1 << 22, (1 << 22) - 2, 30_000_000][rank]  # with its two quotes the second fills a part
+    gathered = coordinator.all_gather(mine)
+    same = coordinator.broadcast(mine, src=2) == gathered[2]
+    coordinator.barrier()
+    coordinator.barrier()
+    return [len(told) for told in gathered], same, dist.distributed_c10d._get_default_store().num_keys()
+
+
 def await_file(path):
     """Wait until another rank has made `path`: a gate, not a sleep."""
     while not path.exists():
