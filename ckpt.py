@@ -266,15 +266,14 @@ class ChecksumIntegrityChecker:
 
     def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
         """An error for each damaged block."""
-        found, header, path = ValidationResult(), reader.header(shard), reader.metadata.shard_path(shard)
+        found, header = ValidationResult(), reader.header(shard)
 
         def check(block: int, buffer: st.Bytes) -> None:
-            data = buffer[: st.block_span(header, block, block + 1)]
             try:
-                st.read_blocks(reader.file(shard), header, block, block + 1, data, path)
+                reader.read(shard, block, block + 1, buffer)
             except CheckpointException as error:
                 found.errors.append(str(error))
-            reader.checked_bytes += len(data)
+            reader.checked_bytes += st.block_span(header, block, block + 1)
 
         blocks = st.block_count(header.data_length)
         st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.poll)

@@ -167,7 +167,7 @@ class TorchCoordinator:
         self._store_error = ""
         self._longest_pause = min(0.5, 0.02 * max(1.0, self.world_size / 64))  # thousands of ranks ask one store
         self._group: dist.ProcessGroupGloo | None = None
-        self._generation = ""  # of the group; "" where it is not usable (any more)
+        self._generation = ""  # which group that is; "" where it is not usable: no more after an exchange that failed
         # gloo's threads must not drop the last reference to a tensor: at interpreter exit that ends the process.
         self._in_flight: tuple[object, ...] = ()
 
@@ -215,10 +215,11 @@ class TorchCoordinator:
         order = [outgoing.get(rank, np.empty(0, np.uint8)) for rank in range(self.world_size)]
         sent, received = np.concatenate(order), np.empty(sum(incoming), np.uint8)
         problem = ""
+        generation, self._generation = self._generation, ""  # usable again if this goes well on every rank
         try:
-            if not self._generation or len({row.text("generation") for row in told}) > 1:
-                self._generation = f"{self._operation}.{self._step}"
-                store = PrefixStore(f"gloo/{self._generation}", self._store)
+            if not generation or len({row.text("generation") for row in told}) > 1:
+                generation = f"{self._operation}.{self._step}"
+                store = PrefixStore(f"gloo/{generation}", self._store)
                 limit = datetime.timedelta(seconds=max(0.1, deadline - time.monotonic()))
                 self._group = dist.ProcessGroupGloo(store, self.rank, self.world_size, limit)
             options = dist.AllToAllOptions()
@@ -228,16 +229,15 @@ class TorchCoordinator:
             self._in_flight = (work := send(*tensors, incoming, list(map(len, order)), options), tensors)
             work.wait()
         except RuntimeError as error:
-            problem, self._generation = str(error), ""
+            problem = str(error)
         for rank, text in enumerate(self.all_gather(problem, max(0.1, deadline - time.monotonic()))):
             if text:
-                self._generation = ""  # a group that failed once is not usable again
                 raise CheckpointException(f"gloo exchange failed on rank {rank}: {text}", rank=rank)
+        self._generation = generation
         parts = np.split(received, np.cumsum(incoming)[:-1])
         return {rank: part for rank, part in enumerate(parts) if len(part)}
 
     def fail(self, failure: dict[str, object]) -> dict[str, object]:
-        self._generation = ""
         key = f"{self._operation}/failed"
         try:
             text = st.dump_json(st.encode_value(failure, key)).decode()
@@ -249,10 +249,7 @@ class TorchCoordinator:
 
     def failure(self) -> dict[str, object] | None:
         key = f"{self._operation}/failed"
-        if not self._call(self._store.check, [key]):
-            return None
-        self._generation = ""
-        return Fields(self._get([key])[0]).all
+        return Fields(self._get([key])[0]).all if self._call(self._store.check, [key]) else None
 
     def _next_step(self) -> str:
         self._step += 1
