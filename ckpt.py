@@ -1749,8 +1749,7 @@ class _Exporter(CheckpointReader):
         done: list[int] = []
 
         def run(task: coord.Task, buffer: st.Bytes) -> None:
-            self.run(task, buffer)
-            done.append(task.nbytes)
+            done.append(self.run(task, buffer))
 
         def poll() -> None:
             if progress is not None:
@@ -1759,19 +1758,20 @@ class _Exporter(CheckpointReader):
         st.in_parallel(tasks, run, min(coord.IO_THREADS, len(tasks)), poll)
         poll()
 
-    def place(self, copy: coord.Copy, part: st.Bytes) -> None:
-        """Write verified bytes of a piece."""
-        (file, begin), view = self._places[id(copy.target.view)], copy.target.view
-        stored, wanted = st.DTYPES[copy.entry.dtype], view.dtype
-        first, last, done = copy.start // stored.itemsize, (copy.start + len(part)) // stored.itemsize, 0
-        if wanted != stored:
-            part = torch.from_numpy(part).view(stored).to(wanted).view(torch.uint8).numpy()
-        for _, box in st.row_boxes(copy.piece.size, first, last):
-            offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
-            for element, count in _runs(st.Box(offset, box.size), copy.target.box.size):
-                stop = done + count * wanted.itemsize
-                file.write(begin + element * wanted.itemsize, part[done:stop].data)
-                done = stop
+    def place(self, task: coord.Task, data: st.Bytes) -> None:
+        """Write the verified bytes of a task."""
+        for copy, part in self.parts(task, data):
+            start, view, stored = copy.start, copy.target.view, st.DTYPES[copy.entry.dtype]
+            (file, begin), wanted = self._places[id(view)], view.dtype
+            first, last, done = start // stored.itemsize, (start + len(part)) // stored.itemsize, 0
+            if wanted != stored:
+                part = torch.from_numpy(part).view(stored).to(wanted).view(torch.uint8).numpy()
+            for _, box in st.row_boxes(copy.piece.size, first, last):
+                offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
+                for element, count in _runs(st.Box(offset, box.size), copy.target.box.size):
+                    stop = done + count * wanted.itemsize
+                    file.write(begin + element * wanted.itemsize, part[done:stop].data)
+                    done = stop
 
 
 def _runs(box: st.Box, shape: st.Shape) -> Iterator[tuple[int, int]]:

@@ -2179,10 +2179,11 @@ class CheckpointReader:
         found, volume = [], 0
         for row in rows:
             piece = _box(table.box[row].tolist(), ndim)
+            place = int(table.shard[row]), int(table.begin[row]), piece
             if piece == box:  # the layout that was saved
-                return [(int(table.shard[row]), int(table.begin[row]), piece)]
+                return [place]
             if (common := piece.intersect(box)) is not None:
-                found.append((int(table.shard[row]), int(table.begin[row]), piece))
+                found.append(place)
                 volume += math.prod(common.size)
         if volume != math.prod(box.size):
             name = self.metadata.tensors[tensor].name
@@ -2227,32 +2228,34 @@ class CheckpointReader:
         st.read_blocks(self.file(shard), header, first, last, data, self.metadata.shard_path(shard))
         return data
 
-    def run(self, task: Task, buffer: Bytes) -> None:
-        """L4 for one task: read, verify, put into place; a block of one tensor alone is read straight into its memory."""
+    def run(self, task: Task, buffer: Bytes) -> int:
+        """L4 for one task: read, verify, put into place. Returns the bytes read."""
         shard, first, last, nbytes, (copy, *others) = task
         if copy.flat is not None and not copy.entry.frames and not others and copy.high - copy.low == nbytes:
-            self.read(shard, first, last, copy.flat[copy.start :])
+            self.read(shard, first, last, copy.flat[copy.start :])  # a block of one tensor: straight into its memory
         else:
             room = buffer if nbytes <= len(buffer) else np.empty(nbytes, np.uint8)
-            self.scatter(task, self.read(shard, first, last, room))
+            self.place(task, self.read(shard, first, last, room))
+        return nbytes
 
-    def scatter(self, task: Task, data: Bytes) -> None:
+    def place(self, task: Task, data: Bytes) -> None:
         """Put the verified bytes of a task where they belong."""
+        for copy, part in self.parts(task, data):
+            if copy.flat is not None:
+                copy.flat[copy.start : copy.start + len(part)] = part
+            else:
+                dtype, target = st.DTYPES[copy.entry.dtype], copy.target
+                st.copy_in(part, copy.start, dtype, copy.piece, target.box, target.view)
+
+    def parts(self, task: Task, data: Bytes) -> Iterator[tuple[Copy, Bytes]]:
+        """What a task's verified bytes hold for each copy: bytes of its piece from `start` on, expanded."""
         base = task.first * st.BLOCK_BYTES
         for copy in task.copies:
             part, entry = data[copy.low - base : copy.high - base], copy.entry
             if entry.frames:
                 length = min(st.FRAME_BYTES, entry.nbytes() - copy.start)
                 part = st.expand_frame(part.tobytes(), length, st.itemsize(entry.dtype))
-            self.place(copy, part)
-
-    def place(self, copy: Copy, part: Bytes) -> None:
-        """Put bytes of a piece, from `copy.start` on, where they fall into the target."""
-        if copy.flat is not None:
-            copy.flat[copy.start : copy.start + len(part)] = part
-        else:
-            dtype, target = st.DTYPES[copy.entry.dtype], copy.target
-            st.copy_in(part, copy.start, dtype, copy.piece, target.box, target.view)
+            yield copy, part
 
     def read_value(self, tensor: int) -> object:
         """A stored JSON value, still encoded."""
@@ -2343,17 +2346,13 @@ class CheckpointLoader:
 
 def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str, meter: Meter) -> None:
     """L4: read what this rank's tasks ask for; in turn with the others ("sequential"), or for them too ("broadcast")."""
-
-    def run(task: Task, buffer: Bytes) -> None:
-        reader.run(task, buffer)
-        meter.add(task.nbytes)
-
     if strategy == "broadcast" and op.world_size > 1:
         _relay(op, reader, tasks, meter)
     else:
         for turn in range(op.world_size) if strategy == "sequential" else [op.rank]:
             if turn == op.rank:
-                st.in_parallel(tasks, run, min(IO_THREADS, len(tasks)), meter.tick)
+                threads = min(IO_THREADS, len(tasks))
+                st.in_parallel(tasks, lambda task, buffer: meter.add(reader.run(task, buffer)), threads, meter.tick)
             if strategy == "sequential":
                 op.gather(None)
     meter.tick()
@@ -2386,7 +2385,7 @@ def _relay(op: Operation, reader: CheckpointReader, tasks: list[Task], meter: Me
         # Tasks come in the order of their blocks, and so do the blocks.
         while waiting and all((waiting[0].shard, b) in here for b in range(waiting[0].first, waiting[0].last)):
             task = waiting.popleft()
-            reader.scatter(task, np.concatenate([here[task.shard, b] for b in range(task.first, task.last)]))
+            reader.place(task, np.concatenate([here[task.shard, b] for b in range(task.first, task.last)]))
             meter.add(task.nbytes)
         here = {key: data for key, data in here.items() if waiting and key >= (waiting[0].shard, waiting[0].first)}
         meter.tick()
