@@ -266,15 +266,14 @@ class ChecksumIntegrityChecker:
 
     def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
         """An error for each damaged block."""
-        found, header, path = ValidationResult(), reader.header(shard), reader.metadata.shard_path(shard)
+        found, header = ValidationResult(), reader.header(shard)
 
         def check(block: int, buffer: st.Bytes) -> None:
-            data = buffer[: st.block_span(header, block, block + 1)]
             try:
-                st.read_blocks(reader.file(shard), header, block, block + 1, data, path)
+                reader.read(shard, block, block + 1, buffer)
             except CheckpointException as error:
                 found.errors.append(str(error))
-            reader.checked_bytes += len(data)
+            reader.checked_bytes += st.block_span(header, block, block + 1)
 
         blocks = st.block_count(header.data_length)
         st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.poll)
@@ -608,7 +607,7 @@ class ModelState:
         for key, value in self._entries(keep_vars=True):
             if not isinstance(value, torch.Tensor) or key.endswith("_extra_state"):
                 filling.value(f"model-values/{key}", key, value, decoded)
-            elif filling.reader.indices(name := f"model/{key}"):
+            elif (name := f"model/{key}") in filling.reader.stored:
                 filled.add(id(value))
                 filling.fill(name, value)
             else:
@@ -1307,7 +1306,7 @@ class DistributedCheckpoint:
             try:
                 return once()
             except coord.OperationFailed as failed:
-                if not failed.info.get("superseded"):
+                if not failed.superseded:
                     raise
             return once()
 
@@ -1446,7 +1445,7 @@ class _Restore:
         self.model = ModelState(self.model_argument)
         self.model.fill(filling)
         self.optimizer = None
-        names = set(reader.names())
+        names = set(reader.stored)
         if self.optimizer_argument is not None and options.load_optimizer:
             if "optimizer/state" in names:
                 self.optimizer = OptimizerState(self.optimizer_argument, self.model.parameters())
@@ -1482,7 +1481,7 @@ class _Restore:
 
     @staticmethod
     def _is_value(reader: CheckpointReader, name: str) -> bool:
-        return any(reader.metadata.tensors[i].dtype == "JSON" for i in reader.indices(name))
+        return any(reader.metadata.tensors[i].dtype == "JSON" for i in reader.stored[name].values())
 
     def _judge(self, op: coord.Operation, names: set[str]) -> None:
         """Errors, or in loose mode warnings, for all that does not fit; what no rank wants is unexpected."""
@@ -1743,7 +1742,7 @@ class _Exporter(CheckpointReader):
         targets = [t.target() for _, t, _ in places]
         self._places = {id(target.view): (file, begin) for target, (file, _, begin) in zip(targets, places)}
         tasks = self.plan(targets)
-        total = sum(st.block_span(self.header(task.shard), task.first, task.last) for task in tasks)
+        total = sum(task.nbytes for task in tasks)
         done: list[int] = []
 
         def run(task: coord.Task, buffer: st.Bytes) -> None:
@@ -1758,14 +1757,15 @@ class _Exporter(CheckpointReader):
 
     def place(self, task: coord.Task, data: st.Bytes) -> None:
         """Write the verified bytes of a task."""
-        for copy, start, part in self.parts(task, data):
-            (file, begin), stored, wanted = self._places[id(copy.view)], st.DTYPES[copy.entry.dtype], copy.view.dtype
+        for copy, part in self.parts(task, data):
+            start, view, stored = copy.start, copy.target.view, st.DTYPES[copy.entry.dtype]
+            (file, begin), wanted = self._places[id(view)], view.dtype
             first, last, done = start // stored.itemsize, (start + len(part)) // stored.itemsize, 0
             if wanted != stored:
                 part = torch.from_numpy(part).view(stored).to(wanted).view(torch.uint8).numpy()
             for _, box in st.row_boxes(copy.piece.size, first, last):
                 offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
-                for element, count in _runs(st.Box(offset, box.size), copy.held.size):
+                for element, count in _runs(st.Box(offset, box.size), copy.target.box.size):
                     stop = done + count * wanted.itemsize
                     file.write(begin + element * wanted.itemsize, part[done:stop].data)
                     done = stop
@@ -1975,10 +1975,10 @@ def _blocks(reader: CheckpointReader, tensors: Sequence[_Named]) -> dict[str, li
     names = {id(target.view): t.name for target, t in zip(targets, tensors)}
     for task in reader.plan(targets):
         for copy in task.copies:
-            at = task.first * st.BLOCK_BYTES - copy.entry.begin
-            alone = copy.frame < 0 and 0 <= at <= copy.entry.nbytes() - st.BLOCK_BYTES
+            entry, at = copy.entry, task.first * st.BLOCK_BYTES - copy.entry.begin
+            alone = not entry.frames and copy.high - copy.low == st.BLOCK_BYTES
             crcs = reader.header(task.shard).block_crcs[task.first : task.last]
-            found[names[id(copy.view)]].append(_Block((copy.piece, at, copy.entry.frames, copy.frame), alone, crcs))
+            found[names[id(copy.target.view)]].append(_Block((copy.piece, at, entry.frames, copy.start), alone, crcs))
     return found
 
 

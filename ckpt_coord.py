@@ -44,8 +44,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -74,6 +73,7 @@ __all__ = [
 
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
 IO_THREADS = 4
+STORE_BYTES = 4 << 20  # the most in one value: over twice that, a TCPStore drops the connection
 EARLY_PROOF_BYTES = 1 << 20  # replicas smaller than this are compared before they are written, larger ones meanwhile
 CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in the second-level cache
 T = TypeVar("T")
@@ -157,30 +157,22 @@ class TorchCoordinator:
         ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         if dist.get_rank() not in ranks:
             raise ValueError(f"rank {dist.get_rank()} is not in the process group of ranks {ranks}")
-        self._rank, self._world_size = ranks.index(dist.get_rank()), len(ranks)
+        self.rank, self.world_size = ranks.index(dist.get_rank()), len(ranks)
         store = dist.distributed_c10d._get_default_store()
         if hasattr(store, "clone"):  # a connection of our own: training threads block on theirs
             store = store.clone()
         name = "ckpt/" + hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-        instance = store.add(f"{name}/made/{self._rank}", 1)
+        instance = store.add(f"{name}/made/{self.rank}", 1)
         self._store = PrefixStore(f"{name}/{instance}", store)
         self._operation = self._step = 0
         self._posted: list[str] = []
         self._poll: Callable[[], None] = lambda: None
         self._store_error = ""
-        self._longest_pause = min(0.5, 0.02 * max(1.0, self._world_size / 64))  # thousands of ranks ask one store
+        self._longest_pause = min(0.5, 0.02 * max(1.0, self.world_size / 64))  # thousands of ranks ask one store
         self._group: dist.ProcessGroupGloo | None = None
+        self._generation = ""  # which group that is; "" where it is not usable: no more after an exchange that failed
         # gloo's threads must not drop the last reference to a tensor: at interpreter exit that ends the process.
         self._in_flight: tuple[object, ...] = ()
-        self._generation = ""
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return self._world_size
 
     def begin(self, poll: Callable[[], None]) -> None:
         self._operation += 1
@@ -195,25 +187,18 @@ class TorchCoordinator:
         if self.rank == src:
             self._post(key, value)
             return value
-        self._wait([key], timeout, lambda: [src])
-        return self._get([key])[0]
+        return self._await([key], timeout, {src: key})[0]
 
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
         """Two hops: everybody posts, rank 0 collects and posts the whole."""
         step, before = self._next_step(), len(self._posted)
-        keys = [f"{step}/{rank}" for rank in range(self.world_size)]
-
-        def missing() -> list[int]:
-            return [rank for rank, key in enumerate(keys) if not self._check([key])] or [0]
-
-        self._post(keys[self.rank], value)
+        posts = {rank: f"{step}/{rank}" for rank in range(self.world_size)}
+        self._post(posts[self.rank], value)
         if self.rank == 0:
-            self._wait(keys, timeout, missing)
-            values = self._get(keys)
+            values = self._await(list(posts.values()), timeout, posts)
             self._post(f"{step}/all", values)
         else:
-            self._wait([f"{step}/all"], timeout, missing)
-            (gathered,) = self._get([f"{step}/all"])
+            (gathered,) = self._await([f"{step}/all"], timeout, posts)
             values = gathered if isinstance(gathered, list) else []
         # Everybody has come as far as this step, so nobody still reads what was posted before it.
         retired, self._posted = self._posted[:before], self._posted[before:]
@@ -230,73 +215,64 @@ class TorchCoordinator:
             return {}
         key = str(self.rank)
         incoming = [table.number(key) if key in table.all else 0 for table in tables]
-        problem, received = "", np.empty(sum(incoming), np.uint8)
+        order = [outgoing.get(rank, np.empty(0, np.uint8)) for rank in range(self.world_size)]
+        sent, received = np.concatenate(order), np.empty(sum(incoming), np.uint8)
+        problem = ""
+        generation, self._generation = self._generation, ""  # usable again if this goes well on every rank
         try:
-            if len({row.text("generation") for row in told}) > 1 or not self._generation:
-                self._rebuild(max(0.1, deadline - time.monotonic()))
+            if not generation or len({row.text("generation") for row in told}) > 1:
+                generation = f"{self._operation}.{self._step}"
+                store = PrefixStore(f"gloo/{generation}", self._store)
+                limit = datetime.timedelta(seconds=max(0.1, deadline - time.monotonic()))
+                self._group = dist.ProcessGroupGloo(store, self.rank, self.world_size, limit)
             options = dist.AllToAllOptions()
             options.timeout = datetime.timedelta(seconds=max(0.1, deadline - GRACE_S - time.monotonic()))
-            order = [outgoing.get(rank, np.empty(0, np.uint8)) for rank in range(self.world_size)]
-            sent = torch.from_numpy(np.concatenate(order))
-            lengths = [len(data) for data in order]
-            if self._group is not None:
-                output = torch.from_numpy(received)
-                send = getattr(self._group, "alltoall_base")  # missing in torch's type stubs
-                work = send(output, sent, incoming, lengths, options)
-                self._in_flight = (work, output, sent)
-                work.wait()
+            send = getattr(self._group, "alltoall_base")  # missing in torch's type stubs
+            tensors = torch.from_numpy(received), torch.from_numpy(sent)
+            self._in_flight = (work := send(*tensors, incoming, list(map(len, order)), options), tensors)
+            work.wait()
         except RuntimeError as error:
-            problem, self._generation = str(error), ""
-        problems = self.all_gather(problem, max(0.1, deadline - time.monotonic()))
-        for rank, text in enumerate(problems):
+            problem = str(error)
+        for rank, text in enumerate(self.all_gather(problem, max(0.1, deadline - time.monotonic()))):
             if text:
-                self._generation = ""  # a group that failed once is not usable again
                 raise CheckpointException(f"gloo exchange failed on rank {rank}: {text}", rank=rank)
+        self._generation = generation
         parts = np.split(received, np.cumsum(incoming)[:-1])
         return {rank: part for rank, part in enumerate(parts) if len(part)}
 
     def fail(self, failure: dict[str, object]) -> dict[str, object]:
-        self._generation = ""
         key = f"{self._operation}/failed"
         try:
-            if self._call(self._store.add, f"{key}/count", 1) == 1:
-                self._post(key, failure)
-                self._posted.append(f"{key}/count")
-                return failure
-            deadline = time.monotonic() + GRACE_S
-            while (first := self.failure()) is None and time.monotonic() < deadline:
-                time.sleep(0.002)
-            return first or failure
+            text = st.dump_json(st.encode_value(failure, key)).decode()
+            self._call(self._store.compare_set, key, "", text)  # the first one stays
+            self._posted.append(key)
+            return self.failure() or failure
         except CheckpointException:  # the store is gone: nobody is left to agree with
             return failure
 
     def failure(self) -> dict[str, object] | None:
         key = f"{self._operation}/failed"
-        if not self._check([key]):
-            return None
-        (failure,) = self._get([key])
-        self._generation = ""
-        return failure if isinstance(failure, dict) else None
-
-    def _rebuild(self, timeout: float) -> None:
-        self._generation = f"{self._operation}.{self._step}"
-        store = PrefixStore(f"gloo/{self._generation}", self._store)
-        self._group = dist.ProcessGroupGloo(store, self.rank, self.world_size, datetime.timedelta(seconds=timeout))
+        return Fields(self._get([key])[0]).all if self._call(self._store.check, [key]) else None
 
     def _next_step(self) -> str:
         self._step += 1
         return f"{self._operation}/{self._step}"
 
     def _post(self, key: str, value: object) -> None:
-        self._call(self._store.set, key, st.dump_json(st.encode_value(value, key)))
-        self._posted.append(key)
+        text = st.dump_json(st.encode_value(value, key))
+        for at in range(len(text) // STORE_BYTES * STORE_BYTES, -1, -STORE_BYTES):  # whoever sees `key` may get it all
+            part_key = f"{key}+{at}" if at else key
+            self._call(self._store.set, part_key, text[at : at + STORE_BYTES])
+            self._posted.append(part_key)
 
     def _get(self, keys: list[str]) -> list[object]:
         texts: list[bytes] = self._call(self._store.multi_get, keys)
+        at = 0
+        while going_on := [n for n, text in enumerate(texts) if len(text) == at + STORE_BYTES]:
+            at += STORE_BYTES
+            for n, part in zip(going_on, self._call(self._store.multi_get, [f"{keys[n]}+{at}" for n in going_on])):
+                texts[n] += part
         return [st.decode_value(json.loads(text), str) for text in texts]
-
-    def _check(self, keys: list[str]) -> bool:
-        return bool(self._call(self._store.check, keys))
 
     def _call(self, function: Callable[..., T], *args: object) -> T:
         try:
@@ -310,23 +286,23 @@ class TorchCoordinator:
                 type=ExceptionType.TIMEOUT,
             ) from error
 
-    def _wait(self, keys: list[str], timeout: float, missing: Callable[[], list[int]]) -> None:
+    def _await(self, keys: list[str], timeout: float, posts: Mapping[int, str]) -> list[object]:
+        """The values of `keys`, once they are there; TIMEOUT names the ranks whose `posts` are not."""
         now = time.monotonic()
         deadline, polled, pause = now + timeout, now, 0.0003
-        while not self._check(keys):
+        while not self._call(self._store.check, keys):
             if (now := time.monotonic()) > polled + 0.02:
                 self._poll()
                 polled = now
             if now > deadline:
-                ranks = missing()
-                names = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
-                raise CheckpointException(
-                    f"no answer from rank(s) {names} of {self.world_size} by the deadline",
-                    type=ExceptionType.TIMEOUT,
-                    rank=ranks[0],
-                )
+                late = [rank for rank, key in posts.items() if not self._call(self._store.check, [key])]
+                late = late or list(posts)[:1]  # all have posted: then it is the rank that hands out the whole
+                names = ", ".join(map(str, late[:20])) + (f" and {len(late) - 20} more" if len(late) > 20 else "")
+                message = f"no answer from rank(s) {names} of {self.world_size} by the deadline"
+                raise CheckpointException(message, type=ExceptionType.TIMEOUT, rank=late[0])
             time.sleep(pause)
             pause = min(pause * 1.25, self._longest_pause)
+        return self._get(keys)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -336,24 +312,18 @@ class TorchCoordinator:
 class OperationFailed(Exception):
     """Every rank has agreed that the operation failed, and how. Turned into the public exception at the API."""
 
-    def __init__(self, info: Mapping[str, object]) -> None:
-        super().__init__(str(info.get("message")))
-        self.info = info
-
-    @property
-    def retryable(self) -> bool:
-        """Whether the rank that failed first would try again."""
-        return bool(self.info.get("retryable"))
+    def __init__(self, failure: Mapping[str, object]) -> None:
+        told = Fields(failure)
+        super().__init__(told.text("message"))
+        self.kind, self.rank = told.text("type"), told.number("rank")
+        self.retryable = told.all["retryable"] is True  # whether the rank that failed first would try again
+        self.superseded = told.all["superseded"] is True
 
     def public(self, checkpoint_path: str) -> Exception:
         """The exception that the user sees, the same on every rank."""
-        kind, message = str(self.info.get("type")), str(self)
-        if kind == "value_error":
-            return ValueError(message)
-        rank = self.info.get("rank")
-        return CheckpointException(
-            message, checkpoint_path, ExceptionType(kind), rank if isinstance(rank, int) else None
-        )
+        if self.kind == "value_error":
+            return ValueError(str(self))
+        return CheckpointException(str(self), checkpoint_path, ExceptionType(self.kind), self.rank)
 
 
 class Operation:
@@ -390,9 +360,8 @@ class Operation:
         """Raise if interrupted, or if the deadline has passed; called a few times a second while working."""
         self.interrupted()
         if time.monotonic() > self._deadline:
-            raise CheckpointException(
-                f"not done by the deadline of {self.timeout:g} s", type=ExceptionType.TIMEOUT, rank=self.rank
-            )
+            late = f"not done by the deadline of {self.timeout:g} s"
+            raise CheckpointException(late, type=ExceptionType.TIMEOUT, rank=self.rank)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -404,26 +373,23 @@ class Operation:
             yield
         except OperationFailed:
             raise
-        except Exception as error:
-            raise OperationFailed(self.coordinator.fail(self._describe(error))) from error
-        except BaseException as error:  # KeyboardInterrupt, SystemExit: tell the others, then go
-            self.coordinator.fail(self._describe(error))
-            raise
+        except BaseException as error:
+            failure = self.coordinator.fail(self._describe(error))
+            if not isinstance(error, Exception):  # KeyboardInterrupt, SystemExit: now that the others know, go
+                raise
+            raise OperationFailed(failure) from error
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
     def _describe(self, error: BaseException) -> dict[str, object]:
-        kind, rank = self._default.value, self.rank
+        kind, rank, text = self._default.value, self.rank, f"{type(error).__name__}: {error}"
         if isinstance(error, CheckpointException):
-            kind = self._default.value if error.type is ExceptionType.UNKNOWN else error.type.value
-            rank = self.rank if error.rank is None else error.rank
+            kind = kind if error.type is ExceptionType.UNKNOWN else error.type.value
+            rank, text = rank if error.rank is None else error.rank, str(error)
         elif isinstance(error, OSError):
             kind = ExceptionType.STORAGE_ERROR.value
-        elif isinstance(error, ValueError) and self.step_name[:2] in ("S1", "L1"):
-            kind = "value_error"
-        text = (
-            str(error) if isinstance(error, (CheckpointException, ValueError)) else f"{type(error).__name__}: {error}"
-        )
+        elif isinstance(error, ValueError):
+            kind, text = "value_error" if self.step_name[:2] in ("S1", "L1") else kind, str(error)
         if self.step_name == "L4 read":
             text += "; tensors being loaded are undefined now: load again, or restart"
         message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
@@ -450,15 +416,12 @@ class Operation:
 
     def collect_at_0(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, on rank 0; elsewhere an empty list."""
-        got = self.exchange({0: np.frombuffer(bytearray(data), np.uint8)})
-        return (
-            [got[rank].tobytes() if rank in got else b"" for rank in range(self.world_size)] if self.rank == 0 else []
-        )
+        got = self.exchange({0: np.frombuffer(data, np.uint8)})
+        return [got[rank].tobytes() for rank in range(self.world_size)] if self.rank == 0 else []
 
     def hand_out(self, parts: Sequence[bytes]) -> bytes:
         """This rank's part of what rank 0 gives out."""
-        got = self.exchange({rank: np.frombuffer(bytearray(part), np.uint8) for rank, part in enumerate(parts)})
-        return got[0].tobytes()
+        return self.exchange({rank: np.frombuffer(part, np.uint8) for rank, part in enumerate(parts)})[0].tobytes()
 
 
 @dataclass(frozen=True)
@@ -490,22 +453,22 @@ class FaultToleranceHandler:
 
         A collective operation fails as `OperationFailed`, whose verdict all ranks share: they all retry, or none.
         """
-        for attempt in range(max(1, self.retry_policy.max_retries)):
+        policy = self.retry_policy
+        for attempt in range(policy.max_retries - 1):
             try:
                 return function()
             except Exception as error:
+                again = isinstance(error, policy.retryable_exceptions)
                 if isinstance(error, OperationFailed):
-                    hopeless = not error.retryable
-                else:
-                    hopeless = not isinstance(error, self.retry_policy.retryable_exceptions)
-                if hopeless or attempt + 1 >= self.retry_policy.max_retries or (cancel and cancel.is_set()):
+                    again = error.retryable
+                if not again or (cancel and cancel.is_set()):
                     raise
-                (cancel or threading.Event()).wait(self.retry_policy.delay(attempt))
-        raise AssertionError("unreachable")
+            (cancel or threading.Event()).wait(policy.delay(attempt))
+        return function()
 
     def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
         """Call `function` in a thread; TIMEOUT if it takes longer than `timeout` seconds (it may go on in the background)."""
-        result: Future[T] = Future()
+        result: futures.Future[T] = futures.Future()
 
         def run() -> None:
             try:
@@ -514,12 +477,9 @@ class FaultToleranceHandler:
                 result.set_exception(error)
 
         threading.Thread(target=run, name="ckpt-timeout", daemon=True).start()
-        try:
-            return result.result(timeout)
-        except FutureTimeout as error:  # the built-in one from Python 3.11 on
-            if result.done():
-                raise
-            raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT) from error
+        if not futures.wait([result], timeout).done:
+            raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT)
+        return result.result()
 
     def rollback(self, checkpoint_prefix: str) -> None:
         """Delete a checkpoint, committed or not: record first, then shards. FileNotFoundError where there is none."""
@@ -1991,23 +1951,24 @@ class Target(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A part of a read task: the stored piece `entry`, of which `box` goes to `view` (which holds `held`)."""
+    """What bytes [low, high) of a shard's data, in one block or one compressed frame, are for."""
 
+    low: int
+    high: int
+    start: int  # expanded, they are the row-major bytes of `piece` from here on
     entry: st.Entry
-    piece: Box
-    box: Box
-    held: Box
-    view: torch.Tensor
-    flat: Bytes | None  # the memory of `view`, where the whole piece goes there as it is
-    frame: int = -1
+    piece: Box  # of the stored tensor: what `entry` holds
+    target: Target
+    flat: Bytes | None  # the target's memory, where the whole piece goes there as it is
 
 
 class Task(NamedTuple):
-    """Blocks [first, last) of a shard, and what to do with them once they are read and verified."""
+    """Blocks [first, last) of a shard, and what to do with their `nbytes` once they are read and verified."""
 
     shard: int
     first: int
     last: int
+    nbytes: int
     copies: list[Copy]
 
 
@@ -2032,13 +1993,10 @@ class CheckpointReader:
         self._lock = threading.Lock()
         self.checked_bytes = 0
         self.poll: Callable[[], None] = lambda: None  # called a few times a second by long checks
-        pieces = metadata.pieces
-        self._rows = np.searchsorted(pieces.tensor, np.arange(len(metadata.tensors) + 1)).tolist()
-        self._shared = {t.name: index for index, t in enumerate(metadata.tensors) if t.rank is None}
-        self._kept: dict[str, dict[int, int]] = {}  # what is stored for single ranks
+        self._rows = np.searchsorted(metadata.pieces.tensor, np.arange(len(metadata.tensors) + 1)).tolist()
+        self.stored: dict[str, dict[int | None, int]] = {}  # name -> rank that it is kept for, None: all -> its index
         for index, t in enumerate(metadata.tensors):
-            if t.rank is not None:
-                self._kept.setdefault(t.name, {})[t.rank] = index
+            self.stored.setdefault(t.name, {})[t.rank] = index
 
     def __enter__(self: R) -> R:
         return self
@@ -2047,25 +2005,17 @@ class CheckpointReader:
         for file in self._files.values():
             file.close()
 
-    def names(self) -> list[str]:
-        """Every stored name once."""
-        return [*self._shared, *(self._kept.keys() - self._shared.keys())]
-
-    def indices(self, name: str) -> list[int]:
-        """Everything that is stored as `name`: one for all ranks, or one each."""
-        return [self._shared[name]] if name in self._shared else list(self._kept.get(name, {}).values())
-
     def find(self, name: str, rank: int) -> int | None:
         """The index of what is stored as `name` for `rank`: shared by all, or its own; None where it has none."""
-        index = self._shared.get(name)
-        if index is None and (index := self._kept.get(name, {}).get(rank)) is None:
+        held = self.stored.get(name, {})
+        if (index := held.get(None, held.get(rank))) is None:
             return None
         alias = self.metadata.tensors[index].alias_of
         return index if alias is None else alias
 
     def ranks(self, name: str) -> list[int]:
         """Ranks for which `name` is kept apart."""
-        return sorted(self._kept.get(name, {}))
+        return sorted(rank for rank in self.stored.get(name, {}) if rank is not None)
 
     def is_superseded(self) -> bool:
         """Whether the checkpoint was overwritten or deleted since its record was read."""
@@ -2073,12 +2023,12 @@ class CheckpointReader:
 
     def file(self, shard: int) -> st.StoredFile:
         """The open file of a shard."""
+        path = self.metadata.shard_path(shard)
         with self._lock:
             if shard not in self._files:
                 try:
-                    self._files[shard] = self.storage.open(self.metadata.shard_path(shard))
+                    self._files[shard] = self.storage.open(path)
                 except FileNotFoundError as error:
-                    path = self.metadata.shard_path(shard)
                     if self.is_superseded():
                         raise Superseded(f"{path}: replaced by a newer save while it was read") from error
                     raise st.corrupted(f"{path}: shard is missing", path) from error
@@ -2087,8 +2037,7 @@ class CheckpointReader:
     def header(self, shard: int) -> st.Header:
         """The checked header of a shard."""
         if shard not in self._headers:
-            info, path = self.metadata.shards[shard], self.metadata.shard_path(shard)
-            file = self.file(shard)
+            info, path, file = self.metadata.shards[shard], self.metadata.shard_path(shard), self.file(shard)
             if file.length() != info.length:
                 raise st.corrupted(f"{path}: {file.length()} bytes, the record says {info.length}", path)
             self._headers[shard] = st.read_header(file, path, info.header_crc, self._longest_header)
@@ -2109,15 +2058,6 @@ class CheckpointReader:
         digits = 8 * (logical // st.FRAME_BYTES + st.block_count(logical + meta.size_bytes()))
         return st.ALIGN_BYTES + entries * (1024 + 128 * ndim + 32 * name) + digits
 
-    def _entry(self, shard: int, begin: int, box: Box, tensor: st.TensorMetadata) -> st.Entry:
-        if shard not in self._entries:
-            self._entries[shard] = {e.begin: e for e in self.header(shard).entries if e.end > e.begin}
-        entry = self._entries[shard].get(begin)
-        if entry is None or entry.shape != box.size or entry.dtype != tensor.dtype:
-            path = self.metadata.shard_path(shard)
-            raise st.corrupted(f"{path}: the record places {tensor.name} at byte {begin}, the header does not", path)
-        return entry
-
     def pieces(self, tensor: int, box: Box) -> list[tuple[int, int, Box]]:
         """Stored pieces of a tensor that overlap `box`: (shard, begin, piece). CORRUPTED if they leave a hole in it."""
         table, (low, high) = self.metadata.pieces, self._rows[tensor : tensor + 2]
@@ -2130,122 +2070,116 @@ class CheckpointReader:
         found, volume = [], 0
         for row in rows:
             piece = _box(table.box[row].tolist(), ndim)
+            place = int(table.shard[row]), int(table.begin[row]), piece
             if piece == box:  # the layout that was saved
-                return [(int(table.shard[row]), int(table.begin[row]), piece)]
+                return [place]
             if (common := piece.intersect(box)) is not None:
-                found.append((int(table.shard[row]), int(table.begin[row]), piece))
+                found.append(place)
                 volume += math.prod(common.size)
         if volume != math.prod(box.size):
             name = self.metadata.tensors[tensor].name
             raise st.corrupted(f"{name}: stored pieces cover {volume} of {math.prod(box.size)} elements", name)
         return found
 
+    def _entry(self, shard: int, begin: int, box: Box, tensor: st.TensorMetadata) -> st.Entry:
+        if shard not in self._entries:
+            self._entries[shard] = {e.begin: e for e in self.header(shard).entries if e.end > e.begin}
+        entry = self._entries[shard].get(begin)
+        if entry is None or entry.shape != box.size or entry.dtype != tensor.dtype:
+            path = self.metadata.shard_path(shard)
+            raise st.corrupted(f"{path}: the record places {tensor.name} at byte {begin}, the header does not", path)
+        return entry
+
     def plan(self, targets: Iterable[Target]) -> list[Task]:
-        """L3: which blocks to read, and where each part of them goes."""
-        tasks: dict[tuple[int, int], list[Copy]] = {}
-        for tensor, want, view in targets:
+        """L3: which blocks to read, and where each part of them goes; in the order of the blocks."""
+        windows: dict[tuple[int, int], list[Copy]] = {}
+        for target in targets:
+            want, meta = target.box, self.metadata.tensors[target.tensor]
             if math.prod(want.size) == 0:
                 continue
-            meta = self.metadata.tensors[tensor]
-            for shard, begin, piece in self.pieces(tensor, want):
+            for shard, begin, piece in self.pieces(target.tensor, want):
                 entry = self._entry(shard, begin, piece, meta)
-                common = want if piece == want else piece.intersect(want)
-                assert common is not None
-                exact = piece == want and view.dtype == st.DTYPES[meta.dtype]
-                flat = st.byte_view(view) if exact else None
-                copy = Copy(entry, piece, common, want, view, flat)
-                for key, part in self._spread(shard, copy):
-                    tasks.setdefault(key, []).append(part)
-        return [self._task(shard, window, tasks[shard, window]) for shard, window in sorted(tasks)]
+                exact = piece == want and target.view.dtype == st.DTYPES[meta.dtype]
+                flat = st.byte_view(target.view) if exact else None
+                blocks = COMPRESSED_WINDOW if entry.frames else 1
+                for low, high, start in _spans(entry, piece, want):
+                    window = shard, low // st.BLOCK_BYTES // blocks * blocks
+                    windows.setdefault(window, []).append(Copy(low, high, start, entry, piece, target, flat))
+        tasks = []
+        for (shard, _), copies in sorted(windows.items()):
+            first = min(copy.low for copy in copies) // st.BLOCK_BYTES
+            last = st.block_count(max(copy.high for copy in copies))
+            tasks.append(Task(shard, first, last, st.block_span(self.header(shard), first, last), copies))
+        return tasks
 
-    def _spread(self, shard: int, copy: Copy) -> Iterator[tuple[tuple[int, int], Copy]]:
-        """The windows of blocks that a copy needs, with the copy, or its frame there."""
-        entry, first, last = copy.entry, 0, copy.entry.nbytes()
-        if copy.box != copy.piece:
-            width, size = st.itemsize(entry.dtype), copy.piece.size
-            strides = [math.prod(size[dim + 1 :]) * width for dim in range(len(size))]
-            inner = copy.box.within(copy.piece)
-            first = sum(s.start * stride for s, stride in zip(inner, strides))
-            last = sum((s.stop - 1) * stride for s, stride in zip(inner, strides)) + width
-        if not entry.frames:
-            low, high = (entry.begin + first) // st.BLOCK_BYTES, -(-(entry.begin + last) // st.BLOCK_BYTES)
-            for block in range(low, high):
-                yield (shard, block), copy
-            return
-        starts = np.cumsum((0, *entry.frames)) + entry.begin
-        for frame in range(first // st.FRAME_BYTES, -(-last // st.FRAME_BYTES)):
-            window = int(starts[frame]) // (st.BLOCK_BYTES * COMPRESSED_WINDOW)
-            yield (shard, -1 - window), copy._replace(frame=frame)
-
-    def _task(self, shard: int, window: int, copies: list[Copy]) -> Task:
-        if window >= 0:
-            return Task(shard, window, window + 1, copies)
-        low = min(_frame_span(copy)[0] for copy in copies)
-        high = max(_frame_span(copy)[1] for copy in copies)
-        return Task(shard, low // st.BLOCK_BYTES, -(-high // st.BLOCK_BYTES), copies)
+    def read(self, shard: int, first: int, last: int, buffer: Bytes) -> Bytes:
+        """Blocks [first, last) of a shard, verified, in the beginning of `buffer`."""
+        header = self.header(shard)
+        data = buffer[: st.block_span(header, first, last)]
+        st.read_blocks(self.file(shard), header, first, last, data, self.metadata.shard_path(shard))
+        return data
 
     def run(self, task: Task, buffer: Bytes) -> int:
         """L4 for one task: read, verify, put into place. Returns the bytes read."""
-        header, path = self.header(task.shard), self.metadata.shard_path(task.shard)
-        size = st.block_span(header, task.first, task.last)
-        whole = self._straight(task, size)
-        if whole is not None:
-            st.read_blocks(self.file(task.shard), header, task.first, task.last, whole, path)
-            return size
-        data = buffer[:size] if size <= len(buffer) else np.empty(size, np.uint8)
-        st.read_blocks(self.file(task.shard), header, task.first, task.last, data, path)
-        self.place(task, data)
-        return size
-
-    def _straight(self, task: Task, size: int) -> Bytes | None:
-        """Where a task is a block that lies within one tensor's memory: that memory."""
-        copy = task.copies[0]
-        start = task.first * st.BLOCK_BYTES - copy.entry.begin
-        if len(task.copies) > 1 or copy.flat is None or copy.frame >= 0 or start < 0 or start + size > len(copy.flat):
-            return None
-        return copy.flat[start : start + size]
+        shard, first, last, nbytes, (copy, *others) = task
+        if copy.flat is not None and not copy.entry.frames and not others and copy.high - copy.low == nbytes:
+            self.read(shard, first, last, copy.flat[copy.start :])  # a block of one tensor: straight into its memory
+        else:
+            room = buffer if nbytes <= len(buffer) else np.empty(nbytes, np.uint8)
+            self.place(task, self.read(shard, first, last, room))
+        return nbytes
 
     def place(self, task: Task, data: Bytes) -> None:
         """Put the verified bytes of a task where they belong."""
-        for copy, start, part in self.parts(task, data):
+        for copy, part in self.parts(task, data):
             if copy.flat is not None:
-                copy.flat[start : start + len(part)] = part
+                copy.flat[copy.start : copy.start + len(part)] = part
             else:
-                st.copy_in(part, start, st.DTYPES[copy.entry.dtype], copy.piece, copy.held, copy.view)
+                dtype, target = st.DTYPES[copy.entry.dtype], copy.target
+                st.copy_in(part, copy.start, dtype, copy.piece, target.box, target.view)
 
-    def parts(self, task: Task, data: Bytes) -> Iterator[tuple[Copy, int, Bytes]]:
-        """What a task's verified bytes hold of the piece of each copy: its bytes from `start` on, expanded."""
+    def parts(self, task: Task, data: Bytes) -> Iterator[tuple[Copy, Bytes]]:
+        """What a task's verified bytes hold for each copy: bytes of its piece from `start` on, expanded."""
         base = task.first * st.BLOCK_BYTES
         for copy in task.copies:
-            entry = copy.entry
-            if copy.frame >= 0:
-                low, high = _frame_span(copy)
-                start = copy.frame * st.FRAME_BYTES
-                length = min(st.FRAME_BYTES, entry.nbytes() - start)
-                packed = data[low - base : high - base].tobytes()
-                yield copy, start, st.expand_frame(packed, length, st.itemsize(entry.dtype))
-            else:
-                low, high = max(entry.begin, base), min(entry.end, base + len(data))
-                yield copy, low - entry.begin, data[low - base : high - base]
+            part, entry = data[copy.low - base : copy.high - base], copy.entry
+            if entry.frames:
+                length = min(st.FRAME_BYTES, entry.nbytes() - copy.start)
+                part = st.expand_frame(part.tobytes(), length, st.itemsize(entry.dtype))
+            yield copy, part
 
     def read_value(self, tensor: int) -> object:
         """A stored JSON value, still encoded."""
         meta = self.metadata.tensors[tensor]
         out = torch.empty(meta.shape, dtype=torch.uint8)
         for task in self.plan([Target(tensor, Box((0,), meta.shape), out)]):
-            self.run(task, np.empty(st.BLOCK_BYTES, np.uint8))
+            self.run(task, np.empty(task.nbytes, np.uint8))
         return st.parse_json(out.numpy().tobytes(), meta.name)
 
 
-def _frame_span(copy: Copy) -> tuple[int, int]:
-    low = copy.entry.begin + sum(copy.entry.frames[: copy.frame])
-    return low, low + copy.entry.frames[copy.frame]
+def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, int]]:
+    """The blocks' parts, or the frames, in which a piece has what it has of `want`: `Copy`'s (low, high, start)."""
+    first = last = 0  # the first and the last element of it that is wanted, in row-major order
+    for at, size, begin, count in zip(*piece, *want):
+        first = first * size + max(0, begin - at)
+        last = last * size + min(size, begin + count - at) - 1
+    width = st.itemsize(entry.dtype)
+    first, stop = first * width, (last + 1) * width
+    if entry.frames:
+        edges = np.cumsum([entry.begin, *entry.frames]).tolist()
+        for frame in range(first // st.FRAME_BYTES, -(-stop // st.FRAME_BYTES)):
+            yield edges[frame], edges[frame + 1], frame * st.FRAME_BYTES
+    else:
+        for block in range((entry.begin + first) // st.BLOCK_BYTES, st.block_count(entry.begin + stop)):
+            low = max(entry.begin, block * st.BLOCK_BYTES)
+            yield low, min(entry.end, (block + 1) * st.BLOCK_BYTES), low - entry.begin
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The load protocol
 
 RESHARDING_STRATEGIES = ("parallel", "sequential", "broadcast")
+RELAYED_BLOCKS = 8  # a round: so many are read by some rank, sent, and put into place
 
 
 class CheckpointLoader:
@@ -2280,7 +2214,8 @@ class CheckpointLoader:
                 tasks = reader.plan(prepare(reader))
                 op.gather(None)  # nobody writes into a tensor before everybody has a plan
             with op.step("L4 read"):
-                self._read(op, reader, tasks, str(request["strategy"]), progress)
+                meter = Meter(op, sum(task.nbytes for task in tasks), progress)
+                _read(op, reader, tasks, str(request["strategy"]), meter)
         with op.step("L5 agree"), no_garbage_collection():
             op.gather(None)  # every rank has its bytes
             apply()
@@ -2288,114 +2223,60 @@ class CheckpointLoader:
         return metadata
 
     def _read_record(self, op: Operation, prefix: str) -> st.CheckpointMetadata:
-        if op.rank == 0:
-            try:
-                text, metadata = st.read_committed_record(self.storage, prefix)
-            except FileNotFoundError as error:
-                known = ", ".join(st.recorded_prefixes(self.storage)[-5:]) or "none"
-                message = f"there is no checkpoint {prefix!r}; the last ones here: {known}"
-                raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
-            op.broadcast(text.decode())
-            return metadata
-        return st.decode_record(str(op.broadcast(None)).encode(), prefix)
+        if op.rank != 0:
+            return st.decode_record(str(op.broadcast(None)).encode(), prefix)
+        try:
+            text, metadata = st.read_committed_record(self.storage, prefix)
+        except FileNotFoundError as error:
+            known = ", ".join(st.recorded_prefixes(self.storage)[-5:]) or "none"
+            message = f"there is no checkpoint {prefix!r}; the last ones here: {known}"
+            raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
+        op.broadcast(text.decode())
+        return metadata
 
-    def _read(
-        self, op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:  # fmt: skip
-        total = sum(st.block_span(reader.header(t.shard), t.first, t.last) for t in tasks)
-        meter = Meter(op, total, progress)
 
-        def run(task: Task, buffer: Bytes) -> None:
-            meter.add(reader.run(task, buffer))
-
-        for turn in range(op.world_size if strategy == "sequential" else 1):
-            if strategy == "broadcast" and op.world_size > 1:
-                Relay(op, reader, tasks, meter).run()
-            elif strategy != "sequential" or turn == op.rank:
-                st.in_parallel(tasks, run, min(IO_THREADS, len(tasks)), meter.tick)
+def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str, meter: Meter) -> None:
+    """L4: read what this rank's tasks ask for; in turn with the others ("sequential"), or for them too ("broadcast")."""
+    if strategy == "broadcast" and op.world_size > 1:
+        _relay(op, reader, tasks, meter)
+    else:
+        for turn in range(op.world_size) if strategy == "sequential" else [op.rank]:
+            if turn == op.rank:
+                threads = min(IO_THREADS, len(tasks))
+                st.in_parallel(tasks, lambda task, buffer: meter.add(reader.run(task, buffer)), threads, meter.tick)
             if strategy == "sequential":
                 op.gather(None)
+    meter.tick()
+
+
+def _relay(op: Operation, reader: CheckpointReader, tasks: list[Task], meter: Meter) -> None:
+    """Every block is read by one of the ranks that need it, in turn, and sent to the others; a few blocks a round."""
+    wanted = sorted({(task.shard, block) for task in tasks for block in range(task.first, task.last)})
+    columns = np.array(wanted, np.int64).reshape(-1, 2).T
+    needs: dict[tuple[int, int], list[int]] = {}
+    for rank, row in enumerate(op.gather([len(wanted), *map(st.encode_runs, columns)])):
+        if isinstance(row, list):
+            for key in zip(*(st.decode_runs(runs, row[0]).tolist() for runs in row[1:])):
+                needs.setdefault(key, []).append(rank)
+    order = sorted(needs)
+    sender = {key: needs[key][n % len(needs[key])] for n, key in enumerate(order)}
+    waiting, here = deque(tasks), dict[tuple[int, int], Bytes]()  # the blocks that have come and are needed yet
+    for at in range(0, len(order), RELAYED_BLOCKS):
+        batch = order[at : at + RELAYED_BLOCKS]
+        outgoing: dict[int, list[Bytes]] = {}
+        for shard, block in (key for key in batch if sender[key] == op.rank):
+            data = here[shard, block] = reader.read(shard, block, block + 1, np.empty(st.BLOCK_BYTES, np.uint8))
+            for rank in needs[shard, block]:
+                if rank != op.rank:
+                    outgoing.setdefault(rank, []).append(data)
+        received = op.exchange({rank: np.concatenate(parts) for rank, parts in outgoing.items()})
+        for shard, block in (key for key in batch if op.rank in needs[key] and sender[key] != op.rank):
+            size, source = st.block_span(reader.header(shard), block, block + 1), sender[shard, block]
+            here[shard, block], received[source] = np.split(received[source], [size])
+        # Tasks come in the order of their blocks, and so do the blocks.
+        while waiting and all((waiting[0].shard, b) in here for b in range(waiting[0].first, waiting[0].last)):
+            task = waiting.popleft()
+            reader.place(task, np.concatenate([here[task.shard, b] for b in range(task.first, task.last)]))
+            meter.add(task.nbytes)
+        here = {key: data for key, data in here.items() if waiting and key >= (waiting[0].shard, waiting[0].first)}
         meter.tick()
-
-
-class Relay:
-    """The "broadcast" strategy: every stored block is read by one of the ranks that need it, and sent to the others."""
-
-    BLOCKS_A_ROUND = 8
-
-    def __init__(self, op: Operation, reader: CheckpointReader, tasks: list[Task], meter: Meter) -> None:
-        self._op, self._reader, self._meter = op, reader, meter
-        self._waiting = [(task, Arrival(reader, task)) for task in tasks]
-        wanted = sorted({(t.shard, block) for t in tasks for block in range(t.first, t.last)})
-        shards, blocks = (np.array(column, np.int64) for column in (zip(*wanted) if wanted else ((), ())))
-        told = op.gather([len(wanted), st.encode_runs(shards), st.encode_runs(blocks)])
-        self._needs: dict[tuple[int, int], list[int]] = {}
-        for rank, row in enumerate(told):
-            if isinstance(row, list):
-                columns = [st.decode_runs(runs, row[0]).tolist() for runs in row[1:]]
-                for key in zip(*columns):
-                    self._needs.setdefault(key, []).append(rank)
-
-    def run(self) -> None:
-        """Round by round: read own blocks, exchange, put into place."""
-        order = sorted(self._needs)
-        turns = {key: self._needs[key][n % len(self._needs[key])] for n, key in enumerate(order)}
-        for at in range(0, len(order), self.BLOCKS_A_ROUND):
-            batch = order[at : at + self.BLOCKS_A_ROUND]
-            own = {key: self._fetch(key) for key in batch if turns[key] == self._op.rank}
-            outgoing: dict[int, list[Bytes]] = {}
-            for key, data in own.items():
-                for rank in self._needs[key]:
-                    if rank != self._op.rank:
-                        outgoing.setdefault(rank, []).append(data)
-            received = self._op.exchange({rank: np.concatenate(parts) for rank, parts in outgoing.items()})
-            cursors = dict.fromkeys(received, 0)
-            for key in batch:
-                if self._op.rank not in self._needs[key]:
-                    continue
-                if (whole := own.get(key)) is None:
-                    shard, block = key
-                    size = st.block_span(self._reader.header(shard), block, block + 1)
-                    low = cursors[turns[key]]
-                    whole = received[turns[key]][low : low + size]
-                    cursors[turns[key]] += size
-                self._arrive(key, whole)
-            self._meter.tick()
-
-    def _fetch(self, key: tuple[int, int]) -> Bytes:
-        shard, block = key
-        header = self._reader.header(shard)
-        data = np.empty(st.block_span(header, block, block + 1), np.uint8)
-        path = self._reader.metadata.shard_path(shard)
-        st.read_blocks(self._reader.file(shard), header, block, block + 1, data, path)
-        return data
-
-    def _arrive(self, key: tuple[int, int], data: Bytes) -> None:
-        """Tasks are in the order of blocks too, so the ones that a block completes are at the front."""
-        for task, arrival in self._waiting:
-            if (task.shard, task.first) > key:
-                break
-            if task.shard == key[0] and key[1] < task.last:
-                arrival.take(key[1], data)
-        while self._waiting and self._waiting[0][1].missing == 0:
-            task, arrival = self._waiting.pop(0)
-            self._reader.place(task, arrival.data)
-            self._meter.add(len(arrival.data))
-
-
-class Arrival:
-    """The blocks of a task that have come so far."""
-
-    def __init__(self, reader: CheckpointReader, task: Task) -> None:
-        self._task, self._size = task, st.block_span(reader.header(task.shard), task.first, task.last)
-        self.missing = task.last - task.first
-        self.data: Bytes = np.empty(0, np.uint8)
-
-    def take(self, block: int, data: Bytes) -> None:
-        """Note one block."""
-        if not len(self.data):
-            self.data = np.empty(self._size, np.uint8)
-        low = (block - self._task.first) * st.BLOCK_BYTES
-        self.data[low : low + len(data)] = data
-        self.missing -= 1

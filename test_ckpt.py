@@ -1428,6 +1428,21 @@ def coordinate(rank, world_size, tmp):
     return gathered, sent, late, ckpt.TorchCoordinator().all_gather(rank, timeout=20.0)
 
 
+def test_ranks_tell_each_other_values_of_any_size(tmp_path):
+    for rank, (sizes, same, keys) in enumerate(run(3, tell_much, tmp_path)):
+        assert sizes == [1 << 22, (1 << 22) - 2, 30_000_000] and same and keys <= 20, rank
+
+
+def tell_much(rank, world_size, tmp):
+    coordinator = ckpt.TorchCoordinator()
+    mine = str(rank) * [1 << 22, (1 << 22) - 2, 30_000_000][rank]  # with its two quotes the second fills a part
+    gathered = coordinator.all_gather(mine)
+    same = coordinator.broadcast(mine, src=2) == gathered[2]
+    coordinator.barrier()
+    coordinator.barrier()
+    return [len(told) for told in gathered], same, dist.distributed_c10d._get_default_store().num_keys()
+
+
 def await_file(path):
     """Wait until another rank has made `path`: a gate, not a sleep."""
     while not path.exists():
@@ -1837,6 +1852,19 @@ def test_reshard_compressed_checkpoints_of_every_format(tmp_path, level):
     loads = [(f"fsdp3/{form.name}", strategy) for form, strategy in zip(FORMATS, STRATEGIES)]
     for answer in run(4, load_layout, tmp_path, "fsdp2tp2", loads, 1):
         assert len(answer) == 3 and not any(answer.values()), answer
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_shard_of_many_blocks_is_broadcast_whole(tmp_path, level):
+    assert all(run(2, broadcast_many_blocks, tmp_path, level))
+
+
+def broadcast_many_blocks(rank, world_size, tmp, level):
+    truth = torch.randn(48 * MiB // 4, generator=torch.Generator().manual_seed(1))
+    opened(tmp).save(Bag(a=truth, b=truth[:100]), None, to(compression_level=level))
+    found = Bag(a=torch.zeros_like(truth), b=torch.zeros(100))
+    opened(tmp).load(found, None, at(resharding_strategy="broadcast"))
+    return torch.equal(found.state["a"], truth) and torch.equal(found.state["b"], truth[:100])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
