@@ -363,18 +363,13 @@ class CheckpointValidator:
     """Runs checkers; the built-in ones always, those given in addition."""
 
     def __init__(
-        self,
-        storage: CheckpointStorage,
-        integrity_checkers: Sequence[IntegrityChecker] = (),
+        self, storage: CheckpointStorage, integrity_checkers: Sequence[IntegrityChecker] = (),
         compatibility_checkers: Sequence[CompatibilityChecker] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.storage = storage
         self.integrity_checkers: list[IntegrityChecker] = [SizeIntegrityChecker(), *integrity_checkers]
-        self.compatibility_checkers: list[CompatibilityChecker] = [
-            VersionCompatibilityChecker(),
-            SchemaCompatibilityChecker(),
-            *compatibility_checkers,
-        ]
+        built_in: list[CompatibilityChecker] = [VersionCompatibilityChecker(), SchemaCompatibilityChecker()]
+        self.compatibility_checkers = [*built_in, *compatibility_checkers]
 
     def validate_checkpoint(
         self, checkpoint_prefix: str, poll: Callable[[int, int], None] | None = None
@@ -409,10 +404,7 @@ class CheckpointValidator:
         return result
 
     def validate_shards(
-        self,
-        reader: CheckpointReader,
-        shards: Iterable[int] | None = None,
-        extra: Sequence[IntegrityChecker] = (),
+        self, reader: CheckpointReader, shards: Iterable[int] | None = None, extra: Sequence[IntegrityChecker] = ()
     ) -> ValidationResult:
         """Run the integrity checkers on some shards (default: all), and `extra` ones."""
         result = ValidationResult()
@@ -763,6 +755,7 @@ class Restore:
     """One load on one rank: what is validated, which tensors are filled, what does not fit, and handing it all over."""
 
     reader: CheckpointReader  # from L3 on
+    result: CheckpointLoadResult  # from L5 on
 
     def __init__(self, given: Given[LoadOptions], op: coord.Operation, validator: CheckpointValidator) -> None:
         self.given, self.op, self._validator = given, op, validator
@@ -773,10 +766,8 @@ class Restore:
         self.unexpected: set[str] = set()  # of what has to have a use, that for which none was found so far
         self._seen: set[tuple[object, ...]] = set()
         self._model, self._optimizer = ModelState(given.model), OptimizerState({}, {})
+        self._extra: dict[str, object] = {}
         self._rng: object = None
-        self.extra: dict[str, object] = {}
-        self.model_state: dict[str, object] = {}
-        self.optimizer_state: dict[str, object] = {}
 
     def claim(self) -> dict[str, object]:
         """L1: what all ranks must ask for alike."""
@@ -824,7 +815,7 @@ class Restore:
                 self.problems.append(f"{name}: missing from the checkpoint")
             elif (index := self.find(name)) is not None:
                 live = given.extra_state.get(key)
-                self.extra[key] = self.value(index, live.state_dict() if isinstance(live, Stateful) else None)
+                self._extra[key] = self.value(index, live.state_dict() if isinstance(live, Stateful) else None)
         if options.load_rng_state:
             if (index := reader.find("rng/state", self.op.rank)) is not None:
                 self._rng = self.value(index, None)
@@ -900,13 +891,17 @@ class Restore:
 
     def apply(self) -> None:
         """L5: hand the filled states over."""
-        self.model_state = self._model.apply(self.given.options.strict_mode)
-        self.optimizer_state = self._optimizer.apply()
-        for key, value in self.extra.items():
+        model_state, optimizer_state = self._model.apply(self.given.options.strict_mode), self._optimizer.apply()
+        for key, value in self._extra.items():
             if isinstance(live := self.given.extra_state.get(key), Stateful) and isinstance(value, dict):
                 live.load_state_dict(value)
         if isinstance(self._rng, dict):
             set_rng_state(self._rng)
+        meta, here = self.reader.metadata, self.op.world_size
+        self.result = CheckpointLoadResult(
+            meta, model_state, optimizer_state, meta.world_size, here, meta.world_size != here, self._extra, meta.prefix,
+            self.warnings,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -958,20 +953,6 @@ class PendingSave(concurrent.futures.Future[str]):
             return super().exception(timeout)
         finally:
             self.asked = self.done()
-
-    def wait_done(self, timeout: float) -> bool:
-        """Wait for the end without asking how it ended."""
-        return not concurrent.futures.wait([self], timeout).not_done
-
-    def complete(self, save: Callable[[], str], logger: logging.Logger) -> None:
-        """Save, and keep what came of it for whoever asks."""
-        try:
-            prefix = save()
-        except BaseException as error:
-            logger.error("background save failed: %s", error)
-            self.set_exception(error)
-        else:
-            self.set_result(prefix)
 
     def hook(self, register: Callable[[Callable[..., None]], torch.utils.hooks.RemovableHandle]) -> None:
         """Make an optimizer's next step wait until the copy is done."""
@@ -1077,13 +1058,10 @@ class DistributedCheckpoint:
     """
 
     def __init__(
-        self,
-        coordinator: DistributedCoordinator | None = None,
-        storage: CheckpointStorage | None = None,
-        fault_handler: FaultToleranceHandler | None = None,
-        validator: CheckpointValidator | None = None,
+        self, coordinator: DistributedCoordinator | None = None, storage: CheckpointStorage | None = None,
+        fault_handler: FaultToleranceHandler | None = None, validator: CheckpointValidator | None = None,
         logger: logging.Logger | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if coordinator is None:
             initialised = dist.is_available() and dist.is_initialized()
             coordinator = TorchCoordinator() if initialised else LocalCoordinator()
@@ -1100,14 +1078,9 @@ class DistributedCheckpoint:
         self._pending: PendingSave | None = None
 
     def save(
-        self,
-        model: Model,
-        optimizer: Model | None = None,
-        options: SaveOptions | None = None,
-        *,
-        extra_state: Mapping[str, object] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> str:
+        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
+        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
+    ) -> str:  # fmt: skip
         """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
 
         ValueError for a misuse, CheckpointException for a failure, on every rank alike; then nothing was committed, an
@@ -1117,14 +1090,9 @@ class DistributedCheckpoint:
         return self._save(given, lambda: self._collect(given))
 
     def save_async(
-        self,
-        model: Model,
-        optimizer: Model | None = None,
-        options: SaveOptions | None = None,
-        *,
-        extra_state: Mapping[str, object] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> PendingSave:
+        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
+        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
+    ) -> PendingSave:  # fmt: skip
         """Copy the state to host memory, and save it in the background. Collective; one save is in flight at a time.
 
         With staging="eager" the copy is done on return. With "overlapped" parameters and optimizer state are copied while
@@ -1138,15 +1106,20 @@ class DistributedCheckpoint:
             given.options.check()
             self._stage(pending, given)
 
-        def save() -> str:
-            with pending.staging():
-                _copy_staged(pending.late)
-            pending.staged()
-            return self._save(given, pending.collect)
+        def save() -> None:
+            try:
+                with pending.staging():
+                    _copy_staged(pending.late)
+                pending.staged()
+                pending.set_result(self._save(given, pending.collect))
+            except BaseException as error:  # kept for whoever asks
+                self.logger.error("background save failed: %s", error)
+                pending.set_exception(error)
+            finally:
+                pending.data, pending.late = ShardData([], {}), []  # `pending` may be kept, the copy need not
 
         self._pending = pending
-        # Not a daemon: the interpreter's exit waits for it.
-        threading.Thread(target=pending.complete, args=(save, self.logger), name="ckpt-save").start()
+        threading.Thread(target=save, name="ckpt-save").start()  # no daemon: the interpreter's exit waits for it
         return pending
 
     def save_model_only(
@@ -1156,14 +1129,9 @@ class DistributedCheckpoint:
         return self.save(model, None, replace(options or SaveOptions(), include_rng_state=False), cancel=cancel)
 
     def load(
-        self,
-        model: Model,
-        optimizer: Model | None = None,
-        options: LoadOptions | None = None,
-        *,
-        extra_state: Mapping[str, object] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> CheckpointLoadResult:
+        self, model: Model, optimizer: Model | None = None, options: LoadOptions | None = None, *,
+        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
+    ) -> CheckpointLoadResult:  # fmt: skip
         """Restore a checkpoint in place, whatever layout it was saved from. Collective; blocks until every rank has its own.
 
         ValueError for a misuse, CheckpointException for a failure, on every rank alike. Before any byte was read into a tensor
@@ -1193,8 +1161,7 @@ class DistributedCheckpoint:
 
     def latest_checkpoint(self) -> CheckpointInfo | None:
         """The newest committed checkpoint, by the order of saves. Local."""
-        found = self.list_checkpoints()
-        return found[-1] if found else None
+        return next(reversed(self.list_checkpoints()), None)
 
     def delete_checkpoint(self, checkpoint_prefix: str) -> None:
         """Delete a checkpoint: its record first, then its shards; safe to repeat. Local: call it on one rank.
@@ -1240,7 +1207,7 @@ class DistributedCheckpoint:
         """Wait for the save in flight; returns its failure if nobody here has asked for it."""
         if (pending := self._pending) is None:
             return None
-        if not pending.wait_done(limit_s + coord.GRACE_S):
+        if concurrent.futures.wait([pending], limit_s + coord.GRACE_S).not_done:
             raise CheckpointException(f"the save in flight is not done after {limit_s:g} s", type=ExceptionType.TIMEOUT)
         self._pending = None
         return None if pending.asked else pending.exception()
@@ -1249,15 +1216,17 @@ class DistributedCheckpoint:
         """Run `body` on all ranks, again where they agree to; the failure that they agree on becomes the public exception."""
         retryable = self.fault_handler.retry_policy.retryable_exceptions
 
-        def attempt(first: bool = True) -> tuple[R, coord.Operation]:
-            op = coord.Operation(self.coordinator, verb, given.limit_s, given.cancel, retryable)
-            try:
-                return body(op), op
-            except coord.OperationFailed as failed:
-                self.logger.debug("an attempt failed: %s", failed)
-                if not (first and failed.info.get("superseded")):
-                    raise
-            return attempt(first=False)  # what was read was replaced meanwhile: the new one is there, whole
+        def attempt() -> tuple[R, coord.Operation]:
+            replaced = False
+            while True:
+                op = coord.Operation(self.coordinator, verb, given.limit_s, given.cancel, retryable)
+                try:
+                    return body(op), op
+                except coord.OperationFailed as failed:
+                    self.logger.debug("an attempt failed: %s", failed)
+                    if replaced or not failed.info.get("superseded"):
+                        raise
+                    replaced = True  # a save has replaced what was being read: at once again, for the new one
 
         try:
             return self.fault_handler.execute_with_retry(attempt, given.cancel)
@@ -1339,21 +1308,18 @@ class DistributedCheckpoint:
         started = time.monotonic()
         loader = CheckpointLoader(self.coordinator, self.storage)
 
-        def body(op: coord.Operation) -> tuple[CheckpointMetadata, Restore]:
-            todo = Restore(given, op, self.validator)
-            return loader.coordinate_load(
-                op, todo.claim, todo.validate, todo.prepare, todo.apply, given.options.progress
-            ), todo
+        def body(op: coord.Operation) -> Restore:
+            restore = Restore(given, op, self.validator)
+            steps = (restore.claim, restore.validate, restore.prepare, restore.apply)
+            loader.coordinate_load(op, *steps, given.options.progress)
+            return restore
 
-        (metadata, done), op = self._run(given, "load", body)
-        result = CheckpointLoadResult(
-            metadata, done.model_state, done.optimizer_state, metadata.world_size, op.world_size,
-            metadata.world_size != op.world_size, done.extra, metadata.prefix, [*warnings, *done.warnings],
-        )  # fmt: skip
+        restored, op = self._run(given, "load", body)
+        result = replace(restored.result, warnings=[*warnings, *restored.warnings])
         for warning in result.warnings:
-            self.logger.warning("%s: %s", metadata.prefix, warning)
-        own, whole = sum(target.view.nbytes for target in done.targets), metadata.size_bytes()
-        what = f"loaded {metadata.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB to rank {op.rank} of {op.world_size}"
+            self.logger.warning("%s: %s", result.prefix, warning)
+        own, whole = sum(target.view.nbytes for target in restored.targets), result.metadata.size_bytes()
+        what = f"loaded {result.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB to rank {op.rank} of {op.world_size}"
         self._log(logging.DEBUG if op.rank else logging.INFO, what, own, started, op)
         return result
 
