@@ -555,11 +555,8 @@ class ModelState:
         return result
 
 
-class _Group(NamedTuple):
-    """A parameter group of a torch optimizer."""
-
-    packed: dict[str, object]  # as in the state_dict
-    params: list[tuple[str, torch.Tensor, object]]  # of each parameter: name, itself, its key in the state_dict
+# The parameter groups of a torch optimizer: each as in the state_dict, and of its parameters name, tensor and key in "state".
+_Groups = list[tuple[dict[str, object], list[tuple[str, torch.Tensor, object]]]]
 
 
 class OptimizerState:
@@ -576,23 +573,21 @@ class OptimizerState:
         self._states: dict[str, dict[str, object]] = {}
         self._kept: list[tuple[Stateful, torch.Tensor, dict[str, object]]] = []
 
-    def _apart(
-        self, name: str, part: Stateful, state: Mapping[str, object]
-    ) -> tuple[dict[object, object], list[_Group]] | None:
+    def _apart(self, part_name: str, state: Mapping[str, object]) -> tuple[dict[object, object], _Groups] | None:
         """A torch optimizer's state_dict taken apart: state by key, and groups; None for any other Stateful."""
-        live, by_key, packed = getattr(part, "param_groups", None), state.get("state"), state.get("param_groups")
+        live, by_key = getattr(self._parts[part_name], "param_groups", None), state.get("state")
+        packed = state.get("param_groups")
         if live is None or len(state) > 2 or not isinstance(by_key, dict) or not isinstance(packed, list):
             return None
-        groups = []
+        groups: _Groups = []
         for number, (group, options) in enumerate(zip(live, packed)):
-            params = []
+            groups.append((options, []))
             for position, (parameter, key) in enumerate(zip(group["params"], options["params"])):
-                known = self._names.get(id(parameter))
-                if known is None:
-                    known = "#" + ".".join(filter(None, (name, str(number), str(position))))
-                    self.outside.append(known)
-                params.append((known, parameter, key))
-            groups.append(_Group(options, params))
+                name = self._names.get(id(parameter))
+                if name is None:
+                    name = "#" + ".".join(filter(None, (part_name, str(number), str(position))))
+                    self.outside.append(name)
+                groups[-1][1].append((name, parameter, key))
         return by_key, groups
 
     def collect(self, into: Collecting) -> None:
@@ -600,11 +595,11 @@ class OptimizerState:
         groups, states, others = list[object](), dict[str, object](), dict[str, object]()
         for part_name, part in self._parts.items():
             state = part.state_dict()
-            if (apart := self._apart(part_name, part, state)) is None:
+            if (apart := self._apart(part_name, state)) is None:
                 others[part_name] = into.encode(state, f"optimizer/{part_name}")
                 continue
-            by_key, found = apart
-            for packed, params in found:
+            by_key, packed_groups = apart
+            for packed, params in packed_groups:
                 options = {key: value for key, value in packed.items() if key not in ("params", "param_names")}
                 encoded = into.encode(options, "optimizer/param_groups")
                 groups.append({"params": [name for name, _, _ in params], "options": encoded})
@@ -619,25 +614,25 @@ class OptimizerState:
         options, states, others = self._saved(restore)
         for part_name, part in self._parts.items():
             state = part.state_dict()
-            if (apart := self._apart(part_name, part, state)) is None:
+            if (apart := self._apart(part_name, state)) is None:
                 whole = restore.decode(others.get(part_name), state)
                 if isinstance(whole, dict):
                     self._states[part_name] = whole
                 else:
                     restore.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
                 continue
-            new_state, new_groups = dict(apart[0]), []
+            by_key, new_groups = dict(apart[0]), []
             for packed, params in apart[1]:
                 found = _group_options([name for name, _, _ in params], packed, options, restore)
                 new_groups.append({**packed, **found})
                 for name, parameter, key in params:
-                    like = new_state.pop(key, None)
+                    live = by_key.pop(key, None)
                     if name in states:
-                        new_state[key] = value = restore.decode(states[name], like, parameter)
+                        by_key[key] = value = restore.decode(states[name], live, parameter)
                         if isinstance(value, dict):
                             self._kept.append((part, parameter, value))
                     restore.unexpected.discard(f"optimizer/{name}")
-            self._states[part_name] = {"state": new_state, "param_groups": new_groups}
+            self._states[part_name] = {"state": by_key, "param_groups": new_groups}
 
     def _saved(self, restore: Restore) -> tuple[dict[str, dict[str, object]], dict[str, object], dict[str, object]]:
         """What is stored: the options that each parameter had; states; others.
@@ -924,11 +919,11 @@ class PendingSave(concurrent.futures.Future[str]):
         super().__init__()
         self.cancel_event = cancel or threading.Event()
         self.asked = False  # whether somebody has seen the outcome
-        self.late: list[StagedCopy] = []  # what is copied in the background, guarded by the hooks until then
+        self.late: list[StagedCopy] = []  # what is copied in the background; `hooks` hold up the optimizer until then
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.data = ShardData([], {})
         self._staging_error: Exception | None = None
         self._staged = threading.Event()
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def wait_staged(self, timeout: float | None = None) -> None:
         """Return once the live tensors may be changed; TimeoutError after `timeout` seconds."""
@@ -954,10 +949,6 @@ class PendingSave(concurrent.futures.Future[str]):
         finally:
             self.asked = self.done()
 
-    def hook(self, register: Callable[[Callable[..., None]], torch.utils.hooks.RemovableHandle]) -> None:
-        """Make an optimizer's next step wait until the copy is done."""
-        self._hooks.append(register(lambda *_: self.wait_staged()))
-
     @contextlib.contextmanager
     def staging(self) -> Iterator[None]:
         """Keep an error of the copying for `collect`."""
@@ -968,7 +959,7 @@ class PendingSave(concurrent.futures.Future[str]):
 
     def staged(self) -> None:
         """The copy is done, or given up: the live tensors are free."""
-        for handle in self._hooks:
+        for handle in self.hooks:
             handle.remove()
         self._staged.set()
 
@@ -1001,37 +992,6 @@ def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
                 local = tensor if (sharded := coord.as_dtensor(tensor)) is None else sharded.to_local()
                 found.add(local.data_ptr())
     return found
-
-
-class Staging:
-    """Host memory for `save_async`: allocated once, reused by every save, pinned where CUDA is in use."""
-
-    def __init__(self) -> None:
-        self._memory: st.Bytes = np.empty(0, np.uint8)
-
-    def reserve(self, data: ShardData, budget: int | None) -> dict[tuple[object, ...], StagedCopy]:
-        """Room for every piece, by `identity`, not copied yet. MemoryError where the budget forbids it."""
-        views: dict[tuple[object, ...], tuple[str, torch.Tensor]] = {}
-        for name, view in ((t.name, view) for t in data.tensors for _, view in t.pieces):
-            views.setdefault(coord.identity(view), (name, view))
-        *starts, total = itertools.accumulate((-(-view.nbytes // 64) * 64 for _, view in views.values()), initial=0)
-        if total > len(self._memory):
-            self.free()
-            limit = _available_bytes() if budget is None else budget
-            if limit is not None and total > limit:
-                raise MemoryError(
-                    f"staging needs {total} bytes of host memory, {limit} are allowed: use save(), or raise staging_budget_bytes"
-                )
-            self._memory = st.aligned_buffer(total)
-        copies = {}
-        for start, (key, (name, view)) in zip(starts, views.items()):
-            room = torch.from_numpy(self._memory[start : start + view.nbytes]).view(view.dtype).view(view.shape)
-            copies[key] = StagedCopy(name, view, room, view._version)
-        return copies
-
-    def free(self) -> None:
-        """Give the memory back."""
-        self._memory = np.empty(0, np.uint8)
 
 
 def _available_bytes() -> int | None:
@@ -1074,7 +1034,7 @@ class DistributedCheckpoint:
         self.keep_last: int | None = None
         self.staging_budget_bytes: int | None = None
         self._suspects: set[str] = set()
-        self._staging = Staging()
+        self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
         self._pending: PendingSave | None = None
 
     def save(
@@ -1182,7 +1142,7 @@ class DistributedCheckpoint:
             if (error := self._drain(self.default_timeout)) is not None:
                 raise error
         finally:
-            self._staging.free()
+            self._staging = np.empty(0, np.uint8)
 
     def __enter__(self) -> DistributedCheckpoint:
         return self
@@ -1282,12 +1242,12 @@ class DistributedCheckpoint:
     def _stage(self, pending: PendingSave, given: Given[SaveOptions]) -> None:
         """Collect, and copy to host memory what the optimizer's next step, which will wait, does not change by itself."""
         live = self._collect(given)
-        copies = self._staging.reserve(live, self.staging_budget_bytes)
+        copies = self._reserve(live)
         optimizers, guarded = list((given.optimizer or {}).values()), set[int]()
         if given.options.staging == "overlapped" and all(hasattr(o, "register_step_pre_hook") for o in optimizers):
             guarded = _optimizer_memory(optimizers)
             for optimizer in optimizers:
-                pending.hook(getattr(optimizer, "register_step_pre_hook"))
+                pending.hooks.append(getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged()))
         for copy in copies.values():
             if copy.view.data_ptr() in guarded:
                 pending.late.append(copy)
@@ -1301,6 +1261,26 @@ class DistributedCheckpoint:
         pending.data.values.update(live.values)
         if not pending.late:
             pending.staged()
+
+    def _reserve(self, live: ShardData) -> dict[tuple[object, ...], StagedCopy]:
+        """Host memory for every piece, by `identity`, pinned where CUDA is in use. MemoryError where the budget forbids it."""
+        views: dict[tuple[object, ...], tuple[str, torch.Tensor]] = {}
+        for name, view in ((t.name, view) for t in live.tensors for _, view in t.pieces):
+            views.setdefault(coord.identity(view), (name, view))
+        *starts, total = itertools.accumulate((-(-view.nbytes // 64) * 64 for _, view in views.values()), initial=0)
+        if total > len(self._staging):
+            self._staging = np.empty(0, np.uint8)  # before the larger one comes
+            limit = _available_bytes() if self.staging_budget_bytes is None else self.staging_budget_bytes
+            if limit is not None and total > limit:
+                raise MemoryError(
+                    f"staging needs {total} bytes of host memory, {limit} are allowed: use save(), or raise staging_budget_bytes"
+                )
+            self._staging = st.aligned_buffer(total)
+        copies = {}
+        for start, (key, (name, view)) in zip(starts, views.items()):
+            room = torch.from_numpy(self._staging[start : start + view.nbytes]).view(view.dtype).view(view.shape)
+            copies[key] = StagedCopy(name, view, room, view._version)
+        return copies
 
     # ---- load
 
