@@ -669,15 +669,11 @@ def _group_options(
     names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, dict[str, object]], restore: Restore
 ) -> dict[str, object]:
     """The saved options of a group; where its parameters were saved with different ones, it keeps its own."""
-    found: list[dict[str, object]] = []
-    for name in names:
-        if name not in saved:
-            restore.problems.append(f"optimizer/{name}: missing from the checkpoint")
-        elif saved[name] not in found:
-            found.append(saved[name])
+    restore.problems += [f"optimizer/{name}: missing from the checkpoint" for name in names if name not in saved]
+    found = list({id(saved[name]): saved[name] for name in names if name in saved}.values())
     options: dict[str, object] = {}
     for key, node in (found[0] if found else {}).items():
-        if any(other.get(key) != node for other in found[1:]):
+        if any(other.get(key) != node for other in found):
             restore.warnings.append(
                 f"optimizer group of {names[0]}: its parameters were saved with different {key!r}; it keeps {packed.get(key)!r}"
             )
