@@ -39,8 +39,8 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -109,8 +109,13 @@ def _check_member(value: object, allowed: Iterable[object], what: str) -> None:
         raise ValueError(f"unknown {what} {value!r}; allowed: {', '.join(map(str, members))}")
 
 
-def _check_timeout(timeout: float | None) -> None:
-    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
+def _seconds(timeout: object) -> float | None:
+    """A time limit, None for anything that is none."""
+    return float(timeout) if isinstance(timeout, (int, float)) and timeout > 0 else None
+
+
+def _check_timeout(timeout: object) -> None:
+    if timeout is not None and _seconds(timeout) is None:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
 
 
@@ -165,6 +170,47 @@ class LoadOptions:
         st.check_prefix(self.checkpoint_prefix)
         _check_member(self.resharding_strategy, coord.RESHARDING_STRATEGIES, "resharding_strategy")
         _check_timeout(self.timeout)
+
+
+Parts = dict[str, Stateful]  # of a model or an optimizer, by name; a single one has the name ""
+
+
+def _parts(given: Model) -> Parts:
+    return dict(given) if isinstance(given, Mapping) else {"": given}
+
+
+Options = TypeVar("Options", SaveOptions, LoadOptions)
+
+
+@dataclass(frozen=True)
+class Given(Generic[Options]):
+    """What the user gave to a save or a load."""
+
+    model: Parts
+    optimizer: Parts | None
+    options: Options
+    extra_state: Mapping[str, object]
+    cancel: threading.Event | None
+    limit_s: float
+    earlier: BaseException | None  # what a save in the background has failed with, where nobody has asked
+
+    @property
+    def prefix(self) -> str:
+        """For messages: "" where there is none yet."""
+        return prefix if isinstance(prefix := self.options.checkpoint_prefix, str) else ""
+
+    def check(self) -> None:
+        """ValueError for a misuse, or the earlier failure: in the first step, so that every rank hears of it."""
+        if self.earlier is not None:
+            raise self.earlier
+        self.options.check()
+        for what, parts in (("model", self.model), ("optimizer", self.optimizer or {})):
+            for part in parts.values():
+                if not isinstance(part, Stateful):
+                    must = "must have state_dict() and load_state_dict(), or be a mapping of such"
+                    raise ValueError(f"{what} {must}: {type(part)}")
+        if not (isinstance(self.extra_state, Mapping) and all(isinstance(key, str) for key in self.extra_state)):
+            raise ValueError("extra_state must be a mapping of names to values")
 
 
 @dataclass(frozen=True)
@@ -316,18 +362,13 @@ class CheckpointValidator:
     """Runs checkers; the built-in ones always, those given in addition."""
 
     def __init__(
-        self,
-        storage: CheckpointStorage,
-        integrity_checkers: Sequence[IntegrityChecker] = (),
+        self, storage: CheckpointStorage, integrity_checkers: Sequence[IntegrityChecker] = (),
         compatibility_checkers: Sequence[CompatibilityChecker] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.storage = storage
         self.integrity_checkers: list[IntegrityChecker] = [SizeIntegrityChecker(), *integrity_checkers]
-        self.compatibility_checkers: list[CompatibilityChecker] = [
-            VersionCompatibilityChecker(),
-            SchemaCompatibilityChecker(),
-            *compatibility_checkers,
-        ]
+        built_in: list[CompatibilityChecker] = [VersionCompatibilityChecker(), SchemaCompatibilityChecker()]
+        self.compatibility_checkers = [*built_in, *compatibility_checkers]
 
     def validate_checkpoint(
         self, checkpoint_prefix: str, poll: Callable[[int, int], None] | None = None
@@ -362,10 +403,7 @@ class CheckpointValidator:
         return result
 
     def validate_shards(
-        self,
-        reader: CheckpointReader,
-        shards: Iterable[int] | None = None,
-        extra: Sequence[IntegrityChecker] = (),
+        self, reader: CheckpointReader, shards: Iterable[int] | None = None, extra: Sequence[IntegrityChecker] = ()
     ) -> ValidationResult:
         """Run the integrity checkers on some shards (default: all), and `extra` ones."""
         result = ValidationResult()
@@ -404,114 +442,8 @@ class CheckpointOptions:
 # State: from state dicts to stored names, and back
 
 
-class Filling:
-    """What a load collects on a rank: targets to fill, and what does not fit."""
-
-    def __init__(self, reader: CheckpointReader, rank: int) -> None:
-        self.reader, self.rank = reader, rank
-        self.targets: list[coord.Target] = []
-        self.problems: list[str] = []  # errors in strict mode, else warnings
-        self.errors: list[str] = []  # errors in any mode
-        self.warnings: list[str] = []
-        self.used: set[str] = set()
-        self._seen: set[tuple[object, ...]] = set()
-
-    def value(self, name: str, key: str, like: object, into: dict[str, object]) -> None:
-        """Put the stored value, with its tensors, into `into[key]`, or note the problem where there is none."""
-        if (index := self.find(name)) is not None:
-            into[key] = self.decode(self.reader.read_value(index), like)
-
-    def find(self, name: str, what: str = "missing from the checkpoint") -> int | None:
-        """The index of a stored tensor, or None after noting the problem."""
-        self.used.add(name)
-        index = self.reader.find(name, self.rank)
-        if index is None:
-            kept = self.reader.ranks(name)
-            why = f"saved per rank, for ranks {kept}, none for rank {self.rank}" if kept else what
-            self.problems.append(f"{name}: {why}")
-        return index
-
-    def fill(self, name: str, tensor: torch.Tensor) -> None:
-        """Arrange for `tensor` to be filled in place with what is stored as `name`."""
-        if (index := self.find(name)) is None:
-            return
-        meta = self.reader.metadata.tensors[index]
-        if meta.shape != tuple(tensor.shape):
-            self.errors.append(f"{name}: shape {list(meta.shape)} in the checkpoint, {list(tensor.shape)} here")
-            return
-        if st.DTYPES[meta.dtype] != tensor.dtype:
-            here = st.CODES.get(tensor.dtype, tensor.dtype)
-            self.problems.append(f"{name}: dtype {meta.dtype} in the checkpoint, {here} here")
-        for box, view in coord.local_tensor(name, tensor).pieces:
-            key = (index, box.offset, coord.identity(view))
-            if key not in self._seen:  # tied tensors need one fill
-                self._seen.add(key)
-                self.targets.append(coord.Target(index, box, view))
-
-    def new_tensor(self, name: str, like: torch.Tensor | None, param: torch.Tensor | None) -> torch.Tensor:
-        """A tensor for what is stored as `name`: `like` where that fits, else a new one laid out as `param`."""
-        index = self.find(name)
-        if index is None:
-            return torch.empty(0) if like is None else like
-        meta = self.reader.metadata.tensors[index]
-        dtype = st.DTYPES[meta.dtype]
-        fits = like is not None and tuple(like.shape) == meta.shape and like.dtype == dtype
-        tensor = like if fits and like is not None else _allocate(name, meta.shape, dtype, param)
-        self.fill(name, tensor)
-        return tensor
-
-    def decode(self, node: object, like: object, param: torch.Tensor | None = None) -> object:
-        """A stored value with its tensors, which are taken from the same place in `like` where they fit."""
-        known: dict[str, torch.Tensor] = {}
-
-        def note(path: str, tensor: torch.Tensor) -> str:
-            known[path] = tensor
-            return ""
-
-        if like is not None:
-            with contextlib.suppress(ValueError):  # a structure that could not be saved has nothing to offer
-                st.encode_value(like, "", note)
-        places: dict[str, str] = {}
-        _find_tensors(node, "", places)
-        return st.decode_value(node, lambda name: self.new_tensor(name, known.get(places.get(name, "?")), param))
-
-
-def _find_tensors(node: object, path: str, places: dict[str, str]) -> None:
-    """Where in an encoded value each stored tensor is, by the paths that `encode_value` makes."""
-    if isinstance(node, list):
-        for index, item in enumerate(node):
-            _find_tensors(item, f"{path}.{index}", places)
-    elif isinstance(node, dict):
-        tag = next(iter(node), "")
-        if tag == "$tensor":
-            places[str(node[tag])] = path
-        elif tag in ("$dict", "$OrderedDict", "$Counter"):
-            for key, item in node[tag]:
-                _find_tensors(item, f"{path}.{st.decode_value(key, str)}", places)
-        elif tag.startswith("$"):
-            _find_tensors(node[tag], path, places)
-        else:
-            for key, item in node.items():
-                _find_tensors(item, f"{path}.{key}", places)
-
-
-def _allocate(name: str, shape: st.Shape, dtype: torch.dtype, param: torch.Tensor | None) -> torch.Tensor:
-    """An empty tensor for optimizer state, laid out as its parameter: sharded alike where the shapes are equal."""
-    if param is None or name.endswith("/step"):  # torch keeps a step on the CPU; load_state_dict moves it where it must
-        return torch.empty(shape, dtype=dtype)
-    if (sharded := coord.as_dtensor(param)) is not None and shape:
-        if tuple(sharded.shape) == shape:
-            return torch.empty_like(sharded.detach(), dtype=dtype)
-        from torch.distributed.tensor import Replicate
-        from torch.distributed.tensor import empty as empty_dtensor
-
-        mesh = sharded.device_mesh
-        return empty_dtensor(shape, dtype=dtype, device_mesh=mesh, placements=[Replicate()] * mesh.ndim)
-    return torch.empty(shape, dtype=dtype, device=param.device)
-
-
 class Collecting:
-    """What a save collects on a rank."""
+    """S2: what a save collects on a rank."""
 
     def __init__(self) -> None:
         self.data = ShardData([], {})
@@ -527,18 +459,18 @@ class Collecting:
         self.data.tensors.append(coord.local_tensor(unique, tensor))
         return unique
 
+    def encode(self, value: object, path: str, root: str = "") -> object:
+        """`value` as JSON, its tensors added under `root` and the path that they have in it, which begins with `path`."""
+        try:
+            return st.encode_value(value, path, lambda at, tensor: self.tensor(root + at.removeprefix("."), tensor))
+        except (ValueError, RecursionError) as error:
+            message = root + str(error).removeprefix(".")
+            raise CheckpointException(message, type=ExceptionType.SAVE_FAILED) from error
+
     def value(self, name: str, value: object, per_rank: bool = False) -> None:
         """Add a value that is no tensor, with the tensors inside it."""
         self._names.add(name)
-        try:
-            node = st.encode_value(value, name, self.tensor)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointException(str(error), type=ExceptionType.SAVE_FAILED) from error
-        self.encoded(name, node, per_rank)
-
-    def encoded(self, name: str, node: object, per_rank: bool = False) -> None:
-        """Add a value that is encoded already."""
-        self.data.values[name] = (st.dump_json(node), per_rank)
+        self.data.values[name] = (st.dump_json(self.encode(value, name)), per_rank)
 
 
 def _unwrap(module: Stateful) -> Stateful:
@@ -560,9 +492,8 @@ def _canonical(key: str) -> str:
 class ModelState:
     """The state of a model, or of several by name, under canonical names."""
 
-    def __init__(self, model: Model) -> None:
-        named = model.items() if isinstance(model, Mapping) else [("", model)]
-        self._parts = [(f"{name}." if name else "", _unwrap(part)) for name, part in named]
+    def __init__(self, model: Parts) -> None:
+        self._parts = [(f"{name}." if name else "", _unwrap(part)) for name, part in model.items()]
         self._states: list[dict[str, object]] = []
 
     def parameters(self) -> dict[int, str]:
@@ -574,49 +505,41 @@ class ModelState:
                     names.setdefault(id(parameter), prefix + _canonical(key))
         return names
 
-    def _entries(self, keep_vars: bool) -> Iterator[tuple[str, object]]:
+    def _entries(self, keep_vars: bool = False) -> Iterator[tuple[str, dict[str, object], str, torch.Tensor | None]]:
+        """Name, state dict, key in it, and tensor of every entry: None for `_extra_state` and what is no tensor."""
         self._states = []
         for prefix, part in self._parts:
             # With keep_vars these are the parameters themselves, and copying one onto itself costs nothing.
-            state = (
-                part.state_dict(keep_vars=True)
-                if keep_vars and isinstance(part, torch.nn.Module)
-                else part.state_dict()
-            )
-            self._states.append(dict(state))
+            keep = {"keep_vars": True} if keep_vars and isinstance(part, torch.nn.Module) else {}
+            self._states.append(state := dict(part.state_dict(**keep)))
             for key, value in state.items():
-                yield prefix + _canonical(key), value
+                tensor = value if isinstance(value, torch.Tensor) and not key.endswith("_extra_state") else None
+                yield prefix + _canonical(key), state, key, tensor
 
     def collect(self, into: Collecting) -> None:
-        """S2: tensors by name; `_extra_state` and what is no tensor as values."""
+        """S2."""
         seen: set[str] = set()
-        for key, value in self._entries(keep_vars=False):
-            if key in seen:
-                raise CheckpointException(f"two entries of the model's state are named {key!r}")
-            seen.add(key)
-            if isinstance(value, torch.Tensor) and not key.endswith("_extra_state"):
-                into.tensor(f"model/{key}", value)
+        for name, state, key, tensor in self._entries():
+            if name in seen:
+                raise CheckpointException(f"two entries of the model's state are named {name!r}")
+            seen.add(name)
+            if tensor is not None:
+                into.tensor(f"model/{name}", tensor)
             else:
-                into.value(f"model-values/{key}", value)
+                into.value(f"model-values/{name}", state[key])
 
-    def fill(self, filling: Filling) -> None:
+    def fill(self, restore: Restore) -> None:
         """L3: every tensor of the state is filled in place; values are decoded into it."""
-        decoded: dict[str, object] = {}
-        filled: set[int] = set()
-        missing: list[tuple[str, torch.Tensor]] = []
-        for key, value in self._entries(keep_vars=True):
-            if not isinstance(value, torch.Tensor) or key.endswith("_extra_state"):
-                filling.value(f"model-values/{key}", key, value, decoded)
-            elif (name := f"model/{key}") in filling.reader.stored:
-                filled.add(id(value))
-                filling.fill(name, value)
-            else:
-                missing.append((name, value))
-        for name, value in missing:
-            if id(value) not in filled:  # else it has come by a name that it is tied to
-                filling.fill(name, value)
-        for (prefix, _), state in zip(self._parts, self._states if decoded else []):
-            state |= {key: decoded[full] for key in state if (full := prefix + _canonical(key)) in decoded}
+        tensors: list[tuple[str, torch.Tensor]] = []
+        for name, state, key, tensor in self._entries(keep_vars=True):
+            if tensor is not None:
+                tensors.append((f"model/{name}", tensor))
+            elif (index := restore.find(f"model-values/{name}")) is not None:
+                state[key] = restore.value(index, state[key])
+        stored = {id(tensor) for name, tensor in tensors if restore.reader.indices(name)}
+        for name, tensor in tensors:
+            if id(tensor) not in stored or restore.reader.indices(name):  # else it comes by a name that it is tied to
+                restore.fill(name, tensor)
 
     def apply(self, strict: bool) -> dict[str, object]:
         """L5: hand the filled state to the model's own `load_state_dict`; returns it under canonical names."""
@@ -626,181 +549,135 @@ class ModelState:
                 part.load_state_dict(state, strict=strict)
             else:
                 part.load_state_dict(state)
-            result |= {
-                prefix + _canonical(k): v.detach() if isinstance(v, torch.Tensor) else v for k, v in state.items()
-            }
+            for key, value in state.items():
+                result[prefix + _canonical(key)] = value.detach() if isinstance(value, torch.Tensor) else value
         return result
+
+
+# The parameter groups of a torch optimizer: each as in the state_dict, and of its parameters name, tensor and key in "state".
+_Groups = list[tuple[dict[str, object], list[tuple[str, torch.Tensor, object]]]]
 
 
 class OptimizerState:
     """The state of one or several optimizers, keyed by the names of their parameters.
 
     So it survives another order of parameters, other groups and another parallelism. A parameter outside of the model is
-    keyed by its position. Any other Stateful is stored as it is.
+    keyed by its position. Any other Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its
+    `params` by name and its `options`; `states` by parameter; `others` by part.
     """
 
-    def __init__(self, optimizer: Model, names: Mapping[int, str]) -> None:
-        named = optimizer.items() if isinstance(optimizer, Mapping) else [("", optimizer)]
-        self._parts: dict[str, Stateful] = dict(named)
-        self._names = names
+    def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
+        self._parts, self._names = optimizer, names
         self.outside: list[str] = []
         self._states: dict[str, dict[str, object]] = {}
-        self._kept: list[tuple[torch.Tensor, dict[str, object]]] = []
+        self._kept: list[tuple[Stateful, torch.Tensor, dict[str, object]]] = []
 
-    def _is_torch(self, part: Stateful) -> bool:
-        return hasattr(part, "param_groups") and {"state", "param_groups"} == set(part.state_dict())
-
-    def _groups(self, part_name: str) -> list[list[tuple[str, torch.Tensor]]]:
-        """(name, parameter) of every parameter in every group."""
-        groups = []
-        for number, group in enumerate(getattr(self._parts[part_name], "param_groups")):
-            named = []
-            for position, parameter in enumerate(group["params"]):
-                outside = "#" + ".".join(filter(None, (part_name, str(number), str(position))))
-                name = self._names.get(id(parameter), outside)
-                if name is outside:
+    def _apart(self, part_name: str, state: Mapping[str, object]) -> tuple[dict[object, object], _Groups] | None:
+        """A torch optimizer's state_dict taken apart: state by key, and groups; None for any other Stateful."""
+        live, by_key = getattr(self._parts[part_name], "param_groups", None), state.get("state")
+        packed = state.get("param_groups")
+        if live is None or len(state) > 2 or not isinstance(by_key, dict) or not isinstance(packed, list):
+            return None
+        groups: _Groups = []
+        for number, (group, options) in enumerate(zip(live, packed)):
+            groups.append((options, []))
+            for position, (parameter, key) in enumerate(zip(group["params"], options["params"])):
+                name = self._names.get(id(parameter))
+                if name is None:
+                    name = "#" + ".".join(filter(None, (part_name, str(number), str(position))))
                     self.outside.append(name)
-                named.append((name, parameter))
-            groups.append(named)
-        return groups
+                groups[-1][1].append((name, parameter, key))
+        return by_key, groups
 
     def collect(self, into: Collecting) -> None:
         """S2."""
-        states: dict[str, object] = {}
-        groups: list[object] = []
-        others: dict[str, object] = {}
+        groups, states, others = list[object](), dict[str, object](), dict[str, object]()
         for part_name, part in self._parts.items():
             state = part.state_dict()
-            if not self._is_torch(part):
-                others[part_name] = _encode(state, f"optimizer/{part_name}", into)
+            if (apart := self._apart(part_name, state)) is None:
+                others[part_name] = into.encode(state, f"optimizer/{part_name}")
                 continue
-            by_index, packed_groups = _packed(state)
-            for named, packed in zip(self._groups(part_name), packed_groups):
+            by_key, packed_groups = apart
+            for packed, params in packed_groups:
                 options = {key: value for key, value in packed.items() if key not in ("params", "param_names")}
-                path = "optimizer/param_groups"
-                groups.append({"params": [name for name, _ in named], "options": _encode(options, path, into)})
-                for (name, _), index in zip(named, _indices(packed)):
-                    if index in by_index:
-                        states[name] = _encode_state(by_index[index], name, into)
-        into.encoded("optimizer/state", {"groups": groups, "states": states, "others": others})
+                encoded = into.encode(options, "optimizer/param_groups")
+                groups.append({"params": [name for name, _, _ in params], "options": encoded})
+                for name, _, key in params:
+                    if key in by_key:
+                        states[name] = into.encode(by_key[key], "", f"optimizer/{name}/")
+        node = {"groups": groups, "states": states, "others": others}
+        into.data.values["optimizer/state"] = (st.dump_json(node), False)
 
-    def fill(self, filling: Filling) -> None:
+    def fill(self, restore: Restore) -> None:
         """L3: state tensors are filled in place where they exist and fit, else made, sharded as their parameter."""
-        saved = _merged_optimizer(filling)
-        options = {name: group.child("options") for group in saved.groups for name in group.texts("params")}
-        wanted: set[str] = set()
+        options, states, others = self._saved(restore)
         for part_name, part in self._parts.items():
             state = part.state_dict()
-            if not self._is_torch(part):
-                whole = filling.decode(saved.others.get(part_name), state)
+            if (apart := self._apart(part_name, state)) is None:
+                whole = restore.decode(others.get(part_name), state)
                 if isinstance(whole, dict):
                     self._states[part_name] = whole
                 else:
-                    filling.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
+                    restore.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
                 continue
-            by_index, packed_groups = _packed(state)
-            new_state: dict[object, object] = dict(by_index)
-            new_groups = []
-            for named, packed in zip(self._groups(part_name), packed_groups):
-                wanted |= {name for name, _ in named}
-                new_groups.append({**packed, **_group_options([n for n, _ in named], packed, options, filling)})
-                for (name, parameter), index in zip(named, _indices(packed)):
-                    new_state.pop(index, None)
-                    if name in saved.states:
-                        like = by_index.get(index)
-                        new_state[index] = value = filling.decode(saved.states[name], like, parameter)
+            by_key, new_groups = dict(apart[0]), []
+            for packed, params in apart[1]:
+                found = _group_options([name for name, _, _ in params], packed, options, restore)
+                new_groups.append({**packed, **found})
+                for name, parameter, key in params:
+                    live = by_key.pop(key, None)
+                    if name in states:
+                        by_key[key] = value = restore.decode(states[name], live, parameter)
                         if isinstance(value, dict):
-                            self._kept.append((parameter, value))
-            self._states[part_name] = {"state": new_state, "param_groups": new_groups}
-        filling.used |= {f"optimizer:{name}" for name in wanted}
+                            self._kept.append((part, parameter, value))
+                    restore.unexpected.discard(f"optimizer/{name}")
+            self._states[part_name] = {"state": by_key, "param_groups": new_groups}
+
+    def _saved(self, restore: Restore) -> tuple[dict[str, dict[str, object]], dict[str, object], dict[str, object]]:
+        """What is stored: the options that each parameter had; states; others.
+
+        Pipeline ranks hold different parameters: then the values of all ranks are put together, and the own one wins.
+        """
+        name = "optimizer/state"
+        options, states, others = dict[str, dict[str, object]](), dict[str, object](), dict[str, object]()
+        for rank in [*(r for r in restore.reader.ranks(name) if r != restore.op.rank), restore.op.rank]:
+            if (index := restore.reader.find(name, rank)) is not None:
+                value = st.Fields(restore.reader.read_value(index))
+                for group in map(st.Fields, value.array("groups")):
+                    options |= dict.fromkeys(group.texts("params"), group.child("options").all)
+                states |= value.child("states").all
+                others |= value.child("others").all
+        restore.unexpected |= {f"optimizer/{param}" for param in options}
+        return options, states, others
 
     def apply(self) -> dict[str, object]:
         """L5: hand over to `load_state_dict`, then put back the tensors whose dtype it changed."""
         for part_name, state in self._states.items():
             self._parts[part_name].load_state_dict(state)
-        states = [s for part in self._parts.values() if isinstance(s := getattr(part, "state", None), Mapping)]
-        for parameter, kept in self._kept:
-            for live in (s[parameter] for s in states if parameter in s):
-                for key, value in kept.items():
-                    now = live.get(key)
-                    if key != "step" and isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
-                        if now.dtype != value.dtype:
-                            live[key] = value.to(now.device)
+        for part, parameter, kept in self._kept:
+            live = getattr(part, "state", {}).get(parameter, {})
+            for key, value in kept.items():
+                now = live.get(key)
+                if key != "step" and isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
+                    if now.dtype != value.dtype:
+                        live[key] = value.to(now.device)
         return self._states.get("", dict(self._states))
 
 
-def _encode(value: object, path: str, into: Collecting) -> object:
-    try:
-        return st.encode_value(value, path, into.tensor)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointException(str(error), type=ExceptionType.SAVE_FAILED) from error
-
-
-def _encode_state(state: object, name: str, into: Collecting) -> object:
-    """One parameter's state; its tensors are named optimizer/<fqn>/<path>."""
-
-    def add(path: str, tensor: torch.Tensor) -> str:
-        return into.tensor(f"optimizer/{name}/{path.removeprefix('.')}", tensor)
-
-    try:
-        return st.encode_value(state, "", add)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointException(f"optimizer/{name}: {error}", type=ExceptionType.SAVE_FAILED) from error
-
-
-def _packed(state: Mapping[str, object]) -> tuple[dict[object, object], list[dict[str, object]]]:
-    by_index, groups = state["state"], state["param_groups"]
-    if not isinstance(by_index, dict) or not isinstance(groups, list):
-        raise CheckpointException("an optimizer's state_dict has no state and param_groups")
-    return by_index, groups
-
-
-def _indices(group: Mapping[str, object]) -> list[object]:
-    params = group["params"]
-    return params if isinstance(params, list) else []
-
-
-class SavedOptimizer(NamedTuple):
-    """The value `optimizer/state`: groups by the names of their parameters, state by parameter, other Statefuls whole."""
-
-    groups: list[st.Fields]
-    states: dict[str, object]
-    others: dict[str, object]
-
-
-def _merged_optimizer(filling: Filling) -> SavedOptimizer:
-    """The optimizer's values. Pipeline ranks hold different parameters: then each rank's are put together, own first."""
-    name = "optimizer/state"
-    filling.used.add(name)
-    merged = SavedOptimizer([], {}, {})
-    ranks = filling.reader.ranks(name) or [filling.rank]
-    for rank in sorted(ranks, key=lambda rank: rank == filling.rank):  # the last one wins
-        if (index := filling.reader.find(name, rank)) is not None:
-            value = st.Fields(filling.reader.read_value(index))
-            merged.groups.extend(st.Fields(group) for group in value.array("groups"))
-            merged.states.update(value.child("states").all)
-            merged.others.update(value.child("others").all)
-    return merged
-
-
 def _group_options(
-    names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, st.Fields], filling: Filling
+    names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, dict[str, object]], restore: Restore
 ) -> dict[str, object]:
     """The saved options of a group; where its parameters were saved with different ones, it keeps its own."""
-    found: list[dict[str, object]] = []
-    for name in names:
-        if name not in saved:
-            filling.problems.append(f"optimizer/{name}: missing from the checkpoint")
-        elif saved[name].all not in found:
-            found.append(saved[name].all)
+    restore.problems += [f"optimizer/{name}: missing from the checkpoint" for name in names if name not in saved]
+    found = list({id(saved[name]): saved[name] for name in names if name in saved}.values())
     options: dict[str, object] = {}
     for key, node in (found[0] if found else {}).items():
-        if any(other.get(key) != node for other in found[1:]):
-            filling.warnings.append(
+        if any(other.get(key) != node for other in found):
+            restore.warnings.append(
                 f"optimizer group of {names[0]}: its parameters were saved with different {key!r}; it keeps {packed.get(key)!r}"
             )
         else:
-            options[key] = filling.decode(node, packed.get(key))
+            options[key] = restore.decode(node, packed.get(key))
     return options
 
 
@@ -832,8 +709,202 @@ def set_rng_state(state: Mapping[str, object]) -> None:
             torch.cuda.set_rng_state(tensor(data), device)
 
 
+def _match(node: object, live: object) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an encoded value, by stored name, that have a live one in the same place of `live`."""
+    if isinstance(node, list) and isinstance(live, (list, tuple)):
+        for item, other in zip(node, live):
+            yield from _match(item, other)
+    elif isinstance(node, dict) and node:
+        tag, body = next(iter(node.items()))
+        if tag == "$tensor" and isinstance(live, torch.Tensor):
+            yield body, live
+        elif tag == "$tuple":
+            yield from _match(body, live)
+        elif isinstance(live, dict):
+            keyed = tag in ("$dict", "$OrderedDict", "$Counter")
+            for key, item in body if keyed else node.items():
+                yield from _match(item, live.get(st.decode_value(key, str) if keyed else key))
+
+
+def _allocate(name: str, shape: st.Shape, dtype: torch.dtype, param: torch.Tensor | None) -> torch.Tensor:
+    """An empty tensor for optimizer state, laid out as its parameter: sharded alike where the shapes are equal."""
+    if param is None or name.endswith("/step"):  # torch keeps a step on the CPU; load_state_dict moves it where it must
+        return torch.empty(shape, dtype=dtype)
+    if (sharded := coord.as_dtensor(param)) is not None and shape:
+        if tuple(sharded.shape) == shape:
+            return torch.empty_like(sharded.detach(), dtype=dtype)
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor import empty as empty_dtensor
+
+        mesh = sharded.device_mesh
+        return empty_dtensor(shape, dtype=dtype, device_mesh=mesh, placements=[Replicate()] * mesh.ndim)
+    return torch.empty(shape, dtype=dtype, device=param.device)
+
+
+class Restore:
+    """One load on one rank: what is validated, which tensors are filled, what does not fit, and handing it all over."""
+
+    reader: CheckpointReader  # from L3 on
+    result: CheckpointLoadResult  # from L5 on
+
+    def __init__(self, given: Given[LoadOptions], op: coord.Operation, validator: CheckpointValidator) -> None:
+        self.given, self.op, self._validator = given, op, validator
+        self.targets: list[coord.Target] = []
+        self.problems: list[str] = []  # errors in strict mode, else warnings
+        self.errors: list[str] = []  # errors in any mode
+        self.warnings: list[str] = []
+        self.unexpected: set[str] = set()  # of what has to have a use, that for which none was found so far
+        self._seen: set[tuple[object, ...]] = set()
+        self._model, self._optimizer = ModelState(given.model), OptimizerState({}, {})
+        self._extra: dict[str, object] = {}
+        self._rng: object = None
+
+    def claim(self) -> dict[str, object]:
+        """L1: what all ranks must ask for alike."""
+        self.given.check()
+        options = self.given.options
+        with_optimizer = options.load_optimizer and self.given.optimizer is not None
+        return {
+            "verb": "load", "prefix": options.checkpoint_prefix, "strategy": options.resharding_strategy,
+            "fallback": options.fallback, "skip_validation": options.skip_validation,
+            "optimizer, rng, strict": [with_optimizer, options.load_rng_state, options.strict_mode],
+        }  # fmt: skip
+
+    def validate(self, reader: CheckpointReader) -> None:
+        """L2: the record, and this rank's part of the shards."""
+        if self.given.options.skip_validation:
+            return
+        result = self._validator.validate_metadata(reader.metadata)
+        if result.is_valid:
+            mine = range(self.op.rank, len(reader.metadata.shards), self.op.world_size)
+            for shard in mine:
+                reader.header(shard)  # raises CORRUPTED_CHECKPOINT, which is more than "not valid"
+            result.add(self._validator.validate_shards(reader, mine))
+        if not result.is_valid:
+            message = f"validation failed: {result.get_summary()}"
+            raise CheckpointException(message, type=ExceptionType.VALIDATION_FAILED)
+        self.warnings += result.warnings
+
+    def prepare(self, reader: CheckpointReader) -> list[coord.Target]:
+        """L3: match the state here with what is stored."""
+        self.reader, given, options = reader, self.given, self.given.options
+        stored = reader.metadata.tensors
+        values = {t.name for t in stored if t.dtype == "JSON"}
+        self.unexpected |= {t.name for t in stored if t.name.startswith("model/")} | set(filter(coord.in_model, values))
+        self._model.fill(self)
+        if given.optimizer is not None and options.load_optimizer:
+            if "optimizer/state" in values:
+                self._optimizer = OptimizerState(given.optimizer, self._model.parameters())
+                self._optimizer.fill(self)
+            else:
+                self.problems.append("the checkpoint has no optimizer state (load with load_optimizer=False)")
+        extra = {name for name in values if name.startswith("extra/")}
+        for name in sorted(extra | {f"extra/{key}" for key in given.extra_state}):
+            key = name.removeprefix("extra/")
+            if name not in values:
+                self.problems.append(f"{name}: missing from the checkpoint")
+            elif (index := self.find(name)) is not None:
+                live = given.extra_state.get(key)
+                self._extra[key] = self.value(index, live.state_dict() if isinstance(live, Stateful) else None)
+        if options.load_rng_state:
+            if (index := reader.find("rng/state", self.op.rank)) is not None:
+                self._rng = self.value(index, None)
+            else:
+                message = f"rng/state: the checkpoint has no RNG state for rank {self.op.rank}: it keeps its own"
+                self.warnings.append(message)
+        self._judge()
+        return self.targets
+
+    def find(self, name: str) -> int | None:
+        """The index of what is stored under a name, or None after noting the problem."""
+        self.unexpected.discard(name)
+        index = self.reader.find(name, self.op.rank)
+        if index is None:
+            kept = self.reader.ranks(name)
+            why = f"saved per rank, for ranks {kept}, none for rank {self.op.rank}"
+            self.problems.append(f"{name}: {why if kept else 'missing from the checkpoint'}")
+        return index
+
+    def fill(self, name: str, tensor: torch.Tensor) -> None:
+        """Arrange for `tensor` to be filled in place with what is stored as `name`."""
+        if (index := self.find(name)) is None:
+            return
+        meta = self.reader.metadata.tensors[index]
+        if meta.shape != tuple(tensor.shape):
+            self.errors.append(f"{name}: shape {list(meta.shape)} in the checkpoint, {list(tensor.shape)} here")
+            return
+        if st.DTYPES[meta.dtype] != tensor.dtype:
+            here = st.CODES.get(tensor.dtype, tensor.dtype)
+            self.problems.append(f"{name}: dtype {meta.dtype} in the checkpoint, {here} here")
+        for box, view in coord.local_tensor(name, tensor).pieces:
+            key = (index, box.offset, coord.identity(view))
+            if key not in self._seen:  # tied tensors need one fill
+                self._seen.add(key)
+                self.targets.append(coord.Target(index, box, view))
+
+    def value(self, index: int, live: object) -> object:
+        """A stored value with its tensors, as `decode`."""
+        return self.decode(self.reader.read_value(index), live)
+
+    def decode(self, node: object, live: object, param: torch.Tensor | None = None) -> object:
+        """An encoded value; its tensors are those in the same place of `live` where they fit, else new, laid out as `param`."""
+        known = dict(_match(node, live))
+
+        def tensor(name: str) -> torch.Tensor:
+            found = known.get(name)
+            if (index := self.find(name)) is None:
+                return torch.empty(0) if found is None else found
+            shape, dtype = (meta := self.reader.metadata.tensors[index]).shape, st.DTYPES[meta.dtype]
+            if found is None or tuple(found.shape) != shape or found.dtype != dtype:
+                found = _allocate(name, shape, dtype, param)
+            self.fill(name, found)
+            return found
+
+        return st.decode_value(node, tensor)
+
+    def _judge(self) -> None:
+        """Errors, or in loose mode warnings, for all that does not fit; what no rank wants is unexpected."""
+        told = self.op.gather(sorted(self.unexpected))
+        unwanted = set.intersection(*(set(t) for t in told if isinstance(t, list)))
+        self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
+        if self.given.options.strict_mode:
+            self.errors += self.problems
+        else:
+            self.warnings += self.problems
+        if self.errors:
+            more = f"\n  ... and {len(self.errors) - 20} more" if len(self.errors) > 20 else ""
+            lines = "".join(f"\n  {line}" for line in self.errors[:20])
+            raise CheckpointException(
+                f"checkpoint {self.reader.metadata.prefix!r} does not fit ({len(self.errors)} problem(s)):{lines}{more}",
+                type=ExceptionType.VALIDATION_FAILED,
+            )
+
+    def apply(self) -> None:
+        """L5: hand the filled states over."""
+        model_state, optimizer_state = self._model.apply(self.given.options.strict_mode), self._optimizer.apply()
+        for key, value in self._extra.items():
+            if isinstance(live := self.given.extra_state.get(key), Stateful) and isinstance(value, dict):
+                live.load_state_dict(value)
+        if isinstance(self._rng, dict):
+            set_rng_state(self._rng)
+        meta, here = self.reader.metadata, self.op.world_size
+        self.result = CheckpointLoadResult(
+            meta, model_state, optimizer_state, meta.world_size, here, meta.world_size != here, self._extra, meta.prefix,
+            self.warnings,
+        )  # fmt: skip
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# The checkpoint
+# Saves in the background
+
+
+class StagedCopy(NamedTuple):
+    """A live tensor and its copy in host memory; `version` is the live one's when the save was asked for."""
+
+    name: str
+    view: torch.Tensor
+    room: torch.Tensor
+    version: int
 
 
 class PendingSave(concurrent.futures.Future[str]):
@@ -843,8 +914,11 @@ class PendingSave(concurrent.futures.Future[str]):
         super().__init__()
         self.cancel_event = cancel or threading.Event()
         self.asked = False  # whether somebody has seen the outcome
+        self.late: list[StagedCopy] = []  # what is copied in the background; `hooks` hold up the optimizer until then
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.data = ShardData([], {})
+        self._staging_error: Exception | None = None
         self._staged = threading.Event()
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def wait_staged(self, timeout: float | None = None) -> None:
         """Return once the live tensors may be changed; TimeoutError after `timeout` seconds."""
@@ -870,38 +944,25 @@ class PendingSave(concurrent.futures.Future[str]):
         finally:
             self.asked = self.done()
 
-    def wait_done(self, timeout: float) -> bool:
-        """Wait for the end without asking how it ended."""
-        return not concurrent.futures.wait([self], timeout).not_done
-
-    def complete(self, save: Callable[[], str], logger: logging.Logger) -> None:
-        """Save, and keep what came of it for whoever asks."""
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[None]:
+        """Keep an error of the copying for `collect`."""
         try:
-            prefix = save()
-        except BaseException as error:
-            logger.error("background save failed: %s", error)
-            self.set_exception(error)
-        else:
-            self.set_result(prefix)
-
-    def hook(self, register: Callable[[Callable[..., None]], torch.utils.hooks.RemovableHandle]) -> None:
-        """Make an optimizer's next step wait until the copy is done."""
-        self._hooks.append(register(lambda *_: self.wait_staged()))
+            yield
+        except Exception as error:
+            self._staging_error = self._staging_error or error
 
     def staged(self) -> None:
         """The copy is done, or given up: the live tensors are free."""
-        for handle in self._hooks:
+        for handle in self.hooks:
             handle.remove()
         self._staged.set()
 
-
-class StagedCopy(NamedTuple):
-    """A copy that overlaps with training; `version` is the live tensor's when the save was asked for."""
-
-    name: str
-    view: torch.Tensor
-    room: torch.Tensor
-    version: int
+    def collect(self) -> ShardData:
+        """S2 of the background save: the copy; what went wrong with it is raised here, and so on all ranks."""
+        if self._staging_error is not None:
+            raise self._staging_error
+        return self.data
 
 
 def _copy_staged(copies: Sequence[StagedCopy]) -> None:
@@ -915,7 +976,7 @@ def _copy_staged(copies: Sequence[StagedCopy]) -> None:
             )
 
 
-def _optimizer_memory(optimizers: Sequence[object]) -> set[int]:
+def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
     """Addresses of what only an optimizer's step changes: its parameters and its state."""
     found: set[int] = set()
     for optimizer in optimizers:
@@ -928,50 +989,18 @@ def _optimizer_memory(optimizers: Sequence[object]) -> set[int]:
     return found
 
 
-class Staging:
-    """Host memory for `save_async`: allocated once, reused by every save, pinned where CUDA is in use."""
-
-    def __init__(self) -> None:
-        self._memory: st.Bytes = np.empty(0, np.uint8)
-
-    def reserve(self, data: ShardData, budget: int | None) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Room for every piece: (name, live view, host copy to be filled). MemoryError where the budget forbids it."""
-        rooms: dict[tuple[object, ...], tuple[str, torch.Tensor, int]] = {}
-        total = 0
-        for name, view in ((t.name, view) for t in data.tensors for _, view in t.pieces):
-            if (key := coord.identity(view)) not in rooms:
-                rooms[key] = (name, view, total)
-                total += -(-view.numel() * view.dtype.itemsize // 64) * 64
-        if total > len(self._memory):
-            self._memory = np.empty(0, np.uint8)
-            limit = _available_bytes() if budget is None else budget
-            if limit is not None and total > limit:
-                raise MemoryError(
-                    f"staging needs {total} bytes of host memory, {limit} are allowed: use save(), or raise staging_budget_bytes"
-                )
-            self._memory = st.aligned_buffer(total)
-        copies = []
-        for name, view, at in rooms.values():
-            room = torch.from_numpy(self._memory[at : at + view.numel() * view.dtype.itemsize])
-            copies.append((name, view, room.view(view.dtype).view(view.shape)))
-        return copies
-
-    def free(self) -> None:
-        """Give the memory back."""
-        self._memory = np.empty(0, np.uint8)
-
-
 def _available_bytes() -> int | None:
     """Host memory that can be had without swapping, where the system tells."""
     try:
         with open("/proc/meminfo") as table:
-            for line in table:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024 * 9 // 10
+            found = re.search(r"^MemAvailable: *(\d+) kB", table.read(), re.MULTILINE)
     except OSError:
         return None
-    return None
+    return int(found[1]) * 1024 * 9 // 10 if found else None
 
+
+# --------------------------------------------------------------------------------------------------------------------
+# The checkpoint
 
 R = TypeVar("R")
 
@@ -984,13 +1013,10 @@ class DistributedCheckpoint:
     """
 
     def __init__(
-        self,
-        coordinator: DistributedCoordinator | None = None,
-        storage: CheckpointStorage | None = None,
-        fault_handler: FaultToleranceHandler | None = None,
-        validator: CheckpointValidator | None = None,
+        self, coordinator: DistributedCoordinator | None = None, storage: CheckpointStorage | None = None,
+        fault_handler: FaultToleranceHandler | None = None, validator: CheckpointValidator | None = None,
         logger: logging.Logger | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if coordinator is None:
             initialised = dist.is_available() and dist.is_initialized()
             coordinator = TorchCoordinator() if initialised else LocalCoordinator()
@@ -1001,42 +1027,27 @@ class DistributedCheckpoint:
         self.logger = logger or log
         self.default_timeout = CheckpointOptions.default_timeout
         self.keep_last: int | None = None
-        self._suspects: set[str] = set()
         self.staging_budget_bytes: int | None = None
-        self._staging = Staging()
+        self._suspects: set[str] = set()
+        self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
         self._pending: PendingSave | None = None
 
     def save(
-        self,
-        model: Model,
-        optimizer: Model | None = None,
-        options: SaveOptions | None = None,
-        *,
-        extra_state: Mapping[str, object] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> str:
+        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
+        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
+    ) -> str:  # fmt: skip
         """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
 
         ValueError for a misuse, CheckpointException for a failure, on every rank alike; then nothing was committed, an
         older checkpoint of this prefix is untouched, and this save's files are gone.
         """
-        options = options or SaveOptions()
-        earlier = self._drain(options.timeout)
-
-        def collect() -> ShardData:
-            return self._collect(model, optimizer, options, extra_state)
-
-        return self._save(collect, model, optimizer, options, extra_state, cancel, earlier)
+        given = self._given(model, optimizer, options or SaveOptions(), extra_state, cancel)
+        return self._save(given, lambda: self._collect(given))
 
     def save_async(
-        self,
-        model: Model,
-        optimizer: Model | None = None,
-        options: SaveOptions | None = None,
-        *,
-        extra_state: Mapping[str, object] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> PendingSave:
+        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
+        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
+    ) -> PendingSave:  # fmt: skip
         """Copy the state to host memory, and save it in the background. Collective; one save is in flight at a time.
 
         With staging="eager" the copy is done on return. With "overlapped" parameters and optimizer state are copied while
@@ -1044,83 +1055,59 @@ class DistributedCheckpoint:
         place; not one through `.data`, which leaves no trace) fails the save with the tensor's name. Every failure is
         raised by `result()`, or, if nobody asks, by the next save, load or `close`.
         """
-        options = options or SaveOptions()
-        earlier = self._drain(options.timeout)
         pending = PendingSave(cancel)
-        error: Exception | None = None
-        data = ShardData([], {})
-        late: list[StagedCopy] = []
-        try:
-            options.check()
-            data, late = self._stage(pending, model, optimizer, options, extra_state)
-        except Exception as caught:  # raised on all ranks alike, in S2 of the background save
-            error = caught
+        given = self._given(model, optimizer, options or SaveOptions(), extra_state, pending.cancel_event)
+        with pending.staging():
+            given.options.check()
+            self._stage(pending, given)
 
-        def collect() -> ShardData:
-            if error is not None:
-                raise error
-            return data
-
-        def run() -> str:
-            nonlocal error
+        def save() -> None:
             try:
-                if error is None:
-                    _copy_staged(late)
-            except Exception as caught:
-                error = caught
-            pending.staged()
-            return self._save(collect, model, optimizer, options, extra_state, pending.cancel_event, earlier)
+                with pending.staging():
+                    _copy_staged(pending.late)
+                pending.staged()
+                pending.set_result(self._save(given, pending.collect))
+            except BaseException as error:  # kept for whoever asks
+                self.logger.error("background save failed: %s", error)
+                pending.set_exception(error)
+            finally:
+                pending.data, pending.late = ShardData([], {}), []  # `pending` may be kept, the copy need not
 
         self._pending = pending
-        # Not a daemon: the interpreter's exit waits for it.
-        threading.Thread(target=pending.complete, args=(run, self.logger), name="ckpt-save").start()
+        threading.Thread(target=save, name="ckpt-save").start()  # no daemon: the interpreter's exit waits for it
         return pending
 
     def save_model_only(
         self, model: Model, options: SaveOptions | None = None, *, cancel: threading.Event | None = None
     ) -> str:
         """Save the model alone: no optimizer, no random number generators. Otherwise as `save`."""
-        options = options or SaveOptions()
-        earlier = self._drain(options.timeout)
-
-        def collect() -> ShardData:
-            return self._collect(model, None, options, None, rng=False)
-
-        return self._save(collect, model, None, options, None, cancel, earlier)
+        return self.save(model, None, replace(options or SaveOptions(), include_rng_state=False), cancel=cancel)
 
     def load(
-        self,
-        model: Model,
-        optimizer: Model | None = None,
-        options: LoadOptions | None = None,
-        *,
-        extra_state: Mapping[str, object] | None = None,
-        cancel: threading.Event | None = None,
-    ) -> CheckpointLoadResult:
+        self, model: Model, optimizer: Model | None = None, options: LoadOptions | None = None, *,
+        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
+    ) -> CheckpointLoadResult:  # fmt: skip
         """Restore a checkpoint in place, whatever layout it was saved from. Collective; blocks until every rank has its own.
 
         ValueError for a misuse, CheckpointException for a failure, on every rank alike. Before any byte was read into a tensor
         nothing has changed; after that tensors are undefined, and the error says so. With `fallback`, the newest
         older checkpoint that verifies is loaded instead of one that is corrupt.
         """
-        options = options or LoadOptions()
-        earlier = self._drain(options.timeout)
+        given = self._given(model, optimizer, options or LoadOptions(), extra_state, cancel)
         tried: list[str] = []
         warnings: list[str] = []
-        prefix = options.checkpoint_prefix
         while True:
             try:
-                return self._load(prefix, model, optimizer, options, extra_state, cancel, warnings, earlier)
+                return self._load(given, warnings)
             except CheckpointException as error:
-                if not options.fallback or error.type is not ExceptionType.CORRUPTED_CHECKPOINT:
+                if not given.options.fallback or error.type is not ExceptionType.CORRUPTED_CHECKPOINT:
                     raise
-                tried.append(str(prefix))
-                warnings.append(f"{prefix} is corrupt, falling back: {error}")
+                tried.append(given.prefix)
+                warnings.append(f"{given.prefix} is corrupt, falling back: {error}")
                 self.logger.warning("%s", warnings[-1])
-                found = self._older(tried, options)
-                if found is None:
+                if (older := self._older(given, tried)) is None:
                     raise
-                prefix = found
+                given = replace(given, options=replace(given.options, checkpoint_prefix=older))
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """Committed checkpoints, oldest first. Local."""
@@ -1129,8 +1116,7 @@ class DistributedCheckpoint:
 
     def latest_checkpoint(self) -> CheckpointInfo | None:
         """The newest committed checkpoint, by the order of saves. Local."""
-        found = self.list_checkpoints()
-        return found[-1] if found else None
+        return next(reversed(self.list_checkpoints()), None)
 
     def delete_checkpoint(self, checkpoint_prefix: str) -> None:
         """Delete a checkpoint: its record first, then its shards; safe to repeat. Local: call it on one rank.
@@ -1148,10 +1134,10 @@ class DistributedCheckpoint:
     def close(self) -> None:
         """Wait for a pending save, raise its failure if nobody has asked for it, and free the staging memory."""
         try:
-            if (error := self._drain(None)) is not None:
+            if (error := self._drain(self.default_timeout)) is not None:
                 raise error
         finally:
-            self._staging.free()
+            self._staging = np.empty(0, np.uint8)
 
     def __enter__(self) -> DistributedCheckpoint:
         return self
@@ -1159,218 +1145,174 @@ class DistributedCheckpoint:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # ---- save
+    # ---- both
 
-    def _drain(self, timeout: float | None) -> BaseException | None:
+    def _given(
+        self, model: Model, optimizer: Model | None, options: Options, extra_state: Mapping[str, object] | None,
+        cancel: threading.Event | None,
+    ) -> Given[Options]:  # fmt: skip
+        """Wait for the save in flight, and put together what was given. Nothing is checked: S1 and L1 do that, together."""
+        limit_s = _seconds(options.timeout) or self.default_timeout
+        return Given(
+            _parts(model), None if optimizer is None else _parts(optimizer), options,
+            {} if extra_state is None else extra_state, cancel, limit_s, self._drain(limit_s),
+        )  # fmt: skip
+
+    def _drain(self, limit_s: float) -> BaseException | None:
         """Wait for the save in flight; returns its failure if nobody here has asked for it."""
-        pending = self._pending
-        if pending is None:
+        if (pending := self._pending) is None:
             return None
-        limit = timeout if isinstance(timeout, (int, float)) else self.default_timeout
-        if not pending.wait_done(limit + coord.GRACE_S):
-            raise CheckpointException(f"the save in flight is not done after {limit:g} s", type=ExceptionType.TIMEOUT)
+        if concurrent.futures.wait([pending], limit_s + coord.GRACE_S).not_done:
+            raise CheckpointException(f"the save in flight is not done after {limit_s:g} s", type=ExceptionType.TIMEOUT)
         self._pending = None
         return None if pending.asked else pending.exception()
 
-    def _stage(
-        self, pending: PendingSave, model: Model, optimizer: Model | None, options: SaveOptions,
-        extra_state: Mapping[str, object] | None,
-    ) -> tuple[ShardData, list[StagedCopy]]:  # fmt: skip
-        """Collect, and copy to host memory; what may be copied later, and is guarded until then, is returned."""
-        live = self._collect(model, optimizer, options, extra_state)
-        copies = self._staging.reserve(live, self.staging_budget_bytes)
-        places = {coord.identity(view): room for _, view, room in copies}
-        tensors = [
-            t._replace(pieces=[(box, places[coord.identity(view)]) for box, view in t.pieces]) for t in live.tensors
-        ]
-        late: list[StagedCopy] = []
-        optimizers = list(optimizer.values()) if isinstance(optimizer, Mapping) else [optimizer]
-        if options.staging == "overlapped" and all(hasattr(o, "register_step_pre_hook") for o in optimizers):
-            owned = _optimizer_memory(optimizers)
-            late = [StagedCopy(n, v, room, v._version) for n, v, room in copies if v.data_ptr() in owned]
-            for hookable in optimizers:
-                pending.hook(getattr(hookable, "register_step_pre_hook"))
-        waiting = {id(item.room) for item in late}
-        for _, view, room in copies:
-            if id(room) not in waiting:
-                room.copy_(view, non_blocking=True)
-        if st.cuda_in_use():
-            torch.cuda.current_stream().synchronize()
-        if not late:
-            pending.staged()
-        return ShardData(tensors, live.values), late
+    def _run(self, given: Given[Options], verb: str, body: Callable[[coord.Operation], R]) -> tuple[R, coord.Operation]:
+        """Run `body` on all ranks, again where they agree to; the failure that they agree on becomes the public exception."""
+        retryable = self.fault_handler.retry_policy.retryable_exceptions
 
-    def _collect(
-        self,
-        model: Model,
-        optimizer: Model | None,
-        options: SaveOptions,
-        extra_state: Mapping[str, object] | None,
-        rng: bool = True,
-    ) -> ShardData:
-        """S2: everything that this rank holds."""
-        into, state = Collecting(), ModelState(model)
-        state.collect(into)
-        if optimizer is not None and options.include_optimizer:
-            optimizers = OptimizerState(optimizer, state.parameters())
-            optimizers.collect(into)
-            if optimizers.outside:
-                self.logger.warning(
-                    "%d optimizer parameter(s) are not in the model and are kept by position, first %s",
-                    len(optimizers.outside), optimizers.outside[0],
-                )  # fmt: skip
-        for key, value in (extra_state or {}).items():
-            into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
-        if rng and options.include_rng_state:
-            into.value("rng/state", rng_state(), per_rank=True)
-        return into.data
+        def attempt() -> tuple[R, coord.Operation]:
+            replaced = False
+            while True:
+                op = coord.Operation(self.coordinator, verb, given.limit_s, given.cancel, retryable)
+                try:
+                    return body(op), op
+                except coord.OperationFailed as failed:
+                    self.logger.debug("an attempt failed: %s", failed)
+                    if replaced or not failed.info.get("superseded"):
+                        raise
+                    replaced = True  # a save has replaced what was being read: at once again, for the new one
 
-    def _save(
-        self,
-        collect: Callable[[], ShardData],
-        model: Model,
-        optimizer: Model | None,
-        options: SaveOptions,
-        extra_state: Mapping[str, object] | None,
-        cancel: threading.Event | None,
-        earlier: BaseException | None,
-    ) -> str:
-        started = time.monotonic()
-        shown = options.checkpoint_prefix if isinstance(options.checkpoint_prefix, str) else ""
+        try:
+            return self.fault_handler.execute_with_retry(attempt, given.cancel)
+        except coord.OperationFailed as failed:
+            raise failed.public(given.prefix) from failed.__cause__
+
+    def _log(self, level: int, what: str, count: int, started: float, op: coord.Operation) -> None:
+        seconds = time.monotonic() - started
+        steps = " ".join(f"{name.split()[0]} {took:.3f}" for name, took in op.seconds.items())
+        self.logger.log(level, "%s in %.3f s, %.2f GB/s (%s)", what, seconds, count / 1e9 / max(seconds, 1e-9), steps)
+
+    # ---- save
+
+    def _save(self, given: Given[SaveOptions], collect: Callable[[], ShardData]) -> str:
+        started, options = time.monotonic(), given.options
 
         def request() -> coord.SaveRequest:
-            _raise_earlier(earlier)
-            options.check()
-            _check_stateful(model, "model")
-            _check_stateful(optimizer, "optimizer", optional=True)
-            _check_extra(extra_state)
-            contents = ("optimizer",) * (optimizer is not None and options.include_optimizer)
-            contents += ("rng",) * options.include_rng_state + tuple(sorted(extra_state or {}))
+            given.check()
+            contents = ("optimizer",) * (given.optimizer is not None and options.include_optimizer)
+            contents += ("rng",) * options.include_rng_state + tuple(sorted(given.extra_state))
             return coord.SaveRequest(
                 options.checkpoint_prefix, options.format, options.compression_level, options.overwrite,
                 options.replicas == "verify", contents, options.custom_metadata,
             )  # fmt: skip
 
-        def attempt() -> tuple[coord.SaveResult, coord.Operation]:
-            op = self._operation("save", options.timeout, cancel)
-            saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects)
-            return saver.coordinate_save(op, request, collect, options.progress), op
-
-        result, op = self._with_retry(attempt, shown, cancel)
+        saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects)
+        result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect, options.progress))
         for warning in result.warnings:
             self.logger.warning("%s: %s", result.prefix, warning)
-        took, own, whole = time.monotonic() - started, result.bytes_written, result.size_bytes
-        self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, took, op)
+        own, whole = result.bytes_written, result.size_bytes
+        self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, started, op)
         if op.rank == 0:
             what = f"saved {result.prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
-            self._log(logging.INFO, what, whole, took, op)
+            self._log(logging.INFO, what, whole, started, op)
         return result.prefix
+
+    def _collect(self, given: Given[SaveOptions]) -> ShardData:
+        """S2: everything that this rank holds."""
+        into, model = Collecting(), ModelState(given.model)
+        model.collect(into)
+        if given.optimizer is not None and given.options.include_optimizer:
+            optimizer = OptimizerState(given.optimizer, model.parameters())
+            optimizer.collect(into)
+            if outside := optimizer.outside:
+                message = "%d optimizer parameter(s) are not in the model and are kept by position, first %s"
+                self.logger.warning(message, len(outside), outside[0])
+        for key, value in given.extra_state.items():
+            into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
+        if given.options.include_rng_state:
+            into.value("rng/state", rng_state(), per_rank=True)
+        return into.data
+
+    def _stage(self, pending: PendingSave, given: Given[SaveOptions]) -> None:
+        """Collect, and copy to host memory what the optimizer's next step, which will wait, does not change by itself."""
+        live = self._collect(given)
+        copies = self._reserve(live)
+        optimizers, guarded = list((given.optimizer or {}).values()), set[int]()
+        if given.options.staging == "overlapped" and all(hasattr(o, "register_step_pre_hook") for o in optimizers):
+            guarded = _optimizer_memory(optimizers)
+            for optimizer in optimizers:
+                pending.hooks.append(getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged()))
+        for copy in copies.values():
+            if copy.view.data_ptr() in guarded:
+                pending.late.append(copy)
+            else:
+                copy.room.copy_(copy.view, non_blocking=True)
+        if st.cuda_in_use():
+            torch.cuda.current_stream().synchronize()
+        for t in live.tensors:
+            pieces = [(box, copies[coord.identity(view)].room) for box, view in t.pieces]
+            pending.data.tensors.append(t._replace(pieces=pieces))
+        pending.data.values.update(live.values)
+        if not pending.late:
+            pending.staged()
+
+    def _reserve(self, live: ShardData) -> dict[tuple[object, ...], StagedCopy]:
+        """Host memory for every piece, by `identity`, pinned where CUDA is in use. MemoryError where the budget forbids it."""
+        views: dict[tuple[object, ...], tuple[str, torch.Tensor]] = {}
+        for name, view in ((t.name, view) for t in live.tensors for _, view in t.pieces):
+            views.setdefault(coord.identity(view), (name, view))
+        *starts, total = itertools.accumulate((-(-view.nbytes // 64) * 64 for _, view in views.values()), initial=0)
+        if total > len(self._staging):
+            self._staging = np.empty(0, np.uint8)  # before the larger one comes
+            limit = _available_bytes() if self.staging_budget_bytes is None else self.staging_budget_bytes
+            if limit is not None and total > limit:
+                raise MemoryError(
+                    f"staging needs {total} bytes of host memory, {limit} are allowed: use save(), or raise staging_budget_bytes"
+                )
+            self._staging = st.aligned_buffer(total)
+        copies = {}
+        for start, (key, (name, view)) in zip(starts, views.items()):
+            room = torch.from_numpy(self._staging[start : start + view.nbytes]).view(view.dtype).view(view.shape)
+            copies[key] = StagedCopy(name, view, room, view._version)
+        return copies
 
     # ---- load
 
-    def _load(
-        self,
-        prefix: str | None,
-        model: Model,
-        optimizer: Model | None,
-        options: LoadOptions,
-        extra_state: Mapping[str, object] | None,
-        cancel: threading.Event | None,
-        warnings: list[str],
-        earlier: BaseException | None,
-    ) -> CheckpointLoadResult:
+    def _load(self, given: Given[LoadOptions], warnings: Sequence[str]) -> CheckpointLoadResult:
         started = time.monotonic()
-        restore = _Restore(self, model, optimizer, options, extra_state)
+        loader = CheckpointLoader(self.coordinator, self.storage)
 
-        def claim() -> dict[str, object]:
-            _raise_earlier(earlier)
-            options.check()
-            _check_stateful(model, "model")
-            _check_stateful(optimizer, "optimizer", optional=True)
-            _check_extra(extra_state)
-            flags = [options.load_optimizer and optimizer is not None, options.load_rng_state, options.strict_mode]
-            return {
-                "verb": "load", "prefix": prefix, "strategy": options.resharding_strategy, "fallback": options.fallback,
-                "skip_validation": options.skip_validation, "optimizer, rng, strict": flags,
-            }  # fmt: skip
+        def body(op: coord.Operation) -> Restore:
+            restore = Restore(given, op, self.validator)
+            steps = (restore.claim, restore.validate, restore.prepare, restore.apply)
+            loader.coordinate_load(op, *steps, given.options.progress)
+            return restore
 
-        def once() -> tuple[CheckpointMetadata, coord.Operation]:
-            op = self._operation("load", options.timeout, cancel)
-            loader = CheckpointLoader(self.coordinator, self.storage)
-            metadata = loader.coordinate_load(
-                op, claim, restore.validate, lambda reader: restore.prepare(op, reader), restore.apply, options.progress
-            )
-            return metadata, op
-
-        def attempt() -> tuple[CheckpointMetadata, coord.Operation]:
-            try:
-                return once()
-            except coord.OperationFailed as failed:
-                if not failed.superseded:
-                    raise
-            return once()
-
-        metadata, op = self._with_retry(attempt, prefix if isinstance(prefix, str) else "", cancel)
-        result = restore.result(metadata, warnings)
+        restored, op = self._run(given, "load", body)
+        result = replace(restored.result, warnings=[*warnings, *restored.warnings])
         for warning in result.warnings:
-            self.logger.warning("%s: %s", metadata.prefix, warning)
-        own, whole = restore.bytes, metadata.size_bytes()
-        what = f"loaded {metadata.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB to rank {op.rank} of {op.world_size}"
-        self._log(logging.DEBUG if op.rank else logging.INFO, what, own, time.monotonic() - started, op)
+            self.logger.warning("%s: %s", result.prefix, warning)
+        own, whole = sum(target.view.nbytes for target in restored.targets), result.metadata.size_bytes()
+        what = f"loaded {result.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB to rank {op.rank} of {op.world_size}"
+        self._log(logging.DEBUG if op.rank else logging.INFO, what, own, started, op)
         return result
 
-    def _older(self, tried: Sequence[str], options: LoadOptions) -> str | None:
-        """The next checkpoint to fall back to, as rank 0 sees it."""
-        op = self._operation("load", options.timeout, None)
-        with _agreed(""), op.step("L1 record"):
-            choice = None
-            if op.rank == 0:
-                candidates = st.list_committed(self.storage)
-                limit = min((m.sequence for p in tried if (m := self._record(p)) is not None), default=None)
-                choice = next(
-                    (m.prefix for m in reversed(candidates)
-                     if m.prefix not in tried and (limit is None or m.sequence < limit)), None,
-                )  # fmt: skip
-            found = op.broadcast(choice)
+    def _older(self, given: Given[LoadOptions], tried: Sequence[str]) -> str | None:
+        """The newest checkpoint older than those tried, as rank 0 sees it."""
+
+        def choose(op: coord.Operation) -> object:
+            with op.step("L1 record"):
+                choice = None
+                if op.rank == 0:
+                    heads = [head for prefix in tried if (head := st.record_head(self.storage, prefix)) is not None]
+                    limit = min((sequence for _, sequence in heads), default=math.inf)
+                    older = [m.prefix for m in st.list_committed(self.storage) if m.sequence < limit]
+                    choice = next((prefix for prefix in reversed(older) if prefix not in tried), None)
+                return op.broadcast(choice)
+
+        found, _ = self._run(given, "load", choose)
         return found if isinstance(found, str) else None
-
-    def _record(self, prefix: str) -> CheckpointMetadata | None:
-        try:
-            return st.decode_record(st.read_file(self.storage, st.record_name(prefix)), prefix)
-        except (CheckpointException, FileNotFoundError):
-            return None
-
-    # ---- both
-
-    def _operation(self, verb: str, timeout: float | None, cancel: threading.Event | None) -> coord.Operation:
-        good = isinstance(timeout, (int, float)) and timeout > 0
-        limit = float(timeout) if good and timeout is not None else self.default_timeout
-        retryable = self.fault_handler.retry_policy.retryable_exceptions
-        return coord.Operation(self.coordinator, verb, limit, cancel, retryable)
-
-    def _with_retry(self, attempt: Callable[[], R], path: str, cancel: threading.Event | None) -> R:
-        def logged() -> R:
-            try:
-                return attempt()
-            except coord.OperationFailed as failed:
-                self.logger.debug("an attempt failed: %s", failed)
-                raise
-
-        with _agreed(path):
-            return self.fault_handler.execute_with_retry(logged, cancel)
-
-    def _log(self, level: int, what: str, count: int, seconds: float, op: coord.Operation) -> None:
-        steps = " ".join(f"{name.split()[0]} {took:.3f}" for name, took in op.seconds.items())
-        self.logger.log(level, "%s in %.3f s, %.2f GB/s (%s)", what, seconds, count / 1e9 / max(seconds, 1e-9), steps)
-
-
-@contextlib.contextmanager
-def _agreed(path: str) -> Iterator[None]:
-    """Turn the failure that all ranks agreed on into the public exception, with its cause where that is here."""
-    try:
-        yield
-    except coord.OperationFailed as failed:
-        raise failed.public(path) from failed.__cause__
 
 
 @contextlib.contextmanager
@@ -1381,148 +1323,6 @@ def _typed(path: str, doing: str = "") -> Iterator[None]:
     except OSError as error:
         message = f"{doing}{type(error).__name__}: {error}"
         raise CheckpointException(message, path, ExceptionType.STORAGE_ERROR) from error
-
-
-def _raise_earlier(error: BaseException | None) -> None:
-    """Raise what an earlier background save failed with: here, in the first step, so that every rank hears of it."""
-    if error is not None:
-        raise error
-
-
-def _check_stateful(value: object, what: str, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    for part in list(value.values()) if isinstance(value, Mapping) else [value]:
-        if not isinstance(part, Stateful):
-            raise ValueError(
-                f"{what} must have state_dict() and load_state_dict(), or be a mapping of such: {type(part)}"
-            )
-
-
-def _check_extra(extra_state: object) -> None:
-    if extra_state is not None and not (
-        isinstance(extra_state, Mapping) and all(isinstance(key, str) for key in extra_state)
-    ):
-        raise ValueError("extra_state must be a mapping of names to values")
-
-
-class _Restore:
-    """One load on one rank: what to fill (L3), and handing it over (after L5)."""
-
-    def __init__(
-        self, owner: DistributedCheckpoint, model: Model, optimizer: Model | None, options: LoadOptions,
-        extra_state: Mapping[str, object] | None,
-    ) -> None:  # fmt: skip
-        self.owner, self.options, self.extra_state = owner, options, extra_state or {}
-        self.model_argument, self.optimizer_argument = model, optimizer
-        self.notes: list[str] = []  # warnings of the validator
-        self.bytes = 0
-
-    def validate(self, reader: CheckpointReader) -> None:
-        """L2: the record, and this rank's part of the shards."""
-        if self.options.skip_validation:
-            return
-        validator, coordinator = self.owner.validator, self.owner.coordinator
-        result = validator.validate_metadata(reader.metadata)
-        if not result.is_valid:
-            raise CheckpointException(
-                f"validation failed: {result.get_summary()}", type=ExceptionType.VALIDATION_FAILED
-            )
-        mine = range(coordinator.rank, len(reader.metadata.shards), coordinator.world_size)
-        for shard in mine:
-            reader.header(shard)  # raises CORRUPTED_CHECKPOINT, which is more than "not valid"
-        result.add(validator.validate_shards(reader, mine))
-        if not result.is_valid:
-            raise CheckpointException(
-                f"validation failed: {result.get_summary()}", type=ExceptionType.VALIDATION_FAILED
-            )
-        self.notes = result.warnings
-
-    def prepare(self, op: coord.Operation, reader: CheckpointReader) -> list[coord.Target]:
-        """L3: match the state here with what is stored."""
-        options = self.options
-        self.filling = filling = Filling(reader, op.rank)
-        self.model = ModelState(self.model_argument)
-        self.model.fill(filling)
-        self.optimizer = None
-        names = set(reader.stored)
-        if self.optimizer_argument is not None and options.load_optimizer:
-            if "optimizer/state" in names:
-                self.optimizer = OptimizerState(self.optimizer_argument, self.model.parameters())
-                self.optimizer.fill(filling)
-            else:
-                filling.problems.append("the checkpoint has no optimizer state (load with load_optimizer=False)")
-        self._prepare_extra(names)
-        self.rng: object = None
-        if options.load_rng_state:
-            index = reader.find("rng/state", op.rank)
-            self.rng = None if index is None else st.decode_value(reader.read_value(index), str)
-            if index is None:
-                filling.warnings.append(
-                    f"rng/state: the checkpoint has no RNG state for rank {op.rank}: it keeps its own"
-                )
-        self._judge(op, names)
-        widths = (t.view.dtype.itemsize * t.view.numel() for t in filling.targets)
-        self.bytes = sum(widths)
-        return filling.targets
-
-    def _prepare_extra(self, names: set[str]) -> None:
-        self.extra: dict[str, object] = {}
-        stored = {name.removeprefix("extra/") for name in names if name.startswith("extra/")}
-        filling = self.filling
-        tops = {key for key in stored if self._is_value(filling.reader, f"extra/{key}")}
-        for key in sorted(tops | set(self.extra_state)):
-            if key not in tops:
-                filling.problems.append(f"extra/{key}: missing from the checkpoint")
-                continue
-            like = self.extra_state.get(key)
-            current = like.state_dict() if isinstance(like, Stateful) else None
-            filling.value(f"extra/{key}", key, current, self.extra)
-
-    @staticmethod
-    def _is_value(reader: CheckpointReader, name: str) -> bool:
-        return any(reader.metadata.tensors[i].dtype == "JSON" for i in reader.stored[name].values())
-
-    def _judge(self, op: coord.Operation, names: set[str]) -> None:
-        """Errors, or in loose mode warnings, for all that does not fit; what no rank wants is unexpected."""
-        filling = self.filling
-        mine = {n for n in names if coord.in_model(n)} - filling.used
-        mine = {n for n in mine if n.startswith("model/") or self._is_value(filling.reader, n)}
-        if self.optimizer is not None:
-            stored = {n for group in _merged_optimizer(filling).groups for n in group.texts("params")}
-            mine |= {f"optimizer/{n}" for n in stored if f"optimizer:{n}" not in filling.used}
-        told = op.gather(sorted(mine))
-        unwanted = set.intersection(*(set(t) for t in told if isinstance(t, list)))
-        filling.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
-        wrong = filling.errors + (filling.problems if self.options.strict_mode else [])
-        if not self.options.strict_mode:
-            filling.warnings += filling.problems
-        if wrong:
-            more = f"\n  ... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-            lines = "".join(f"\n  {line}" for line in wrong[:20])
-            raise CheckpointException(
-                f"checkpoint {filling.reader.metadata.prefix!r} does not fit ({len(wrong)} problem(s)):{lines}{more}",
-                type=ExceptionType.VALIDATION_FAILED,
-            )
-
-    def apply(self) -> None:
-        """L5: hand the filled states over."""
-        self.model_state = self.model.apply(self.options.strict_mode)
-        self.optimizer_state = self.optimizer.apply() if self.optimizer is not None else {}
-        for key, value in self.extra.items():
-            if isinstance(like := self.extra_state.get(key), Stateful) and isinstance(value, dict):
-                like.load_state_dict(value)
-        if isinstance(self.rng, dict):
-            set_rng_state(self.rng)
-
-    def result(self, metadata: CheckpointMetadata, warnings: list[str]) -> CheckpointLoadResult:
-        """What the caller gets."""
-        here = self.owner.coordinator.world_size
-        return CheckpointLoadResult(
-            metadata, self.model_state, self.optimizer_state, metadata.world_size, here,
-            metadata.world_size != here, self.extra, metadata.prefix,
-            [*warnings, *self.notes, *self.filling.warnings],
-        )  # fmt: skip
 
 
 class DistributedCheckpointFactory:

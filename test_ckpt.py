@@ -56,6 +56,7 @@ The fuzz is seeded: the same cases every time, and with `CKPT_FUZZ_ROUNDS=10` te
 """
 
 import base64
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -1332,6 +1333,17 @@ def test_stateful_extra_state_is_restored_in_place_and_returned(tmp_path):
     assert fresh.last_epoch == 7 and fresh.get_last_lr() == scheduler.get_last_lr()
     assert set(result.extra_state) == {"scheduler", "step"} and result.extra_state["step"] == 7
     assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+
+
+def test_tensors_at_places_of_a_state_that_read_alike_come_back_each_to_its_own(tmp_path):
+    def state(first, second):
+        return Bag(**{"a": {"b": torch.full((2,), first)}, "a.b": torch.full((2,), second), "c": {1: (torch.ones(1),)}})
+
+    checkpoint, (model, _), target = opened(tmp_path), small(), state(3.0, 4.0)
+    live = target.state["a"]["b"], target.state["a.b"], target.state["c"][1][0].zero_()
+    checkpoint.save(model, None, to(), extra_state={"x": state(1.0, 2.0)})
+    checkpoint.load(model, None, at(), extra_state={"x": target})
+    assert [tensor.tolist() for tensor in live] == [[1.0, 1.0], [2.0, 2.0], [1.0]]  # in place
 
 
 UNSUPPORTED = {"enum": Colour.RED, "dataclass": Point(), "lambda": lambda: 0, "object": object(), "file": io.StringIO()}
@@ -6635,7 +6647,7 @@ def ask_on_rank_zero(rank, world_size, tmp, call):
     pending = checkpoint.save_async(value("new"), None, to())
     if rank == 0:
         assert told(pending.result)[0] == "STORAGE_ERROR"
-    assert pending.wait_done(10.0)
+    assert not concurrent.futures.wait([pending], 10.0).not_done
     checkpoint.storage.files = Seam()  # the disk is whole again
     dist.barrier()
     calls = {
