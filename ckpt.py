@@ -536,9 +536,9 @@ class ModelState:
                 tensors.append((f"model/{name}", tensor))
             elif (index := restore.find(f"model-values/{name}")) is not None:
                 state[key] = restore.value(index, state[key])
-        stored = {id(tensor) for name, tensor in tensors if restore.reader.indices(name)}
+        stored = {id(tensor) for name, tensor in tensors if name in restore.reader.stored}
         for name, tensor in tensors:
-            if id(tensor) not in stored or restore.reader.indices(name):  # else it comes by a name that it is tied to
+            if id(tensor) not in stored or name in restore.reader.stored:  # else it comes by a name that it is tied to
                 restore.fill(name, tensor)
 
     def apply(self, strict: bool) -> dict[str, object]:
@@ -1179,7 +1179,7 @@ class DistributedCheckpoint:
                     return body(op), op
                 except coord.OperationFailed as failed:
                     self.logger.debug("an attempt failed: %s", failed)
-                    if replaced or not failed.info.get("superseded"):
+                    if replaced or not failed.superseded:
                         raise
                     replaced = True  # a save has replaced what was being read: at once again, for the new one
 
