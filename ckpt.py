@@ -1577,6 +1577,11 @@ class _Named(NamedTuple):
         return math.prod(self.shape) * st.itemsize(self.dtype)
 
 
+_Part = tuple[_Named, st.Box, st.Bytes]  # the elements of a box of a tensor, row-major, in its dtype
+_File = tuple[bytes, list[tuple[_Named, int]]]  # to export: its first bytes, and where in it each tensor begins
+_Place = tuple[str, bool, tuple[object, ...]]  # a part's tensor, whether its block holds only that, and where it lies
+
+
 def _stored(meta: CheckpointMetadata) -> list[_Named]:
     """All that is stored; the name says for which rank, where it is kept for one. Tied tensors have one `stored`."""
     return [
@@ -1595,9 +1600,6 @@ def _plan(reader: CheckpointReader, tensors: Sequence[_Named]) -> tuple[list[coo
     boxes = [st.Box((0,) * len(t.shape), t.shape) for t in tensors]
     tasks = reader.plan(coord.Target(t.stored, box, view) for t, box, view in zip(tensors, boxes, views))
     return tasks, {id(view): t for t, view in zip(tensors, views)}
-
-
-_Part = tuple[_Named, st.Box, torch.Tensor]  # the elements of a box of a tensor, as they are stored
 
 
 class _Stream(CheckpointReader):
@@ -1625,14 +1627,21 @@ class _Stream(CheckpointReader):
 
     def place(self, task: coord.Task, data: st.Bytes) -> None:
         """Hand on the verified bytes of a task."""
-        found = []
+        found: list[_Part] = []
+        held = 0
         for copy, start, part in self.parts(task, data):
-            elements = torch.from_numpy(part).view(st.DTYPES[copy.entry.dtype])
-            first = start // elements.itemsize
-            for at, box in st.row_boxes(copy.piece.size, first, first + len(elements)):
+            if (held := held + len(part)) > st.BLOCK_BYTES:  # a compressed block may expand to many times its size
+                self._take(found)
+                found, held = [], len(part)
+            tensor, stored = self._named[id(copy.view)], st.DTYPES[copy.entry.dtype]
+            first, last = start // stored.itemsize, (start + len(part)) // stored.itemsize
+            if tensor.dtype != copy.entry.dtype:
+                part = torch.from_numpy(part).view(stored).to(st.DTYPES[tensor.dtype]).view(torch.uint8).numpy()
+            for _, box in st.row_boxes(copy.piece.size, first, last):
                 offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
-                values = elements[at - first :][: math.prod(box.size)].view(box.size)
-                found.append((self._named[id(copy.view)], st.Box(offset, box.size), values))
+                size = math.prod(box.size) * st.itemsize(tensor.dtype)
+                found.append((tensor, st.Box(offset, box.size), part[:size]))
+                part = part[size:]
         self._take(found)
 
 
@@ -1689,9 +1698,6 @@ def _select(reader: CheckpointReader, model_only: bool, dtype: torch.dtype | Non
         if names:
             log.warning("%s: %s: %s", meta.prefix, what, _some(names))
     return chosen
-
-
-_File = tuple[bytes, list[tuple[_Named, int]]]  # its first bytes, and where in it each tensor begins
 
 
 def _layout(name: str, tensors: Sequence[_Named], limit_bytes: int) -> dict[str, _File]:
@@ -1763,15 +1769,13 @@ def _appearing(folder: str, name: str, files: Mapping[str, _File]) -> Iterator[d
 
 def _write(places: Mapping[str, tuple[StoredFile, int]], parts: Iterable[_Part]) -> None:
     """Write parts of tensors, each as runs of bytes that are contiguous in its whole tensor, which begins at a place."""
-    for t, box, values in parts:
+    for t, box, data in parts:
         (file, begin), width, inner = places[t.name], st.itemsize(t.dtype), max(0, len(t.shape) - 1)
         while inner and box.size[inner] == t.shape[inner]:
             inner -= 1
         strides = [math.prod(t.shape[dim + 1 :]) * width for dim in range(len(t.shape))]
         begin += sum(o * stride for o, stride in zip(box.offset, strides))
-        data = values.to(st.DTYPES[t.dtype]).reshape(-1).view(torch.uint8).numpy()
-        runs = data.reshape(-1, math.prod(box.size[inner:]) * width)
-        for index, run in zip(np.ndindex(*box.size[:inner]), runs):
+        for index, run in zip(np.ndindex(*box.size[:inner]), data.reshape(-1, math.prod(box.size[inner:]) * width)):
             file.write(begin + sum(i * stride for i, stride in zip(index, strides)), run.data)
 
 
@@ -1954,9 +1958,6 @@ def diff_checkpoints(storage: CheckpointStorage, a: str, b: str, *, values: bool
     return found
 
 
-_Place = tuple[str, bool, tuple[object, ...]]  # a part's tensor, whether its block holds only that, and where it lies
-
-
 def _checksums(reader: CheckpointReader, tensors: Sequence[_Named]) -> dict[_Place, tuple[int, ...]]:
     """The CRC32s of the block, or for compressed parts the blocks, that hold each part of these tensors."""
     found: dict[_Place, tuple[int, ...]] = {}
@@ -1983,10 +1984,12 @@ def _read_changes(
         buffer = np.empty(st.BLOCK_BYTES, np.uint8)
         for task in new.plan(coord.Target(t.stored, box, y) for t, (_, box, _), y in zip(others, parts, views)):
             new.run(task, buffer)
-        for t, (s, _, x), y in zip(others, parts, views):
-            if s.dtype != t.dtype or not torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)):
+        for t, (s, box, data), y in zip(others, parts, views):
+            if s.dtype != t.dtype or not np.array_equal(data, y.reshape(-1).view(torch.uint8).numpy()):
                 sizes = found.setdefault(s.name, [])
-                sizes += [_largest_change(x, y)] if values and not {"JSON", "F4"} & {s.dtype, t.dtype} else []
+                if values and not {"JSON", "F4"} & {s.dtype, t.dtype}:
+                    x = torch.from_numpy(data).view(st.DTYPES[s.dtype]).view(box.size)
+                    sizes.append(_largest_change(x, y))
 
     old.stream(tensors, compare)
     return {name: float(np.max(sizes)) if sizes else None for name, sizes in found.items()}
@@ -2048,6 +2051,8 @@ def _bar(what: str, quiet: bool) -> Iterator[Callable[[Progress], None]]:
         write("")
 
 
+_COUNTS = ("", " k", " M", " G", " T")
+_Leaf = tuple[list[str], tuple[str, ...], int, int]  # the parts of a tensor's name, its row, parameters, bytes
 # A command says its text as it goes, and returns its exit code and the value that --json prints instead.
 Say = Callable[[str], None]
 Result = tuple[int, object]
@@ -2063,10 +2068,6 @@ def _ls(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Resul
     ]
     say(_table(rows, right=(2, 3)))
     return 0, [{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]
-
-
-_COUNTS = ("", " k", " M", " G", " T")
-_Leaf = tuple[list[str], tuple[str, ...], int, int]  # the parts of a tensor's name, its row, parameters, bytes
 
 
 def _tree(leaves: Iterable[_Leaf], label: str, indent: int, depth: int) -> Iterator[tuple[str, ...]]:
