@@ -1660,8 +1660,7 @@ def export_checkpoint(
     folder, name = os.path.split(os.path.abspath(out))
     if os.path.splitext(name)[1] != ".safetensors" or max_shard_bytes < 1:
         raise ValueError(f"an export is named *.safetensors, and its files hold bytes: not {out}, {max_shard_bytes}")
-    if dtype is not None and st.CODES.get(dtype) not in _FLOATS:
-        raise ValueError(f"unknown export dtype {dtype}; allowed: float16, bfloat16, float32, float64")
+    _check_member(dtype, (None, *(st.DTYPES[code] for code in _FLOATS)), "export dtype")
     with _typed(prefix, f"exporting to {out}: "), _Stream(storage, coord.committed(storage, prefix)[1]) as reader:
         chosen = _select(reader, model_only, dtype)
         files = _layout(name, chosen, max_shard_bytes)
@@ -1945,10 +1944,8 @@ def diff_checkpoints(storage: CheckpointStorage, a: str, b: str, *, values: bool
         changed = {place[0] for place in x.keys() & y.keys() if place[1] and x[place] != y[place]}
         changed |= {s.name for s, t in pairs if str(s) != str(t)}
         unlike = {name for (name, *_), _ in x.items() ^ y.items()}  # or moved, or beside something that changed
-        unsure = [
-            s for s, t in pairs if s.name in unlike and (s.name not in changed or (values and s.shape == t.shape))
-        ]
-        largest = _read_changes(old, unsure, new, after, values)
+        unsure = unlike if values else unlike - changed
+        largest = _read_changes(old, new, [(s, t) for s, t in pairs if s.name in unsure and s.shape == t.shape], values)
     found = [Difference(name, "removed", str(s)) for name, s in before.items() if name not in after]
     found += [Difference(name, "added", str(t)) for name, t in after.items() if name not in before]
     for s, t in pairs:
@@ -1973,10 +1970,10 @@ def _checksums(reader: CheckpointReader, tensors: Sequence[_Named]) -> dict[_Pla
 
 
 def _read_changes(
-    old: _Stream, tensors: Sequence[_Named], new: CheckpointReader, after: Mapping[str, _Named], values: bool
+    old: _Stream, new: CheckpointReader, pairs: Sequence[tuple[_Named, _Named]], values: bool
 ) -> dict[str, float | None]:
     """The names of those whose bits differ, with the largest change if `values`."""
-    found: dict[str, list[float]] = {}
+    after, found = {s.name: t for s, t in pairs}, dict[str, list[float]]()
 
     def compare(parts: list[_Part]) -> None:
         others = [after[s.name] for s, *_ in parts]
@@ -1991,7 +1988,7 @@ def _read_changes(
                     x = torch.from_numpy(data).view(st.DTYPES[s.dtype]).view(box.size)
                     sizes.append(_largest_change(x, y))
 
-    old.stream(tensors, compare)
+    old.stream([s for s, _ in pairs], compare)
     return {name: float(np.max(sizes)) if sizes else None for name, sizes in found.items()}
 
 
@@ -2215,14 +2212,13 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 good, 1 damage or failure, 2 misuse."""
     args = _parser().parse_args(argv)
-    if args.command != "import" and not os.path.isdir(args.dir):
-        print(f"ckpt.py: {args.dir}: no such directory", file=sys.stderr)
-        return 2
     told = logging.StreamHandler()  # warnings, on standard error
     told.setFormatter(logging.Formatter("ckpt.py: %(message)s"))
     log.addHandler(told)
     run: Command = args.run
     try:
+        if run is not _import and not os.path.isdir(args.dir):
+            raise ValueError(f"{args.dir}: no such directory")
         code, value = run(LocalStorage(args.dir), args, (lambda _: None) if args.json else print)
         if args.json:
             print(json.dumps(value))
