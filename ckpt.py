@@ -26,6 +26,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import itertools
 import json
 import logging
@@ -1374,32 +1375,73 @@ class _Named(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * st.itemsize(self.dtype)
 
-    def target(self) -> coord.Target:
-        """All of it, to plan with: its view has a dtype and a shape, but no memory."""
-        view = torch.empty(self.shape, dtype=st.DTYPES[self.dtype], device="meta")
-        return coord.Target(self.stored, st.Box((0,) * len(self.shape), self.shape), view)
+
+_Part = tuple[_Named, st.Box, st.Bytes]  # the elements of a box of a tensor, row-major, in its dtype
+_File = tuple[bytes, list[tuple[_Named, int]]]  # to export: its first bytes, and where in it each tensor begins
+_Place = tuple[str, bool, tuple[object, ...]]  # a part's tensor, whether its block holds only that, and where it lies
 
 
-def _by_name(meta: CheckpointMetadata) -> dict[str, _Named]:
-    """All that is stored, by name and, where it is kept for a rank, that. Of tied tensors, each has the same `stored`."""
-    found = {}
-    for index, t in enumerate(meta.tensors):
-        name = coord.entry_name(t, (), True)
-        found[name] = _Named(name, t.dtype, t.shape, index if t.alias_of is None else t.alias_of)
-    return found
-
-
-def _committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadata:
-    try:
-        return st.read_committed(storage, prefix)
-    except FileNotFoundError as error:
-        known = _some(st.recorded_prefixes(storage)) or "none"
-        message = f"there is no checkpoint {prefix!r}; there are: {known}"
-        raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
+def _stored(meta: CheckpointMetadata) -> list[_Named]:
+    """All that is stored; the name says for which rank, where it is kept for one. Tied tensors have one `stored`."""
+    return [
+        _Named(coord.entry_name(t, (), True), t.dtype, t.shape, index if t.alias_of is None else t.alias_of)
+        for index, t in enumerate(meta.tensors)
+    ]
 
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _plan(reader: CheckpointReader, tensors: Sequence[_Named]) -> tuple[list[coord.Task], dict[int, _Named]]:
+    """The tasks that read all of these tensors, and which one each view in them is: a dtype and a shape, but no memory."""
+    views = [torch.empty(t.shape, dtype=st.DTYPES[t.dtype], device="meta") for t in tensors]
+    boxes = [st.Box((0,) * len(t.shape), t.shape) for t in tensors]
+    tasks = reader.plan(coord.Target(t.stored, box, view) for t, box, view in zip(tensors, boxes, views))
+    return tasks, {id(view): t for t, view in zip(tensors, views)}
+
+
+class _Stream(CheckpointReader):
+    """A load that hands on what it reads instead of filling tensors.
+
+    So each stored block is read and checked once, whatever the layout, and memory holds only the blocks in flight.
+    """
+
+    def stream(
+        self, tensors: Sequence[_Named], take: Callable[[list[_Part]], None],
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Read all of these tensors, and call `take`, on several threads, with the parts that each block has of them."""
+        tasks, self._named = _plan(self, tensors)
+        self._take, done = take, list[int]()
+        total = sum(st.block_span(self.header(task.shard), task.first, task.last) for task in tasks)
+
+        def poll() -> None:
+            if progress is not None:
+                progress(Progress("export", sum(done), total))
+
+        threads = min(coord.IO_THREADS, len(tasks))
+        st.in_parallel(tasks, lambda task, buffer: done.append(self.run(task, buffer)), threads, poll)
+        poll()
+
+    def place(self, task: coord.Task, data: st.Bytes) -> None:
+        """Hand on the verified bytes of a task."""
+        found: list[_Part] = []
+        held = 0
+        for copy, start, part in self.parts(task, data):
+            if (held := held + len(part)) > st.BLOCK_BYTES:  # a compressed block may expand to many times its size
+                self._take(found)
+                found, held = [], len(part)
+            tensor, stored = self._named[id(copy.view)], st.DTYPES[copy.entry.dtype]
+            first, last = start // stored.itemsize, (start + len(part)) // stored.itemsize
+            if tensor.dtype != copy.entry.dtype:
+                part = torch.from_numpy(part).view(stored).to(st.DTYPES[tensor.dtype]).view(torch.uint8).numpy()
+            for _, box in st.row_boxes(copy.piece.size, first, last):
+                offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
+                size = math.prod(box.size) * st.itemsize(tensor.dtype)
+                found.append((tensor, st.Box(offset, box.size), part[:size]))
+                part = part[size:]
+        self._take(found)
 
 
 def export_checkpoint(
@@ -1415,46 +1457,37 @@ def export_checkpoint(
     replaced. ValueError for a misuse, CheckpointException for damage or a failing disk; then no file of it is left.
     """
     folder, name = os.path.split(os.path.abspath(out))
-    stem, suffix = os.path.splitext(name)
-    if suffix != ".safetensors" or max_shard_bytes < 1:
+    if os.path.splitext(name)[1] != ".safetensors" or max_shard_bytes < 1:
         raise ValueError(f"an export is named *.safetensors, and its files hold bytes: not {out}, {max_shard_bytes}")
-    if dtype is not None and st.CODES.get(dtype) not in _FLOATS:
-        raise ValueError(f"unknown export dtype {dtype}; allowed: float16, bfloat16, float32, float64")
-    with _typed(prefix, f"exporting to {out}: "), _Exporter(storage, _committed(storage, prefix)) as reader:
-        chosen = _select(reader.metadata, model_only, dtype)
-        groups = _groups(chosen, max_shard_bytes)
-        names = [f"{stem}-{n:05d}-of-{len(groups):05d}{suffix}" for n in range(1, len(groups) + 1)]
-        parts = dict(zip(names, groups)) if len(groups) > 1 else {name: chosen}
-        heads = {part: _header(tensors) for part, tensors in parts.items()}
-        if len(groups) > 1:
-            weights = {t.name: part for part, tensors in parts.items() for t in tensors}
-            index = {"metadata": {"total_size": sum(t.nbytes() for t in chosen)}, "weight_map": weights}
-            heads[f"{name}.index.json"] = (json.dumps(index, indent=2, sort_keys=True).encode() + b"\n", [])
-        with _appearing(folder, name, heads) as files:
-            places = [(files[part], t, begin) for part, (_, begins) in heads.items() for t, begin in begins]
-            reader.fill(places, progress)
-    return [os.path.join(folder, part) for part in heads]
+    _check_member(dtype, (None, *(st.DTYPES[code] for code in _FLOATS)), "export dtype")
+    with _typed(prefix, f"exporting to {out}: "), _Stream(storage, coord.committed(storage, prefix)[1]) as reader:
+        chosen = _select(reader, model_only, dtype)
+        files = _layout(name, chosen, max_shard_bytes)
+        with _appearing(folder, name, files) as written:
+            places = {t.name: (written[part], begin) for part, (_, begins) in files.items() for t, begin in begins}
+            reader.stream(chosen, functools.partial(_write, places), progress)
+    return [os.path.join(folder, part) for part in files]
 
 
-def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | None) -> list[_Named]:
+def _select(reader: CheckpointReader, model_only: bool, dtype: torch.dtype | None) -> list[_Named]:
     """The tensors to export, in the order of the record, which is the model's; logs what one might not expect."""
-    lowest = coord.lowest_ranks(meta.tensors)
+    meta, everything = reader.metadata, _stored(reader.metadata)
+    kept = dict.fromkeys(t.name for t in meta.tensors if t.rank is not None)
+    lowest = {name: reader.ranks(name)[0] for name in kept}
     chosen: list[_Named] = []
-    apart, pairs, values = [], [], []
-    for t, item in zip(meta.tensors, _by_name(meta).values()):
-        model, own = t.name.startswith("model/"), t.rank == lowest[t.name]
-        if t.dtype == "JSON":
-            values += [item.name] if coord.in_model(t.name) or not model_only else []
-        elif (model and own) or not model_only:
-            if model and own:
-                item = item._replace(name=t.name.removeprefix("model/"))
-                apart += [item.name] if t.rank is not None else []
-            if model and dtype is not None and t.dtype in _FLOATS:
-                item = item._replace(dtype=st.CODES[dtype])
-            chosen.append(item)
-            pairs += [item.name] if st.stored_form(item.dtype, ())[0] != item.dtype else []
+    for t, item in zip(meta.tensors, everything):
+        if (model := t.name.startswith("model/")) and t.rank == lowest.get(t.name):
+            item = item._replace(name=t.name.removeprefix("model/"))
+        elif model_only or t.dtype == "JSON":
+            continue
+        if model and dtype is not None and t.dtype in _FLOATS:
+            item = item._replace(dtype=st.CODES[dtype])
+        chosen.append(item)
     if len({"__metadata__", *(item.name for item in chosen)}) <= len(chosen):
         raise ValueError("two tensors of the export would have one name, or one would be named __metadata__")
+    apart = [name.removeprefix("model/") for name in kept if name.startswith("model/")]
+    pairs = [item.name for item in chosen if st.stored_form(item.dtype, ())[0] != item.dtype]
+    values = [t.name for t in everything if t.dtype == "JSON" and (coord.in_model(t.name) or not model_only)]
     for what, names in (
         ("kept per rank, exported as the lowest rank has it", apart),
         ("complex, exported as pairs of floats (see torch.view_as_complex)", pairs),
@@ -1465,11 +1498,8 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
     return chosen
 
 
-_Head = tuple[bytes, list[tuple[_Named, int]]]  # the first bytes of a file, and where in it each tensor begins
-
-
-def _groups(tensors: Iterable[_Named], limit_bytes: int) -> list[list[_Named]]:
-    """Cut into files of at most so many bytes, or of one tensor."""
+def _layout(name: str, tensors: Sequence[_Named], limit_bytes: int) -> dict[str, _File]:
+    """The files of an export by name: one, or several and, last, their index."""
     groups: list[list[_Named]] = [[]]
     room = limit_bytes
     for tensor in tensors:
@@ -1478,10 +1508,17 @@ def _groups(tensors: Iterable[_Named], limit_bytes: int) -> list[list[_Named]]:
             room = limit_bytes
         groups[-1].append(tensor)
         room -= tensor.nbytes()
-    return groups
+    if len(groups) == 1:
+        return {name: _header(tensors)}
+    stem = name.removesuffix(".safetensors")
+    parts = {f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
+    weights = {t.name: part for part, group in parts.items() for t in group}
+    index = {"metadata": {"total_size": sum(t.nbytes() for t in tensors)}, "weight_map": weights}
+    text = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
+    return {part: _header(group) for part, group in parts.items()} | {f"{name}.index.json": (text, [])}
 
 
-def _header(tensors: Iterable[_Named]) -> _Head:
+def _header(tensors: Iterable[_Named]) -> _File:
     """The header of a safetensors file, byte for byte as their own serializer writes it."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     forms = [(*st.stored_form(t.dtype, t.shape), t) for t in tensors]
@@ -1498,88 +1535,46 @@ def _header(tensors: Iterable[_Named]) -> _Head:
 
 
 @contextlib.contextmanager
-def _appearing(folder: str, name: str, heads: Mapping[str, _Head]) -> Iterator[dict[str, StoredFile]]:
+def _appearing(folder: str, name: str, files: Mapping[str, _File]) -> Iterator[dict[str, StoredFile]]:
     """New files that appear in the end, durable, the last one last, or not at all. They replace the export `name`.
 
     At no time does an index name files of another export.
     """
     directory = LocalStorage(folder)
-    files: dict[str, StoredFile] = {}
+    written: dict[str, StoredFile] = {}
     try:
-        for part, (head, places) in heads.items():
+        for part, (head, begins) in files.items():
             directory.reap(f"{part}.tmp")  # of a process that died; of one that lives, the next line fails
-            files[part] = directory.create(f"{part}.tmp")
-            files[part].resize(len(head) + sum(t.nbytes() for t, _ in places))
-            files[part].write(0, memoryview(head))
-        yield files
-        for file in files.values():
+            written[part] = directory.create(f"{part}.tmp")
+            written[part].resize(len(head) + sum(t.nbytes() for t, _ in begins))
+            written[part].write(0, memoryview(head))
+        yield written
+        for file in written.values():
             file.sync()
         directory.delete(f"{name}.index.json")
-        old = re.compile(re.escape(name.removesuffix(".safetensors")) + r"-\d{5}-of-\d{5}\.safetensors")
-        for stale in [n for n in os.listdir(folder) if old.fullmatch(n) and n not in files]:
-            directory.delete(stale)
-        for part in files:
+        for part in written:
             directory.publish(f"{part}.tmp", part, overwrite=True)
-        if name not in files:
-            directory.delete(name)  # readers would prefer it to the index
+        # What the older export had besides; its single file is what readers would prefer to an index.
+        old = re.compile(re.escape(name.removesuffix(".safetensors")) + r"(-\d{5}-of-\d{5})?\.safetensors")
+        for stale in [n for n in os.listdir(folder) if old.fullmatch(n) and n not in written]:
+            directory.delete(stale)
         directory.sync_directory(name)
     finally:
-        for part, file in files.items():
+        for part, file in written.items():
             file.close()
             directory.delete(f"{part}.tmp")
 
 
-class _Exporter(CheckpointReader):
-    """A load into files: what would go into a tensor's memory goes to its place in a file.
-
-    So each stored block is read and checked once, whatever the layout, and memory holds only the blocks in flight.
-    """
-
-    def fill(
-        self, places: Sequence[tuple[StoredFile, _Named, int]], progress: Callable[[Progress], None] | None
-    ) -> None:
-        """Write each tensor to its file, from its byte there on."""
-        targets = [t.target() for _, t, _ in places]
-        self._places = {id(target.view): (file, begin) for target, (file, _, begin) in zip(targets, places)}
-        tasks = self.plan(targets)
-        total = sum(task.nbytes for task in tasks)
-        done: list[int] = []
-
-        def run(task: coord.Task, buffer: st.Bytes) -> None:
-            done.append(self.run(task, buffer))
-
-        def poll() -> None:
-            if progress is not None:
-                progress(Progress("export", sum(done), total))
-
-        st.in_parallel(tasks, run, min(coord.IO_THREADS, len(tasks)), poll)
-        poll()
-
-    def place(self, task: coord.Task, data: st.Bytes) -> None:
-        """Write the verified bytes of a task."""
-        for copy, part in self.parts(task, data):
-            start, view, stored = copy.start, copy.target.view, st.DTYPES[copy.entry.dtype]
-            (file, begin), wanted = self._places[id(view)], view.dtype
-            first, last, done = start // stored.itemsize, (start + len(part)) // stored.itemsize, 0
-            if wanted != stored:
-                part = torch.from_numpy(part).view(stored).to(wanted).view(torch.uint8).numpy()
-            for _, box in st.row_boxes(copy.piece.size, first, last):
-                offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
-                for element, count in _runs(st.Box(offset, box.size), copy.target.box.size):
-                    stop = done + count * wanted.itemsize
-                    file.write(begin + element * wanted.itemsize, part[done:stop].data)
-                    done = stop
-
-
-def _runs(box: st.Box, shape: st.Shape) -> Iterator[tuple[int, int]]:
-    """The contiguous runs of a box in a row-major tensor of `shape`: first element and count of each, in order."""
-    inner = max(0, len(shape) - 1)
-    while inner and box.size[inner] == shape[inner]:
-        inner -= 1
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    first, count = sum(o * s for o, s in zip(box.offset, strides)), math.prod(box.size[inner:])
-    for index in np.ndindex(*box.size[:inner]):
-        yield first + sum(i * s for i, s in zip(index, strides)), count
+def _write(places: Mapping[str, tuple[StoredFile, int]], parts: Iterable[_Part]) -> None:
+    """Write parts of tensors, each as runs of bytes that are contiguous in its whole tensor, which begins at a place."""
+    for t, box, data in parts:
+        (file, begin), width, inner = places[t.name], st.itemsize(t.dtype), max(0, len(t.shape) - 1)
+        while inner and box.size[inner] == t.shape[inner]:
+            inner -= 1
+        strides = [math.prod(t.shape[dim + 1 :]) * width for dim in range(len(t.shape))]
+        begin += sum(o * stride for o, stride in zip(box.offset, strides))
+        for index, run in zip(np.ndindex(*box.size[:inner]), data.reshape(-1, math.prod(box.size[inner:]) * width)):
+            file.write(begin + sum(i * stride for i, stride in zip(index, strides)), run.data)
 
 
 @dataclass
@@ -1610,7 +1605,7 @@ def import_checkpoint(
     ValueError for a misuse; CheckpointException for a damaged source, a failing disk, or a checkpoint that is there already.
     """
     with _typed(os.fspath(source)):
-        model, extra = _read_source(os.fspath(source))
+        model, extra = _split(_read_source(os.fspath(source)))
     if model and all(name.startswith("module.") for name in model):
         model = {name.removeprefix("module."): value for name, value in model.items()}
     options = SaveOptions(prefix, include_rng_state=False, overwrite=False, progress=progress)
@@ -1618,22 +1613,22 @@ def import_checkpoint(
         return checkpoint.save(_Imported(model), None, options, extra_state=extra)
 
 
-def _read_source(path: str) -> tuple[dict[str, object], dict[str, object]]:
-    """A source's model and extra state, mapped into memory where that can be: nothing is read before it is saved."""
-    files = [path]
+def _read_source(path: str) -> dict[str, object]:
+    """What a source holds, mapped into memory where that can be: nothing is read before it is saved."""
+    files, listed = [path], set[str]()
     if os.path.isdir(path):
         names = sorted(os.listdir(path))
         if ".metadata" in names:
-            return _split(_read_dcp(path))
+            return _read_dcp(path)
         files = [os.path.join(path, n) for n in names if n.endswith((".safetensors", ".safetensors.index.json"))]
-    indices, listed = [file for file in files if file.endswith(".index.json")], set[str]()
+    indices = [file for file in files if file.endswith(".index.json")]
     if not files or len(indices) > 1 or (indices and indices[0].removesuffix(".index.json") in files):
         raise ValueError(f"{path}: name one file to import; safetensors files here: {_some(files) or 'none'}")
-    if indices:
-        with open(indices[0], "rb") as file, _well_formed(indices[0]):
-            weights = st.Fields(st.parse_json(file.read(), indices[0])).child("weight_map")
+    for index in indices:
+        with open(index, "rb") as file, _well_formed(index):
+            weights = st.Fields(st.parse_json(file.read(), index)).child("weight_map")
             parts = sorted({os.path.basename(weights.text(name)) for name in weights.all})
-        files, listed = [os.path.join(os.path.dirname(indices[0]), part) for part in parts], set(weights.all)
+        files, listed = [os.path.join(os.path.dirname(index), part) for part in parts], set(weights.all)
     state: dict[str, object] = {}
     for tensors in map(_read_file, files):
         if twice := sorted(state.keys() & tensors.keys()):
@@ -1641,7 +1636,7 @@ def _read_source(path: str) -> tuple[dict[str, object], dict[str, object]]:
         state |= tensors
     if indices and (wrong := sorted(state.keys() ^ listed)):
         raise st.corrupted(f"{path}: the index and its files do not agree on {_some(wrong)}", path)
-    return (state, {}) if indices or files[0].endswith(".safetensors") else _split(state)
+    return state
 
 
 def _read_file(path: str) -> dict[str, object]:
@@ -1652,9 +1647,8 @@ def _read_file(path: str) -> dict[str, object]:
             start = 8 + int.from_bytes(data[:8].tobytes(), "little")
             if not 10 <= start <= min(len(data), 8 + st.MAX_HEADER_BYTES):
                 raise ValueError(f"impossible header length {start - 8} in a file of {len(data)} bytes")
-            entries = st.parse_entries(
-                st.Fields(st.parse_json(data[8:start].tobytes(), path)), st.Fields({}), len(data) - start
-            )
+            table = st.Fields(st.parse_json(data[8:start].tobytes(), path))
+            entries = st.parse_entries(table, st.Fields({}), len(data) - start)
         parts = ((e, torch.from_numpy(data[start + e.begin : start + e.end])) for e in entries)
         return {e.name: part.view(st.DTYPES[e.dtype]).view(e.shape) for e, part in parts}
     try:
@@ -1683,18 +1677,14 @@ def _well_formed(path: str) -> Iterator[None]:
 
 def _read_dcp(path: str) -> dict[str, object]:
     """What torch.distributed.checkpoint has saved, nested as it was. This unpickles: the source is trusted."""
-    from torch.distributed.checkpoint import default_planner
+    from torch.distributed.checkpoint import default_planner, state_dict_loader
     from torch.distributed.checkpoint.api import CheckpointException as DcpException  # a BaseException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.planner import LoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     state: dict[str, object] = {}
-    whole: Callable[[], LoadPlanner] = default_planner._EmptyStateDictLoadPlanner
+    planner = getattr(default_planner, "_EmptyStateDictLoadPlanner")()
     try:  # as torch's own dcp_to_torch_save does it
-        reader = FileSystemReader(path)
-        reader.read_metadata()  # a plain error where that fails
-        _load_state_dict(state, reader, planner=whole(), no_dist=True)
+        state_dict_loader._load_state_dict(state, FileSystemReader(path), planner=planner, no_dist=True)
     except (Exception, DcpException) as error:
         why = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
         message = f"{path}: torch.distributed.checkpoint cannot read it: {why}"
@@ -1702,25 +1692,29 @@ def _read_dcp(path: str) -> dict[str, object]:
     return state
 
 
+def _leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
+    if isinstance(node, Mapping) and not path.endswith("_extra_state"):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
 def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """The model's state by dotted names, and the extra state, as `import_checkpoint` tells."""
-
-    def leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
-        if isinstance(node, Mapping) and not path.endswith("_extra_state"):
-            for key, value in node.items():
-                yield from leaves(value, f"{path}.{key}" if path else str(key))
+    chosen = next((key for key in _MODEL_KEYS if isinstance(state.get(key), Mapping)), None)
+    found: list[tuple[str, object]] = []
+    extra: dict[str, object] = {}
+    for key, value in state.items():
+        leaves = list(_leaves(value, "" if chosen else key))
+        if key == chosen if chosen else any(isinstance(leaf, torch.Tensor) for _, leaf in leaves):
+            found += leaves
         else:
-            yield path, node
-
-    def is_model(key: str) -> bool:
-        return key == chosen if chosen else any(isinstance(v, torch.Tensor) for _, v in leaves(state[key], key))
-
-    chosen = next((key for key in _MODEL_KEYS if isinstance(state.get(key), Mapping)), "")
-    found = [leaf for key in state if is_model(key) for leaf in leaves(state[key], "" if chosen else key)]
+            extra[key] = value
     model = dict(found)
     if len(model) < len(found):
         raise ValueError("two tensors would have one name: an a.b, and a b in an a")
-    return model, {key: value for key, value in state.items() if not is_model(key)}
+    return model, extra
 
 
 class Difference(NamedTuple):
@@ -1740,86 +1734,61 @@ def diff_checkpoints(storage: CheckpointStorage, a: str, b: str, *, values: bool
     """
     with (
         _typed(f"{a}, {b}"),
-        CheckpointReader(storage, _committed(storage, a)) as old,
-        CheckpointReader(storage, _committed(storage, b)) as new,
+        _Stream(storage, coord.committed(storage, a)[1]) as old,
+        CheckpointReader(storage, coord.committed(storage, b)[1]) as new,
     ):
-        before, after = _by_name(old.metadata), _by_name(new.metadata)
-        pairs = [(before[name], after[name]) for name in before if name in after]
-        old_blocks, new_blocks = _blocks(old, [s for s, _ in pairs]), _blocks(new, [t for _, t in pairs])
-        changed: dict[str, str] = {}
-        unsure: list[tuple[_Named, _Named]] = []
-        for s, t in pairs:
-            x, y, alike = old_blocks[s.name], new_blocks[s.name], str(s) == str(t)
-            if not alike or any(p.alone and p.place == q.place and p != q for p, q in zip(x, y)):
-                changed[s.name] = "value" if alike or s.dtype == t.dtype == "JSON" else f"{s} -> {t}"
-            if values and s.shape == t.shape if s.name in changed else x != y:
-                unsure.append((s, t))
-        largest = _read_changes(old, new, unsure, values)
-    changed = dict.fromkeys(largest, "value") | changed
-    found = [Difference(name, "removed", str(before[name])) for name in before if name not in after]
-    found += [Difference(name, "added", str(after[name])) for name in after if name not in before]
-    return found + [Difference(n, "changed", changed[n], largest.get(n)) for n in before if n in changed]
+        before, after = ({t.name: t for t in _stored(reader.metadata)} for reader in (old, new))
+        pairs = [(s, after[name]) for name, s in before.items() if name in after]
+        x, y = _checksums(old, [s for s, _ in pairs]), _checksums(new, [t for _, t in pairs])
+        changed = {place[0] for place in x.keys() & y.keys() if place[1] and x[place] != y[place]}
+        changed |= {s.name for s, t in pairs if str(s) != str(t)}
+        unlike = {name for (name, *_), _ in x.items() ^ y.items()}  # or moved, or beside something that changed
+        unsure = unlike if values else unlike - changed
+        largest = _read_changes(old, new, [(s, t) for s, t in pairs if s.name in unsure and s.shape == t.shape], values)
+    found = [Difference(name, "removed", str(s)) for name, s in before.items() if name not in after]
+    found += [Difference(name, "added", str(t)) for name, t in after.items() if name not in before]
+    for s, t in pairs:
+        if s.name in changed or s.name in largest:
+            alike = str(s) == str(t) or s.dtype == t.dtype == "JSON"
+            found.append(Difference(s.name, "changed", "value" if alike else f"{s} -> {t}", largest.get(s.name)))
+    return found
 
 
-class _Block(NamedTuple):
-    """A block, or for compressed pieces a window of blocks, that holds a part of a tensor."""
-
-    place: tuple[object, ...]  # which part, and where in the block
-    alone: bool  # the block holds nothing else
-    crcs: list[int]
-
-
-def _blocks(reader: CheckpointReader, tensors: Sequence[_Named]) -> dict[str, list[_Block]]:
-    found: dict[str, list[_Block]] = {t.name: [] for t in tensors}
-    targets = [t.target() for t in tensors]
-    names = {id(target.view): t.name for target, t in zip(targets, tensors)}
-    for task in reader.plan(targets):
+def _checksums(reader: CheckpointReader, tensors: Sequence[_Named]) -> dict[_Place, tuple[int, ...]]:
+    """The CRC32s of the block, or for compressed parts the blocks, that hold each part of these tensors."""
+    found: dict[_Place, tuple[int, ...]] = {}
+    tasks, named = _plan(reader, tensors)
+    for task in tasks:
+        crcs = tuple(reader.header(task.shard).block_crcs[task.first : task.last])
         for copy in task.copies:
-            entry, at = copy.entry, task.first * st.BLOCK_BYTES - copy.entry.begin
-            alone = not entry.frames and copy.high - copy.low == st.BLOCK_BYTES
-            crcs = reader.header(task.shard).block_crcs[task.first : task.last]
-            found[names[id(copy.target.view)]].append(_Block((copy.piece, at, entry.frames, copy.start), alone, crcs))
+            at = task.first * st.BLOCK_BYTES - copy.entry.begin
+            alone = copy.frame < 0 and 0 <= at <= copy.entry.nbytes() - st.BLOCK_BYTES
+            where = (copy.entry.dtype, copy.piece, at, copy.entry.frames, copy.frame)
+            found[named[id(copy.view)].name, alone, where] = crcs
     return found
 
 
 def _read_changes(
-    old: CheckpointReader, new: CheckpointReader, pairs: Iterable[tuple[_Named, _Named]], values: bool
+    old: _Stream, new: CheckpointReader, pairs: Sequence[tuple[_Named, _Named]], values: bool
 ) -> dict[str, float | None]:
-    """The names of those whose bits differ, with the largest change if `values`; reads a block's worth of each at a time."""
-    found: dict[str, list[float]] = {}
+    """The names of those whose bits differ, with the largest change if `values`."""
+    after, found = {s.name: t for s, t in pairs}, dict[str, list[float]]()
 
-    def read(reader: CheckpointReader, parts: Iterable[tuple[_Named, st.Box]], buffer: st.Bytes) -> list[torch.Tensor]:
-        targets = [coord.Target(t.stored, box, torch.empty(box.size, dtype=st.DTYPES[t.dtype])) for t, box in parts]
-        for task in reader.plan(targets):
-            reader.run(task, buffer)
-        return [target.view for target in targets]
-
-    def compare(batch: list[tuple[_Named, _Named, st.Box]], buffer: st.Bytes) -> None:
-        before = read(old, ((s, box) for s, _, box in batch), buffer)
-        after = read(new, ((t, box) for _, t, box in batch), buffer)
-        for (s, t, _), x, y in zip(batch, before, after):
-            if s.dtype != t.dtype or not torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)):
+    def compare(parts: list[_Part]) -> None:
+        others = [after[s.name] for s, *_ in parts]
+        views = [torch.empty(box.size, dtype=st.DTYPES[t.dtype]) for t, (_, box, _) in zip(others, parts)]
+        buffer = np.empty(st.BLOCK_BYTES, np.uint8)
+        for task in new.plan(coord.Target(t.stored, box, y) for t, (_, box, _), y in zip(others, parts, views)):
+            new.run(task, buffer)
+        for t, (s, box, data), y in zip(others, parts, views):
+            if s.dtype != t.dtype or not np.array_equal(data, y.reshape(-1).view(torch.uint8).numpy()):
                 sizes = found.setdefault(s.name, [])
-                sizes += [_largest_change(x, y)] if values and not {"JSON", "F4"} & {s.dtype, t.dtype} else []
+                if values and not {"JSON", "F4"} & {s.dtype, t.dtype}:
+                    x = torch.from_numpy(data).view(st.DTYPES[s.dtype]).view(box.size)
+                    sizes.append(_largest_change(x, y))
 
-    st.in_parallel(_batches(pairs), compare, coord.IO_THREADS)
+    old.stream([s for s, _ in pairs], compare)
     return {name: float(np.max(sizes)) if sizes else None for name, sizes in found.items()}
-
-
-def _batches(pairs: Iterable[tuple[_Named, _Named]]) -> Iterator[list[tuple[_Named, _Named, st.Box]]]:
-    """Rows of tensors, a block's worth together: small tensors share the reading of a block."""
-    batch: list[tuple[_Named, _Named, st.Box]] = []
-    room = st.BLOCK_BYTES
-    for s, t in pairs:
-        total, at, width = math.prod(s.shape), 0, max(st.itemsize(s.dtype), st.itemsize(t.dtype))
-        while at < total:
-            if room < width:
-                yield batch
-                batch, room = [], st.BLOCK_BYTES
-            stop = min(total, at + room // width)
-            batch += [(s, t, box) for _, box in st.row_boxes(s.shape, at, stop)]
-            room, at = room - (stop - at) * width, stop
-    yield batch
 
 
 def _largest_change(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -1853,175 +1822,156 @@ def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     return "\n".join("  ".join(form).format(*row).rstrip()[:columns] for row in rows)
 
 
-class _Bar:
+@contextlib.contextmanager
+def _bar(what: str, quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """How far a command is, how fast, and how long it will take: on standard error while that is a terminal."""
+    started, shown = time.monotonic(), sys.stderr.isatty() and not quiet
 
-    def __init__(self, what: str, quiet: bool) -> None:
-        self.what, self.started, self.shown = what, time.monotonic(), sys.stderr.isatty() and not quiet
-
-    def show(self, done: int, total: int) -> None:
-        """Bytes; a few times a second."""
-        rate = done / max(time.monotonic() - self.started, 1e-3)
-        if done and total:
-            minutes, seconds = divmod(round((total - done) / rate), 60)
-            text = f"{self.what}  {100 * done // total:3} %  {_human(done)} of {_human(total)}  {_human(rate)}/s"
-            self.write(f"{text}  {minutes}:{seconds:02} left  [{'#' * (20 * done // total):20}]")
-
-    def write(self, text: str) -> None:
-        """In place of what was there."""
-        if self.shown:
+    def write(text: str) -> None:  # in place of what was there
+        if shown:
             columns = shutil.get_terminal_size().columns - 1
             sys.stderr.write(f"\r{text[:columns]:{columns}}\r")
             sys.stderr.flush()
 
-    def __enter__(self) -> _Bar:
-        return self
+    def show(told: Progress) -> None:
+        _, done, total = told
+        rate = done / max(time.monotonic() - started, 1e-3)
+        if done and total:
+            minutes, seconds = divmod(round((total - done) / rate), 60)
+            text = f"{what}  {100 * done // total:3} %  {_human(done)} of {_human(total)}  {_human(rate)}/s"
+            write(f"{text}  {minutes}:{seconds:02} left  [{'#' * (20 * done // total):20}]")
 
-    def __exit__(self, *exc: object) -> None:
-        self.write("")
+    try:
+        yield show
+    finally:
+        write("")
 
 
-def _command_ls(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+_COUNTS = ("", " k", " M", " G", " T")
+_Leaf = tuple[list[str], tuple[str, ...], int, int]  # the parts of a tensor's name, its row, parameters, bytes
+# A command says its text as it goes, and returns its exit code and the value that --json prints instead.
+Say = Callable[[str], None]
+Result = tuple[int, object]
+Command = Callable[[CheckpointStorage, argparse.Namespace, Say], Result]
+
+
+def _ls(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+    """List the committed checkpoints below DIR."""
     infos = [CheckpointInfo.of(meta) for meta in st.list_committed(storage)]
-    if args.json:
-        print(json.dumps([{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]))
-        return 0
     rows = [("PREFIX", "SAVED (UTC)", "RANKS", "SIZE", "FORMAT")]
     rows += [
         (i.prefix, f"{i.timestamp:%Y-%m-%d %H:%M:%S}", str(i.world_size), _human(i.size_bytes), i.format) for i in infos
     ]
-    print(_table(rows, right=(2, 3)))
-    return 0
+    say(_table(rows, right=(2, 3)))
+    return 0, [{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]
 
 
-class _Module:
-    """A part of the names of stored tensors: the tensors of just that name, and the parts that follow it."""
-
-    def __init__(self) -> None:
-        self.inner: dict[str, _Module] = {}
-        self.rows: list[tuple[str, ...]] = []
-        self.elements = self.bytes = 0
-
-    def add(self, parts: Sequence[str], row: tuple[str, ...], elements: int, nbytes: int) -> None:
-        """A tensor somewhere below."""
-        self.elements, self.bytes = self.elements + elements, self.bytes + nbytes
-        if parts:
-            self.inner.setdefault(parts[0], _Module()).add(parts[1:], row, elements, nbytes)
+def _tree(leaves: Iterable[_Leaf], label: str, indent: int, depth: int) -> Iterator[tuple[str, ...]]:
+    """Rows by module, with a subtotal for all but the innermost modules, which are told by their tensors."""
+    modules: dict[str, list[_Leaf]] = {}
+    for leaf in leaves:
+        modules.setdefault(leaf[0][0], []).append(leaf)
+    for part, within in modules.items():
+        yield from ((" " * indent + label + part, *row) for parts, row, *_ in within if len(parts) == 1)
+        inner = [(parts[1:], row, count, size) for parts, row, count, size in within if len(parts) > 1]
+        if inner and (depth <= 0 or any(len(parts) > 1 for parts, *_ in inner)):
+            count, size = sum(count for *_, count, _ in within), sum(size for *_, size in within)
+            yield " " * indent + (label + part).rstrip("./"), "", "", _human(count, _COUNTS), _human(size), "", ""
+            yield from _tree(inner, "", indent + 2, depth - 1) if depth > 0 else ()
         else:
-            self.rows.append(row)
-
-    def lines(self, label: str, indent: int, depth: int) -> Iterator[tuple[str, ...]]:
-        """Rows of a table, with a subtotal for all but the innermost modules, which are told by their tensors."""
-        yield from ((" " * indent + label, *row) for row in self.rows)
-        if self.inner and (depth == 0 or any(module.inner for module in self.inner.values())):
-            subtotal = (_human(self.elements, _COUNTS), _human(self.bytes), "", "")
-            yield (" " * indent + label.rstrip("./"), "", "", *subtotal)
-            label, indent, depth = "", indent + 2, depth - 1
-        for part, module in self.inner.items() if depth >= 0 else ():
-            yield from module.lines(label + part, indent, depth)
+            yield from _tree(inner, label + part, indent, depth)
 
 
-_COUNTS = ("", " k", " M", " G", " T")
-
-
-def _command_show(storage: CheckpointStorage, args: argparse.Namespace) -> int:
-    meta = _committed(storage, args.prefix)
-    tensors, root = [], _Module()
-    for t, count in zip(meta.tensors, np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()):
+def _show(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+    """Show the tensors, shards and metadata of a checkpoint."""
+    _, meta = coord.committed(storage, args.prefix)
+    tensors: list[object] = []
+    leaves: list[_Leaf] = []
+    for t, pieces in zip(meta.tensors, np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()):
         size, elements = math.prod(t.shape) * st.itemsize(t.dtype), math.prod(t.shape) * (t.dtype != "JSON")
         tied = None if t.alias_of is None else meta.tensors[t.alias_of].name
         tensors.append({
-            "name": t.name, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "pieces": count, "bytes": size,
+            "name": t.name, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "pieces": pieces, "bytes": size,
             "tied_to": tied,
         })  # fmt: skip
         note = f"tied to {tied}" if tied else "" if t.rank is None else f"rank {t.rank}"
         shape = "" if t.dtype == "JSON" else "x".join(map(str, t.shape)) or "scalar"
-        row = (t.dtype, shape, _human(elements, _COUNTS) if elements else "", _human(size), str(count), note)
-        root.add(re.findall(r"[^./]*[./]?", t.name)[:-1], row, 0 if tied else elements, 0 if tied else size)
+        row = (t.dtype, shape, _human(elements, _COUNTS) if elements else "", _human(size), str(pieces), note)
+        leaves.append((re.findall(r"[^./]*[./]?", t.name)[:-1], row, 0 if tied else elements, 0 if tied else size))
     head = {
         "prefix": meta.prefix, "save_id": meta.save_id, "sequence": meta.sequence, "version": meta.version,
         "timestamp": meta.timestamp, "world_size": meta.world_size, "format": meta.format, "compression": meta.compression,
         "torch_version": meta.torch_version, "size_bytes": meta.size_bytes(),
         "custom_metadata": st.encode_value(dict(meta.custom_metadata), "custom_metadata"),
-        "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards],
     }  # fmt: skip
-    if args.json:
-        print(json.dumps({**head, "tensors": tensors}))
-        return 0
     for key, value in head.items():
-        if key != "shards":
-            print(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
-    print("\n" + _table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
-    rows: list[tuple[str, ...]] = [("NAME", "DTYPE", "SHAPE", "PARAMETERS", "SIZE", "PIECES", "")]
-    for part, module in root.inner.items():
-        rows += module.lines(part, 0, args.depth)
-    print("\n" + _table(rows, right=(3, 4, 5)))
-    return 0
+        say(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
+    say("\n" + _table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
+    columns = ("NAME", "DTYPE", "SHAPE", "PARAMETERS", "SIZE", "PIECES", "")
+    say("\n" + _table([columns, *_tree(leaves, "", 0, args.depth)], right=(3, 4, 5)))
+    return 0, {**head, "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards], "tensors": tensors}
 
 
-def _command_verify(storage: CheckpointStorage, args: argparse.Namespace) -> int:
-    prefixes = [args.prefix] if args.prefix else st.recorded_prefixes(storage)
-    validator, bad, report = CheckpointValidator(storage), 0, {}
-    for prefix in prefixes:
-        with _Bar(f"verify {prefix}", args.json) as bar:
-            result = validator.validate_checkpoint(prefix, bar.show)
-        bad += not result.is_valid
+def _verify(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+    """Read and check every byte of one checkpoint, or of all."""
+    validator, report = CheckpointValidator(storage), {}
+    for prefix in [args.prefix] if args.prefix else st.recorded_prefixes(storage):
+        with _bar(f"verify {prefix}", args.json) as show:
+            result = validator.validate_checkpoint(prefix, lambda *counts: show(Progress("verify", *counts)))
         report[prefix] = {"valid": result.is_valid, "errors": result.errors, "warnings": result.warnings}
-        if not args.json:
-            print(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}")
-            if result.errors or result.warnings:
-                print("  " + result.get_summary().replace("\n", "\n  "))
-    if args.json:
-        print(json.dumps(report))
-    return 1 if bad else 0
+        say(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}")
+        if result.errors or result.warnings:
+            say("  " + result.get_summary().replace("\n", "\n  "))
+    return 0 if all(found["valid"] for found in report.values()) else 1, report
 
 
-def _command_export(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+def _export(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+    """Write a checkpoint as OUT.safetensors, in files named as Hugging Face's libraries expect."""
     dtype = None if args.dtype is None else st.DTYPES[args.dtype.upper()]
-    with _Bar(f"export {args.prefix}", args.json) as bar:
+    with _bar(f"export {args.prefix}", args.json) as show:
         files = export_checkpoint(
             storage, args.prefix, args.out, model_only=args.model_only, dtype=dtype,
-            max_shard_bytes=args.max_shard_size, progress=lambda told: bar.show(*told[1:]),
+            max_shard_bytes=args.max_shard_size, progress=show,
         )  # fmt: skip
-    rows = [(file, _human(os.path.getsize(file))) for file in files]
-    print(json.dumps({"files": files}) if args.json else _table(rows, right=(1,)))
-    return 0
+    say(_table([(file, _human(os.path.getsize(file))) for file in files], right=(1,)))
+    return 0, {"files": files}
 
 
-def _command_import(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+def _import(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+    """Take over safetensors, a torch.save file, or a torch.distributed.checkpoint directory (unpickled: trust it)."""
     if os.path.isfile(os.path.join(args.source, ".metadata")):
-        print(f"ckpt.py: {args.source}: its metadata is a pickle, which can run any code: trusting it", file=sys.stderr)
-    with _Bar(f"import {args.prefix}", args.json) as bar:
-        prefix = import_checkpoint(args.source, storage, args.prefix, progress=lambda told: bar.show(*told[1:]))
+        log.warning("%s: its metadata is a pickle, which can run any code: trusting it", args.source)
+    with _bar(f"import {args.prefix}", args.json) as show:
+        prefix = import_checkpoint(args.source, storage, args.prefix, progress=show)
     meta = st.read_committed(storage, prefix)
     extra = sorted(t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON")
     size = f"{_human(meta.size_bytes())}, {sum(t.name.startswith('model/') for t in meta.tensors)} tensors of the model"
-    text = f"imported {prefix}: {size}" + (f"; besides, as extra_state: {_some(extra)}" if extra else "")
-    print(json.dumps({"imported": prefix}) if args.json else text)
-    return 0
+    say(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {_some(extra)}" if extra else ""))
+    return 0, {"imported": prefix}
 
 
-def _command_diff(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+def _diff(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+    """What differs between checkpoints A and B; exit code 0: nothing, 1: something, 2: trouble."""
     found = diff_checkpoints(storage, args.a, args.b, values=args.values)
-    if args.json:
-        print(json.dumps([d._asdict() for d in found]))
-    elif found:
-        signs = {"removed": "-", "added": "+", "changed": "~"}
-        largest = ["" if d.largest_change is None else f"largest change {d.largest_change:.3g}" for d in found]
-        print(_table([(f"{signs[d.kind]} {d.name}", d.what, size) for d, size in zip(found, largest)]))
-    return 1 if found else 0
+    signs = {"removed": "-", "added": "+", "changed": "~"}
+    largest = ["" if d.largest_change is None else f"largest change {d.largest_change:.3g}" for d in found]
+    if found:
+        say(_table([(f"{signs[d.kind]} {d.name}", d.what, size) for d, size in zip(found, largest)]))
+    return 1 if found else 0, [d._asdict() for d in found]
 
 
-def _command_rm(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+def _rm(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+    """Delete a checkpoint."""
     st.delete_committed(storage, args.prefix)
-    print(json.dumps({"deleted": args.prefix}) if args.json else f"deleted {args.prefix}")
-    return 0
+    say(f"deleted {args.prefix}")
+    return 0, {"deleted": args.prefix}
 
 
-def _command_gc(storage: CheckpointStorage, args: argparse.Namespace) -> int:
+def _gc(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+    """Remove what crashed saves left behind."""
     removed = st.collect_garbage(storage)
-    print(json.dumps({"removed": removed}) if args.json else "\n".join([*removed, f"{len(removed)} file(s) removed"]))
-    return 0
+    say("\n".join([*removed, f"{len(removed)} file(s) removed"]))
+    return 0, {"removed": removed}
 
 
 def _byte_count(text: str) -> int:
@@ -2033,63 +1983,52 @@ def _byte_count(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(unit.lower()) if unit else 0))
 
 
-Command = Callable[[CheckpointStorage, argparse.Namespace], int]
+_COMMANDS: dict[str, Command] = {
+    "ls dir": _ls, "show dir prefix": _show, "verify dir [prefix]": _verify, "export dir prefix out": _export,
+    "import source dir prefix": _import, "diff dir a b": _diff, "rm dir prefix": _rm, "gc dir": _gc,
+}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ckpt.py", description="Look at, verify, convert and delete checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def add(run: Command, names: str, text: str) -> argparse.ArgumentParser:
+    for names, run in _COMMANDS.items():
         name, *arguments = names.split()
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         for argument in arguments:
             command.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None)
         command.add_argument("--json", action="store_true", help="print JSON")
-        return command
-
-    add(_command_ls, "ls dir", "list the committed checkpoints below DIR")
-    show = add(_command_show, "show dir prefix", "show the tensors, shards and metadata of a checkpoint")
-    show.add_argument("--depth", type=int, default=99, help="of the tree of modules, show so many levels")
-    add(_command_verify, "verify dir [prefix]", "read and check every byte of one checkpoint, or of all")
-    text = "write a checkpoint as OUT.safetensors, in files named as Hugging Face's libraries expect"
-    export = add(_command_export, "export dir prefix out", text)
-    export.add_argument("--model-only", action="store_true", help="leave out optimizer and extra state")
-    export.add_argument("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
-    export.add_argument("--max-shard-size", type=_byte_count, default="5GB", help="of each file; default 5GB")
-    text = "take over safetensors, a torch.save file, or a torch.distributed.checkpoint directory (unpickled: trust it)"
-    add(_command_import, "import source dir prefix", text)
-    text = "what differs between checkpoints A and B; exit code 0: nothing, 1: something, 2: trouble"
-    diff = add(_command_diff, "diff dir a b", text)
-    diff.add_argument("--values", action="store_true", help="read what changed, and tell the largest change")
-    add(_command_rm, "rm dir prefix", "delete a checkpoint")
-    add(_command_gc, "gc dir", "remove what crashed saves left behind")
+    show, export, diff = (commands.choices[name].add_argument for name in ("show", "export", "diff"))
+    show("--depth", type=int, default=99, help="of the tree of modules, show so many levels")
+    export("--model-only", action="store_true", help="leave out optimizer and extra state")
+    export("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
+    export("--max-shard-size", type=_byte_count, default="5GB", help="of each file; default 5GB")
+    diff("--values", action="store_true", help="read what changed, and tell the largest change")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 good, 1 damage or failure, 2 misuse."""
     args = _parser().parse_args(argv)
-    if args.command != "import" and not os.path.isdir(args.dir):
-        print(f"ckpt.py: {args.dir}: no such directory", file=sys.stderr)
-        return 2
     told = logging.StreamHandler()  # warnings, on standard error
     told.setFormatter(logging.Formatter("ckpt.py: %(message)s"))
     log.addHandler(told)
+    run: Command = args.run
     try:
-        code: int = args.run(LocalStorage(args.dir), args)
+        if run is not _import and not os.path.isdir(args.dir):
+            raise ValueError(f"{args.dir}: no such directory")
+        code, value = run(LocalStorage(args.dir), args, (lambda _: None) if args.json else print)
+        if args.json:
+            print(json.dumps(value))
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read it, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ValueError as error:
+    except (ValueError, CheckpointException, OSError) as error:
         print(f"ckpt.py: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointException, OSError) as error:
-        print(f"ckpt.py: {error}", file=sys.stderr)
-        return 2 if args.command == "diff" else 1
+        return 2 if args.command == "diff" or isinstance(error, ValueError) else 1
     finally:
         log.removeHandler(told)
 

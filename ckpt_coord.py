@@ -2182,6 +2182,16 @@ RESHARDING_STRATEGIES = ("parallel", "sequential", "broadcast")
 RELAYED_BLOCKS = 8  # a round: so many are read by some rank, sent, and put into place
 
 
+def committed(storage: st.CheckpointStorage, prefix: str) -> tuple[bytes, st.CheckpointMetadata]:
+    """`st.read_committed_record`, with LOAD_FAILED where there is no checkpoint of this name."""
+    try:
+        return st.read_committed_record(storage, prefix)
+    except FileNotFoundError as error:
+        known = ", ".join(st.recorded_prefixes(storage)[-5:]) or "none"
+        message = f"there is no checkpoint {prefix!r}; the last ones here: {known}"
+        raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
+
+
 class CheckpointLoader:
     """Runs L1 to L5 on one rank."""
 
@@ -2223,16 +2233,11 @@ class CheckpointLoader:
         return metadata
 
     def _read_record(self, op: Operation, prefix: str) -> st.CheckpointMetadata:
-        if op.rank != 0:
-            return st.decode_record(str(op.broadcast(None)).encode(), prefix)
-        try:
-            text, metadata = st.read_committed_record(self.storage, prefix)
-        except FileNotFoundError as error:
-            known = ", ".join(st.recorded_prefixes(self.storage)[-5:]) or "none"
-            message = f"there is no checkpoint {prefix!r}; the last ones here: {known}"
-            raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
-        op.broadcast(text.decode())
-        return metadata
+        if op.rank == 0:
+            text, metadata = committed(self.storage, prefix)
+            op.broadcast(text.decode())
+            return metadata
+        return st.decode_record(str(op.broadcast(None)).encode(), prefix)
 
 
 def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str, meter: Meter) -> None:
