@@ -1414,7 +1414,7 @@ class _Stream(CheckpointReader):
         """Read all of these tensors, and call `take`, on several threads, with the parts that each block has of them."""
         tasks, self._named = _plan(self, tensors)
         self._take, done = take, list[int]()
-        total = sum(st.block_span(self.header(task.shard), task.first, task.last) for task in tasks)
+        total = sum(task.nbytes for task in tasks)
 
         def poll() -> None:
             if progress is not None:
@@ -1428,12 +1428,12 @@ class _Stream(CheckpointReader):
         """Hand on the verified bytes of a task."""
         found: list[_Part] = []
         held = 0
-        for copy, start, part in self.parts(task, data):
+        for copy, part in self.parts(task, data):
             if (held := held + len(part)) > st.BLOCK_BYTES:  # a compressed block may expand to many times its size
                 self._take(found)
                 found, held = [], len(part)
-            tensor, stored = self._named[id(copy.view)], st.DTYPES[copy.entry.dtype]
-            first, last = start // stored.itemsize, (start + len(part)) // stored.itemsize
+            tensor, stored = self._named[id(copy.target.view)], st.DTYPES[copy.entry.dtype]
+            first, last = copy.start // stored.itemsize, (copy.start + len(part)) // stored.itemsize
             if tensor.dtype != copy.entry.dtype:
                 part = torch.from_numpy(part).view(stored).to(st.DTYPES[tensor.dtype]).view(torch.uint8).numpy()
             for _, box in st.row_boxes(copy.piece.size, first, last):
@@ -1762,9 +1762,9 @@ def _checksums(reader: CheckpointReader, tensors: Sequence[_Named]) -> dict[_Pla
         crcs = tuple(reader.header(task.shard).block_crcs[task.first : task.last])
         for copy in task.copies:
             at = task.first * st.BLOCK_BYTES - copy.entry.begin
-            alone = copy.frame < 0 and 0 <= at <= copy.entry.nbytes() - st.BLOCK_BYTES
-            where = (copy.entry.dtype, copy.piece, at, copy.entry.frames, copy.frame)
-            found[named[id(copy.view)].name, alone, where] = crcs
+            alone = not copy.entry.frames and copy.high - copy.low == st.BLOCK_BYTES
+            where = (copy.entry.dtype, copy.piece, at, copy.entry.frames, copy.start)
+            found[named[id(copy.target.view)].name, alone, where] = crcs
     return found
 
 
