@@ -381,14 +381,12 @@ class LocalStorage:
             try:
                 self.files.lock(fd)
                 return True
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.001)
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     return False  # then nobody is ever proved dead
-                raise
+                if not isinstance(error, BlockingIOError) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.001)
 
     def open(self, name: str, write: bool = False) -> LocalFile:
         flags = os.O_RDWR if write else os.O_RDONLY
@@ -510,8 +508,9 @@ class LocalStorage:
             self.files.mkdir(name, directory)
 
     def _make_base(self, path: str) -> None:
+        above = os.path.dirname(path)
         if not os.path.isdir(path):
-            self._make_base(above := os.path.dirname(path))
+            self._make_base(above)
             self._make(path, None)
             self._made_above = self._made_above | {above}
 
@@ -609,8 +608,9 @@ def int_tuple(value: object) -> Shape:
     """`value` as a tuple of at most 64 ints in [0, 2**62), or ValueError."""
     if not isinstance(value, (list, tuple)) or len(value) > 64:
         raise ValueError(f"expected a short list of integers, found {type(value).__name__}")
-    if wrong := [n for n in value if type(n) is not int or not 0 <= n < 1 << 62]:
-        raise ValueError(f"expected a non-negative integer, found {wrong[0]!r}")
+    for n in value:
+        if type(n) is not int or not 0 <= n < 1 << 62:
+            raise ValueError(f"expected a non-negative integer, found {n!r}")
     return tuple(value)
 
 
@@ -1118,10 +1118,13 @@ def _fixed_width(digits: str) -> list[int]:
     return [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
 
 
+_ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
+_PIECE_FIELDS = {"offset", "whole", "dtype", "shape", "frames"}
+
+
 def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
     """An entry of the header's table, and what `pieces` says of it."""
-    known = {"offset", "whole", "dtype", "shape", "frames"}
-    if item.all.keys() != {"dtype", "shape", "data_offsets"} or not info.all.keys() <= known:
+    if item.all.keys() != _ENTRY_FIELDS or not info.all.keys() <= _PIECE_FIELDS:
         raise ValueError(f"{name!r}: unexpected fields")
     begin, end = int_tuple(item.array("data_offsets"))
     code, shape = item.text("dtype"), int_tuple(item.array("shape"))
@@ -1243,11 +1246,10 @@ class CheckpointMetadata:
             (tensor, shard, begin), box = decode_table(self.table, ("tensor", "shard", "begin"), self.size_bytes())
             _require(box.shape[2] == width, "pieces of other dimensions than the tensors")
             _require((np.diff(tensor) >= 0).all(), "pieces in another order than the tensors")
-            _require(
-                (tensor < len(shapes)).all() and (shard < len(lengths)).all(), "pieces of unknown tensors or shards"
-            )
-            inside = (box[:, 1] >= 1).all() and (box.sum(axis=1) <= shapes[tensor]).all()
-            _require(inside, "piece outside of its tensor")
+            _require((tensor < len(shapes)).all(), "pieces of unknown tensors")
+            _require((shard < len(lengths)).all(), "pieces of unknown shards")
+            _require((box[:, 1] >= 1).all(), "pieces of nothing")
+            _require((box.sum(axis=1) <= shapes[tensor]).all(), "piece outside of its tensor")
             _require((begin < lengths[shard]).all(), "piece behind the end of its shard")
         except (ValueError, TypeError, OverflowError, IndexError, MemoryError) as error:
             path = record_name(self.prefix)
