@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -714,10 +714,6 @@ class Groups:
         self.count = np.diff(self.start, append=len(first))
         self.rows = self.members.take(self.start)  # the lowest rank stands for the group
 
-    def holders(self, group: int) -> Ints:
-        """Ranks that hold a group, ascending."""
-        return self.members.rank[self.start[group] : self.start[group] + self.count[group]]
-
 
 class Holdings:
     """Every rank's description put together: one list of tensors, the rows of all their pieces, and which are equal."""
@@ -742,20 +738,15 @@ class Holdings:
         rank, source = np.arange(len(counts)).repeat(counts), np.concatenate([np.arange(count) for count in counts])
         self._held = Rows(rank, source, np.zeros_like(rank), stacked)
         self._spoilt = np.zeros(len(rank), bool)
-        self._apart = _differing(chain(*tables, *(values for _, values, _ in self._told)))
-        self.declared = {t.name: t.declared for table in tables[::-1] for t in table}
-        aliases: dict[str, set[str]] = {}
-        for t in chain(*tables):
-            aliases.setdefault(t.name, set()).add(t.alias_of)
-        self._tied = {name: found.pop() for name, found in aliases.items() if len(found) == 1}
+        self.known, self._apart = _compare(chain(*tables, *(values for _, values, _ in self._told)))
         self.arrange(set())
 
     def arrange(self, apart: set[str], spoilt: Rows | None = None) -> None:
         """From now on every rank has its own of the tensors `apart`, and of what is tied to them; `spoilt` copies are out.
 
-        What all ranks that have it call an alias needs no bytes of its own.
+        An alias needs no bytes of its own.
         """
-        self._apart |= apart | {name for name, alias in self._tied.items() if alias in apart}
+        self._apart |= apart | {t.name for t in self.known.values() if t.alias_of in apart}
         if spoilt is not None:
             self._spoilt[np.searchsorted(self._held.rank, spoilt.rank) + spoilt.source] = True
         self.tensors: list[st.TensorMetadata] = []
@@ -772,7 +763,7 @@ class Holdings:
             ids[len(table) :] = [self._number(value, rank) for value in values]
             columns.append(ids[local])
         for index, t in enumerate(self.tensors):
-            if (target := self._ids.get((self._tied.get(t.name, ""), t.rank))) is not None:
+            if (target := self._ids.get((self.known[t.name].alias_of, t.rank))) is not None:
                 self.tensors[index] = t._replace(alias_of=target)
         stored = np.array([t.alias_of is None for t in self.tensors], bool)
         rows = self._held._replace(tensor=np.concatenate(columns))
@@ -811,12 +802,17 @@ def _read_told(rows: Iterable[tuple[str, str, Shape, bool, str, int, bool]]) -> 
     return [Told(*row)._replace(shape=tuple(row[2])) for row in rows]
 
 
-def _differing(told: Iterable[Told]) -> set[str]:
-    """What ranks have each for themselves: values, and plain tensors, that are not the same on all; a DTensor must be."""
-    seen: dict[str, Told] = {}
+def _compare(told: Iterable[Told]) -> tuple[dict[str, Told], set[str]]:
+    """What the first rank tells of every name (an alias is one if all tell so), and what each rank has for itself.
+
+    That are values, and plain tensors, that are not the same on all. A DTensor has to be.
+    """
+    known: dict[str, Told] = {}
     apart = set()
     for t in told:
-        first = seen.setdefault(t.name, t)
+        first = known.setdefault(t.name, t)
+        if t.alias_of != first.alias_of:
+            known[t.name] = first._replace(alias_of="")
         differs = (t.dtype, t.shape, t.crc) != (first.dtype, first.shape, first.crc)
         if differs and (t.declared or first.declared):
             raise CheckpointException(
@@ -825,7 +821,7 @@ def _differing(told: Iterable[Told]) -> set[str]:
             )
         if differs or t.kept:
             apart.add(t.name)
-    return apart
+    return known, apart
 
 
 class ReplicaProof:
@@ -870,7 +866,7 @@ def assign_writers(holdings: Holdings, todo: Mask, world_size: int) -> Rows:
     multi = np.flatnonzero(todo & ~single)
     for kind in np.unique(sums[multi]):
         chosen = multi[sums[multi] == kind]
-        holders = groups.holders(chosen[0])
+        holders = groups.members.rank[groups.start[chosen[0]] :][: groups.count[chosen[0]]]
         # With the k least loaded filled up alike they come to levels[k - 1]; one more pays as long as that gets lower.
         levels = (nbytes[chosen].sum() + np.cumsum(np.sort(load[holders]))) / np.arange(1, len(holders) + 1)
         shares = np.maximum(0.0, levels.min() - load[holders])
@@ -911,7 +907,7 @@ class SavePlan(NamedTuple):
     bases: list[int]  # first byte of each rank's region in a shared file, and the end of the last
     shared: bool  # one file for all ranks
     model_rows: Rows | None  # CONSOLIDATED: all holders of the model file's tensors
-    model_entries: list[tuple[int, int]]  # (tensor, begin)
+    model_entries: list[tuple[int, int, int]]  # tensor, begin, and the tensor whose pieces these are: itself, or tied
 
     def order(self, rank: int) -> dict[str, object]:
         """What a rank needs to know to write its bytes."""
@@ -923,29 +919,26 @@ class SavePlan(NamedTuple):
         return {"base": self.bases[rank], "tensors": tensors, "rows": st.encode_table(columns, rows.box)}
 
     def record(self) -> tuple[list[st.TensorMetadata], st.PieceTable]:
-        """The tensors and pieces of the commit record; those of the model file come as whole tensors, tied ones too."""
-        tensors = list(self.tensors)
-        table = st.PieceTable(self.rows.tensor, self.shard, self.begin, self.rows.box)
+        """The tensors and pieces of the commit record; those of the model file come as whole tensors."""
+        width = max((len(t.shape) for t in self.tensors), default=0)
+        pieces = st.PieceTable(self.rows.tensor, self.shard, self.begin, self.rows.box[:, :, :width])
         if self.model_entries:
-            for i, _ in self.model_entries:
-                tensors[i] = tensors[i]._replace(alias_of=None)
-            whole = [(i, 0, begin) for i, begin in self.model_entries if math.prod(tensors[i].shape)]
-            boxes = stack_boxes([whole_box(tensors[i].shape) for i, *_ in whole], table.box.shape[2])
-            index, shard, begin = np.array(whole, np.int64).reshape(-1, 3).T
-            added = st.PieceTable(index, shard, begin, boxes)
-            table = st.PieceTable(*(np.concatenate(columns) for columns in zip(table, added)))
-        width = max((len(t.shape) for t in tensors), default=0)
-        return tensors, table._replace(box=table.box[:, :, :width]).sort()
+            whole = [(i, 0, begin) for i, begin, _ in self.model_entries if math.prod(self.tensors[i].shape)]
+            columns = np.array(whole, np.int64).reshape(-1, 3).T
+            boxes = stack_boxes([whole_box(self.tensors[i].shape) for i, *_ in whole], width)
+            pieces = st.PieceTable(*map(np.concatenate, zip(pieces, (*columns, boxes))))
+        return self.tensors, pieces.sort()
 
 
 def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> SavePlan:
     """Who writes which bytes where, from what every rank holds."""
     holdings.check_complete()
-    tensors, shared = holdings.tensors, form is not CheckpointFormat.MULTI_SHARD
-    todo, model_rows, model_entries = np.ones(len(tensors), bool), None, list[tuple[int, int]]()
+    tensors, shared = list(holdings.tensors), form is not CheckpointFormat.MULTI_SHARD
+    todo, model_rows, model_entries = np.ones(len(tensors), bool), None, list[tuple[int, int, int]]()
     if form is CheckpointFormat.CONSOLIDATED:
         model_rows, model_entries = _plan_model_file(holdings)
-        todo[[index for index, _ in model_entries]] = False
+        for index, *_ in model_entries:
+            todo[index], tensors[index] = False, tensors[index]._replace(alias_of=None)
     rows = assign_writers(holdings, todo[holdings.groups.rows.tensor], world_size)
     section = np.array([not in_model(t.name) for t in tensors], np.int64)[rows.tensor]
     order = np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor, -holdings.itemsize[rows.tensor], section, rows.rank))
@@ -967,22 +960,19 @@ def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> 
     return SavePlan(tensors, rows, begin, shard, bases.tolist(), shared, model_rows, model_entries)
 
 
-def _plan_model_file(holdings: Holdings) -> tuple[Rows, list[tuple[int, int]]]:
+def _plan_model_file(holdings: Holdings) -> tuple[Rows, list[tuple[int, int, int]]]:
     """CONSOLIDATED's model file: the entries of `model.state_dict()` that safetensors knows, as whole tensors.
 
     Tied ones are in it each; of per-rank copies the lowest rank's.
     """
-    tensors, lowest, members = holdings.tensors, lowest_ranks(holdings.tensors), holdings.groups.members
-    chosen = [
-        (i, t)
-        for i, t in enumerate(tensors)
-        if t.name.startswith("model/") and t.dtype not in ("C128", "C32", "JSON") and t.rank == lowest[t.name]
-    ]
-    chosen.sort(key=lambda pair: -st.itemsize(pair[1].dtype))
-    ends = accumulate(math.prod(t.shape) * st.itemsize(t.dtype) for _, t in chosen)
-    sources = [i if t.alias_of is None else t.alias_of for i, t in chosen]
-    entries = list(zip((i for i, _ in chosen), (0, *ends)))
-    return members.take(np.isin(members.tensor, sources)), entries
+    lowest, members = lowest_ranks(holdings.tensors), holdings.groups.members
+    entries, begin = [], 0
+    for index in np.argsort(-holdings.itemsize, kind="stable").tolist():
+        t = holdings.tensors[index]
+        if t.name.startswith("model/") and t.dtype not in ("C128", "C32", "JSON") and t.rank == lowest[t.name]:
+            entries.append((index, begin, index if t.alias_of is None else t.alias_of))
+            begin += math.prod(t.shape) * st.itemsize(t.dtype)
+    return members.take(np.isin(members.tensor, [source for *_, source in entries])), entries
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1566,7 +1556,7 @@ class _Attempt:
         for group, odd_ranks in proof.differing(answers).items():
             index, lowest = int(groups.rows.tensor[group]), groups.rows.rank[group]
             name, odd = holdings.tensors[index].name, ", ".join(map(str, odd_ranks))
-            if holdings.declared[name]:
+            if holdings.known[name].declared:
                 spoilt += range(groups.start[group] + 1, groups.start[group] + groups.count[group])
                 self.warnings.append(
                     f"{name}: copies that its placement declares equal differ: rank(s) {odd} from rank {lowest}, "
@@ -1623,13 +1613,12 @@ class _Attempt:
     def _model_order(self, data_start: int) -> dict[str, object] | None:
         if (rows := self._plan.model_rows) is None:
             return None
-        entries = [(self._plan.tensors[index], index, begin) for index, begin in self._plan.model_entries]
-        of = [index if t.alias_of is None else t.alias_of for t, index, _ in entries]
+        entries = self._plan.model_entries
         return {
             "data_start": data_start,
-            "tensors": st.encode_tensors([t._replace(alias_of=None) for t, *_ in entries]),
-            "begin": st.encode_runs(np.array([begin for *_, begin in entries], np.int64)),
-            "of": st.encode_runs(np.array(of, np.int64)),
+            "tensors": st.encode_tensors([self._plan.tensors[index] for index, *_ in entries]),
+            "begin": st.encode_runs(np.array([begin for _, begin, _ in entries], np.int64)),
+            "of": st.encode_runs(np.array([source for *_, source in entries], np.int64)),
             "holders": st.encode_table({"tensor": rows.tensor, "rank": rows.rank, "source": rows.source}, rows.box),
         }
 
@@ -1836,7 +1825,7 @@ class _Attempt:
 
     def _model_entries(self) -> list[st.Entry]:
         entries = []
-        for index, begin in self._plan.model_entries:
+        for index, begin, _ in self._plan.model_entries:
             t = self._plan.tensors[index]
             end = begin + math.prod(t.shape) * st.itemsize(t.dtype)
             key, zero = t.name.removeprefix("model/"), (0,) * len(t.shape)
