@@ -459,6 +459,32 @@ class Operation:
         return got[0].tobytes()
 
 
+def fulfil(result: Future[T], work: Callable[..., T], *args: object) -> None:
+    """Do some work for whoever waits for its result, or its error."""
+    try:
+        result.set_result(work(*args))
+    except BaseException as error:
+        result.set_exception(error)
+
+
+def in_thread(work: Callable[..., T], *args: object) -> Future[T]:
+    """Do some work beside this thread.
+
+    Not in an executor: those take nothing more once the interpreter exits, while a save in flight goes on.
+    """
+    result: Future[T] = Future()
+    threading.Thread(target=fulfil, args=(result, work, *args), name="ckpt-beside", daemon=True).start()
+    return result
+
+
+def wait_for(result: Future[T], poll: Callable[[], None]) -> T:
+    """The result, or the error, of such work; `poll` runs meanwhile, and may raise."""
+    while not result.done():
+        wait([result], 0.05)
+        poll()
+    return result.result()
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
     """When to try again: `max_retries` attempts in all, waiting `initial_delay` s, growing by `backoff_factor`."""
@@ -503,15 +529,7 @@ class FaultToleranceHandler:
 
     def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
         """Call `function` in a thread; TIMEOUT if it takes longer than `timeout` seconds (it may go on in the background)."""
-        result: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                result.set_result(function())
-            except BaseException as error:
-                result.set_exception(error)
-
-        threading.Thread(target=run, name="ckpt-timeout", daemon=True).start()
+        result = in_thread(function)
         try:
             return result.result(timeout)
         except FutureTimeout as error:  # the built-in one from Python 3.11 on
@@ -1180,6 +1198,7 @@ class Draft(NamedTuple):
         return st.ShardMetadata(self.name, len(header) + end, st.crc32(header))
 
 
+@no_garbage_collection()
 def draft_file(name: str, entries: list[st.Entry], writers: int = 1) -> Draft:
     """The file that will hold `entries`, which that many ranks write."""
     end, room = data_end(entries), list[st.Entry]()
@@ -1338,32 +1357,6 @@ def write_packed(
     return crcs, entries
 
 
-def fulfil(result: Future[T], work: Callable[..., T], *args: object) -> None:
-    """Do some work for whoever waits for its result, or its error."""
-    try:
-        result.set_result(work(*args))
-    except BaseException as error:
-        result.set_exception(error)
-
-
-def in_thread(work: Callable[..., T], *args: object) -> Future[T]:
-    """Do some work beside this thread.
-
-    Not in an executor: those take nothing more once the interpreter exits, while a save in flight goes on.
-    """
-    result: Future[T] = Future()
-    threading.Thread(target=fulfil, args=(result, work, *args), name="ckpt-io", daemon=True).start()
-    return result
-
-
-def wait_for(result: Future[T], poll: Callable[[], None]) -> T:
-    """The result, or the error, of such work; `poll` runs meanwhile, and may raise."""
-    while not result.done():
-        wait([result], 0.05)
-        poll()
-    return result.result()
-
-
 class Segment(NamedTuple):
     """A part of a block of the consolidated file: who has it, and where it goes (a box of the block)."""
 
@@ -1470,33 +1463,31 @@ class Gathering:
 
     def _outgoing(self, turn: Sequence[Sequence[int]]) -> dict[int, Bytes]:
         """What the other ranks lack for their blocks and have from here."""
-        me = self._op.rank
-        parts = {
-            rank: [self._pick(s) for block in blocks for s in self._segments(block) if s.provider(rank) == me]
-            for rank, blocks in enumerate(turn)
-            if rank != me
-        }
-        return {rank: np.concatenate(data) for rank, data in parts.items() if data}
+        me, parts = self._op.rank, dict[int, list[Bytes]]()
+        others = ((rank, block) for rank, blocks in enumerate(turn) if rank != me for block in blocks)
+        for rank, segment in ((rank, s) for rank, block in others for s in self._segments(block)):
+            if segment.provider(rank) == me:
+                parts.setdefault(rank, []).append(out := np.empty(segment.nbytes(), np.uint8))
+                st.copy_out(self._held(segment), 0, out)
+        return {rank: np.concatenate(data) for rank, data in parts.items()}
 
     def _put_together(self, block: int, buffer: Bytes, received: dict[int, Bytes]) -> Bytes:
         """A block that this rank owns, from its own pieces and from what it was sent, of which it takes its part."""
         low, high = self._span(block)
         for s in self._segments(block):
             if (rank := s.provider(self._op.rank)) == self._op.rank:
-                data = self._pick(s)
+                part = self._held(s)
             else:
                 data, received[rank] = np.split(received[rank], [s.nbytes()])
-            size = math.prod(s.inside.size) * s.dtype.itemsize
-            area = torch.from_numpy(buffer[s.at : s.at + size]).view(s.dtype).view(s.inside.size)
-            st.copy_in(data, 0, s.dtype, s.common, s.inside, area)
+                part = torch.from_numpy(data).view(s.dtype).view(s.common.size)
+            area = torch.from_numpy(buffer[s.at : s.at + math.prod(s.inside.size) * s.dtype.itemsize])
+            area.view(s.dtype).view(s.inside.size)[s.common.within(s.inside)].copy_(part)
         return buffer[: high - low]
 
-    def _pick(self, segment: Segment) -> Bytes:
-        """The bytes of a segment, from the piece that this rank has."""
+    def _held(self, segment: Segment) -> torch.Tensor:
+        """A segment, in the piece that this rank has."""
         box, view = self._pieces[segment.holders[self._op.rank]]
-        out = np.empty(segment.nbytes(), np.uint8)
-        st.copy_out(view[segment.common.within(box)], 0, out)
-        return out
+        return view[segment.common.within(box)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1515,13 +1506,15 @@ class SaveRequest:
     contents: tuple[str, ...]  # which arguments were given
     custom_metadata: Mapping[str, object]
 
+    @property
+    def packed(self) -> bool:
+        """Whether anything is compressed."""
+        return self.compression is not st.CompressionLevel.NONE
+
     def claim(self) -> dict[str, object]:
         """As a value to compare between ranks."""
-        return {
-            "verb": "save", "prefix": self.prefix, "format": self.format.value, "compression": self.compression.value,
-            "overwrite": self.overwrite, "verify_replicas": self.verify_replicas, "contents": list(self.contents),
-            "custom_metadata": dict(self.custom_metadata),
-        }  # fmt: skip
+        told = {"format": self.format.value, "compression": self.compression.value, "contents": list(self.contents)}
+        return {"verb": "save", **vars(self), **told, "custom_metadata": dict(self.custom_metadata)}
 
 
 def demand_equal(claims: Sequence[object]) -> None:
@@ -1563,12 +1556,9 @@ class CheckpointCoordinator:
         self.suspects = set() if suspects is None else suspects
 
     def coordinate_save(
-        self,
-        op: Operation,
-        request: Callable[[], SaveRequest],
-        collect: Callable[[], ShardData],
+        self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData],
         progress: Callable[[Progress], None] | None = None,
-    ) -> SaveResult:
+    ) -> SaveResult:  # fmt: skip
         """Save what `collect` returns on every rank. Collective; blocks until committed and announced.
 
         `OperationFailed` on all ranks if nothing was committed, with this save's files removed again. Once S6 has renamed
@@ -1578,11 +1568,11 @@ class CheckpointCoordinator:
         try:
             attempt.agree(request)
             attempt.collect(collect)
-            attempt.plan()
-            attempt.write()
-            while not attempt.report():  # copies differ that were planned as replicas: once more, each rank its own
+            proved = False
+            while not proved:  # copies differ that were planned as replicas: once more, each rank its own
                 attempt.plan()
                 attempt.write()
+                proved = attempt.report()
             attempt.commit()
             attempt.announce()
         except BaseException as error:
@@ -1607,6 +1597,9 @@ class _Attempt:
         self.bytes_written = self.size_bytes = 0
         self._fence: st.StoredFile | None = None
         self._created: list[str] = []
+        self._shared: Draft | None = None  # on rank 0: the files that ranks share
+        self._model: Draft | None = None
+        self._gathering: Gathering | None = None
         self._superseded: list[str] = []
         self._committed = False
 
@@ -1614,22 +1607,19 @@ class _Attempt:
     def agree(self, request: Callable[[], SaveRequest]) -> None:
         with self.op.step("S1 agree"):
             self.request = request()
-            self._packed = self.request.compression is not st.CompressionLevel.NONE
             demand_equal(self.op.gather(self.request.claim()))
             drawn = Fields(self.op.broadcast(self._draw_ticket()._asdict() if self.op.rank == 0 else None))
             self.ticket = Ticket(drawn.text("prefix"), drawn.text("save_id"), drawn.number("sequence"))
 
     def _draw_ticket(self) -> Ticket:
-        heads = [st.record_head(self.storage, other) for other in st.recorded_prefixes(self.storage)]
+        taken, prefix = st.recorded_prefixes(self.storage), self.request.prefix
+        heads = [st.record_head(self.storage, other) for other in taken]
         sequence = max((head[1] for head in heads if head is not None), default=0)
-        prefix = self.request.prefix
         if prefix is None:
-            base = prefix = datetime.datetime.now(datetime.timezone.utc).strftime("checkpoint_%Y%m%d_%H%M%S")
-            count = 0
-            while self.storage.length(st.record_name(prefix)) is not None:
-                count += 1
-                prefix = f"{base}_{count}"
-        elif not self.request.overwrite and self.storage.length(st.record_name(prefix)) is not None:
+            now = datetime.datetime.now(datetime.timezone.utc).strftime("checkpoint_%Y%m%d_%H%M%S")
+            names = itertools.chain([now], (f"{now}_{count}" for count in itertools.count(1)))
+            prefix = next(name for name in names if name not in taken)
+        elif prefix in taken and not self.request.overwrite:
             raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
         return Ticket(prefix, secrets.token_hex(4), sequence + 1)
 
@@ -1657,7 +1647,7 @@ class _Attempt:
             self._sources = []
             for meta, box, (piece, begin) in read_rows(order, "source", "begin"):
                 held, view = self._pieces[piece]
-                entry = draft_entry(meta, box, begin, self._packed)
+                entry = draft_entry(meta, box, begin, self.request.packed)
                 self._sources.append(Source(entry, view if held == box else view[box.within(held)]))
             self._gathering = None
             if order.all["model"] is not None:
@@ -1727,7 +1717,7 @@ class _Attempt:
         if plan.model_rows is not None:
             self._model = self._draft_model(plan)
             common["model"] = {**self._make(self._model), **_model_order(plan, plan.model_rows)}
-            if self._packed:
+            if self.request.packed:
                 self.warnings.append("the consolidated model file is not compressed: others could not read it")
         return [
             st.dump_json({**common, **plan.order(rank), "replicas": self._late_proof.wanted(rank)})
@@ -1738,7 +1728,7 @@ class _Attempt:
         entries = []
         for index, row, begin in zip(plan.rows.tensor.tolist(), plan.rows.box.tolist(), plan.begin.tolist()):
             tensor = plan.tensors[index]
-            entries.append(draft_entry(tensor, _box(row, len(tensor.shape)), begin, self._packed))
+            entries.append(draft_entry(tensor, _box(row, len(tensor.shape)), begin, self.request.packed))
         suffix = "" if plan.model_rows is None else ".rest"
         return draft_file(f"{self.ticket.save_id}{suffix}.safetensors", entries, self.op.world_size)
 
@@ -1771,7 +1761,7 @@ class _Attempt:
             order, entries = self._order, [s.entry for s in self._sources]
             beside, replicas = checksum_jobs(self._views(order.all["replicas"]))
             total = sum(e.end - e.begin for e in entries)
-            if entries and not self._packed:
+            if entries and not self.request.packed:
                 total = entries[-1].end - entries[0].begin  # and what lies between them
             total += self._gathering.nbytes if self._gathering is not None else 0
             meter = Meter(self.op, total, self.progress)
@@ -1805,7 +1795,7 @@ class _Attempt:
         self, file: st.StoredFile, start: int, meter: Meter, beside: Sequence[Job]
     ) -> tuple[list[int], list[st.Entry]]:
         """This rank's part of a file: the CRCs of its blocks, and its entries where compression has moved them."""
-        if self._packed:
+        if self.request.packed:
             return write_packed(file, start, self._sources, meter, beside, self.request.compression)
         return write_raw(file, start, self._sources, meter, beside), []
 
