@@ -1184,7 +1184,7 @@ class Draft(NamedTuple):
     header: bytes  # with zeros for checksums; as long as the final one
 
     def finish(self, file: st.StoredFile, crcs: Sequence[int], moved: Sequence[st.Entry]) -> st.ShardMetadata:
-        """Write the header, and make the file durable (I2). `moved`: the entries, where compression has moved them."""
+        """Write the header: the file is complete. `moved`: its entries, where compression has moved them."""
         end, header = data_end(moved or self.entries), st.with_checksums(self.header, crcs)
         if moved:
             header = st.encode_header(moved, crcs, len(self.header))
@@ -1194,7 +1194,6 @@ class Draft(NamedTuple):
                 f"{self.name}: {len(crcs)} checksums, {len(header)} bytes in a room of {len(self.header)}"
             )
         file.write(0, memoryview(header))
-        file.sync()
         return st.ShardMetadata(self.name, len(header) + end, st.crc32(header))
 
 
@@ -1649,7 +1648,6 @@ class _Attempt:
                 held, view = self._pieces[piece]
                 entry = draft_entry(meta, box, begin, self.request.packed)
                 self._sources.append(Source(entry, view if held == box else view[box.within(held)]))
-            self._gathering = None
             if order.all["model"] is not None:
                 rows = read_rows(order.child("model"), "begin", "rank", "source")
                 self._gathering = Gathering(self.op, self._pieces, rows)
@@ -1710,7 +1708,6 @@ class _Attempt:
         if self._fence is None:
             self._fence = self.storage.create(st.fence_name(self.ticket.prefix, self.ticket.save_id))
         common: dict[str, object] = {"proving": self._late_proof.count > 0, "shared": None, "model": None}
-        self._shared = self._model = None
         if plan.shared:
             self._shared = self._draft_shared(plan)
             common["shared"] = self._make(self._shared)
@@ -1752,8 +1749,12 @@ class _Attempt:
             file.resize(len(draft.header) + data_end(draft.entries))
             yield file
 
-    def _open(self, name: str) -> closing[st.StoredFile]:
-        return closing(self.storage.open(f"{self.ticket.prefix}/{name}", write=True))
+    @contextmanager
+    def _open(self, name: str) -> Iterator[st.StoredFile]:
+        """A file that ranks share; what is written into it is durable at the end (I2)."""
+        with closing(self.storage.open(f"{self.ticket.prefix}/{name}", write=True)) as file:
+            yield file
+            file.sync()
 
     # S4
     def write(self) -> None:
@@ -1770,17 +1771,16 @@ class _Attempt:
                 told = order.child("model")
                 with self._open(told.text("file")) as file:
                     model = self._gathering.write(file, told.number("start"), meter)
-                    file.sync()  # I2
             if order.all["shared"] is None:
                 draft = draft_file(st.shard_name(self.ticket.save_id, self.op.rank, self.op.world_size), entries)
                 with self._create(draft) as file:
                     crcs, moved = self._write_part(file, len(draft.header), meter, beside)
                     shard = draft.finish(file, crcs, moved)
+                    file.sync()  # I2
             elif entries:
                 told = order.child("shared")
                 with self._open(told.text("file")) as file:
                     crcs, moved = self._write_part(file, told.number("start"), meter, beside)
-                    file.sync()  # I2
             else:
                 run_jobs(beside, meter, len(beside))
             self._report = {
@@ -1868,15 +1868,14 @@ class _Attempt:
             plan.begin = np.array([begin for begin, _ in places], np.int64)
         if self._model is not None:
             crcs = dict(pair for report in self._reports for pair in report["model"])
-            shards.append(self._finish(self._model, [crcs[block] for block in range(len(crcs))], []))
+            with self._open(self._model.name) as file:
+                shards.append(self._model.finish(file, [crcs[block] for block in range(len(crcs))], []))
         if self._shared is not None:
             moved = [placed(entry, *place) for entry, place in zip(self._shared.entries, places)]
-            shards.append(self._finish(self._shared, self._shared_crcs(data_end(moved or self._shared.entries)), moved))
+            end = data_end(moved or self._shared.entries)
+            with self._open(self._shared.name) as file:
+                shards.append(self._shared.finish(file, self._shared_crcs(end), moved))
         return shards
-
-    def _finish(self, draft: Draft, crcs: Sequence[int], moved: Sequence[st.Entry]) -> st.ShardMetadata:
-        with self._open(draft.name) as file:
-            return draft.finish(file, crcs, moved)
 
     def _shared_crcs(self, end: int) -> list[int]:
         """CRCs of all blocks of the file that ranks share: behind each one's part lie zeros as far as the next one's."""
