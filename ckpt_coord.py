@@ -35,6 +35,7 @@ import enum
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -42,12 +43,11 @@ import secrets
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent import futures
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -424,6 +424,32 @@ class Operation:
         return self.exchange({rank: np.frombuffer(part, np.uint8) for rank, part in enumerate(parts)})[0].tobytes()
 
 
+def fulfil(result: Future[T], work: Callable[..., T], *args: object) -> None:
+    """Do some work for whoever waits for its result, or its error."""
+    try:
+        result.set_result(work(*args))
+    except BaseException as error:
+        result.set_exception(error)
+
+
+def in_thread(work: Callable[..., T], *args: object) -> Future[T]:
+    """Do some work beside this thread.
+
+    Not in an executor: those take nothing more once the interpreter exits, while a save in flight goes on.
+    """
+    result: Future[T] = Future()
+    threading.Thread(target=fulfil, args=(result, work, *args), name="ckpt-beside", daemon=True).start()
+    return result
+
+
+def wait_for(result: Future[T], poll: Callable[[], None]) -> T:
+    """The result, or the error, of such work; `poll` runs meanwhile, and may raise."""
+    while not result.done():
+        wait([result], 0.05)
+        poll()
+    return result.result()
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
     """When to try again: `max_retries` attempts in all, waiting `initial_delay` s, growing by `backoff_factor`."""
@@ -468,16 +494,8 @@ class FaultToleranceHandler:
 
     def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
         """Call `function` in a thread; TIMEOUT if it takes longer than `timeout` seconds (it may go on in the background)."""
-        result: futures.Future[T] = futures.Future()
-
-        def run() -> None:
-            try:
-                result.set_result(function())
-            except BaseException as error:
-                result.set_exception(error)
-
-        threading.Thread(target=run, name="ckpt-timeout", daemon=True).start()
-        if not futures.wait([result], timeout).done:
+        result = in_thread(function)
+        if not wait([result], timeout).done:
             raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT)
         return result.result()
 
@@ -738,7 +756,7 @@ class Holdings:
         rank, source = np.arange(len(counts)).repeat(counts), np.concatenate([np.arange(count) for count in counts])
         self._held = Rows(rank, source, np.zeros_like(rank), stacked)
         self._spoilt = np.zeros(len(rank), bool)
-        self.known, self._apart = _compare(chain(*tables, *(values for _, values, _ in self._told)))
+        self.known, self._apart = _compare(itertools.chain(*tables, *(values for _, values, _ in self._told)))
         self.arrange(set())
 
     def arrange(self, apart: set[str], spoilt: Rows | None = None) -> None:
@@ -916,7 +934,7 @@ class SavePlan(NamedTuple):
         used, local = np.unique(rows.tensor, return_inverse=True)
         tensors = st.encode_tensors([self.tensors[index] for index in used.tolist()])
         columns = {"tensor": local, "source": rows.source, "begin": self.begin[mine]}
-        return {"base": self.bases[rank], "tensors": tensors, "rows": st.encode_table(columns, rows.box)}
+        return {"tensors": tensors, "rows": st.encode_table(columns, rows.box)}
 
     def record(self) -> tuple[list[st.TensorMetadata], st.PieceTable]:
         """The tensors and pieces of the commit record; those of the model file come as whole tensors."""
@@ -980,16 +998,60 @@ def _plan_model_file(holdings: Holdings) -> tuple[Rows, list[tuple[int, int, int
 
 
 class Source(NamedTuple):
-    """Bytes of this rank to be written at `begin` of a file's data: the row-major bytes of `view`."""
+    """What this rank writes into a tensor file: the row-major bytes of `view`, at [begin, end) of the file's data."""
 
-    begin: int
+    entry: st.Entry
     view: torch.Tensor
-    meta: st.TensorMetadata
-    box: Box
 
-    def nbytes(self) -> int:
-        """Logical bytes."""
-        return self.view.numel() * self.view.dtype.itemsize
+
+def draft_entry(meta: st.TensorMetadata, box: Box, begin: int, packed: bool) -> st.Entry:
+    """A piece's entry before it is written. `packed`: it will be compressed, to frames of at most these lengths."""
+    nbytes = math.prod(box.size) * st.itemsize(meta.dtype)
+    frames = tuple(min(st.FRAME_BYTES, nbytes - at) for at in range(0, nbytes, st.FRAME_BYTES)) if packed else ()
+    name = entry_name(meta, box.offset, box.size == meta.shape)
+    return st.Entry(name, meta.dtype, box.size, begin, begin + nbytes, box.offset, meta.shape, frames)
+
+
+def placed(entry: st.Entry, begin: int, frames: Iterable[int]) -> st.Entry:
+    """A compressed entry where it came to lie, with the stored lengths of its frames."""
+    lengths = tuple(frames)
+    return entry._replace(begin=begin, end=begin + sum(lengths), frames=lengths)
+
+
+def data_end(entries: Sequence[st.Entry]) -> int:
+    """Bytes of data in a file of these entries."""
+    return entries[-1].end if entries else 0
+
+
+class Draft(NamedTuple):
+    """A tensor file under way: it is made with room for its header, which is written last."""
+
+    name: str
+    entries: list[st.Entry]
+    header: bytes  # with zeros for checksums; as long as the final one
+
+    def finish(self, file: st.StoredFile, crcs: Sequence[int], moved: Sequence[st.Entry]) -> st.ShardMetadata:
+        """Write the header: the file is complete. `moved`: its entries, where compression has moved them."""
+        end, header = data_end(moved or self.entries), st.with_checksums(self.header, crcs)
+        if moved:
+            header = st.encode_header(moved, crcs, len(self.header))
+            file.resize(len(header) + end)
+        if len(header) != len(self.header) or len(crcs) != st.block_count(end):
+            raise AssertionError(
+                f"{self.name}: {len(crcs)} checksums, {len(header)} bytes in a room of {len(self.header)}"
+            )
+        file.write(0, memoryview(header))
+        return st.ShardMetadata(self.name, len(header) + end, st.crc32(header))
+
+
+@no_garbage_collection()
+def draft_file(name: str, entries: list[st.Entry], writers: int = 1) -> Draft:
+    """The file that will hold `entries`, which that many ranks write."""
+    end, room = data_end(entries), list[st.Entry]()
+    if writers > 1 and any(e.frames for e in entries):  # compression leaves a gap behind every rank's part
+        gap = st.Entry("", "U8", (end,), end, end, (0,), (end,))
+        room = [gap._replace(name=f"pad/{end}{rank:06d}") for rank in range(min(writers, len(entries)))]
+    return Draft(name, entries, st.encode_header([*entries, *room], [0] * st.block_count(end)))
 
 
 class Progress(NamedTuple):
@@ -1024,10 +1086,9 @@ class Meter:
 Job = Callable[[Bytes], None]  # something for a thread of `in_parallel` to do, given its buffer
 
 
-def run_jobs(jobs: Sequence[Job], meter: Meter) -> None:
-    """Do all of it on a few threads."""
-    if jobs:
-        st.in_parallel(jobs, lambda job, buffer: job(buffer), min(IO_THREADS, len(jobs)), meter.tick)
+def run_jobs(jobs: Iterable[Job], meter: Meter, count: int) -> None:
+    """Do all `count` of them on a few threads."""
+    st.in_parallel(jobs, lambda job, buffer: job(buffer), min(IO_THREADS, count), meter.tick)
 
 
 def checksum_jobs(views: Sequence[torch.Tensor]) -> tuple[list[Job], list[list[int]]]:
@@ -1052,17 +1113,15 @@ def summaries(rows: Iterable[Sequence[int]]) -> list[int]:
 
 
 def write_raw(
-    file: st.StoredFile, data_start: int, base: int, sources: Sequence[Source], meter: Meter, beside: Sequence[Job] = ()
+    file: st.StoredFile, start: int, sources: Sequence[Source], meter: Meter, beside: Sequence[Job]
 ) -> list[int]:
-    """Write this rank's region block by block: gather, checksum while in cache, write. Returns the blocks' CRCs.
+    """Write this rank's part of a file block by block: gather, checksum while in cache, write. Returns the blocks' CRCs.
 
-    `beside`: more work for the threads, spread over the time in which others wait for the disk.
+    `start`: where the file's data start. `beside`: more work for the threads, spread over the time in which others wait
+    for the disk.
     """
-    if not sources:
-        run_jobs(beside, meter)
-        return []
-    ends = [s.begin + s.nbytes() for s in sources]
-    stop, first = ends[-1], base // st.BLOCK_BYTES
+    ends = [s.entry.end for s in sources]
+    first, stop = (sources[0].entry.begin // st.BLOCK_BYTES, ends[-1]) if sources else (0, 0)  # I1: begins on a block
     crcs = [0] * (st.block_count(stop) - first)
     flats = [st.byte_view(s.view) for s in sources]
 
@@ -1071,7 +1130,7 @@ def write_raw(
         index, position, data, crc = bisect.bisect_right(ends, low), low, buffer[: high - low], 0
         checked = low
         while position < high:  # copy a part, and checksum it while it is in the processor's cache
-            flat, begin = flats[index], sources[index].begin
+            flat, begin = flats[index], sources[index].entry.begin
             stop_here = min(high, begin if position < begin else ends[index], position + CACHE_BYTES)
             part = data[position - low : stop_here - low]
             if position < begin:
@@ -1085,120 +1144,69 @@ def write_raw(
             if position - checked >= CACHE_BYTES or position == high:
                 crc, checked = st.crc32(data[checked - low : position - low], crc), position
         crcs[block - first] = crc
-        file.write(data_start + low, data.data)
+        file.write(start + low, data.data)
         meter.add(high - low)
 
     blocks: list[Job] = [functools.partial(write_block, first + index) for index in range(len(crcs))]
     turns = [(index / len(row), job) for row in (blocks, beside) for index, job in enumerate(row)]
-    run_jobs([job for _, job in sorted(turns, key=lambda turn: turn[0])], meter)
+    run_jobs([job for _, job in sorted(turns, key=lambda turn: turn[0])], meter, len(turns))
     return crcs
 
 
-class FrameWriter:
-    """Writes a region compressed: frames are compressed on a few threads, and written packed, in order."""
+def write_packed(
+    file: st.StoredFile, start: int, sources: Sequence[Source], meter: Meter, beside: Sequence[Job],
+    level: st.CompressionLevel,
+) -> tuple[list[int], list[st.Entry]]:  # fmt: skip
+    """Write this rank's part of a file compressed, one frame right behind the other; `start` and `beside` as above.
 
-    def __init__(
-        self, file: st.StoredFile, data_start: int, base: int, sources: Sequence[Source], level: st.CompressionLevel
-    ) -> None:
-        self._file, self._data_start, self._position, self._level = file, data_start, base, level
-        self._frames = [(s, at) for s in sources for at in range(0, s.nbytes(), st.FRAME_BYTES)]
-        self._pending, self._turn, self._broken = bytearray(), threading.Condition(), threading.Event()
-        self._upcoming = 0  # the frame whose turn it is to be written
-        self.crcs: list[int] = []
-        self.placed: list[Placed] = []  # for every source where it begins, and the stored length of its frames
-
-    def run(self, meter: Meter) -> None:
-        """Write everything. A thread that fails frees those that wait for the turn of their frame."""
-
-        def compress(index: int, buffer: Bytes) -> None:
-            with self._breaking():
-                meter.add(self._compress(index, buffer))
-
-        def tick() -> None:
-            with self._breaking():
-                meter.tick()
-
-        st.in_parallel(range(len(self._frames)), compress, min(IO_THREADS, len(self._frames)), tick)
-
-    @contextmanager
-    def _breaking(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._broken.set()
-            raise
-
-    def _compress(self, index: int, buffer: Bytes) -> int:
-        source, start = self._frames[index]
-        raw = buffer[: min(st.FRAME_BYTES, source.nbytes() - start)]
-        st.copy_out(source.view, start, raw)
-        packed = st.compress_frame(raw, source.view.dtype.itemsize, self._level)
-        with self._turn:
-            while self._upcoming != index and not self._broken.is_set():
-                self._turn.wait(0.1)
-            if not self._broken.is_set():
-                self._emit(packed, start == 0, last=index + 1 == len(self._frames))
-            self._upcoming = index + 1
-            self._turn.notify_all()
-        return len(raw)
-
-    def _emit(self, packed: bytes, first: bool, last: bool) -> None:
-        if first:
-            self.placed.append((self._position + len(self._pending), ()))
-        begin, frames = self.placed[-1]
-        self.placed[-1] = (begin, (*frames, len(packed)))
-        self._pending.extend(packed)
-        while len(self._pending) >= (1 if last else st.BLOCK_BYTES):
-            block = self._pending[: st.BLOCK_BYTES]
-            self.crcs.append(st.crc32(block))
-            self._file.write(self._data_start + self._position, memoryview(block))
-            self._position += len(block)
-            del self._pending[: len(block)]
-
-
-class Beside:
-    """One piece of work at a time in a thread beside this one; at the end it is told to stop, and waited for a little.
-
-    Not an executor: those take nothing more once the interpreter exits, while a save in flight goes on.
+    Returns the blocks' CRCs, and the entries as they came to lie. Frames are compressed on a few threads. A thread that
+    asks for the next one first writes the oldest, so that they get into the file in order, and few wait in memory.
     """
+    frames = [(s, number) for s in sources for number in range(len(s.entry.frames))]
+    lengths, crcs, pending = [0] * len(frames), list[int](), bytearray()
+    position = base = sources[0].entry.begin if sources else 0
 
-    def __init__(self) -> None:
-        self._stop, self._thread, self._errors = threading.Event(), threading.Thread(), list[BaseException]()
+    def compress(index: int, buffer: Bytes) -> bytes:
+        source, number = frames[index]
+        raw = buffer[: source.entry.frames[number]]
+        st.copy_out(source.view, number * st.FRAME_BYTES, raw)
+        packed = st.compress_frame(raw, source.view.dtype.itemsize, level)
+        lengths[index] = len(packed)
+        meter.add(len(raw))
+        return packed
 
-    def start(self, work: Callable[[threading.Event], None]) -> None:
-        """Begin; `work` looks at the event now and then."""
+    def write(packed: bytes, least: int = st.BLOCK_BYTES) -> None:
+        pending.extend(packed)
+        while len(pending) >= least:
+            block = pending[: st.BLOCK_BYTES]
+            file.write(start + base + len(crcs) * st.BLOCK_BYTES, memoryview(block))
+            crcs.append(st.crc32(block))
+            del pending[: len(block)]
 
-        def run() -> None:
-            try:
-                work(self._stop)
-            except BaseException as error:
-                self._errors.append(error)
+    def jobs() -> Iterator[Job]:  # runs in one thread at a time
+        under_way: deque[Future[bytes]] = deque()
+        for index in range(len(frames)):
+            if len(under_way) == 2 * IO_THREADS:
+                write(under_way.popleft().result())
+            under_way.append(Future())
+            yield functools.partial(fulfil, under_way[-1], compress, index)
+        yield from beside
+        for future in under_way:
+            write(future.result())
+        write(b"", least=1)
 
-        self._thread = threading.Thread(target=run, name="ckpt-io", daemon=True)
-        self._thread.start()
-
-    def wait(self, poll: Callable[[], None]) -> None:
-        """Return when it is done; raises what it, or `poll`, raised."""
-        while self._thread.is_alive():
-            self._thread.join(0.05)
-            poll()
-        if self._errors:
-            raise self._errors[0]
-
-    def __enter__(self) -> Beside:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(2.0)
+    run_jobs(jobs(), meter, len(frames) + len(beside))
+    entries, left = list[st.Entry](), iter(lengths)
+    for source in sources:
+        entries.append(placed(source.entry, position, itertools.islice(left, len(source.entry.frames))))
+        position = entries[-1].end
+    return crcs, entries
 
 
 class Segment(NamedTuple):
-    """A part of a block of the consolidated file: where from (a piece of a rank), and where to (a box of the block)."""
+    """A part of a block of the consolidated file: who has it, and where it goes (a box of the block)."""
 
-    provider: int
-    source: int
+    holders: Mapping[int, int]  # rank -> which of its pieces; the lowest rank first
     common: Box  # of the whole tensor
     inside: Box  # the box of the whole tensor that the block's bytes [at, at + ...) are
     at: int
@@ -1207,6 +1215,10 @@ class Segment(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of it."""
         return math.prod(self.common.size) * self.dtype.itemsize
+
+    def provider(self, owner: int) -> int:
+        """The rank that gives it for a block of `owner`: the owner if it can, else the lowest."""
+        return owner if owner in self.holders else next(iter(self.holders))
 
 
 class Gathering:
@@ -1219,136 +1231,109 @@ class Gathering:
     BLOCKS_A_ROUND = 4
 
     def __init__(
-        self,
-        entries: list[tuple[str, str, Shape, int, int]],
-        holders: Mapping[int, Mapping[Box, list[tuple[int, int]]]],
-    ):
-        """`entries`: (key, dtype, shape, begin, tensor whose pieces to use); `holders`: tensor -> box -> (rank, piece)."""
-        self._entries = [entry for entry in entries if math.prod(entry[2])]
-        self._ends = [begin + math.prod(shape) * st.itemsize(dtype) for _, dtype, shape, begin, _ in self._entries]
-        self._holders = holders
-        self.length = self._ends[-1] if self._ends else 0
-        self.blocks = st.block_count(self.length)
+        self, op: Operation, pieces: Sequence[tuple[Box, torch.Tensor]],
+        rows: Iterable[tuple[st.TensorMetadata, Box, list[int]]],
+    ) -> None:  # fmt: skip
+        """`rows`, in the order of the file: a tensor, the box of it that a rank holds, (begin, rank, as which piece)."""
+        self._op, self._pieces = op, pieces
+        found: dict[int, tuple[st.Entry, dict[Box, dict[int, int]]]] = {}
+        for meta, box, (begin, rank, piece) in rows:
+            if begin not in found:
+                whole = Box((0,) * len(meta.shape), meta.shape)
+                found[begin] = (draft_entry(meta, whole, begin, packed=False), {})
+            found[begin][1].setdefault(box, {})[rank] = piece
+        self._tensors = list(found.values())
+        self._ends = [entry.end for entry, _ in self._tensors]
+        self._owned = self._share_out()
+        self.nbytes = sum(high - low for low, high in map(self._span, self._owned[op.rank]))  # that this rank writes
 
-    def _parts(self, block: int) -> Iterator[tuple[Segment, list[tuple[int, int]]]]:
-        """What makes up a block, as from the first (rank, piece) that has it, and all that have it."""
-        low, high = block * st.BLOCK_BYTES, min(self.length, (block + 1) * st.BLOCK_BYTES)
-        for index in range(bisect.bisect_right(self._ends, low), len(self._entries)):
-            _, code, shape, begin, tensor = self._entries[index]
-            if begin >= high:
+    def _span(self, block: int) -> tuple[int, int]:
+        return block * st.BLOCK_BYTES, min(self._ends[-1], (block + 1) * st.BLOCK_BYTES)
+
+    def _segments(self, block: int) -> Iterator[Segment]:
+        """What makes up a block."""
+        low, high = self._span(block)
+        for index in range(bisect.bisect_right(self._ends, low), len(self._tensors)):
+            entry, boxes = self._tensors[index]
+            if entry.begin >= high:
                 break
-            width, dtype = st.itemsize(code), st.DTYPES[code]
-            start, stop = (max(low, begin) - begin) // width, (min(high, self._ends[index]) - begin) // width
-            for at, inside in st.row_boxes(shape, start, stop):
-                for box, held in self._holders[tensor].items():
+            width, dtype = st.itemsize(entry.dtype), st.DTYPES[entry.dtype]
+            start, stop = (max(low, entry.begin) - entry.begin) // width, (min(high, entry.end) - entry.begin) // width
+            for at, inside in st.row_boxes(entry.shape, start, stop):
+                for box, holders in boxes.items():
                     if (common := box.intersect(inside)) is not None:
-                        yield Segment(*held[0], common, inside, begin + at * width - low, dtype), held
+                        yield Segment(holders, common, inside, entry.begin + at * width - low, dtype)
 
-    def segments(self, block: int, owner: int) -> list[Segment]:
-        """What makes up a block; a piece held by several ranks comes from the owner if it can, else the lowest."""
-        found = []
-        for segment, held in self._parts(block):
-            rank, piece = next((pair for pair in held if pair[0] == owner), held[0])
-            found.append(segment._replace(provider=rank, source=piece))
-        return found
-
-    def schedule(self, world_size: int) -> list[list[int]]:
+    def _share_out(self) -> list[list[int]]:
         """The blocks that each rank owns: those of which it holds most, levelled where it is a draw."""
-        owned: list[list[int]] = [[] for _ in range(world_size)]
-        for block in range(self.blocks):
-            held_bytes: dict[int, int] = {}
-            for segment, held in self._parts(block):
-                for rank, _ in held:
-                    held_bytes[rank] = held_bytes.get(rank, 0) + segment.nbytes()
-            owner = min(held_bytes, key=lambda rank: (-held_bytes[rank], len(owned[rank]), rank))
-            owned[owner].append(block)
+        owned: list[list[int]] = [[] for _ in range(self._op.world_size)]
+        for block in range(st.block_count(self._ends[-1] if self._ends else 0)):
+            held: Counter[int] = Counter()
+            for segment in self._segments(block):
+                held.update(dict.fromkeys(segment.holders, segment.nbytes()))
+            owned[min(held, key=lambda rank: (-held[rank], len(owned[rank]), rank))].append(block)
         return owned
 
-    def nbytes(self, blocks: Iterable[int]) -> int:
-        """Bytes in some blocks."""
-        return sum(min(st.BLOCK_BYTES, self.length - block * st.BLOCK_BYTES) for block in blocks)
-
-    def write(
-        self,
-        op: Operation,
-        file: st.StoredFile,
-        data_start: int,
-        views: Sequence[tuple[Box, torch.Tensor]],
-        owned: Sequence[Sequence[int]],
-        meter: Meter,
-    ) -> dict[int, int]:
-        """Exchange and write; returns the CRC of every block that this rank owns.
+    def write(self, file: st.StoredFile, start: int, meter: Meter) -> dict[int, int]:
+        """Exchange and write; returns the CRC of every block that this rank owns. `start`: where the file's data start.
 
         What one round has gathered is checksummed and written while the next one is exchanged.
         """
         crcs: dict[int, int] = {}
-        step = self.BLOCKS_A_ROUND
-        buffers = [st.aligned_buffer(st.BLOCK_BYTES) for _ in range(2 * step)]
+        count = self.BLOCKS_A_ROUND
+        buffers = [st.aligned_buffer(st.BLOCK_BYTES) for _ in range(2 * count)]
+        stop = threading.Event()
 
-        def finish(filled: Sequence[tuple[int, Bytes]], stop: threading.Event) -> None:
+        def finish(filled: Sequence[tuple[int, Bytes]]) -> None:
             for block, data in filled:
                 if not stop.is_set():
                     crcs[block] = st.crc32(data)
-                    file.write(data_start + block * st.BLOCK_BYTES, data.data)
+                    file.write(start + block * st.BLOCK_BYTES, data.data)
                     meter.add(len(data))
 
-        with Beside() as beside:
-            for first in range(0, max(map(len, owned)), step):
-                blocks = [row[first : first + step] for row in owned]
-                received = op.exchange(self._outgoing(op.rank, blocks, views))
-                filled = self._assemble(op.rank, blocks[op.rank], views, received, buffers[:step])
-                beside.wait(meter.tick)
-                beside.start(functools.partial(finish, filled))
-                buffers = buffers[step:] + buffers[:step]
+        finished = in_thread(finish, ())
+        try:
+            for first in range(0, max(map(len, self._owned)), count):
+                turn = [blocks[first : first + count] for blocks in self._owned]
+                received = self._op.exchange(self._outgoing(turn))
+                filled = [(b, self._put_together(b, out, received)) for b, out in zip(turn[self._op.rank], buffers)]
+                wait_for(finished, meter.tick)
+                finished = in_thread(finish, filled)
+                buffers = buffers[count:] + buffers[:count]
                 meter.tick()
-            beside.wait(meter.tick)
+            wait_for(finished, meter.tick)
+        finally:
+            stop.set()
+            wait([finished], 2.0)  # a thread stuck in the kernel must not hold up the error
         return crcs
 
-    def _outgoing(
-        self, me: int, blocks: Sequence[Sequence[int]], views: Sequence[tuple[Box, torch.Tensor]]
-    ) -> dict[int, Bytes]:
+    def _outgoing(self, turn: Sequence[Sequence[int]]) -> dict[int, Bytes]:
         """What the other ranks lack for their blocks and have from here."""
-        parts = {
-            rank: [_pick(s, views) for block in theirs for s in self.segments(block, rank) if s.provider == me]
-            for rank, theirs in enumerate(blocks)
-            if rank != me
-        }
-        return {rank: np.concatenate(data) for rank, data in parts.items() if data}
+        me, parts = self._op.rank, dict[int, list[Bytes]]()
+        others = ((rank, block) for rank, blocks in enumerate(turn) if rank != me for block in blocks)
+        for rank, segment in ((rank, s) for rank, block in others for s in self._segments(block)):
+            if segment.provider(rank) == me:
+                parts.setdefault(rank, []).append(out := np.empty(segment.nbytes(), np.uint8))
+                st.copy_out(self._held(segment), 0, out)
+        return {rank: np.concatenate(data) for rank, data in parts.items()}
 
-    def _assemble(
-        self,
-        me: int,
-        blocks: Sequence[int],
-        views: Sequence[tuple[Box, torch.Tensor]],
-        received: Mapping[int, Bytes],
-        buffers: Sequence[Bytes],
-    ) -> list[tuple[int, Bytes]]:
-        """The blocks that this rank owns, put together from its own pieces and from what it was sent."""
-        cursors, filled = dict.fromkeys(received, 0), []
-        for block, buffer in zip(blocks, buffers):
-            data = buffer[: self.nbytes([block])]
-            for segment in self.segments(block, me):
-                if segment.provider == me:
-                    _place(segment, _pick(segment, views), data)
-                    continue
-                at, size = cursors[segment.provider], segment.nbytes()
-                _place(segment, received[segment.provider][at : at + size], data)
-                cursors[segment.provider] = at + size
-            filled.append((block, data))
-        return filled
+    def _put_together(self, block: int, buffer: Bytes, received: dict[int, Bytes]) -> Bytes:
+        """A block that this rank owns, from its own pieces and from what it was sent, of which it takes its part."""
+        low, high = self._span(block)
+        for s in self._segments(block):
+            if (rank := s.provider(self._op.rank)) == self._op.rank:
+                part = self._held(s)
+            else:
+                data, received[rank] = np.split(received[rank], [s.nbytes()])
+                part = torch.from_numpy(data).view(s.dtype).view(s.common.size)
+            area = torch.from_numpy(buffer[s.at : s.at + math.prod(s.inside.size) * s.dtype.itemsize])
+            area.view(s.dtype).view(s.inside.size)[s.common.within(s.inside)].copy_(part)
+        return buffer[: high - low]
 
-
-def _pick(segment: Segment, views: Sequence[tuple[Box, torch.Tensor]]) -> Bytes:
-    box, view = views[segment.source]
-    out = np.empty(segment.nbytes(), np.uint8)
-    st.copy_out(view[segment.common.within(box)], 0, out)
-    return out
-
-
-def _place(segment: Segment, data: Bytes, block: Bytes) -> None:
-    size = math.prod(segment.inside.size) * segment.dtype.itemsize
-    area = torch.from_numpy(block[segment.at : segment.at + size]).view(segment.dtype).view(segment.inside.size)
-    st.copy_in(data, 0, segment.dtype, segment.common, segment.inside, area)
+    def _held(self, segment: Segment) -> torch.Tensor:
+        """A segment, in the piece that this rank has."""
+        box, view = self._pieces[segment.holders[self._op.rank]]
+        return view[segment.common.within(box)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1367,13 +1352,15 @@ class SaveRequest:
     contents: tuple[str, ...]  # which arguments were given
     custom_metadata: Mapping[str, object]
 
+    @property
+    def packed(self) -> bool:
+        """Whether anything is compressed."""
+        return self.compression is not st.CompressionLevel.NONE
+
     def claim(self) -> dict[str, object]:
         """As a value to compare between ranks."""
-        return {
-            "verb": "save", "prefix": self.prefix, "format": self.format.value, "compression": self.compression.value,
-            "overwrite": self.overwrite, "verify_replicas": self.verify_replicas, "contents": list(self.contents),
-            "custom_metadata": dict(self.custom_metadata),
-        }  # fmt: skip
+        told = {"format": self.format.value, "compression": self.compression.value, "contents": list(self.contents)}
+        return {"verb": "save", **vars(self), **told, "custom_metadata": dict(self.custom_metadata)}
 
 
 def demand_equal(claims: Sequence[object]) -> None:
@@ -1415,12 +1402,9 @@ class CheckpointCoordinator:
         self.suspects = set() if suspects is None else suspects
 
     def coordinate_save(
-        self,
-        op: Operation,
-        request: Callable[[], SaveRequest],
-        collect: Callable[[], ShardData],
+        self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData],
         progress: Callable[[Progress], None] | None = None,
-    ) -> SaveResult:
+    ) -> SaveResult:  # fmt: skip
         """Save what `collect` returns on every rank. Collective; blocks until committed and announced.
 
         `OperationFailed` on all ranks if nothing was committed, with this save's files removed again. Once S6 has renamed
@@ -1430,11 +1414,11 @@ class CheckpointCoordinator:
         try:
             attempt.agree(request)
             attempt.collect(collect)
-            attempt.plan()
-            attempt.write()
-            while not attempt.report():  # copies differ that were planned as replicas: once more, each rank its own
+            proved = False
+            while not proved:  # copies differ that were planned as replicas: once more, each rank its own
                 attempt.plan()
                 attempt.write()
+                proved = attempt.report()
             attempt.commit()
             attempt.announce()
         except BaseException as error:
@@ -1459,6 +1443,9 @@ class _Attempt:
         self.bytes_written = self.size_bytes = 0
         self._fence: st.StoredFile | None = None
         self._created: list[str] = []
+        self._shared: Draft | None = None  # on rank 0: the files that ranks share
+        self._model: Draft | None = None
+        self._gathering: Gathering | None = None
         self._superseded: list[str] = []
         self._committed = False
 
@@ -1471,28 +1458,25 @@ class _Attempt:
             self.ticket = Ticket(drawn.text("prefix"), drawn.text("save_id"), drawn.number("sequence"))
 
     def _draw_ticket(self) -> Ticket:
-        heads = [st.record_head(self.storage, other) for other in st.recorded_prefixes(self.storage)]
+        taken, prefix = st.recorded_prefixes(self.storage), self.request.prefix
+        heads = [st.record_head(self.storage, other) for other in taken]
         sequence = max((head[1] for head in heads if head is not None), default=0)
-        prefix = self.request.prefix
         if prefix is None:
-            base = prefix = datetime.datetime.now(datetime.timezone.utc).strftime("checkpoint_%Y%m%d_%H%M%S")
-            count = 0
-            while self.storage.length(st.record_name(prefix)) is not None:
-                count += 1
-                prefix = f"{base}_{count}"
-        elif not self.request.overwrite and self.storage.length(st.record_name(prefix)) is not None:
+            now = datetime.datetime.now(datetime.timezone.utc).strftime("checkpoint_%Y%m%d_%H%M%S")
+            names = itertools.chain([now], (f"{now}_{count}" for count in itertools.count(1)))
+            prefix = next(name for name in names if name not in taken)
+        elif prefix in taken and not self.request.overwrite:
             raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
         return Ticket(prefix, secrets.token_hex(4), sequence + 1)
 
     # S2
     def collect(self, collect: Callable[[], ShardData]) -> None:
         with self.op.step("S2 collect"), no_garbage_collection():
-            self._data = collect()
-            self._data = self._data._replace(tensors=mark_tied(self._data.tensors))
-            self._pieces = [(box, view) for t in self._data.tensors for box, view in t.pieces]
-            for text, _ in self._data.values.values():
-                array = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-                self._pieces.append((Box((0,), (len(text),)), array))
+            data = collect()
+            self._data = data._replace(tensors=mark_tied(data.tensors))
+            self._pieces = [piece for t in data.tensors for piece in t.pieces]  # as `describe` numbers them
+            for text, _ in data.values.values():
+                self._pieces.append((Box((0,), (len(text),)), torch.frombuffer(bytearray(text), dtype=torch.uint8)))
 
     # S3
     def plan(self) -> None:
@@ -1502,33 +1486,29 @@ class _Attempt:
             description, _ = first or describe(self._data, str(reference))
             gathered = self.op.collect_at_0(st.dump_json(description))
             holdings = Holdings(gathered) if self.op.rank == 0 else None
-            verify = self.request.verify_replicas and self.op.world_size > 1
-            if verify:
+            if self.request.verify_replicas and self.op.world_size > 1:
                 self._prove_early(holdings)
-            orders: list[bytes] = []
-            if holdings is not None:
-                self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
-                self._proof = ReplicaProof(holdings.groups, self._to_prove(holdings, verify))
-                self._raise_fence()
-                orders = self._orders()
-            order = Fields(json.loads(self.op.hand_out(orders)))
-            self._sources = self._read_order(order)
-            self._base, self._data_start = order.number("base"), order.number("data_start")
-            self._gathering = self._read_model_order(order)
-            self._proving, self._replicas = bool(order.all["proving"]), self._views(order.all["replicas"])
+            orders = self._lay_out(holdings) if holdings is not None else []
+            order = self._order = Fields(json.loads(self.op.hand_out(orders)))
+            self._sources = []
+            for meta, box, (piece, begin) in read_rows(order, "source", "begin"):
+                held, view = self._pieces[piece]
+                entry = draft_entry(meta, box, begin, self.request.packed)
+                self._sources.append(Source(entry, view if held == box else view[box.within(held)]))
+            if order.all["model"] is not None:
+                rows = read_rows(order.child("model"), "begin", "rank", "source")
+                self._gathering = Gathering(self.op, self._pieces, rows)
 
-    def _to_prove(self, holdings: Holdings, verify: bool, early: bool = False) -> Ints:
-        """Groups of replicas whose copies are compared before (early), or else beside, the writing."""
-        if not verify:
-            return np.empty(0, np.int64)
+    def _proof(self, holdings: Holdings, early: bool) -> ReplicaProof:
+        """Of the replicas whose copies are compared before (early), or else beside, the writing."""
         tensors, groups = holdings.tensors, holdings.groups
-        json_like = np.array([t.dtype == "JSON" for t in tensors], bool)  # compared while planning
+        of = groups.rows.tensor
+        values = np.array([t.dtype == "JSON" for t in tensors], bool)  # compared while planning
         suspect = np.array([t.name in self._suspects for t in tensors], bool)
-        first = (holdings.nbytes(groups.rows) < EARLY_PROOF_BYTES) | suspect[groups.rows.tensor]
-        first |= (
-            self.request.format is CheckpointFormat.CONSOLIDATED
-        )  # its blocks are written by whoever has most of one
-        return np.flatnonzero((groups.count > 1) & ~json_like[groups.rows.tensor] & (first == early))
+        first = (holdings.nbytes(groups.rows) < EARLY_PROOF_BYTES) | suspect[of]
+        first |= self.request.format is CheckpointFormat.CONSOLIDATED  # whoever has most of a block writes it
+        wanted = (groups.count > 1) & ~values[of] & (first == early) & self.request.verify_replicas
+        return ReplicaProof(groups, np.flatnonzero(wanted))
 
     def _views(self, runs: object) -> list[torch.Tensor]:
         """The pieces of this rank that rank 0 names by their numbers."""
@@ -1537,193 +1517,143 @@ class _Attempt:
 
     def _prove_early(self, holdings: Holdings | None) -> None:
         """Compare the copies of small tensors, and of those that differed before; what differs is kept per rank."""
-        proof, parts = None, list[bytes]()
-        if holdings is not None:
-            if len(chosen := self._to_prove(holdings, True, early=True)):
-                proof = ReplicaProof(holdings.groups, chosen)
-                parts = [st.dump_json(proof.wanted(rank)) for rank in range(self.op.world_size)]
-        if not self.op.broadcast(proof is not None):
+        proof = self._proof(holdings, early=True) if holdings is not None else None
+        if not self.op.broadcast(proof is not None and proof.count > 0):
             return
-        views = self._views(json.loads(self.op.hand_out(parts)))
-        jobs, rows = checksum_jobs(views)
-        run_jobs(jobs, Meter(self.op, 0, None))
-        answers = self.op.collect_at_0(st.dump_json(summaries(rows)))
+        parts = [st.dump_json(proof.wanted(rank)) for rank in range(self.op.world_size)] if proof is not None else []
+        jobs, rows = checksum_jobs(self._views(json.loads(self.op.hand_out(parts))))
+        run_jobs(jobs, Meter(self.op, 0, None), len(jobs))
+        answers = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(summaries(rows)))]
         if holdings is not None and proof is not None:
-            self._split_differing(holdings, proof, [json.loads(answer) for answer in answers])
+            self._split_differing(holdings, proof, answers)
 
     def _split_differing(self, holdings: Holdings, proof: ReplicaProof, answers: Sequence[Sequence[int]]) -> None:
+        """Of copies declared equal the lowest rank's is kept; what nobody declared equal is kept per rank."""
         groups, apart, spoilt = holdings.groups, set[str](), list[int]()
         for group, odd_ranks in proof.differing(answers).items():
-            index, lowest = int(groups.rows.tensor[group]), groups.rows.rank[group]
-            name, odd = holdings.tensors[index].name, ", ".join(map(str, odd_ranks))
+            name, odd = holdings.tensors[groups.rows.tensor[group]].name, ", ".join(map(str, odd_ranks))
+            which = f"rank(s) {odd} from rank {groups.rows.rank[group]}"
             if holdings.known[name].declared:
                 spoilt += range(groups.start[group] + 1, groups.start[group] + groups.count[group])
-                self.warnings.append(
-                    f"{name}: copies that its placement declares equal differ: rank(s) {odd} from rank {lowest}, "
-                    "whose copy is kept"
-                )
-            elif name not in apart:
+                told = f"copies that its placement declares equal differ: {which}, whose copy is kept"
+            elif name in apart:
+                continue
+            else:
                 apart.add(name)
-                self.warnings.append(
-                    f"{name}: differs between ranks (rank(s) {odd} from rank {lowest}); it is saved per rank"
-                )
+                told = f"differs between ranks ({which}); it is saved per rank"
+            self.warnings.append(f"{name}: {told}")
         if apart or spoilt:
             holdings.arrange(apart, groups.members.take(np.array(spoilt, np.int64)))
 
-    def _raise_fence(self) -> None:
+    def _lay_out(self, holdings: Holdings) -> list[bytes]:
+        """Plan, raise the fence, make the files that ranks share; what each rank needs to know to write its bytes."""
+        plan = self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
+        self._late_proof = self._proof(holdings, early=False)
         if self._fence is None:
             self._fence = self.storage.create(st.fence_name(self.ticket.prefix, self.ticket.save_id))
-
-    def _orders(self) -> list[bytes]:
-        """What each rank needs to know to write its bytes; creates the files that ranks share."""
-        plan = self._plan
-        data_start = model_start = 0
+        common: dict[str, object] = {"proving": self._late_proof.count > 0, "shared": None, "model": None}
         if plan.shared:
-            entries = self._entries(range(len(plan.begin)), {})
-            data_start = self._create_shared(self._shared_name(), entries, plan.bases[-1])
-        if self.request.format is CheckpointFormat.CONSOLIDATED:
-            model = self._model_entries()
-            model_start = self._create_shared(self._model_name(), model, model[-1].end if model else 0)
-            if self.request.compression is not st.CompressionLevel.NONE:
+            self._shared = self._draft_shared(plan)
+            common["shared"] = self._make(self._shared)
+        if plan.model_rows is not None:
+            self._model = self._draft_model(plan)
+            common["model"] = {**self._make(self._model), **_model_order(plan, plan.model_rows)}
+            if self.request.packed:
                 self.warnings.append("the consolidated model file is not compressed: others could not read it")
-        shared = {"data_start": data_start, "model": self._model_order(model_start), "proving": self._proof.count > 0}
         return [
-            st.dump_json({**shared, **plan.order(rank), "replicas": self._proof.wanted(rank)})
+            st.dump_json({**common, **plan.order(rank), "replicas": self._late_proof.wanted(rank)})
             for rank in range(self.op.world_size)
         ]
 
-    def _create_shared(self, name: str, entries: Sequence[st.Entry], data_length: int) -> int:
-        blocks = [0] * st.block_count(data_length)
-        room = (
-            []
-            if not any(e.frames for e in entries)
-            else [
-                st.Entry(
-                    f"pad/{data_length}{rank:06d}", "U8", (data_length,), data_length, data_length, (0,), (data_length,)
-                )
-                for rank in range(min(self.op.world_size, len(entries)))
-            ]
-        )  # compression leaves a gap behind every region that something is written to
-        header = st.encode_header([*entries, *room], blocks)
-        self._created.append(name)
-        with _closing(self.storage.create(f"{self.ticket.prefix}/{name}")) as file:
-            file.resize(len(header) + data_length)
-        return len(header)
+    def _draft_shared(self, plan: SavePlan) -> Draft:
+        entries = []
+        for index, row, begin in zip(plan.rows.tensor.tolist(), plan.rows.box.tolist(), plan.begin.tolist()):
+            tensor = plan.tensors[index]
+            entries.append(draft_entry(tensor, _box(row, len(tensor.shape)), begin, self.request.packed))
+        suffix = "" if plan.model_rows is None else ".rest"
+        return draft_file(f"{self.ticket.save_id}{suffix}.safetensors", entries, self.op.world_size)
 
-    def _model_order(self, data_start: int) -> dict[str, object] | None:
-        if (rows := self._plan.model_rows) is None:
-            return None
-        entries = self._plan.model_entries
-        return {
-            "data_start": data_start,
-            "tensors": st.encode_tensors([self._plan.tensors[index] for index, *_ in entries]),
-            "begin": st.encode_runs(np.array([begin for _, begin, _ in entries], np.int64)),
-            "of": st.encode_runs(np.array([source for *_, source in entries], np.int64)),
-            "holders": st.encode_table({"tensor": rows.tensor, "rank": rows.rank, "source": rows.source}, rows.box),
-        }
+    def _draft_model(self, plan: SavePlan) -> Draft:
+        entries = []
+        for index, begin, _ in plan.model_entries:
+            tensor = plan.tensors[index]
+            entry = draft_entry(tensor, Box((0,) * len(tensor.shape), tensor.shape), begin, packed=False)
+            entries.append(entry._replace(name=tensor.name.removeprefix("model/")))
+        return draft_file(f"{self.ticket.save_id}.model.safetensors", entries)
 
-    def _read_order(self, order: Fields) -> list[Source]:
-        tensors = st.decode_tensors(order.child("tensors"))
-        columns, boxes = st.decode_table(order.child("rows"), ("tensor", "source", "begin"))
-        sources = []
-        for tensor, source, begin, row in zip(*(column.tolist() for column in columns), boxes.tolist()):
-            meta = tensors[tensor]
-            box = _box(row, len(meta.shape))
-            held, view = self._pieces[source]
-            sources.append(Source(begin, view if held == box else view[box.within(held)], meta, box))
-        return sources
+    def _make(self, draft: Draft) -> dict[str, object]:
+        """Create a file that ranks share; what they need to know of it."""
+        with self._create(draft):
+            return {"file": draft.name, "start": len(draft.header)}
 
-    def _read_model_order(self, order: Fields) -> Gathering | None:
-        if order.all["model"] is None:
-            return None
-        model = order.child("model")
-        self._model_start = model.number("data_start")
-        tensors = st.decode_tensors(model.child("tensors"))
-        begin, of = (st.decode_runs(model.array(key), len(tensors)).tolist() for key in ("begin", "of"))
-        columns, boxes = st.decode_table(model.child("holders"), ("tensor", "rank", "source"))
-        ndim = {index: len(t.shape) for t, index in zip(tensors, of)}
-        holders: dict[int, dict[Box, list[tuple[int, int]]]] = {}
-        for tensor, rank, source, row in zip(*(column.tolist() for column in columns), boxes.tolist()):
-            holders.setdefault(tensor, {}).setdefault(_box(row, ndim[tensor]), []).append((rank, source))
-        return Gathering([(t.name, t.dtype, t.shape, at, index) for t, at, index in zip(tensors, begin, of)], holders)
+    @contextmanager
+    def _create(self, draft: Draft) -> Iterator[st.StoredFile]:
+        self._created.append(draft.name)
+        with closing(self.storage.create(f"{self.ticket.prefix}/{draft.name}")) as file:
+            file.resize(len(draft.header) + data_end(draft.entries))
+            yield file
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[st.StoredFile]:
+        """A file that ranks share; what is written into it is durable at the end (I2)."""
+        with closing(self.storage.open(f"{self.ticket.prefix}/{name}", write=True)) as file:
+            yield file
+            file.sync()
 
     # S4
     def write(self) -> None:
         with self.op.step("S4 write"):
-            total = sum(source.nbytes() for source in self._sources)
-            if self._sources and self.request.compression is st.CompressionLevel.NONE:
-                last = self._sources[-1]  # and what lies between the entries
-                total = last.begin + last.nbytes() - self._base
-            if self._gathering is not None:
-                owned = self._gathering.schedule(self.op.world_size)
-                total += self._gathering.nbytes(owned[self.op.rank])
+            order, entries = self._order, [s.entry for s in self._sources]
+            beside, replicas = checksum_jobs(self._views(order.all["replicas"]))
+            total = sum(e.end - e.begin for e in entries)
+            if entries and not self.request.packed:
+                total = entries[-1].end - entries[0].begin  # and what lies between them
+            total += self._gathering.nbytes if self._gathering is not None else 0
             meter = Meter(self.op, total, self.progress)
-            self._beside, rows = checksum_jobs(self._replicas)
-            self._report: dict[str, object] = {}
+            model, shard, crcs, moved = dict[int, int](), None, list[int](), list[st.Entry]()
             if self._gathering is not None:
-                file = self.storage.open(f"{self.ticket.prefix}/{self._model_name()}", write=True)
-                with _closing(file):
-                    blocks = self._gathering.write(self.op, file, self._model_start, self._pieces, owned, meter)
+                told = order.child("model")
+                with self._open(told.text("file")) as file:
+                    model = self._gathering.write(file, told.number("start"), meter)
+            if order.all["shared"] is None:
+                draft = draft_file(st.shard_name(self.ticket.save_id, self.op.rank, self.op.world_size), entries)
+                with self._create(draft) as file:
+                    crcs, moved = self._write_part(file, len(draft.header), meter, beside)
+                    shard = draft.finish(file, crcs, moved)
                     file.sync()  # I2
-                self._report["model"] = [list(blocks), list(blocks.values())]
-            if self._data_start:
-                if self._sources:
-                    with _closing(self.storage.open(f"{self.ticket.prefix}/{self._shared_name()}", write=True)) as file:
-                        self._write_region(file, self._data_start, meter)
-                        file.sync()  # I2
+            elif entries:
+                told = order.child("shared")
+                with self._open(told.text("file")) as file:
+                    crcs, moved = self._write_part(file, told.number("start"), meter, beside)
             else:
-                self._write_shard(meter)
-            run_jobs(self._beside, meter)  # where nothing was written beside which they could run
-            self._report["replicas"] = summaries(rows)
+                run_jobs(beside, meter, len(beside))
+            self._report = {
+                "model": list(model.items()), "shard": shard, "crcs": [] if shard else crcs,
+                "end": data_end(moved or entries), "placed": [[e.begin, e.frames] for e in moved],
+                "replicas": summaries(replicas),
+            }  # fmt: skip
             meter.tick()
             self.bytes_written = total
 
-    def _write_region(self, file: st.StoredFile, data_start: int, meter: Meter) -> tuple[list[int], dict[int, Placed]]:
-        level, placed = self.request.compression, {}
-        if level is st.CompressionLevel.NONE:
-            crcs = write_raw(file, data_start, self._base, self._sources, meter, self._beside)
-            self._beside = []
-        else:
-            writer = FrameWriter(file, data_start, self._base, self._sources, level)
-            writer.run(meter)
-            crcs, placed = writer.crcs, dict(enumerate(writer.placed))
-        self._report |= {"crcs": crcs, "placed": [[begin, list(frames)] for begin, frames in placed.values()]}
-        return crcs, placed
-
-    def _write_shard(self, meter: Meter) -> None:
-        name = st.shard_name(self.ticket.save_id, self.op.rank, self.op.world_size)
-        self._created.append(name)
-        compressed = self.request.compression is not st.CompressionLevel.NONE
-        places = {i: (s.begin, _frame_lengths(s)) for i, s in enumerate(self._sources)} if compressed else {}
-        with no_garbage_collection():
-            draft = [_entry(s.meta, s.box, places.get(i, (s.begin, ()))) for i, s in enumerate(self._sources)]
-            end = draft[-1].end if draft else 0
-            header = st.encode_header(draft, [0] * st.block_count(end))
-            reserve = len(header)
-        with _closing(self.storage.create(f"{self.ticket.prefix}/{name}")) as file:
-            file.resize(reserve + end)
-            crcs, placed = self._write_region(file, reserve, meter)
-            if placed:
-                entries = [_entry(s.meta, s.box, placed[i]) for i, s in enumerate(self._sources)]
-                header, end = st.encode_header(entries, crcs, reserve), entries[-1].end
-                file.resize(reserve + end)
-            else:
-                header = st.with_checksums(header, crcs)
-            file.write(0, memoryview(header))
-            file.sync()  # I2
-        self._report |= {"crcs": [], "shard": [name, reserve + end, st.crc32(header)]}
+    def _write_part(
+        self, file: st.StoredFile, start: int, meter: Meter, beside: Sequence[Job]
+    ) -> tuple[list[int], list[st.Entry]]:
+        """This rank's part of a file: the CRCs of its blocks, and its entries where compression has moved them."""
+        if self.request.packed:
+            return write_packed(file, start, self._sources, meter, beside, self.request.compression)
+        return write_raw(file, start, self._sources, meter, beside), []
 
     # S5
     def report(self) -> bool:
         """Whether what was written may be committed; if not, its files are gone again, and the plan has to be another."""
         with self.op.step("S5 report"):
             self._reports = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(self._report))]
-            if not self._proving:
+            if not self._order.all["proving"]:
                 return True
             differing: set[str] = set()
             if self.op.rank == 0:
-                groups = self._proof.groups
-                found = self._proof.differing([report["replicas"] for report in self._reports])
+                groups = self._late_proof.groups
+                found = self._late_proof.differing([report["replicas"] for report in self._reports])
                 differing = {self._plan.tensors[groups.rows.tensor[group]].name for group in found}
                 self._suspects |= differing
             if self.op.broadcast(not differing):
@@ -1751,18 +1681,11 @@ class _Attempt:
 
     def _rename(self) -> None:
         """The instant of commit. A rename that reports an error may have happened: the record tells."""
-        prefix, save_id = self.ticket.prefix, self.ticket.save_id
-        target = st.record_name(prefix)
+        prefix, target = self.ticket.prefix, st.record_name(self.ticket.prefix)
         try:
-            self.storage.publish(st.fence_name(prefix, save_id), target, self.request.overwrite)
+            self.storage.publish(st.fence_name(prefix, self.ticket.save_id), target, self.request.overwrite)
         except OSError as error:
-            try:
-                found = st.committed_id(self.storage, prefix)
-            except OSError:
-                raise OSError(
-                    f"{error}; the record cannot be read back either, so {prefix!r} may have been committed"
-                ) from error
-            if found != save_id:
+            if not self._is_recorded(error):
                 if isinstance(error, FileExistsError):
                     raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix) from error
                 raise
@@ -1773,64 +1696,41 @@ class _Attempt:
             self._superseded = []  # the rename may not be durable: the old checkpoint must stay whole
             self.warnings.append(f"committed, but its directory could not be synced: {error}")
 
+    def _is_recorded(self, doubt: OSError) -> bool:
+        prefix = self.ticket.prefix
+        try:
+            return st.committed_id(self.storage, prefix) == self.ticket.save_id
+        except OSError:
+            message = f"{doubt}; the record cannot be read back either, so {prefix!r} may have been committed"
+            raise OSError(message) from doubt
+
     def _finish_shards(self) -> list[st.ShardMetadata]:
         """Write the headers of shared files; the list of shards for the record."""
-        plan, reports, shards = self._plan, self._reports, []
-        starts = np.searchsorted(plan.rows.rank, np.arange(self.op.world_size + 1)).tolist()
-        placed: dict[int, Placed] = {}
-        for rank, report in enumerate(reports):
-            for index, (begin, frames) in enumerate(report.get("placed", [])):
-                placed[starts[rank] + index] = (begin, tuple(frames))
-                plan.begin[starts[rank] + index] = begin
-        if plan.model_rows is not None:
-            crcs = dict(pair for report in reports for pair in zip(*report["model"]))
-            entries = self._model_entries()
-            shards.append(self._finish_shared(self._model_name(), entries, [crcs[b] for b in range(len(crcs))]))
-        if not plan.shared:
-            return [st.ShardMetadata(*report["shard"]) for report in reports]
-        entries = self._entries(range(len(plan.begin)), placed)
-        end = entries[-1].end if entries else 0
-        crcs_in_order: list[int] = []
-        for rank, report in enumerate(reports):
-            stop = min(end, plan.bases[rank + 1])
-            last = entries[starts[rank + 1] - 1].end if starts[rank + 1] > starts[rank] else plan.bases[rank]
-            crcs_in_order += _pad_crcs(report.get("crcs", []), plan.bases[rank], last, stop)
-        shards.append(self._finish_shared(self._shared_name(), entries, crcs_in_order))
+        plan, shards = self._plan, [st.ShardMetadata(*r["shard"]) for r in self._reports if r["shard"]]
+        places = [place for report in self._reports for place in report["placed"]]  # in the order of the plan's rows
+        if places:
+            self._plan = plan._replace(begin=np.array([begin for begin, _ in places], np.int64))
+        if self._model is not None:
+            crcs = dict(pair for report in self._reports for pair in report["model"])
+            with self._open(self._model.name) as file:
+                shards.append(self._model.finish(file, [crcs[block] for block in range(len(crcs))], []))
+        if self._shared is not None:
+            moved = [placed(entry, *place) for entry, place in zip(self._shared.entries, places)]
+            end = data_end(moved or self._shared.entries)
+            with self._open(self._shared.name) as file:
+                shards.append(self._shared.finish(file, self._shared_crcs(end), moved))
         return shards
 
-    def _finish_shared(self, name: str, entries: Sequence[st.Entry], crcs: Sequence[int]) -> st.ShardMetadata:
-        end = entries[-1].end if entries else 0
-        with _closing(self.storage.open(f"{self.ticket.prefix}/{name}", write=True)) as file:
-            start = self._model_start if name == self._model_name() else self._data_start
-            header = st.encode_header(entries, crcs, start)
-            if len(header) != start:
-                raise AssertionError(f"{name}: header of {len(header)} bytes in a room of {start}")
-            file.resize(start + end)
-            file.write(0, memoryview(header))
-            file.sync()  # I2
-        return st.ShardMetadata(name, start + end, st.crc32(header))
-
-    def _entries(self, rows: Iterable[int], placed: Mapping[int, Placed]) -> list[st.Entry]:
-        plan = self._plan
-        columns = (plan.rows.tensor.tolist(), plan.rows.box.tolist(), plan.begin.tolist())
-        found = []
-        for row in rows:
-            meta = plan.tensors[columns[0][row]]
-            found.append(_entry(meta, _box(columns[1][row], len(meta.shape)), placed.get(row, (columns[2][row], ()))))
-        if (
-            self.request.compression is not st.CompressionLevel.NONE and not placed
-        ):  # the longest that the header may get
-            found = [e._replace(frames=_raw_frames(e.end - e.begin)) for e in found]
-        return found
-
-    def _model_entries(self) -> list[st.Entry]:
-        entries = []
-        for index, begin, _ in self._plan.model_entries:
-            t = self._plan.tensors[index]
-            end = begin + math.prod(t.shape) * st.itemsize(t.dtype)
-            key, zero = t.name.removeprefix("model/"), (0,) * len(t.shape)
-            entries.append(st.Entry(key, t.dtype, t.shape, begin, end, zero, t.shape))
-        return entries
+    def _shared_crcs(self, end: int) -> list[int]:
+        """CRCs of all blocks of the file that ranks share: behind each one's part lie zeros as far as the next one's."""
+        crcs, zeros = list[int](), bytes(st.BLOCK_BYTES)
+        zeros_crc = st.crc32(zeros)
+        for report, stop in zip(self._reports, self._plan.bases[1:]):
+            crcs += report["crcs"]
+            if report["crcs"] and (gap := min(stop, end) - report["end"]) > 0:
+                crcs[-1] = st.crc32(memoryview(zeros)[: gap % st.BLOCK_BYTES], crcs[-1])
+                crcs += [zeros_crc] * (gap // st.BLOCK_BYTES)
+        return crcs
 
     def _metadata(self, shards: Sequence[st.ShardMetadata]) -> st.CheckpointMetadata:
         request = self.request
@@ -1881,50 +1781,25 @@ class _Attempt:
         except OSError as error:  # the outcome stands already
             self.warnings.append(f"closing the record failed: {error}")
 
-    def _shared_name(self) -> str:
-        rest = ".rest" if self.request.format is CheckpointFormat.CONSOLIDATED else ""
-        return f"{self.ticket.save_id}{rest}.safetensors"
 
-    def _model_name(self) -> str:
-        return f"{self.ticket.save_id}.model.safetensors"
-
-
-Placed = tuple[int, tuple[int, ...]]  # where a compressed entry begins, and the stored length of its frames
+def read_rows(order: Fields, *names: str) -> Iterator[tuple[st.TensorMetadata, Box, list[int]]]:
+    """The rows of an order: of which tensor, which box of it, and the numbers in the columns `names`."""
+    tensors = st.decode_tensors(order.child("tensors"))
+    columns, boxes = st.decode_table(order.child("rows"), ("tensor", *names))
+    for index, *numbers, row in zip(*(column.tolist() for column in columns), boxes.tolist()):
+        yield tensors[index], _box(row, len(tensors[index].shape)), numbers
 
 
-@contextmanager
-def _closing(file: st.StoredFile) -> Iterator[st.StoredFile]:
-    try:
-        yield file
-    finally:
-        file.close()
-
-
-def _entry(meta: st.TensorMetadata, box: Box, place: Placed) -> st.Entry:
-    begin, frames = place
-    end = begin + (sum(frames) if frames else math.prod(box.size) * st.itemsize(meta.dtype))
-    name = entry_name(meta, box.offset, box.size == meta.shape)
-    return st.Entry(name, meta.dtype, box.size, begin, end, box.offset, meta.shape, frames)
-
-
-def _raw_frames(nbytes: int) -> tuple[int, ...]:
-    return tuple(min(st.FRAME_BYTES, nbytes - at) for at in range(0, nbytes, st.FRAME_BYTES))
-
-
-def _frame_lengths(source: Source) -> tuple[int, ...]:
-    return _raw_frames(source.nbytes())
-
-
-def _pad_crcs(crcs: Sequence[int], base: int, end: int, stop: int) -> list[int]:
-    """CRCs of the blocks of a region [base, stop) of which [base, end) was written and the rest is zeros."""
-    zeros, found = bytes(st.BLOCK_BYTES), list(crcs)
-    for index, low in enumerate(range(base, stop, st.BLOCK_BYTES)):
-        high = min(stop, low + st.BLOCK_BYTES)
-        if index >= len(found):
-            found.append(st.crc32(memoryview(zeros)[: high - low]))
-        elif high > end:
-            found[index] = st.crc32(memoryview(zeros)[: high - max(end, low)], found[index])
-    return found
+def _model_order(plan: SavePlan, held: Rows) -> dict[str, object]:
+    """The rows for `Gathering`: for each entry of the model file in turn, who holds what of its tensor."""
+    tensor, begin, of = np.array(plan.model_entries, np.int64).reshape(-1, 3).T
+    held = held.take(np.argsort(held.tensor, kind="stable"))
+    low, high = (np.searchsorted(held.tensor, of, side) for side in ("left", "right"))
+    rows = held.take(np.concatenate([np.arange(0), *map(np.arange, low, high)]))
+    entry = np.arange(len(of)).repeat(high - low)
+    columns = {"tensor": entry, "begin": begin[entry], "rank": rows.rank, "source": rows.source}
+    tables = st.encode_tensors([plan.tensors[index] for index in tensor.tolist()])
+    return {"tensors": tables, "rows": st.encode_table(columns, rows.box)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
