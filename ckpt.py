@@ -17,7 +17,8 @@ The steps S1 to S7 of a save and L1 to L5 of a load are told in ckpt_coord.py, t
 Guaranteed: after `save` returned the checkpoint is durable; until its commit the old one is whole; a bit that changed on disk
 is never loaded. Not guaranteed: protection against malicious edits, or against damage before the bytes reached `save`.
 
-Read next: `DistributedCheckpoint.save` and `.load`, then `ModelState`, `OptimizerState`, then ckpt_coord.py.
+In this order below: options and results; `DistributedCheckpoint`; saves in the background; state (`ModelState`,
+`OptimizerState`, and for a load `Restore`); validation; export, import and diff; the command line. Read next: ckpt_coord.py.
 """
 
 from __future__ import annotations
@@ -247,185 +248,6 @@ class CheckpointInfo:
         return CheckpointInfo(meta.prefix, str(meta.version), when, meta.world_size, meta.size_bytes(), meta.format)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Validation
-
-
-@dataclass
-class ValidationResult:
-    """What a validator found; valid where there are no errors."""
-
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def is_valid(self) -> bool:
-        return not self.errors
-
-    @property
-    def has_warnings(self) -> bool:
-        return bool(self.warnings)
-
-    def get_summary(self) -> str:
-        """Errors and warnings, a line each."""
-        lines = [f"error: {e}" for e in self.errors] + [f"warning: {w}" for w in self.warnings]
-        return "\n".join(lines) or "valid"
-
-    def add(self, other: ValidationResult) -> None:
-        """Take over what another check found."""
-        self.errors += other.errors
-        self.warnings += other.warnings
-
-
-@runtime_checkable
-class IntegrityChecker(Protocol):
-    """Judges one shard of a checkpoint. What it raises counts as an error that it found."""
-
-    name: str
-
-    def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult: ...
-
-
-@runtime_checkable
-class CompatibilityChecker(Protocol):
-    """Judges a checkpoint's record."""
-
-    name: str
-
-    def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult: ...
-
-
-class SizeIntegrityChecker:
-    """The shard is there, as long as the record says, and its header has the CRC32 that the record says."""
-
-    name = "size"
-
-    def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
-        """Reads the header only."""
-        reader.header(shard)
-        return ValidationResult()
-
-
-class ChecksumIntegrityChecker:
-    """Every block of the shard has the CRC32 that its header says. Reads every byte."""
-
-    name = "checksum"
-
-    def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
-        """An error for each damaged block."""
-        found, header = ValidationResult(), reader.header(shard)
-
-        def check(block: int, buffer: st.Bytes) -> None:
-            try:
-                reader.read(shard, block, block + 1, buffer)
-            except CheckpointException as error:
-                found.errors.append(str(error))
-            reader.checked_bytes += st.block_span(header, block, block + 1)
-
-        blocks = st.block_count(header.data_length)
-        st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.poll)
-        return found
-
-
-class VersionCompatibilityChecker:
-    """The format version is one that this code reads."""
-
-    name = "version"
-
-    def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
-        """An error for any other version; a warning where torch was of another major version."""
-        result = ValidationResult()
-        if metadata.version != st.FORMAT_VERSION:
-            result.errors.append(f"format version {metadata.version}; this code reads {st.FORMAT_VERSION}")
-        if metadata.torch_version.partition(".")[0] != torch.__version__.partition(".")[0]:
-            result.warnings.append(f"saved with torch {metadata.torch_version}, this is {torch.__version__}")
-        return result
-
-
-class SchemaCompatibilityChecker:
-    """The record is consistent in itself: every tensor's pieces add up to the whole of it."""
-
-    name = "schema"
-
-    def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
-        """An error for every tensor (20 at most) of which the pieces leave something out, or store it twice."""
-        result, pieces = ValidationResult(), metadata.pieces
-        volume = np.zeros(len(metadata.tensors), np.int64)
-        np.add.at(volume, pieces.tensor, pieces.box[:, 1].prod(axis=1))
-        for index, tensor in enumerate(metadata.tensors):
-            expected = 0 if tensor.alias_of is not None else math.prod(tensor.shape)
-            if volume[index] != expected and len(result.errors) < 20:
-                result.errors.append(f"{tensor.name}: pieces hold {volume[index]} of {expected} elements")
-        return result
-
-
-class CheckpointValidator:
-    """Runs checkers; the built-in ones always, those given in addition."""
-
-    def __init__(
-        self, storage: CheckpointStorage, integrity_checkers: Sequence[IntegrityChecker] = (),
-        compatibility_checkers: Sequence[CompatibilityChecker] = (),
-    ) -> None:  # fmt: skip
-        self.storage = storage
-        self.integrity_checkers: list[IntegrityChecker] = [SizeIntegrityChecker(), *integrity_checkers]
-        built_in: list[CompatibilityChecker] = [VersionCompatibilityChecker(), SchemaCompatibilityChecker()]
-        self.compatibility_checkers = [*built_in, *compatibility_checkers]
-
-    def validate_checkpoint(
-        self, checkpoint_prefix: str, poll: Callable[[int, int], None] | None = None
-    ) -> ValidationResult:
-        """Check the record and every byte of every shard. Any process; never raises for damage, but reports it.
-
-        `poll(bytes_checked, bytes_total)` is called a few times a second.
-        """
-        for _ in range(2):  # once more if it was replaced meanwhile
-            try:
-                meta = st.read_committed(self.storage, checkpoint_prefix)
-            except FileNotFoundError:
-                return ValidationResult([f"there is no checkpoint {checkpoint_prefix!r}"])
-            except (CheckpointException, OSError) as error:
-                return ValidationResult([str(error)])
-            result = self.validate_metadata(meta)
-            with CheckpointReader(self.storage, meta) as reader:
-                if poll is not None:
-                    reader.poll = lambda: poll(reader.checked_bytes, meta.size_bytes())
-                result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
-                if result.is_valid or not reader.is_superseded():
-                    break
-        return result
-
-    def validate_metadata(self, metadata: CheckpointMetadata | str) -> ValidationResult:
-        """Run the compatibility checkers on a record (or on that of a prefix)."""
-        if isinstance(metadata, str):
-            metadata = st.read_committed(self.storage, metadata)
-        result = ValidationResult()
-        for checker in self.compatibility_checkers:
-            result.add(_guarded(checker.name, checker.check_compatibility, metadata))
-        return result
-
-    def validate_shards(
-        self, reader: CheckpointReader, shards: Iterable[int] | None = None, extra: Sequence[IntegrityChecker] = ()
-    ) -> ValidationResult:
-        """Run the integrity checkers on some shards (default: all), and `extra` ones."""
-        result = ValidationResult()
-        for shard in range(len(reader.metadata.shards)) if shards is None else shards:
-            for checker in (*self.integrity_checkers, *extra):
-                found = _guarded(checker.name, checker.check_integrity, reader, shard)
-                result.add(found)
-                if not found.is_valid:
-                    break  # a shard without a sound header has nothing more to check
-        return result
-
-
-def _guarded(name: str, check: Callable[..., ValidationResult], *args: object) -> ValidationResult:
-    try:
-        return check(*args)
-    except CheckpointException as error:
-        return ValidationResult([str(error)])
-    except Exception as error:
-        return ValidationResult([f"checker {name!r} raised {type(error).__name__}: {error}"])
-
-
 @dataclass(frozen=True)
 class CheckpointOptions:
     """Global configuration for `DistributedCheckpointFactory.create`; times in seconds."""
@@ -437,6 +259,462 @@ class CheckpointOptions:
     default_timeout: float = 600.0
     keep_last: int | None = None
     staging_budget_bytes: int | None = None  # host memory that save_async may hold a rank; None: what is available
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The checkpoint
+
+R = TypeVar("R")
+
+
+class DistributedCheckpoint:
+    """Saves and loads checkpoints; also a context manager that waits for pending saves.
+
+    Collective, called by every rank: creating one with `coordinator=None` under torch.distributed, `save`, `save_async`,
+    `save_model_only`, `load`. Local, from any one rank: everything else.
+    """
+
+    def __init__(
+        self, coordinator: DistributedCoordinator | None = None, storage: CheckpointStorage | None = None,
+        fault_handler: FaultToleranceHandler | None = None, validator: CheckpointValidator | None = None,
+        logger: logging.Logger | None = None,
+    ) -> None:  # fmt: skip
+        if coordinator is None:
+            initialised = dist.is_available() and dist.is_initialized()
+            coordinator = TorchCoordinator() if initialised else LocalCoordinator()
+        self.coordinator = coordinator
+        self.storage = storage or StorageFactory.create(StorageOptions())
+        self.fault_handler = fault_handler or FaultToleranceHandler(self.storage)
+        self.validator = validator or CheckpointValidator(self.storage)
+        self.logger = logger or log
+        self.default_timeout = CheckpointOptions.default_timeout
+        self.keep_last: int | None = None
+        self.staging_budget_bytes: int | None = None
+        self._suspects: set[str] = set()
+        self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
+        self._pending: PendingSave | None = None
+
+    def save(
+        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
+        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
+    ) -> str:  # fmt: skip
+        """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
+
+        ValueError for a misuse, CheckpointException for a failure, on every rank alike; then nothing was committed, an
+        older checkpoint of this prefix is untouched, and this save's files are gone.
+        """
+        given = self._given(model, optimizer, options or SaveOptions(), extra_state, cancel)
+        return self._save(given, lambda: self._collect(given))
+
+    def save_async(
+        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
+        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
+    ) -> PendingSave:  # fmt: skip
+        """Copy the state to host memory, and save it in the background. Collective; one save is in flight at a time.
+
+        With staging="eager" the copy is done on return. With "overlapped" parameters and optimizer state are copied while
+        forward and backward run: the optimizer's next step waits for it, and a change from elsewhere (an EMA, clipping in
+        place; not one through `.data`, which leaves no trace) fails the save with the tensor's name. Every failure is
+        raised by `result()`, or, if nobody asks, by the next save, load or `close`.
+        """
+        pending = PendingSave(cancel)
+        given = self._given(model, optimizer, options or SaveOptions(), extra_state, pending.cancel_event)
+        with pending.staging():
+            given.options.check()
+            self._stage(pending, given)
+
+        def save() -> None:
+            try:
+                with pending.staging():
+                    _copy_staged(pending.late)
+                pending.staged()
+                pending.set_result(self._save(given, pending.collect))
+            except BaseException as error:  # kept for whoever asks
+                self.logger.error("background save failed: %s", error)
+                pending.set_exception(error)
+            finally:
+                pending.data, pending.late = ShardData([], {}), []  # `pending` may be kept, the copy need not
+
+        self._pending = pending
+        threading.Thread(target=save, name="ckpt-save").start()  # no daemon: the interpreter's exit waits for it
+        return pending
+
+    def save_model_only(
+        self, model: Model, options: SaveOptions | None = None, *, cancel: threading.Event | None = None
+    ) -> str:
+        """Save the model alone: no optimizer, no random number generators. Otherwise as `save`."""
+        return self.save(model, None, replace(options or SaveOptions(), include_rng_state=False), cancel=cancel)
+
+    def load(
+        self, model: Model, optimizer: Model | None = None, options: LoadOptions | None = None, *,
+        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
+    ) -> CheckpointLoadResult:  # fmt: skip
+        """Restore a checkpoint in place, whatever layout it was saved from. Collective; blocks until every rank has its own.
+
+        ValueError for a misuse, CheckpointException for a failure, on every rank alike. Before any byte was read into a tensor
+        nothing has changed; after that tensors are undefined, and the error says so. With `fallback`, the newest
+        older checkpoint that verifies is loaded instead of one that is corrupt.
+        """
+        given = self._given(model, optimizer, options or LoadOptions(), extra_state, cancel)
+        tried: list[str] = []
+        warnings: list[str] = []
+        while True:
+            try:
+                return self._load(given, warnings)
+            except CheckpointException as error:
+                if not given.options.fallback or error.type is not ExceptionType.CORRUPTED_CHECKPOINT:
+                    raise
+                tried.append(given.prefix)
+                warnings.append(f"{given.prefix} is corrupt, falling back: {error}")
+                self.logger.warning("%s", warnings[-1])
+                if (older := self._older(given, tried)) is None:
+                    raise
+                given = replace(given, options=replace(given.options, checkpoint_prefix=older))
+
+    def list_checkpoints(self) -> list[CheckpointInfo]:
+        """Committed checkpoints, oldest first. Local."""
+        with _typed(""):
+            return [CheckpointInfo.of(meta) for meta in st.list_committed(self.storage)]
+
+    def latest_checkpoint(self) -> CheckpointInfo | None:
+        """The newest committed checkpoint, by the order of saves. Local."""
+        return next(reversed(self.list_checkpoints()), None)
+
+    def delete_checkpoint(self, checkpoint_prefix: str) -> None:
+        """Delete a checkpoint: its record first, then its shards; safe to repeat. Local: call it on one rank.
+
+        CheckpointException(STORAGE_ERROR) where there is none.
+        """
+        st.check_prefix(checkpoint_prefix)
+        with _typed(checkpoint_prefix):
+            self.fault_handler.rollback(checkpoint_prefix)
+
+    def validate_checkpoint(self, checkpoint_prefix: str) -> ValidationResult:
+        """Read and check every byte of a checkpoint. Local."""
+        return self.validator.validate_checkpoint(checkpoint_prefix)
+
+    def close(self) -> None:
+        """Wait for a pending save, raise its failure if nobody has asked for it, and free the staging memory."""
+        try:
+            if (error := self._drain(self.default_timeout)) is not None:
+                raise error
+        finally:
+            self._staging = np.empty(0, np.uint8)
+
+    def __enter__(self) -> DistributedCheckpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ---- both
+
+    def _given(
+        self, model: Model, optimizer: Model | None, options: Options, extra_state: Mapping[str, object] | None,
+        cancel: threading.Event | None,
+    ) -> Given[Options]:  # fmt: skip
+        """Wait for the save in flight, and put together what was given. Nothing is checked: S1 and L1 do that, together."""
+        limit_s = _seconds(options.timeout) or self.default_timeout
+        return Given(
+            _parts(model), None if optimizer is None else _parts(optimizer), options,
+            {} if extra_state is None else extra_state, cancel, limit_s, self._drain(limit_s),
+        )  # fmt: skip
+
+    def _drain(self, limit_s: float) -> BaseException | None:
+        """Wait for the save in flight; returns its failure if nobody here has asked for it."""
+        if (pending := self._pending) is None:
+            return None
+        if concurrent.futures.wait([pending], limit_s + coord.GRACE_S).not_done:
+            raise CheckpointException(f"the save in flight is not done after {limit_s:g} s", type=ExceptionType.TIMEOUT)
+        self._pending = None
+        return None if pending.asked else pending.exception()
+
+    def _run(self, given: Given[Options], verb: str, body: Callable[[coord.Operation], R]) -> tuple[R, coord.Operation]:
+        """Run `body` on all ranks, again where they agree to; the failure that they agree on becomes the public exception."""
+        retryable = self.fault_handler.retry_policy.retryable_exceptions
+
+        def attempt() -> tuple[R, coord.Operation]:
+            replaced = False
+            while True:
+                op = coord.Operation(self.coordinator, verb, given.limit_s, given.cancel, retryable)
+                try:
+                    return body(op), op
+                except coord.OperationFailed as failed:
+                    self.logger.debug("an attempt failed: %s", failed)
+                    if replaced or not failed.superseded:
+                        raise
+                    replaced = True  # a save has replaced what was being read: at once again, for the new one
+
+        try:
+            return self.fault_handler.execute_with_retry(attempt, given.cancel)
+        except coord.OperationFailed as failed:
+            raise failed.public(given.prefix) from failed.__cause__
+
+    def _log(self, level: int, what: str, count: int, started: float, op: coord.Operation) -> None:
+        seconds = time.monotonic() - started
+        steps = " ".join(f"{name.split()[0]} {took:.3f}" for name, took in op.seconds.items())
+        self.logger.log(level, "%s in %.3f s, %.2f GB/s (%s)", what, seconds, count / 1e9 / max(seconds, 1e-9), steps)
+
+    # ---- save
+
+    def _save(self, given: Given[SaveOptions], collect: Callable[[], ShardData]) -> str:
+        started, options = time.monotonic(), given.options
+
+        def request() -> coord.SaveRequest:
+            given.check()
+            contents = ("optimizer",) * (given.optimizer is not None and options.include_optimizer)
+            contents += ("rng",) * options.include_rng_state + tuple(sorted(given.extra_state))
+            return coord.SaveRequest(
+                options.checkpoint_prefix, options.format, options.compression_level, options.overwrite,
+                options.replicas == "verify", contents, options.custom_metadata,
+            )  # fmt: skip
+
+        saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects)
+        result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect, options.progress))
+        for warning in result.warnings:
+            self.logger.warning("%s: %s", result.prefix, warning)
+        own, whole = result.bytes_written, result.size_bytes
+        self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, started, op)
+        if op.rank == 0:
+            what = f"saved {result.prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
+            self._log(logging.INFO, what, whole, started, op)
+        return result.prefix
+
+    def _collect(self, given: Given[SaveOptions]) -> ShardData:
+        """S2: everything that this rank holds."""
+        into, model = Collecting(), ModelState(given.model)
+        model.collect(into)
+        if given.optimizer is not None and given.options.include_optimizer:
+            optimizer = OptimizerState(given.optimizer, model.parameters())
+            optimizer.collect(into)
+            if outside := optimizer.outside:
+                message = "%d optimizer parameter(s) are not in the model and are kept by position, first %s"
+                self.logger.warning(message, len(outside), outside[0])
+        for key, value in given.extra_state.items():
+            into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
+        if given.options.include_rng_state:
+            into.value("rng/state", rng_state(), per_rank=True)
+        return into.data
+
+    def _stage(self, pending: PendingSave, given: Given[SaveOptions]) -> None:
+        """Collect, and copy to host memory what the optimizer's next step, which will wait, does not change by itself."""
+        live = self._collect(given)
+        copies = self._reserve(live)
+        optimizers, guarded = list((given.optimizer or {}).values()), set[int]()
+        if given.options.staging == "overlapped" and all(hasattr(o, "register_step_pre_hook") for o in optimizers):
+            guarded = _optimizer_memory(optimizers)
+            for optimizer in optimizers:
+                pending.hooks.append(getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged()))
+        for copy in copies.values():
+            if copy.view.data_ptr() in guarded:
+                pending.late.append(copy)
+            else:
+                copy.room.copy_(copy.view, non_blocking=True)
+        if st.cuda_in_use():
+            torch.cuda.current_stream().synchronize()
+        for t in live.tensors:
+            pieces = [(box, copies[coord.identity(view)].room) for box, view in t.pieces]
+            pending.data.tensors.append(t._replace(pieces=pieces))
+        pending.data.values.update(live.values)
+        if not pending.late:
+            pending.staged()
+
+    def _reserve(self, live: ShardData) -> dict[tuple[object, ...], StagedCopy]:
+        """Host memory for every piece, by `identity`, pinned where CUDA is in use. MemoryError where the budget forbids it."""
+        views: dict[tuple[object, ...], tuple[str, torch.Tensor]] = {}
+        for name, view in ((t.name, view) for t in live.tensors for _, view in t.pieces):
+            views.setdefault(coord.identity(view), (name, view))
+        *starts, total = itertools.accumulate((-(-view.nbytes // 64) * 64 for _, view in views.values()), initial=0)
+        if total > len(self._staging):
+            self._staging = np.empty(0, np.uint8)  # before the larger one comes
+            limit = _available_bytes() if self.staging_budget_bytes is None else self.staging_budget_bytes
+            if limit is not None and total > limit:
+                raise MemoryError(
+                    f"staging needs {total} bytes of host memory, {limit} are allowed: use save(), or raise staging_budget_bytes"
+                )
+            self._staging = st.aligned_buffer(total)
+        copies = {}
+        for start, (key, (name, view)) in zip(starts, views.items()):
+            room = torch.from_numpy(self._staging[start : start + view.nbytes]).view(view.dtype).view(view.shape)
+            copies[key] = StagedCopy(name, view, room, view._version)
+        return copies
+
+    # ---- load
+
+    def _load(self, given: Given[LoadOptions], warnings: Sequence[str]) -> CheckpointLoadResult:
+        started = time.monotonic()
+        loader = CheckpointLoader(self.coordinator, self.storage)
+
+        def body(op: coord.Operation) -> Restore:
+            restore = Restore(given, op, self.validator)
+            steps = (restore.claim, restore.validate, restore.prepare, restore.apply)
+            with coord.no_garbage_collection():  # until what the plan was made of is gone again
+                loader.coordinate_load(op, *steps, given.options.progress)
+            return restore
+
+        restored, op = self._run(given, "load", body)
+        result = replace(restored.result, warnings=[*warnings, *restored.warnings])
+        for warning in result.warnings:
+            self.logger.warning("%s: %s", result.prefix, warning)
+        own, whole = sum(target.view.nbytes for target in restored.targets), result.metadata.size_bytes()
+        what = f"loaded {result.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB to rank {op.rank} of {op.world_size}"
+        self._log(logging.DEBUG if op.rank else logging.INFO, what, own, started, op)
+        return result
+
+    def _older(self, given: Given[LoadOptions], tried: Sequence[str]) -> str | None:
+        """The newest checkpoint older than those tried, as rank 0 sees it."""
+
+        def choose(op: coord.Operation) -> object:
+            with op.step("L1 record"):
+                choice = None
+                if op.rank == 0:
+                    heads = [head for prefix in tried if (head := st.record_head(self.storage, prefix)) is not None]
+                    limit = min((sequence for _, sequence in heads), default=math.inf)
+                    older = [m.prefix for m in st.list_committed(self.storage) if m.sequence < limit]
+                    choice = next((prefix for prefix in reversed(older) if prefix not in tried), None)
+                return op.broadcast(choice)
+
+        found, _ = self._run(given, "load", choose)
+        return found if isinstance(found, str) else None
+
+
+@contextlib.contextmanager
+def _typed(path: str, doing: str = "") -> Iterator[None]:
+    """Turn an OSError of the storage into a CheckpointException, for the local calls."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{doing}{type(error).__name__}: {error}"
+        raise CheckpointException(message, path, ExceptionType.STORAGE_ERROR) from error
+
+
+class DistributedCheckpointFactory:
+    """Builds a `DistributedCheckpoint` from `CheckpointOptions`."""
+
+    @staticmethod
+    def create(
+        coordinator: DistributedCoordinator | None = None, options: CheckpointOptions | None = None
+    ) -> DistributedCheckpoint:
+        """Collective where `coordinator` is None and torch.distributed is initialised. ValueError for bad options."""
+        options = options or CheckpointOptions()
+        _check_timeout(options.default_timeout)
+        if options.keep_last is not None and options.keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, not {options.keep_last}")
+        storage = StorageFactory.create(options.storage)
+        made = DistributedCheckpoint(
+            coordinator,
+            storage,
+            FaultToleranceHandler(storage, options.retry_policy),
+            CheckpointValidator(storage, options.integrity_checkers, options.compatibility_checkers),
+        )
+        made.default_timeout, made.keep_last = options.default_timeout, options.keep_last
+        made.staging_budget_bytes = options.staging_budget_bytes
+        return made
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Saves in the background
+
+
+class StagedCopy(NamedTuple):
+    """A live tensor and its copy in host memory; `version` is the live one's when the save was asked for."""
+
+    name: str
+    view: torch.Tensor
+    room: torch.Tensor
+    version: int
+
+
+class PendingSave(concurrent.futures.Future[str]):
+    """A save under way; `result()` is the prefix once it is committed and announced."""
+
+    def __init__(self, cancel: threading.Event | None = None) -> None:
+        super().__init__()
+        self.cancel_event = cancel or threading.Event()
+        self.asked = False  # whether somebody has seen the outcome
+        self.late: list[StagedCopy] = []  # what is copied in the background; `hooks` hold up the optimizer until then
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.data = ShardData([], {})
+        self._staging_error: Exception | None = None
+        self._staged = threading.Event()
+
+    def wait_staged(self, timeout: float | None = None) -> None:
+        """Return once the live tensors may be changed; TimeoutError after `timeout` seconds."""
+        if not self._staged.wait(timeout):
+            raise TimeoutError(f"not staged within {timeout} s")
+
+    def cancel(self) -> bool:
+        """Ask every rank to stop; False if it is over already. `result()` still tells the outcome."""
+        self.cancel_event.set()
+        return not self.done()
+
+    def result(self, timeout: float | None = None) -> str:
+        """The prefix; raises what the save raised."""
+        try:
+            return super().result(timeout)
+        finally:
+            self.asked = self.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the save raised, or None."""
+        try:
+            return super().exception(timeout)
+        finally:
+            self.asked = self.done()
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[None]:
+        """Keep an error of the copying for `collect`."""
+        try:
+            yield
+        except Exception as error:
+            self._staging_error = self._staging_error or error
+
+    def staged(self) -> None:
+        """The copy is done, or given up: the live tensors are free."""
+        for handle in self.hooks:
+            handle.remove()
+        self._staged.set()
+
+    def collect(self) -> ShardData:
+        """S2 of the background save: the copy; what went wrong with it is raised here, and so on all ranks."""
+        if self._staging_error is not None:
+            raise self._staging_error
+        return self.data
+
+
+def _copy_staged(copies: Sequence[StagedCopy]) -> None:
+    """Copy in the background; a tensor that was changed meanwhile fails the save."""
+    for name, view, room, version in copies:
+        room.copy_(view)
+        if view._version != version:
+            raise CheckpointException(
+                f"{name} was changed in place while it was being copied; wait_staged() first, or use staging='eager'",
+                type=ExceptionType.SAVE_FAILED,
+            )
+
+
+def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
+    """Addresses of what only an optimizer's step changes: its parameters and its state."""
+    found: set[int] = set()
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            tensors = [p for group in optimizer.param_groups for p in group["params"]]
+            tensors += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+            for tensor in tensors:
+                local = tensor if (sharded := coord.as_dtensor(tensor)) is None else sharded.to_local()
+                found.add(local.data_ptr())
+    return found
+
+
+def _available_bytes() -> int | None:
+    """Host memory that can be had without swapping, where the system tells."""
+    try:
+        with open("/proc/meminfo") as table:
+            found = re.search(r"^MemAvailable: *(\d+) kB", table.read(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 * 9 // 10 if found else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -896,458 +1174,182 @@ class Restore:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Saves in the background
+# Validation
 
 
-class StagedCopy(NamedTuple):
-    """A live tensor and its copy in host memory; `version` is the live one's when the save was asked for."""
+@dataclass
+class ValidationResult:
+    """What a validator found; valid where there are no errors."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def is_valid(self) -> bool:
+        return not self.errors
+
+    @property
+    def has_warnings(self) -> bool:
+        return bool(self.warnings)
+
+    def get_summary(self) -> str:
+        """Errors and warnings, a line each."""
+        lines = [f"error: {e}" for e in self.errors] + [f"warning: {w}" for w in self.warnings]
+        return "\n".join(lines) or "valid"
+
+    def add(self, other: ValidationResult) -> None:
+        """Take over what another check found."""
+        self.errors += other.errors
+        self.warnings += other.warnings
+
+
+@runtime_checkable
+class IntegrityChecker(Protocol):
+    """Judges one shard of a checkpoint. What it raises counts as an error that it found."""
 
     name: str
-    view: torch.Tensor
-    room: torch.Tensor
-    version: int
+
+    def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult: ...
 
 
-class PendingSave(concurrent.futures.Future[str]):
-    """A save under way; `result()` is the prefix once it is committed and announced."""
+@runtime_checkable
+class CompatibilityChecker(Protocol):
+    """Judges a checkpoint's record."""
 
-    def __init__(self, cancel: threading.Event | None = None) -> None:
-        super().__init__()
-        self.cancel_event = cancel or threading.Event()
-        self.asked = False  # whether somebody has seen the outcome
-        self.late: list[StagedCopy] = []  # what is copied in the background; `hooks` hold up the optimizer until then
-        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.data = ShardData([], {})
-        self._staging_error: Exception | None = None
-        self._staged = threading.Event()
+    name: str
 
-    def wait_staged(self, timeout: float | None = None) -> None:
-        """Return once the live tensors may be changed; TimeoutError after `timeout` seconds."""
-        if not self._staged.wait(timeout):
-            raise TimeoutError(f"not staged within {timeout} s")
-
-    def cancel(self) -> bool:
-        """Ask every rank to stop; False if it is over already. `result()` still tells the outcome."""
-        self.cancel_event.set()
-        return not self.done()
-
-    def result(self, timeout: float | None = None) -> str:
-        """The prefix; raises what the save raised."""
-        try:
-            return super().result(timeout)
-        finally:
-            self.asked = self.done()
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What the save raised, or None."""
-        try:
-            return super().exception(timeout)
-        finally:
-            self.asked = self.done()
-
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[None]:
-        """Keep an error of the copying for `collect`."""
-        try:
-            yield
-        except Exception as error:
-            self._staging_error = self._staging_error or error
-
-    def staged(self) -> None:
-        """The copy is done, or given up: the live tensors are free."""
-        for handle in self.hooks:
-            handle.remove()
-        self._staged.set()
-
-    def collect(self) -> ShardData:
-        """S2 of the background save: the copy; what went wrong with it is raised here, and so on all ranks."""
-        if self._staging_error is not None:
-            raise self._staging_error
-        return self.data
+    def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult: ...
 
 
-def _copy_staged(copies: Sequence[StagedCopy]) -> None:
-    """Copy in the background; a tensor that was changed meanwhile fails the save."""
-    for name, view, room, version in copies:
-        room.copy_(view)
-        if view._version != version:
-            raise CheckpointException(
-                f"{name} was changed in place while it was being copied; wait_staged() first, or use staging='eager'",
-                type=ExceptionType.SAVE_FAILED,
-            )
+class SizeIntegrityChecker:
+    """The shard is there, as long as the record says, and its header has the CRC32 that the record says."""
+
+    name = "size"
+
+    def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
+        """Reads the header only."""
+        reader.header(shard)
+        return ValidationResult()
 
 
-def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
-    """Addresses of what only an optimizer's step changes: its parameters and its state."""
-    found: set[int] = set()
-    for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.Optimizer):
-            tensors = [p for group in optimizer.param_groups for p in group["params"]]
-            tensors += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-            for tensor in tensors:
-                local = tensor if (sharded := coord.as_dtensor(tensor)) is None else sharded.to_local()
-                found.add(local.data_ptr())
-    return found
+class ChecksumIntegrityChecker:
+    """Every block of the shard has the CRC32 that its header says. Reads every byte."""
 
+    name = "checksum"
 
-def _available_bytes() -> int | None:
-    """Host memory that can be had without swapping, where the system tells."""
-    try:
-        with open("/proc/meminfo") as table:
-            found = re.search(r"^MemAvailable: *(\d+) kB", table.read(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 * 9 // 10 if found else None
+    def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
+        """An error for each damaged block."""
+        found, header = ValidationResult(), reader.header(shard)
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# The checkpoint
-
-R = TypeVar("R")
-
-
-class DistributedCheckpoint:
-    """Saves and loads checkpoints; also a context manager that waits for pending saves.
-
-    Collective, called by every rank: creating one with `coordinator=None` under torch.distributed, `save`, `save_async`,
-    `save_model_only`, `load`. Local, from any one rank: everything else.
-    """
-
-    def __init__(
-        self, coordinator: DistributedCoordinator | None = None, storage: CheckpointStorage | None = None,
-        fault_handler: FaultToleranceHandler | None = None, validator: CheckpointValidator | None = None,
-        logger: logging.Logger | None = None,
-    ) -> None:  # fmt: skip
-        if coordinator is None:
-            initialised = dist.is_available() and dist.is_initialized()
-            coordinator = TorchCoordinator() if initialised else LocalCoordinator()
-        self.coordinator = coordinator
-        self.storage = storage or StorageFactory.create(StorageOptions())
-        self.fault_handler = fault_handler or FaultToleranceHandler(self.storage)
-        self.validator = validator or CheckpointValidator(self.storage)
-        self.logger = logger or log
-        self.default_timeout = CheckpointOptions.default_timeout
-        self.keep_last: int | None = None
-        self.staging_budget_bytes: int | None = None
-        self._suspects: set[str] = set()
-        self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
-        self._pending: PendingSave | None = None
-
-    def save(
-        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
-        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
-    ) -> str:  # fmt: skip
-        """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
-
-        ValueError for a misuse, CheckpointException for a failure, on every rank alike; then nothing was committed, an
-        older checkpoint of this prefix is untouched, and this save's files are gone.
-        """
-        given = self._given(model, optimizer, options or SaveOptions(), extra_state, cancel)
-        return self._save(given, lambda: self._collect(given))
-
-    def save_async(
-        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
-        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
-    ) -> PendingSave:  # fmt: skip
-        """Copy the state to host memory, and save it in the background. Collective; one save is in flight at a time.
-
-        With staging="eager" the copy is done on return. With "overlapped" parameters and optimizer state are copied while
-        forward and backward run: the optimizer's next step waits for it, and a change from elsewhere (an EMA, clipping in
-        place; not one through `.data`, which leaves no trace) fails the save with the tensor's name. Every failure is
-        raised by `result()`, or, if nobody asks, by the next save, load or `close`.
-        """
-        pending = PendingSave(cancel)
-        given = self._given(model, optimizer, options or SaveOptions(), extra_state, pending.cancel_event)
-        with pending.staging():
-            given.options.check()
-            self._stage(pending, given)
-
-        def save() -> None:
+        def check(block: int, buffer: st.Bytes) -> None:
             try:
-                with pending.staging():
-                    _copy_staged(pending.late)
-                pending.staged()
-                pending.set_result(self._save(given, pending.collect))
-            except BaseException as error:  # kept for whoever asks
-                self.logger.error("background save failed: %s", error)
-                pending.set_exception(error)
-            finally:
-                pending.data, pending.late = ShardData([], {}), []  # `pending` may be kept, the copy need not
-
-        self._pending = pending
-        threading.Thread(target=save, name="ckpt-save").start()  # no daemon: the interpreter's exit waits for it
-        return pending
-
-    def save_model_only(
-        self, model: Model, options: SaveOptions | None = None, *, cancel: threading.Event | None = None
-    ) -> str:
-        """Save the model alone: no optimizer, no random number generators. Otherwise as `save`."""
-        return self.save(model, None, replace(options or SaveOptions(), include_rng_state=False), cancel=cancel)
-
-    def load(
-        self, model: Model, optimizer: Model | None = None, options: LoadOptions | None = None, *,
-        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
-    ) -> CheckpointLoadResult:  # fmt: skip
-        """Restore a checkpoint in place, whatever layout it was saved from. Collective; blocks until every rank has its own.
-
-        ValueError for a misuse, CheckpointException for a failure, on every rank alike. Before any byte was read into a tensor
-        nothing has changed; after that tensors are undefined, and the error says so. With `fallback`, the newest
-        older checkpoint that verifies is loaded instead of one that is corrupt.
-        """
-        given = self._given(model, optimizer, options or LoadOptions(), extra_state, cancel)
-        tried: list[str] = []
-        warnings: list[str] = []
-        while True:
-            try:
-                return self._load(given, warnings)
+                reader.read(shard, block, block + 1, buffer)
             except CheckpointException as error:
-                if not given.options.fallback or error.type is not ExceptionType.CORRUPTED_CHECKPOINT:
-                    raise
-                tried.append(given.prefix)
-                warnings.append(f"{given.prefix} is corrupt, falling back: {error}")
-                self.logger.warning("%s", warnings[-1])
-                if (older := self._older(given, tried)) is None:
-                    raise
-                given = replace(given, options=replace(given.options, checkpoint_prefix=older))
+                found.errors.append(str(error))
+            reader.checked_bytes += st.block_span(header, block, block + 1)
 
-    def list_checkpoints(self) -> list[CheckpointInfo]:
-        """Committed checkpoints, oldest first. Local."""
-        with _typed(""):
-            return [CheckpointInfo.of(meta) for meta in st.list_committed(self.storage)]
+        blocks = st.block_count(header.data_length)
+        st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.poll)
+        return found
 
-    def latest_checkpoint(self) -> CheckpointInfo | None:
-        """The newest committed checkpoint, by the order of saves. Local."""
-        return next(reversed(self.list_checkpoints()), None)
 
-    def delete_checkpoint(self, checkpoint_prefix: str) -> None:
-        """Delete a checkpoint: its record first, then its shards; safe to repeat. Local: call it on one rank.
+class VersionCompatibilityChecker:
+    """The format version is one that this code reads."""
 
-        CheckpointException(STORAGE_ERROR) where there is none.
-        """
-        st.check_prefix(checkpoint_prefix)
-        with _typed(checkpoint_prefix):
-            self.fault_handler.rollback(checkpoint_prefix)
+    name = "version"
 
-    def validate_checkpoint(self, checkpoint_prefix: str) -> ValidationResult:
-        """Read and check every byte of a checkpoint. Local."""
-        return self.validator.validate_checkpoint(checkpoint_prefix)
-
-    def close(self) -> None:
-        """Wait for a pending save, raise its failure if nobody has asked for it, and free the staging memory."""
-        try:
-            if (error := self._drain(self.default_timeout)) is not None:
-                raise error
-        finally:
-            self._staging = np.empty(0, np.uint8)
-
-    def __enter__(self) -> DistributedCheckpoint:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    # ---- both
-
-    def _given(
-        self, model: Model, optimizer: Model | None, options: Options, extra_state: Mapping[str, object] | None,
-        cancel: threading.Event | None,
-    ) -> Given[Options]:  # fmt: skip
-        """Wait for the save in flight, and put together what was given. Nothing is checked: S1 and L1 do that, together."""
-        limit_s = _seconds(options.timeout) or self.default_timeout
-        return Given(
-            _parts(model), None if optimizer is None else _parts(optimizer), options,
-            {} if extra_state is None else extra_state, cancel, limit_s, self._drain(limit_s),
-        )  # fmt: skip
-
-    def _drain(self, limit_s: float) -> BaseException | None:
-        """Wait for the save in flight; returns its failure if nobody here has asked for it."""
-        if (pending := self._pending) is None:
-            return None
-        if concurrent.futures.wait([pending], limit_s + coord.GRACE_S).not_done:
-            raise CheckpointException(f"the save in flight is not done after {limit_s:g} s", type=ExceptionType.TIMEOUT)
-        self._pending = None
-        return None if pending.asked else pending.exception()
-
-    def _run(self, given: Given[Options], verb: str, body: Callable[[coord.Operation], R]) -> tuple[R, coord.Operation]:
-        """Run `body` on all ranks, again where they agree to; the failure that they agree on becomes the public exception."""
-        retryable = self.fault_handler.retry_policy.retryable_exceptions
-
-        def attempt() -> tuple[R, coord.Operation]:
-            replaced = False
-            while True:
-                op = coord.Operation(self.coordinator, verb, given.limit_s, given.cancel, retryable)
-                try:
-                    return body(op), op
-                except coord.OperationFailed as failed:
-                    self.logger.debug("an attempt failed: %s", failed)
-                    if replaced or not failed.superseded:
-                        raise
-                    replaced = True  # a save has replaced what was being read: at once again, for the new one
-
-        try:
-            return self.fault_handler.execute_with_retry(attempt, given.cancel)
-        except coord.OperationFailed as failed:
-            raise failed.public(given.prefix) from failed.__cause__
-
-    def _log(self, level: int, what: str, count: int, started: float, op: coord.Operation) -> None:
-        seconds = time.monotonic() - started
-        steps = " ".join(f"{name.split()[0]} {took:.3f}" for name, took in op.seconds.items())
-        self.logger.log(level, "%s in %.3f s, %.2f GB/s (%s)", what, seconds, count / 1e9 / max(seconds, 1e-9), steps)
-
-    # ---- save
-
-    def _save(self, given: Given[SaveOptions], collect: Callable[[], ShardData]) -> str:
-        started, options = time.monotonic(), given.options
-
-        def request() -> coord.SaveRequest:
-            given.check()
-            contents = ("optimizer",) * (given.optimizer is not None and options.include_optimizer)
-            contents += ("rng",) * options.include_rng_state + tuple(sorted(given.extra_state))
-            return coord.SaveRequest(
-                options.checkpoint_prefix, options.format, options.compression_level, options.overwrite,
-                options.replicas == "verify", contents, options.custom_metadata,
-            )  # fmt: skip
-
-        saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects)
-        result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect, options.progress))
-        for warning in result.warnings:
-            self.logger.warning("%s: %s", result.prefix, warning)
-        own, whole = result.bytes_written, result.size_bytes
-        self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, started, op)
-        if op.rank == 0:
-            what = f"saved {result.prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
-            self._log(logging.INFO, what, whole, started, op)
-        return result.prefix
-
-    def _collect(self, given: Given[SaveOptions]) -> ShardData:
-        """S2: everything that this rank holds."""
-        into, model = Collecting(), ModelState(given.model)
-        model.collect(into)
-        if given.optimizer is not None and given.options.include_optimizer:
-            optimizer = OptimizerState(given.optimizer, model.parameters())
-            optimizer.collect(into)
-            if outside := optimizer.outside:
-                message = "%d optimizer parameter(s) are not in the model and are kept by position, first %s"
-                self.logger.warning(message, len(outside), outside[0])
-        for key, value in given.extra_state.items():
-            into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
-        if given.options.include_rng_state:
-            into.value("rng/state", rng_state(), per_rank=True)
-        return into.data
-
-    def _stage(self, pending: PendingSave, given: Given[SaveOptions]) -> None:
-        """Collect, and copy to host memory what the optimizer's next step, which will wait, does not change by itself."""
-        live = self._collect(given)
-        copies = self._reserve(live)
-        optimizers, guarded = list((given.optimizer or {}).values()), set[int]()
-        if given.options.staging == "overlapped" and all(hasattr(o, "register_step_pre_hook") for o in optimizers):
-            guarded = _optimizer_memory(optimizers)
-            for optimizer in optimizers:
-                pending.hooks.append(getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged()))
-        for copy in copies.values():
-            if copy.view.data_ptr() in guarded:
-                pending.late.append(copy)
-            else:
-                copy.room.copy_(copy.view, non_blocking=True)
-        if st.cuda_in_use():
-            torch.cuda.current_stream().synchronize()
-        for t in live.tensors:
-            pieces = [(box, copies[coord.identity(view)].room) for box, view in t.pieces]
-            pending.data.tensors.append(t._replace(pieces=pieces))
-        pending.data.values.update(live.values)
-        if not pending.late:
-            pending.staged()
-
-    def _reserve(self, live: ShardData) -> dict[tuple[object, ...], StagedCopy]:
-        """Host memory for every piece, by `identity`, pinned where CUDA is in use. MemoryError where the budget forbids it."""
-        views: dict[tuple[object, ...], tuple[str, torch.Tensor]] = {}
-        for name, view in ((t.name, view) for t in live.tensors for _, view in t.pieces):
-            views.setdefault(coord.identity(view), (name, view))
-        *starts, total = itertools.accumulate((-(-view.nbytes // 64) * 64 for _, view in views.values()), initial=0)
-        if total > len(self._staging):
-            self._staging = np.empty(0, np.uint8)  # before the larger one comes
-            limit = _available_bytes() if self.staging_budget_bytes is None else self.staging_budget_bytes
-            if limit is not None and total > limit:
-                raise MemoryError(
-                    f"staging needs {total} bytes of host memory, {limit} are allowed: use save(), or raise staging_budget_bytes"
-                )
-            self._staging = st.aligned_buffer(total)
-        copies = {}
-        for start, (key, (name, view)) in zip(starts, views.items()):
-            room = torch.from_numpy(self._staging[start : start + view.nbytes]).view(view.dtype).view(view.shape)
-            copies[key] = StagedCopy(name, view, room, view._version)
-        return copies
-
-    # ---- load
-
-    def _load(self, given: Given[LoadOptions], warnings: Sequence[str]) -> CheckpointLoadResult:
-        started = time.monotonic()
-        loader = CheckpointLoader(self.coordinator, self.storage)
-
-        def body(op: coord.Operation) -> Restore:
-            restore = Restore(given, op, self.validator)
-            steps = (restore.claim, restore.validate, restore.prepare, restore.apply)
-            loader.coordinate_load(op, *steps, given.options.progress)
-            return restore
-
-        restored, op = self._run(given, "load", body)
-        result = replace(restored.result, warnings=[*warnings, *restored.warnings])
-        for warning in result.warnings:
-            self.logger.warning("%s: %s", result.prefix, warning)
-        own, whole = sum(target.view.nbytes for target in restored.targets), result.metadata.size_bytes()
-        what = f"loaded {result.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB to rank {op.rank} of {op.world_size}"
-        self._log(logging.DEBUG if op.rank else logging.INFO, what, own, started, op)
+    def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
+        """An error for any other version; a warning where torch was of another major version."""
+        result = ValidationResult()
+        if metadata.version != st.FORMAT_VERSION:
+            result.errors.append(f"format version {metadata.version}; this code reads {st.FORMAT_VERSION}")
+        if metadata.torch_version.partition(".")[0] != torch.__version__.partition(".")[0]:
+            result.warnings.append(f"saved with torch {metadata.torch_version}, this is {torch.__version__}")
         return result
 
-    def _older(self, given: Given[LoadOptions], tried: Sequence[str]) -> str | None:
-        """The newest checkpoint older than those tried, as rank 0 sees it."""
 
-        def choose(op: coord.Operation) -> object:
-            with op.step("L1 record"):
-                choice = None
-                if op.rank == 0:
-                    heads = [head for prefix in tried if (head := st.record_head(self.storage, prefix)) is not None]
-                    limit = min((sequence for _, sequence in heads), default=math.inf)
-                    older = [m.prefix for m in st.list_committed(self.storage) if m.sequence < limit]
-                    choice = next((prefix for prefix in reversed(older) if prefix not in tried), None)
-                return op.broadcast(choice)
+class SchemaCompatibilityChecker:
+    """The record is consistent in itself: every tensor's pieces add up to the whole of it."""
 
-        found, _ = self._run(given, "load", choose)
-        return found if isinstance(found, str) else None
+    name = "schema"
+
+    def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
+        """An error for every tensor (20 at most) of which the pieces leave something out, or store it twice."""
+        result, pieces = ValidationResult(), metadata.pieces
+        volume = np.zeros(len(metadata.tensors), np.int64)
+        np.add.at(volume, pieces.tensor, pieces.box[:, 1].prod(axis=1))
+        for index, tensor in enumerate(metadata.tensors):
+            expected = 0 if tensor.alias_of is not None else math.prod(tensor.shape)
+            if volume[index] != expected and len(result.errors) < 20:
+                result.errors.append(f"{tensor.name}: pieces hold {volume[index]} of {expected} elements")
+        return result
 
 
-@contextlib.contextmanager
-def _typed(path: str, doing: str = "") -> Iterator[None]:
-    """Turn an OSError of the storage into a CheckpointException, for the local calls."""
+class CheckpointValidator:
+    """Runs checkers; the built-in ones always, those given in addition."""
+
+    def __init__(
+        self, storage: CheckpointStorage, integrity_checkers: Sequence[IntegrityChecker] = (),
+        compatibility_checkers: Sequence[CompatibilityChecker] = (),
+    ) -> None:  # fmt: skip
+        self.storage = storage
+        self.integrity_checkers: list[IntegrityChecker] = [SizeIntegrityChecker(), *integrity_checkers]
+        built_in: list[CompatibilityChecker] = [VersionCompatibilityChecker(), SchemaCompatibilityChecker()]
+        self.compatibility_checkers = [*built_in, *compatibility_checkers]
+
+    def validate_checkpoint(
+        self, checkpoint_prefix: str, poll: Callable[[int, int], None] | None = None
+    ) -> ValidationResult:
+        """Check the record and every byte of every shard. Any process; never raises for damage, but reports it.
+
+        `poll(bytes_checked, bytes_total)` is called a few times a second.
+        """
+        for _ in range(2):  # once more if it was replaced meanwhile
+            try:
+                meta = st.read_committed(self.storage, checkpoint_prefix)
+            except FileNotFoundError:
+                return ValidationResult([f"there is no checkpoint {checkpoint_prefix!r}"])
+            except (CheckpointException, OSError) as error:
+                return ValidationResult([str(error)])
+            result = self.validate_metadata(meta)
+            with CheckpointReader(self.storage, meta) as reader:
+                if poll is not None:
+                    reader.poll = lambda: poll(reader.checked_bytes, meta.size_bytes())
+                result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
+                if result.is_valid or not reader.is_superseded():
+                    break
+        return result
+
+    def validate_metadata(self, metadata: CheckpointMetadata | str) -> ValidationResult:
+        """Run the compatibility checkers on a record (or on that of a prefix)."""
+        if isinstance(metadata, str):
+            metadata = st.read_committed(self.storage, metadata)
+        result = ValidationResult()
+        for checker in self.compatibility_checkers:
+            result.add(_guarded(checker.name, checker.check_compatibility, metadata))
+        return result
+
+    def validate_shards(
+        self, reader: CheckpointReader, shards: Iterable[int] | None = None, extra: Sequence[IntegrityChecker] = ()
+    ) -> ValidationResult:
+        """Run the integrity checkers on some shards (default: all), and `extra` ones."""
+        result = ValidationResult()
+        for shard in range(len(reader.metadata.shards)) if shards is None else shards:
+            for checker in (*self.integrity_checkers, *extra):
+                found = _guarded(checker.name, checker.check_integrity, reader, shard)
+                result.add(found)
+                if not found.is_valid:
+                    break  # a shard without a sound header has nothing more to check
+        return result
+
+
+def _guarded(name: str, check: Callable[..., ValidationResult], *args: object) -> ValidationResult:
     try:
-        yield
-    except OSError as error:
-        message = f"{doing}{type(error).__name__}: {error}"
-        raise CheckpointException(message, path, ExceptionType.STORAGE_ERROR) from error
-
-
-class DistributedCheckpointFactory:
-    """Builds a `DistributedCheckpoint` from `CheckpointOptions`."""
-
-    @staticmethod
-    def create(
-        coordinator: DistributedCoordinator | None = None, options: CheckpointOptions | None = None
-    ) -> DistributedCheckpoint:
-        """Collective where `coordinator` is None and torch.distributed is initialised. ValueError for bad options."""
-        options = options or CheckpointOptions()
-        _check_timeout(options.default_timeout)
-        if options.keep_last is not None and options.keep_last < 1:
-            raise ValueError(f"keep_last must be at least 1, not {options.keep_last}")
-        storage = StorageFactory.create(options.storage)
-        made = DistributedCheckpoint(
-            coordinator,
-            storage,
-            FaultToleranceHandler(storage, options.retry_policy),
-            CheckpointValidator(storage, options.integrity_checkers, options.compatibility_checkers),
-        )
-        made.default_timeout, made.keep_last = options.default_timeout, options.keep_last
-        made.staging_budget_bytes = options.staging_budget_bytes
-        return made
+        return check(*args)
+    except CheckpointException as error:
+        return ValidationResult([str(error)])
+    except Exception as error:
+        return ValidationResult([f"checker {name!r} raised {type(error).__name__}: {error}"])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ Invariants, cited where they are upheld:
     I4  Whoever gives a save up removes its fence first, then looks at the record: the storage decides (`_settle`).
     I5  A failure on one rank ends the operation on all of them with that rank's error (`Operation.step`).
 
-Read next: coordinators, `Operation`, `coordinate_save`, the planner (`plan_save`), `coordinate_load`.
+In this order below: the two protocols, step by step; `Operation` and the coordinators, on which they stand; then what the
+steps do: what a rank holds (S2), the plan (S3), writing (S4), reading (L3, L4).
 """
 
 from __future__ import annotations
@@ -79,6 +80,795 @@ CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
+
+# --------------------------------------------------------------------------------------------------------------------
+# The save protocol
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """What all ranks must ask for alike; `prefix` None lets rank 0 make one up from the time."""
+
+    prefix: str | None
+    format: CheckpointFormat
+    compression: st.CompressionLevel
+    overwrite: bool
+    verify_replicas: bool
+    contents: tuple[str, ...]  # which arguments were given
+    custom_metadata: Mapping[str, object]
+
+    @property
+    def packed(self) -> bool:
+        """Whether anything is compressed."""
+        return self.compression is not st.CompressionLevel.NONE
+
+    def claim(self) -> dict[str, object]:
+        """As a value to compare between ranks."""
+        told = {"format": self.format.value, "compression": self.compression.value, "contents": list(self.contents)}
+        return {"verb": "save", **vars(self), **told, "custom_metadata": dict(self.custom_metadata)}
+
+
+def demand_equal(claims: Sequence[object]) -> None:
+    """ValueError that names the first difference between what the ranks ask for."""
+    first = claims[0]
+    for rank, claim in enumerate(claims):
+        if claim != first and isinstance(claim, dict) and isinstance(first, dict):
+            key = next((k for k in [*first, *claim] if first.get(k) != claim.get(k)), "?")
+            raise ValueError(
+                f"ranks disagree about {key}: rank 0 has {first.get(key)!r}, rank {rank} has {claim.get(key)!r}"
+            )
+
+
+class Ticket(NamedTuple):
+    """The outcome of S1."""
+
+    prefix: str
+    save_id: str
+    sequence: int
+
+
+class SaveResult(NamedTuple):
+    """A committed save."""
+
+    prefix: str
+    warnings: list[str]
+    bytes_written: int  # by this rank
+    size_bytes: int  # of the whole checkpoint; 0 where not known, which is on other ranks than 0
+
+
+class CheckpointCoordinator:
+    """Runs S1 to S7 on one rank. `suspects`: tensors whose copies once differed, compared before they are written."""
+
+    def __init__(
+        self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage, keep_last: int | None = None,
+        suspects: set[str] | None = None,
+    ) -> None:  # fmt: skip
+        self.coordinator, self.storage, self.keep_last = coordinator, storage, keep_last
+        self.suspects = set() if suspects is None else suspects
+
+    def coordinate_save(
+        self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData],
+        progress: Callable[[Progress], None] | None = None,
+    ) -> SaveResult:  # fmt: skip
+        """Save what `collect` returns on every rank. Collective; blocks until committed and announced.
+
+        `OperationFailed` on all ranks if nothing was committed, with this save's files removed again. Once S6 has renamed
+        the record, the save has succeeded, whatever happens to a rank: what goes wrong then is a warning.
+        """
+        attempt = _Attempt(self, op, progress)
+        try:
+            attempt.agree(request)
+            attempt.collect(collect)
+            proved = False
+            while not proved:  # copies differ that were planned as replicas: once more, each rank its own
+                attempt.plan()
+                attempt.write()
+                proved = attempt.report()
+            attempt.commit()
+            attempt.announce()
+        except BaseException as error:
+            if not attempt.settle() or not isinstance(error, Exception):
+                raise
+            attempt.warnings.append(f"committed, but not every rank may know: {error}")
+        finally:
+            attempt.release()
+        return SaveResult(attempt.ticket.prefix, attempt.warnings, attempt.bytes_written, attempt.size_bytes)
+
+
+class _Attempt:
+    """One try at a save: the seven steps, and what they hold in common on this rank."""
+
+    def __init__(
+        self, parent: CheckpointCoordinator, op: Operation, progress: Callable[[Progress], None] | None
+    ) -> None:
+        self.storage, self.keep_last, self._suspects = parent.storage, parent.keep_last, parent.suspects
+        self.op, self.progress = op, progress
+        self.ticket = Ticket("", "", 0)
+        self.warnings: list[str] = []
+        self.bytes_written = self.size_bytes = 0
+        self._fence: st.StoredFile | None = None
+        self._created: list[str] = []
+        self._shared: Draft | None = None  # on rank 0: the files that ranks share
+        self._model: Draft | None = None
+        self._gathering: Gathering | None = None
+        self._superseded: list[str] = []
+        self._committed = False
+
+    # S1
+    def agree(self, request: Callable[[], SaveRequest]) -> None:
+        with self.op.step("S1 agree"):
+            self.request = request()
+            demand_equal(self.op.gather(self.request.claim()))
+            drawn = Fields(self.op.broadcast(self._draw_ticket()._asdict() if self.op.rank == 0 else None))
+            self.ticket = Ticket(drawn.text("prefix"), drawn.text("save_id"), drawn.number("sequence"))
+
+    def _draw_ticket(self) -> Ticket:
+        taken, prefix = st.recorded_prefixes(self.storage), self.request.prefix
+        heads = [st.record_head(self.storage, other) for other in taken]
+        sequence = max((head[1] for head in heads if head is not None), default=0)
+        if prefix is None:
+            now = datetime.datetime.now(datetime.timezone.utc).strftime("checkpoint_%Y%m%d_%H%M%S")
+            names = itertools.chain([now], (f"{now}_{count}" for count in itertools.count(1)))
+            prefix = next(name for name in names if name not in taken)
+        elif prefix in taken and not self.request.overwrite:
+            raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
+        return Ticket(prefix, secrets.token_hex(4), sequence + 1)
+
+    # S2
+    def collect(self, collect: Callable[[], ShardData]) -> None:
+        with self.op.step("S2 collect"), no_garbage_collection():
+            data = collect()
+            self._data = data._replace(tensors=mark_tied(data.tensors))
+            self._pieces = [piece for t in data.tensors for piece in t.pieces]  # as `describe` numbers them
+            for text, _ in data.values.values():
+                self._pieces.append((Box((0,), (len(text),)), torch.frombuffer(bytearray(text), dtype=torch.uint8)))
+
+    # S3
+    def plan(self) -> None:
+        with self.op.step("S3 plan"), no_garbage_collection():
+            first = describe(self._data) if self.op.rank == 0 else None
+            reference = self.op.broadcast(first[1] if first else None)
+            description, _ = first or describe(self._data, str(reference))
+            gathered = self.op.collect_at_0(st.dump_json(description))
+            holdings = Holdings(gathered) if self.op.rank == 0 else None
+            if self.request.verify_replicas and self.op.world_size > 1:
+                self._prove_early(holdings)
+            orders = self._lay_out(holdings) if holdings is not None else []
+            order = self._order = Fields(json.loads(self.op.hand_out(orders)))
+            self._sources = []
+            for meta, box, (piece, begin) in read_rows(order, "source", "begin"):
+                held, view = self._pieces[piece]
+                entry = draft_entry(meta, box, begin, self.request.packed)
+                self._sources.append(Source(entry, view if held == box else view[box.within(held)]))
+            if order.all["model"] is not None:
+                rows = read_rows(order.child("model"), "begin", "rank", "source")
+                self._gathering = Gathering(self.op, self._pieces, rows)
+
+    def _proof(self, holdings: Holdings, early: bool) -> ReplicaProof:
+        """Of the replicas whose copies are compared before (early), or else beside, the writing."""
+        tensors, groups = holdings.tensors, holdings.groups
+        of = groups.rows.tensor
+        values = np.array([t.dtype == "JSON" for t in tensors], bool)  # compared while planning
+        suspect = np.array([t.name in self._suspects for t in tensors], bool)
+        first = (holdings.nbytes(groups.rows) < EARLY_PROOF_BYTES) | suspect[of]
+        first |= self.request.format is CheckpointFormat.CONSOLIDATED  # whoever has most of a block writes it
+        wanted = (groups.count > 1) & ~values[of] & (first == early) & self.request.verify_replicas
+        return ReplicaProof(groups, np.flatnonzero(wanted))
+
+    def _views(self, runs: object) -> list[torch.Tensor]:
+        """The pieces of this rank that rank 0 names by their numbers."""
+        counts = runs[2::3] if isinstance(runs, list) else []
+        return [self._pieces[index][1] for index in st.decode_runs(runs, sum(counts)).tolist()]
+
+    def _prove_early(self, holdings: Holdings | None) -> None:
+        """Compare the copies of small tensors, and of those that differed before; what differs is kept per rank."""
+        proof = self._proof(holdings, early=True) if holdings is not None else None
+        if not self.op.broadcast(proof is not None and proof.count > 0):
+            return
+        parts = [st.dump_json(proof.wanted(rank)) for rank in range(self.op.world_size)] if proof is not None else []
+        jobs, rows = checksum_jobs(self._views(json.loads(self.op.hand_out(parts))))
+        run_jobs(jobs, Meter(self.op, 0, None), len(jobs))
+        answers = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(summaries(rows)))]
+        if holdings is not None and proof is not None:
+            self._split_differing(holdings, proof, answers)
+
+    def _split_differing(self, holdings: Holdings, proof: ReplicaProof, answers: Sequence[Sequence[int]]) -> None:
+        """Of copies declared equal the lowest rank's is kept; what nobody declared equal is kept per rank."""
+        groups, apart, spoilt = holdings.groups, set[str](), list[int]()
+        for group, odd_ranks in proof.differing(answers).items():
+            name, odd = holdings.tensors[groups.rows.tensor[group]].name, ", ".join(map(str, odd_ranks))
+            which = f"rank(s) {odd} from rank {groups.rows.rank[group]}"
+            if holdings.known[name].declared:
+                spoilt += range(groups.start[group] + 1, groups.start[group] + groups.count[group])
+                told = f"copies that its placement declares equal differ: {which}, whose copy is kept"
+            elif name in apart:
+                continue
+            else:
+                apart.add(name)
+                told = f"differs between ranks ({which}); it is saved per rank"
+            self.warnings.append(f"{name}: {told}")
+        if apart or spoilt:
+            holdings.arrange(apart, groups.members.take(np.array(spoilt, np.int64)))
+
+    def _lay_out(self, holdings: Holdings) -> list[bytes]:
+        """Plan, raise the fence, make the files that ranks share; what each rank needs to know to write its bytes."""
+        plan = self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
+        self._late_proof = self._proof(holdings, early=False)
+        if self._fence is None:
+            self._fence = self.storage.create(st.fence_name(self.ticket.prefix, self.ticket.save_id))
+        common: dict[str, object] = {"proving": self._late_proof.count > 0, "shared": None, "model": None}
+        if plan.shared:
+            self._shared = self._draft_shared(plan)
+            common["shared"] = self._make(self._shared)
+        if plan.model_rows is not None:
+            self._model = self._draft_model(plan)
+            common["model"] = {**self._make(self._model), **_model_order(plan, plan.model_rows)}
+            if self.request.packed:
+                self.warnings.append("the consolidated model file is not compressed: others could not read it")
+        return [
+            st.dump_json({**common, **plan.order(rank), "replicas": self._late_proof.wanted(rank)})
+            for rank in range(self.op.world_size)
+        ]
+
+    def _draft_shared(self, plan: SavePlan) -> Draft:
+        entries = []
+        for index, row, begin in zip(plan.rows.tensor.tolist(), plan.rows.box.tolist(), plan.begin.tolist()):
+            tensor = plan.tensors[index]
+            entries.append(draft_entry(tensor, _box(row, len(tensor.shape)), begin, self.request.packed))
+        suffix = "" if plan.model_rows is None else ".rest"
+        return draft_file(f"{self.ticket.save_id}{suffix}.safetensors", entries, self.op.world_size)
+
+    def _draft_model(self, plan: SavePlan) -> Draft:
+        entries = []
+        for index, begin, _ in plan.model_entries:
+            tensor = plan.tensors[index]
+            entry = draft_entry(tensor, Box((0,) * len(tensor.shape), tensor.shape), begin, packed=False)
+            entries.append(entry._replace(name=tensor.name.removeprefix("model/")))
+        return draft_file(f"{self.ticket.save_id}.model.safetensors", entries)
+
+    def _make(self, draft: Draft) -> dict[str, object]:
+        """Create a file that ranks share; what they need to know of it."""
+        with self._create(draft):
+            return {"file": draft.name, "start": len(draft.header)}
+
+    @contextmanager
+    def _create(self, draft: Draft) -> Iterator[st.StoredFile]:
+        self._created.append(draft.name)
+        with closing(self.storage.create(f"{self.ticket.prefix}/{draft.name}")) as file:
+            file.resize(len(draft.header) + data_end(draft.entries))
+            yield file
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[st.StoredFile]:
+        """A file that ranks share; what is written into it is durable at the end (I2)."""
+        with closing(self.storage.open(f"{self.ticket.prefix}/{name}", write=True)) as file:
+            yield file
+            file.sync()
+
+    # S4
+    def write(self) -> None:
+        with self.op.step("S4 write"):
+            order, entries = self._order, [s.entry for s in self._sources]
+            beside, replicas = checksum_jobs(self._views(order.all["replicas"]))
+            total = sum(e.end - e.begin for e in entries)
+            if entries and not self.request.packed:
+                total = entries[-1].end - entries[0].begin  # and what lies between them
+            total += self._gathering.nbytes if self._gathering is not None else 0
+            meter = Meter(self.op, total, self.progress)
+            model, shard, crcs, moved = dict[int, int](), None, list[int](), list[st.Entry]()
+            if self._gathering is not None:
+                told = order.child("model")
+                with self._open(told.text("file")) as file:
+                    model = self._gathering.write(file, told.number("start"), meter)
+            if order.all["shared"] is None:
+                draft = draft_file(st.shard_name(self.ticket.save_id, self.op.rank, self.op.world_size), entries)
+                with self._create(draft) as file:
+                    crcs, moved = self._write_part(file, len(draft.header), meter, beside)
+                    shard = draft.finish(file, crcs, moved)
+                    file.sync()  # I2
+            elif entries:
+                told = order.child("shared")
+                with self._open(told.text("file")) as file:
+                    crcs, moved = self._write_part(file, told.number("start"), meter, beside)
+            else:
+                run_jobs(beside, meter, len(beside))
+            self._report = {
+                "model": list(model.items()), "shard": shard, "crcs": [] if shard else crcs,
+                "end": data_end(moved or entries), "placed": [[e.begin, e.frames] for e in moved],
+                "replicas": summaries(replicas),
+            }  # fmt: skip
+            meter.tick()
+            self.bytes_written = total
+
+    def _write_part(
+        self, file: st.StoredFile, start: int, meter: Meter, beside: Sequence[Job]
+    ) -> tuple[list[int], list[st.Entry]]:
+        """This rank's part of a file: the CRCs of its blocks, and its entries where compression has moved them."""
+        if self.request.packed:
+            return write_packed(file, start, self._sources, meter, beside, self.request.compression)
+        return write_raw(file, start, self._sources, meter, beside), []
+
+    # S5
+    def report(self) -> bool:
+        """Whether what was written may be committed; if not, its files are gone again, and the plan has to be another."""
+        with self.op.step("S5 report"):
+            self._reports = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(self._report))]
+            if not self._order.all["proving"]:
+                return True
+            differing: set[str] = set()
+            if self.op.rank == 0:
+                groups = self._late_proof.groups
+                found = self._late_proof.differing([report["replicas"] for report in self._reports])
+                differing = {self._plan.tensors[groups.rows.tensor[group]].name for group in found}
+                self._suspects |= differing
+            if self.op.broadcast(not differing):
+                return True
+            for name in self._created:
+                self.storage.delete(f"{self.ticket.prefix}/{name}")
+            self._created = []
+            self.warnings.clear()  # what they told is found again
+            return False
+
+    # S6
+    def commit(self) -> None:
+        with self.op.step("S6 commit"), no_garbage_collection():
+            if self.op.rank == 0:
+                metadata = self._metadata(self._finish_shards())
+                self.size_bytes, record = metadata.size_bytes(), st.encode_record(metadata)
+                self.storage.sync_directory(f"{self.ticket.prefix}/x")  # I2: the shards' names
+                assert self._fence is not None
+                self._fence.write(0, memoryview(record))
+                self._fence.sync()
+                self._superseded = st.shard_files(self.storage, self.ticket.prefix)
+                old = st.committed_id(self.storage, self.ticket.prefix)
+                self._superseded = [n for n in self._superseded if old and n.rpartition("/")[2].startswith(old)]
+                self._rename()
+
+    def _rename(self) -> None:
+        """The instant of commit. A rename that reports an error may have happened: the record tells."""
+        prefix, target = self.ticket.prefix, st.record_name(self.ticket.prefix)
+        try:
+            self.storage.publish(st.fence_name(prefix, self.ticket.save_id), target, self.request.overwrite)
+        except OSError as error:
+            if not self._is_recorded(error):
+                if isinstance(error, FileExistsError):
+                    raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix) from error
+                raise
+        self._committed = self.op.past_return = True
+        try:
+            self.storage.sync_directory(target)
+        except OSError as error:
+            self._superseded = []  # the rename may not be durable: the old checkpoint must stay whole
+            self.warnings.append(f"committed, but its directory could not be synced: {error}")
+
+    def _is_recorded(self, doubt: OSError) -> bool:
+        prefix = self.ticket.prefix
+        try:
+            return st.committed_id(self.storage, prefix) == self.ticket.save_id
+        except OSError:
+            message = f"{doubt}; the record cannot be read back either, so {prefix!r} may have been committed"
+            raise OSError(message) from doubt
+
+    def _finish_shards(self) -> list[st.ShardMetadata]:
+        """Write the headers of shared files; the list of shards for the record."""
+        plan, shards = self._plan, [st.ShardMetadata(*r["shard"]) for r in self._reports if r["shard"]]
+        places = [place for report in self._reports for place in report["placed"]]  # in the order of the plan's rows
+        if places:
+            self._plan = plan._replace(begin=np.array([begin for begin, _ in places], np.int64))
+        if self._model is not None:
+            crcs = dict(pair for report in self._reports for pair in report["model"])
+            with self._open(self._model.name) as file:
+                shards.append(self._model.finish(file, [crcs[block] for block in range(len(crcs))], []))
+        if self._shared is not None:
+            moved = [placed(entry, *place) for entry, place in zip(self._shared.entries, places)]
+            end = data_end(moved or self._shared.entries)
+            with self._open(self._shared.name) as file:
+                shards.append(self._shared.finish(file, self._shared_crcs(end), moved))
+        return shards
+
+    def _shared_crcs(self, end: int) -> list[int]:
+        """CRCs of all blocks of the file that ranks share: behind each one's part lie zeros as far as the next one's."""
+        crcs, zeros = list[int](), bytes(st.BLOCK_BYTES)
+        zeros_crc = st.crc32(zeros)
+        for report, stop in zip(self._reports, self._plan.bases[1:]):
+            crcs += report["crcs"]
+            if report["crcs"] and (gap := min(stop, end) - report["end"]) > 0:
+                crcs[-1] = st.crc32(memoryview(zeros)[: gap % st.BLOCK_BYTES], crcs[-1])
+                crcs += [zeros_crc] * (gap // st.BLOCK_BYTES)
+        return crcs
+
+    def _metadata(self, shards: Sequence[st.ShardMetadata]) -> st.CheckpointMetadata:
+        request = self.request
+        tensors, pieces = self._plan.record()
+        return st.CheckpointMetadata(
+            self.ticket.prefix, self.ticket.save_id, self.ticket.sequence, self.op.world_size, request.format.value,
+            request.compression.value, torch.__version__, datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            request.custom_metadata, tuple(shards), tuple(tensors), pieces,
+        )  # fmt: skip
+
+    # S7
+    def announce(self) -> None:
+        with self.op.step("S7 announce"):
+            self.op.broadcast(self._committed)
+            self._committed = True
+            if self.op.rank == 0:
+                st.delete_files(self.storage, self.ticket.prefix, self._superseded)  # I3: only now
+                self._retain()
+
+    def _retain(self) -> None:
+        if self.keep_last is not None:
+            others = [m for m in st.list_committed(self.storage) if m.prefix != self.ticket.prefix]
+            for meta in others[: max(0, len(others) + 1 - self.keep_last)]:
+                st.delete_committed(self.storage, meta.prefix)
+
+    # After a failure
+    def settle(self) -> bool:
+        """I4: whether the save was committed after all; if not, no trace of it stays, and it cannot commit any more."""
+        if self._committed:
+            return True
+        prefix, save_id = self.ticket.prefix, self.ticket.save_id
+        if not save_id:
+            return False
+        try:
+            self.storage.delete(st.fence_name(prefix, save_id))
+            if st.committed_id(self.storage, prefix) == save_id:
+                return True
+            st.delete_files(self.storage, prefix, [f"{prefix}/{name}" for name in self._created])
+        except OSError as error:  # the failure that brought us here matters more; `gc` finds what is left
+            self.warnings.append(f"could not clean up after the failed save: {error}")
+        return False
+
+    def release(self) -> None:
+        """Let go of the fence's lock."""
+        try:
+            if self._fence is not None:
+                self._fence.close()
+        except OSError as error:  # the outcome stands already
+            self.warnings.append(f"closing the record failed: {error}")
+
+
+def read_rows(order: Fields, *names: str) -> Iterator[tuple[st.TensorMetadata, Box, list[int]]]:
+    """The rows of an order: of which tensor, which box of it, and the numbers in the columns `names`."""
+    tensors = st.decode_tensors(order.child("tensors"))
+    columns, boxes = st.decode_table(order.child("rows"), ("tensor", *names))
+    for index, *numbers, row in zip(*(column.tolist() for column in columns), boxes.tolist()):
+        yield tensors[index], _box(row, len(tensors[index].shape)), numbers
+
+
+def _model_order(plan: SavePlan, held: Rows) -> dict[str, object]:
+    """The rows for `Gathering`: for each entry of the model file in turn, who holds what of its tensor."""
+    tensor, begin, of = np.array(plan.model_entries, np.int64).reshape(-1, 3).T
+    held = held.take(np.argsort(held.tensor, kind="stable"))
+    low, high = (np.searchsorted(held.tensor, of, side) for side in ("left", "right"))
+    rows = held.take(np.concatenate([np.arange(0), *map(np.arange, low, high)]))
+    entry = np.arange(len(of)).repeat(high - low)
+    columns = {"tensor": entry, "begin": begin[entry], "rank": rows.rank, "source": rows.source}
+    tables = st.encode_tensors([plan.tensors[index] for index in tensor.tolist()])
+    return {"tensors": tables, "rows": st.encode_table(columns, rows.box)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The load protocol
+
+RESHARDING_STRATEGIES = ("parallel", "sequential", "broadcast")
+RELAYED_BLOCKS = 8  # a round: so many are read by some rank, sent, and put into place
+
+
+def committed(storage: st.CheckpointStorage, prefix: str) -> tuple[bytes, st.CheckpointMetadata]:
+    """`st.read_committed_record`, with LOAD_FAILED where there is no checkpoint of this name."""
+    try:
+        return st.read_committed_record(storage, prefix)
+    except FileNotFoundError as error:
+        known = ", ".join(st.recorded_prefixes(storage)[-5:]) or "none"
+        message = f"there is no checkpoint {prefix!r}; the last ones here: {known}"
+        raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
+
+
+class CheckpointLoader:
+    """Runs L1 to L5 on one rank."""
+
+    def __init__(self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage) -> None:
+        self.coordinator, self.storage = coordinator, storage
+
+    def coordinate_load(
+        self,
+        op: Operation,
+        claim: Callable[[], Mapping[str, object]],
+        validate: Callable[[CheckpointReader], None],
+        prepare: Callable[[CheckpointReader], list[Target]],
+        apply: Callable[[], None],
+        progress: Callable[[Progress], None] | None = None,
+    ) -> st.CheckpointMetadata:
+        """Fill the targets that `prepare` names, then `apply`, on every rank. Collective; blocks until all ranks are done.
+
+        `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are undefined,
+        and the message says so.
+        """
+        with op.step("L1 record"):
+            request = claim()
+            demand_equal(op.gather(request))
+            metadata = self._read_record(op, str(request["prefix"]))
+            reader = CheckpointReader(self.storage, metadata)
+        with reader:
+            with op.step("L2 validate"):
+                validate(reader)
+            with op.step("L3 plan"):
+                tasks = reader.plan(prepare(reader))
+                op.gather(None)  # nobody writes into a tensor before everybody has a plan
+            with op.step("L4 read"):
+                meter = Meter(op, sum(task.nbytes for task in tasks), progress)
+                _read(op, reader, tasks, str(request["strategy"]), meter)
+        with op.step("L5 agree"):
+            op.gather(None)  # every rank has its bytes
+            apply()
+            op.gather(None)
+        return metadata
+
+    def _read_record(self, op: Operation, prefix: str) -> st.CheckpointMetadata:
+        if op.rank == 0:
+            text, metadata = committed(self.storage, prefix)
+            op.broadcast(text.decode())
+            return metadata
+        return st.decode_record(str(op.broadcast(None)).encode(), prefix)
+
+
+def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str, meter: Meter) -> None:
+    """L4: read what this rank's tasks ask for; in turn with the others ("sequential"), or for them too ("broadcast")."""
+    if strategy == "broadcast" and op.world_size > 1:
+        _relay(op, reader, tasks, meter)
+    else:
+        for turn in range(op.world_size) if strategy == "sequential" else [op.rank]:
+            if turn == op.rank:
+                threads = min(IO_THREADS, len(tasks))
+                st.in_parallel(tasks, lambda task, buffer: meter.add(reader.run(task, buffer)), threads, meter.tick)
+            if strategy == "sequential":
+                op.gather(None)
+    meter.tick()
+
+
+def _relay(op: Operation, reader: CheckpointReader, tasks: list[Task], meter: Meter) -> None:
+    """Every block is read by one of the ranks that need it, in turn, and sent to the others; a few blocks a round."""
+    wanted = sorted({(task.shard, block) for task in tasks for block in range(task.first, task.last)})
+    columns = np.array(wanted, np.int64).reshape(-1, 2).T
+    needs: dict[tuple[int, int], list[int]] = {}
+    for rank, row in enumerate(op.gather([len(wanted), *map(st.encode_runs, columns)])):
+        if isinstance(row, list):
+            for key in zip(*(st.decode_runs(runs, row[0]).tolist() for runs in row[1:])):
+                needs.setdefault(key, []).append(rank)
+    order = sorted(needs)
+    sender = {key: needs[key][n % len(needs[key])] for n, key in enumerate(order)}
+    waiting, here = deque(tasks), dict[tuple[int, int], Bytes]()  # the blocks that have come and are needed yet
+    for at in range(0, len(order), RELAYED_BLOCKS):
+        batch = order[at : at + RELAYED_BLOCKS]
+        outgoing: dict[int, list[Bytes]] = {}
+        for shard, block in (key for key in batch if sender[key] == op.rank):
+            data = here[shard, block] = reader.read(shard, block, block + 1, np.empty(st.BLOCK_BYTES, np.uint8))
+            for rank in needs[shard, block]:
+                if rank != op.rank:
+                    outgoing.setdefault(rank, []).append(data)
+        received = op.exchange({rank: np.concatenate(parts) for rank, parts in outgoing.items()})
+        for shard, block in (key for key in batch if op.rank in needs[key] and sender[key] != op.rank):
+            size, source = st.block_span(reader.header(shard), block, block + 1), sender[shard, block]
+            here[shard, block], received[source] = np.split(received[source], [size])
+        # Tasks come in the order of their blocks, and so do the blocks.
+        while waiting and all((waiting[0].shard, b) in here for b in range(waiting[0].first, waiting[0].last)):
+            task = waiting.popleft()
+            reader.place(task, np.concatenate([here[task.shard, b] for b in range(task.first, task.last)]))
+            meter.add(task.nbytes)
+        here = {key: data for key, data in here.items() if waiting and key >= (waiting[0].shard, waiting[0].first)}
+        meter.tick()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Operations: a deadline, a cancel event, and one failure for all
+
+
+class OperationFailed(Exception):
+    """Every rank has agreed that the operation failed, and how. Turned into the public exception at the API."""
+
+    def __init__(self, failure: Mapping[str, object]) -> None:
+        told = Fields(failure)
+        super().__init__(told.text("message"))
+        self.kind, self.rank = told.text("type"), told.number("rank")
+        self.retryable = told.all["retryable"] is True  # whether the rank that failed first would try again
+        self.superseded = told.all["superseded"] is True
+
+    def public(self, checkpoint_path: str) -> Exception:
+        """The exception that the user sees, the same on every rank."""
+        if self.kind == "value_error":
+            return ValueError(str(self))
+        return CheckpointException(str(self), checkpoint_path, ExceptionType(self.kind), self.rank)
+
+
+class Operation:
+    """One collective save or load, as one rank sees it."""
+
+    def __init__(
+        self,
+        coordinator: DistributedCoordinator,
+        verb: str,
+        timeout: float,
+        cancel: threading.Event | None = None,
+        retryable: tuple[type[BaseException], ...] = (),
+    ) -> None:
+        self.coordinator, self.rank, self.world_size = coordinator, coordinator.rank, coordinator.world_size
+        self.timeout = timeout
+        self._default = ExceptionType.SAVE_FAILED if verb == "save" else ExceptionType.LOAD_FAILED
+        self._deadline = time.monotonic() + timeout
+        self._cancel, self._retryable = cancel, retryable
+        self.step_name = ""
+        self.past_return = False  # committed: what follows may not fail
+        self.seconds: dict[str, float] = {}
+        coordinator.begin(self.interrupted)
+
+    def interrupted(self) -> None:
+        """Raise if this rank was cancelled or another one failed; no more once the outcome stands."""
+        if self.past_return:
+            return
+        if self._cancel is not None and self._cancel.is_set():
+            raise CheckpointException("cancelled", type=ExceptionType.CANCELLED)
+        if (failure := self.coordinator.failure()) is not None:
+            raise OperationFailed(failure)
+
+    def poll(self) -> None:
+        """Raise if interrupted, or if the deadline has passed; called a few times a second while working."""
+        self.interrupted()
+        if time.monotonic() > self._deadline:
+            late = f"not done by the deadline of {self.timeout:g} s"
+            raise CheckpointException(late, type=ExceptionType.TIMEOUT, rank=self.rank)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Run a step; I5: what goes wrong in it is announced to all ranks, and the first announcement is raised."""
+        self.step_name = name
+        started = time.monotonic()
+        try:
+            self.interrupted()
+            yield
+        except OperationFailed:
+            raise
+        except BaseException as error:
+            failure = self.coordinator.fail(self._describe(error))
+            if not isinstance(error, Exception):  # KeyboardInterrupt, SystemExit: now that the others know, go
+                raise
+            raise OperationFailed(failure) from error
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+    def _describe(self, error: BaseException) -> dict[str, object]:
+        kind, rank, text = self._default.value, self.rank, f"{type(error).__name__}: {error}"
+        if isinstance(error, CheckpointException):
+            kind = kind if error.type is ExceptionType.UNKNOWN else error.type.value
+            rank, text = rank if error.rank is None else error.rank, str(error)
+        elif isinstance(error, OSError):
+            kind = ExceptionType.STORAGE_ERROR.value
+        elif isinstance(error, ValueError):
+            kind, text = "value_error" if self.step_name[:2] in ("S1", "L1") else kind, str(error)
+        if self.step_name == "L4 read":
+            text += "; tensors being loaded are undefined now: load again, or restart"
+        message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
+        return {
+            "type": kind, "rank": rank, "message": message, "retryable": isinstance(error, self._retryable),
+            "superseded": isinstance(error, Superseded),
+        }  # fmt: skip
+
+    def remaining(self) -> float:
+        """Seconds until waits for other ranks end: the deadline and the grace."""
+        return max(0.05, self._deadline + GRACE_S - time.monotonic())
+
+    def gather(self, value: object) -> list[object]:
+        """All ranks' values."""
+        return self.coordinator.all_gather(value, timeout=self.remaining())
+
+    def broadcast(self, value: object) -> object:
+        """Rank 0's value."""
+        return self.coordinator.broadcast(value, 0, timeout=self.remaining())
+
+    def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
+        """Bytes to and from every rank."""
+        return self.coordinator.exchange(outgoing, timeout=self.remaining())
+
+    def collect_at_0(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, on rank 0; elsewhere an empty list."""
+        got = self.exchange({0: np.frombuffer(data, np.uint8)})
+        return [got[rank].tobytes() for rank in range(self.world_size)] if self.rank == 0 else []
+
+    def hand_out(self, parts: Sequence[bytes]) -> bytes:
+        """This rank's part of what rank 0 gives out."""
+        return self.exchange({rank: np.frombuffer(part, np.uint8) for rank, part in enumerate(parts)})[0].tobytes()
+
+
+def fulfil(result: Future[T], work: Callable[..., T], *args: object) -> None:
+    """Do some work for whoever waits for its result, or its error."""
+    try:
+        result.set_result(work(*args))
+    except BaseException as error:
+        result.set_exception(error)
+
+
+def in_thread(work: Callable[..., T], *args: object) -> Future[T]:
+    """Do some work beside this thread.
+
+    Not in an executor: those take nothing more once the interpreter exits, while a save in flight goes on.
+    """
+    result: Future[T] = Future()
+    threading.Thread(target=fulfil, args=(result, work, *args), name="ckpt-beside", daemon=True).start()
+    return result
+
+
+def wait_for(result: Future[T], poll: Callable[[], None]) -> T:
+    """The result, or the error, of such work; `poll` runs meanwhile, and may raise."""
+    while not result.done():
+        wait([result], 0.05)
+        poll()
+    return result.result()
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """When to try again: `max_retries` attempts in all, waiting `initial_delay` s, growing by `backoff_factor`."""
+
+    max_retries: int = 3
+    initial_delay: float = 1.0
+    max_delay: float = 30.0
+    backoff_factor: float = 2.0
+    jitter: float = 0.1  # as a part of the delay
+    retryable_exceptions: tuple[type[BaseException], ...] = (OSError,)
+
+    def delay(self, attempt: int) -> float:
+        """Seconds to wait after failed attempt number `attempt` (from 0)."""
+        base = min(self.max_delay, self.initial_delay * self.backoff_factor**attempt)
+        return base * (1 + random.uniform(-self.jitter, self.jitter))
+
+
+class FaultToleranceHandler:
+    """Retries, timeouts and rollback."""
+
+    def __init__(self, storage: st.CheckpointStorage, retry_policy: RetryPolicy | None = None) -> None:
+        self.storage = storage
+        self.retry_policy = retry_policy or RetryPolicy()
+
+    def execute_with_retry(self, function: Callable[[], T], cancel: threading.Event | None = None) -> T:
+        """Call `function` until it succeeds, fails in a way not worth retrying, or the policy's attempts are used up.
+
+        A collective operation fails as `OperationFailed`, whose verdict all ranks share: they all retry, or none.
+        """
+        policy = self.retry_policy
+        for attempt in range(policy.max_retries - 1):
+            try:
+                return function()
+            except Exception as error:
+                again = isinstance(error, policy.retryable_exceptions)
+                if isinstance(error, OperationFailed):
+                    again = error.retryable
+                if not again or (cancel and cancel.is_set()):
+                    raise
+            (cancel or threading.Event()).wait(policy.delay(attempt))
+        return function()
+
+    def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
+        """Call `function` in a thread; TIMEOUT if it takes longer than `timeout` seconds (it may go on in the background)."""
+        result = in_thread(function)
+        if not wait([result], timeout).done:
+            raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT)
+        return result.result()
+
+    def rollback(self, checkpoint_prefix: str) -> None:
+        """Delete a checkpoint, committed or not: record first, then shards. FileNotFoundError where there is none."""
+        st.delete_committed(self.storage, checkpoint_prefix.removesuffix(st.RECORD_SUFFIX))
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Planning makes many small objects and no cycles: looking for some again and again would double its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Coordinators
@@ -303,217 +1093,6 @@ class TorchCoordinator:
             time.sleep(pause)
             pause = min(pause * 1.25, self._longest_pause)
         return self._get(keys)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Operations: a deadline, a cancel event, and one failure for all
-
-
-class OperationFailed(Exception):
-    """Every rank has agreed that the operation failed, and how. Turned into the public exception at the API."""
-
-    def __init__(self, failure: Mapping[str, object]) -> None:
-        told = Fields(failure)
-        super().__init__(told.text("message"))
-        self.kind, self.rank = told.text("type"), told.number("rank")
-        self.retryable = told.all["retryable"] is True  # whether the rank that failed first would try again
-        self.superseded = told.all["superseded"] is True
-
-    def public(self, checkpoint_path: str) -> Exception:
-        """The exception that the user sees, the same on every rank."""
-        if self.kind == "value_error":
-            return ValueError(str(self))
-        return CheckpointException(str(self), checkpoint_path, ExceptionType(self.kind), self.rank)
-
-
-class Operation:
-    """One collective save or load, as one rank sees it."""
-
-    def __init__(
-        self,
-        coordinator: DistributedCoordinator,
-        verb: str,
-        timeout: float,
-        cancel: threading.Event | None = None,
-        retryable: tuple[type[BaseException], ...] = (),
-    ) -> None:
-        self.coordinator, self.rank, self.world_size = coordinator, coordinator.rank, coordinator.world_size
-        self.timeout = timeout
-        self._default = ExceptionType.SAVE_FAILED if verb == "save" else ExceptionType.LOAD_FAILED
-        self._deadline = time.monotonic() + timeout
-        self._cancel, self._retryable = cancel, retryable
-        self.step_name = ""
-        self.past_return = False  # committed: what follows may not fail
-        self.seconds: dict[str, float] = {}
-        coordinator.begin(self.interrupted)
-
-    def interrupted(self) -> None:
-        """Raise if this rank was cancelled or another one failed; no more once the outcome stands."""
-        if self.past_return:
-            return
-        if self._cancel is not None and self._cancel.is_set():
-            raise CheckpointException("cancelled", type=ExceptionType.CANCELLED)
-        if (failure := self.coordinator.failure()) is not None:
-            raise OperationFailed(failure)
-
-    def poll(self) -> None:
-        """Raise if interrupted, or if the deadline has passed; called a few times a second while working."""
-        self.interrupted()
-        if time.monotonic() > self._deadline:
-            late = f"not done by the deadline of {self.timeout:g} s"
-            raise CheckpointException(late, type=ExceptionType.TIMEOUT, rank=self.rank)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Run a step; I5: what goes wrong in it is announced to all ranks, and the first announcement is raised."""
-        self.step_name = name
-        started = time.monotonic()
-        try:
-            self.interrupted()
-            yield
-        except OperationFailed:
-            raise
-        except BaseException as error:
-            failure = self.coordinator.fail(self._describe(error))
-            if not isinstance(error, Exception):  # KeyboardInterrupt, SystemExit: now that the others know, go
-                raise
-            raise OperationFailed(failure) from error
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-
-    def _describe(self, error: BaseException) -> dict[str, object]:
-        kind, rank, text = self._default.value, self.rank, f"{type(error).__name__}: {error}"
-        if isinstance(error, CheckpointException):
-            kind = kind if error.type is ExceptionType.UNKNOWN else error.type.value
-            rank, text = rank if error.rank is None else error.rank, str(error)
-        elif isinstance(error, OSError):
-            kind = ExceptionType.STORAGE_ERROR.value
-        elif isinstance(error, ValueError):
-            kind, text = "value_error" if self.step_name[:2] in ("S1", "L1") else kind, str(error)
-        if self.step_name == "L4 read":
-            text += "; tensors being loaded are undefined now: load again, or restart"
-        message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
-        return {
-            "type": kind, "rank": rank, "message": message, "retryable": isinstance(error, self._retryable),
-            "superseded": isinstance(error, Superseded),
-        }  # fmt: skip
-
-    def remaining(self) -> float:
-        """Seconds until waits for other ranks end: the deadline and the grace."""
-        return max(0.05, self._deadline + GRACE_S - time.monotonic())
-
-    def gather(self, value: object) -> list[object]:
-        """All ranks' values."""
-        return self.coordinator.all_gather(value, timeout=self.remaining())
-
-    def broadcast(self, value: object) -> object:
-        """Rank 0's value."""
-        return self.coordinator.broadcast(value, 0, timeout=self.remaining())
-
-    def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
-        """Bytes to and from every rank."""
-        return self.coordinator.exchange(outgoing, timeout=self.remaining())
-
-    def collect_at_0(self, data: bytes) -> list[bytes]:
-        """Every rank's bytes, on rank 0; elsewhere an empty list."""
-        got = self.exchange({0: np.frombuffer(data, np.uint8)})
-        return [got[rank].tobytes() for rank in range(self.world_size)] if self.rank == 0 else []
-
-    def hand_out(self, parts: Sequence[bytes]) -> bytes:
-        """This rank's part of what rank 0 gives out."""
-        return self.exchange({rank: np.frombuffer(part, np.uint8) for rank, part in enumerate(parts)})[0].tobytes()
-
-
-def fulfil(result: Future[T], work: Callable[..., T], *args: object) -> None:
-    """Do some work for whoever waits for its result, or its error."""
-    try:
-        result.set_result(work(*args))
-    except BaseException as error:
-        result.set_exception(error)
-
-
-def in_thread(work: Callable[..., T], *args: object) -> Future[T]:
-    """Do some work beside this thread.
-
-    Not in an executor: those take nothing more once the interpreter exits, while a save in flight goes on.
-    """
-    result: Future[T] = Future()
-    threading.Thread(target=fulfil, args=(result, work, *args), name="ckpt-beside", daemon=True).start()
-    return result
-
-
-def wait_for(result: Future[T], poll: Callable[[], None]) -> T:
-    """The result, or the error, of such work; `poll` runs meanwhile, and may raise."""
-    while not result.done():
-        wait([result], 0.05)
-        poll()
-    return result.result()
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """When to try again: `max_retries` attempts in all, waiting `initial_delay` s, growing by `backoff_factor`."""
-
-    max_retries: int = 3
-    initial_delay: float = 1.0
-    max_delay: float = 30.0
-    backoff_factor: float = 2.0
-    jitter: float = 0.1  # as a part of the delay
-    retryable_exceptions: tuple[type[BaseException], ...] = (OSError,)
-
-    def delay(self, attempt: int) -> float:
-        """Seconds to wait after failed attempt number `attempt` (from 0)."""
-        base = min(self.max_delay, self.initial_delay * self.backoff_factor**attempt)
-        return base * (1 + random.uniform(-self.jitter, self.jitter))
-
-
-class FaultToleranceHandler:
-    """Retries, timeouts and rollback."""
-
-    def __init__(self, storage: st.CheckpointStorage, retry_policy: RetryPolicy | None = None) -> None:
-        self.storage = storage
-        self.retry_policy = retry_policy or RetryPolicy()
-
-    def execute_with_retry(self, function: Callable[[], T], cancel: threading.Event | None = None) -> T:
-        """Call `function` until it succeeds, fails in a way not worth retrying, or the policy's attempts are used up.
-
-        A collective operation fails as `OperationFailed`, whose verdict all ranks share: they all retry, or none.
-        """
-        policy = self.retry_policy
-        for attempt in range(policy.max_retries - 1):
-            try:
-                return function()
-            except Exception as error:
-                again = isinstance(error, policy.retryable_exceptions)
-                if isinstance(error, OperationFailed):
-                    again = error.retryable
-                if not again or (cancel and cancel.is_set()):
-                    raise
-            (cancel or threading.Event()).wait(policy.delay(attempt))
-        return function()
-
-    def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
-        """Call `function` in a thread; TIMEOUT if it takes longer than `timeout` seconds (it may go on in the background)."""
-        result = in_thread(function)
-        if not wait([result], timeout).done:
-            raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT)
-        return result.result()
-
-    def rollback(self, checkpoint_prefix: str) -> None:
-        """Delete a checkpoint, committed or not: record first, then shards. FileNotFoundError where there is none."""
-        st.delete_committed(self.storage, checkpoint_prefix.removesuffix(st.RECORD_SUFFIX))
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Planning makes many small objects and no cycles: looking for some again and again would double its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1337,472 +1916,6 @@ class Gathering:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The save protocol
-
-
-@dataclass(frozen=True)
-class SaveRequest:
-    """What all ranks must ask for alike; `prefix` None lets rank 0 make one up from the time."""
-
-    prefix: str | None
-    format: CheckpointFormat
-    compression: st.CompressionLevel
-    overwrite: bool
-    verify_replicas: bool
-    contents: tuple[str, ...]  # which arguments were given
-    custom_metadata: Mapping[str, object]
-
-    @property
-    def packed(self) -> bool:
-        """Whether anything is compressed."""
-        return self.compression is not st.CompressionLevel.NONE
-
-    def claim(self) -> dict[str, object]:
-        """As a value to compare between ranks."""
-        told = {"format": self.format.value, "compression": self.compression.value, "contents": list(self.contents)}
-        return {"verb": "save", **vars(self), **told, "custom_metadata": dict(self.custom_metadata)}
-
-
-def demand_equal(claims: Sequence[object]) -> None:
-    """ValueError that names the first difference between what the ranks ask for."""
-    first = claims[0]
-    for rank, claim in enumerate(claims):
-        if claim != first and isinstance(claim, dict) and isinstance(first, dict):
-            key = next((k for k in [*first, *claim] if first.get(k) != claim.get(k)), "?")
-            raise ValueError(
-                f"ranks disagree about {key}: rank 0 has {first.get(key)!r}, rank {rank} has {claim.get(key)!r}"
-            )
-
-
-class Ticket(NamedTuple):
-    """The outcome of S1."""
-
-    prefix: str
-    save_id: str
-    sequence: int
-
-
-class SaveResult(NamedTuple):
-    """A committed save."""
-
-    prefix: str
-    warnings: list[str]
-    bytes_written: int  # by this rank
-    size_bytes: int  # of the whole checkpoint; 0 where not known, which is on other ranks than 0
-
-
-class CheckpointCoordinator:
-    """Runs S1 to S7 on one rank. `suspects`: tensors whose copies once differed, compared before they are written."""
-
-    def __init__(
-        self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage, keep_last: int | None = None,
-        suspects: set[str] | None = None,
-    ) -> None:  # fmt: skip
-        self.coordinator, self.storage, self.keep_last = coordinator, storage, keep_last
-        self.suspects = set() if suspects is None else suspects
-
-    def coordinate_save(
-        self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData],
-        progress: Callable[[Progress], None] | None = None,
-    ) -> SaveResult:  # fmt: skip
-        """Save what `collect` returns on every rank. Collective; blocks until committed and announced.
-
-        `OperationFailed` on all ranks if nothing was committed, with this save's files removed again. Once S6 has renamed
-        the record, the save has succeeded, whatever happens to a rank: what goes wrong then is a warning.
-        """
-        attempt = _Attempt(self, op, progress)
-        try:
-            attempt.agree(request)
-            attempt.collect(collect)
-            proved = False
-            while not proved:  # copies differ that were planned as replicas: once more, each rank its own
-                attempt.plan()
-                attempt.write()
-                proved = attempt.report()
-            attempt.commit()
-            attempt.announce()
-        except BaseException as error:
-            if not attempt.settle() or not isinstance(error, Exception):
-                raise
-            attempt.warnings.append(f"committed, but not every rank may know: {error}")
-        finally:
-            attempt.release()
-        return SaveResult(attempt.ticket.prefix, attempt.warnings, attempt.bytes_written, attempt.size_bytes)
-
-
-class _Attempt:
-    """One try at a save: the seven steps, and what they hold in common on this rank."""
-
-    def __init__(
-        self, parent: CheckpointCoordinator, op: Operation, progress: Callable[[Progress], None] | None
-    ) -> None:
-        self.storage, self.keep_last, self._suspects = parent.storage, parent.keep_last, parent.suspects
-        self.op, self.progress = op, progress
-        self.ticket = Ticket("", "", 0)
-        self.warnings: list[str] = []
-        self.bytes_written = self.size_bytes = 0
-        self._fence: st.StoredFile | None = None
-        self._created: list[str] = []
-        self._shared: Draft | None = None  # on rank 0: the files that ranks share
-        self._model: Draft | None = None
-        self._gathering: Gathering | None = None
-        self._superseded: list[str] = []
-        self._committed = False
-
-    # S1
-    def agree(self, request: Callable[[], SaveRequest]) -> None:
-        with self.op.step("S1 agree"):
-            self.request = request()
-            demand_equal(self.op.gather(self.request.claim()))
-            drawn = Fields(self.op.broadcast(self._draw_ticket()._asdict() if self.op.rank == 0 else None))
-            self.ticket = Ticket(drawn.text("prefix"), drawn.text("save_id"), drawn.number("sequence"))
-
-    def _draw_ticket(self) -> Ticket:
-        taken, prefix = st.recorded_prefixes(self.storage), self.request.prefix
-        heads = [st.record_head(self.storage, other) for other in taken]
-        sequence = max((head[1] for head in heads if head is not None), default=0)
-        if prefix is None:
-            now = datetime.datetime.now(datetime.timezone.utc).strftime("checkpoint_%Y%m%d_%H%M%S")
-            names = itertools.chain([now], (f"{now}_{count}" for count in itertools.count(1)))
-            prefix = next(name for name in names if name not in taken)
-        elif prefix in taken and not self.request.overwrite:
-            raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
-        return Ticket(prefix, secrets.token_hex(4), sequence + 1)
-
-    # S2
-    def collect(self, collect: Callable[[], ShardData]) -> None:
-        with self.op.step("S2 collect"), no_garbage_collection():
-            data = collect()
-            self._data = data._replace(tensors=mark_tied(data.tensors))
-            self._pieces = [piece for t in data.tensors for piece in t.pieces]  # as `describe` numbers them
-            for text, _ in data.values.values():
-                self._pieces.append((Box((0,), (len(text),)), torch.frombuffer(bytearray(text), dtype=torch.uint8)))
-
-    # S3
-    def plan(self) -> None:
-        with self.op.step("S3 plan"), no_garbage_collection():
-            first = describe(self._data) if self.op.rank == 0 else None
-            reference = self.op.broadcast(first[1] if first else None)
-            description, _ = first or describe(self._data, str(reference))
-            gathered = self.op.collect_at_0(st.dump_json(description))
-            holdings = Holdings(gathered) if self.op.rank == 0 else None
-            if self.request.verify_replicas and self.op.world_size > 1:
-                self._prove_early(holdings)
-            orders = self._lay_out(holdings) if holdings is not None else []
-            order = self._order = Fields(json.loads(self.op.hand_out(orders)))
-            self._sources = []
-            for meta, box, (piece, begin) in read_rows(order, "source", "begin"):
-                held, view = self._pieces[piece]
-                entry = draft_entry(meta, box, begin, self.request.packed)
-                self._sources.append(Source(entry, view if held == box else view[box.within(held)]))
-            if order.all["model"] is not None:
-                rows = read_rows(order.child("model"), "begin", "rank", "source")
-                self._gathering = Gathering(self.op, self._pieces, rows)
-
-    def _proof(self, holdings: Holdings, early: bool) -> ReplicaProof:
-        """Of the replicas whose copies are compared before (early), or else beside, the writing."""
-        tensors, groups = holdings.tensors, holdings.groups
-        of = groups.rows.tensor
-        values = np.array([t.dtype == "JSON" for t in tensors], bool)  # compared while planning
-        suspect = np.array([t.name in self._suspects for t in tensors], bool)
-        first = (holdings.nbytes(groups.rows) < EARLY_PROOF_BYTES) | suspect[of]
-        first |= self.request.format is CheckpointFormat.CONSOLIDATED  # whoever has most of a block writes it
-        wanted = (groups.count > 1) & ~values[of] & (first == early) & self.request.verify_replicas
-        return ReplicaProof(groups, np.flatnonzero(wanted))
-
-    def _views(self, runs: object) -> list[torch.Tensor]:
-        """The pieces of this rank that rank 0 names by their numbers."""
-        counts = runs[2::3] if isinstance(runs, list) else []
-        return [self._pieces[index][1] for index in st.decode_runs(runs, sum(counts)).tolist()]
-
-    def _prove_early(self, holdings: Holdings | None) -> None:
-        """Compare the copies of small tensors, and of those that differed before; what differs is kept per rank."""
-        proof = self._proof(holdings, early=True) if holdings is not None else None
-        if not self.op.broadcast(proof is not None and proof.count > 0):
-            return
-        parts = [st.dump_json(proof.wanted(rank)) for rank in range(self.op.world_size)] if proof is not None else []
-        jobs, rows = checksum_jobs(self._views(json.loads(self.op.hand_out(parts))))
-        run_jobs(jobs, Meter(self.op, 0, None), len(jobs))
-        answers = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(summaries(rows)))]
-        if holdings is not None and proof is not None:
-            self._split_differing(holdings, proof, answers)
-
-    def _split_differing(self, holdings: Holdings, proof: ReplicaProof, answers: Sequence[Sequence[int]]) -> None:
-        """Of copies declared equal the lowest rank's is kept; what nobody declared equal is kept per rank."""
-        groups, apart, spoilt = holdings.groups, set[str](), list[int]()
-        for group, odd_ranks in proof.differing(answers).items():
-            name, odd = holdings.tensors[groups.rows.tensor[group]].name, ", ".join(map(str, odd_ranks))
-            which = f"rank(s) {odd} from rank {groups.rows.rank[group]}"
-            if holdings.known[name].declared:
-                spoilt += range(groups.start[group] + 1, groups.start[group] + groups.count[group])
-                told = f"copies that its placement declares equal differ: {which}, whose copy is kept"
-            elif name in apart:
-                continue
-            else:
-                apart.add(name)
-                told = f"differs between ranks ({which}); it is saved per rank"
-            self.warnings.append(f"{name}: {told}")
-        if apart or spoilt:
-            holdings.arrange(apart, groups.members.take(np.array(spoilt, np.int64)))
-
-    def _lay_out(self, holdings: Holdings) -> list[bytes]:
-        """Plan, raise the fence, make the files that ranks share; what each rank needs to know to write its bytes."""
-        plan = self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
-        self._late_proof = self._proof(holdings, early=False)
-        if self._fence is None:
-            self._fence = self.storage.create(st.fence_name(self.ticket.prefix, self.ticket.save_id))
-        common: dict[str, object] = {"proving": self._late_proof.count > 0, "shared": None, "model": None}
-        if plan.shared:
-            self._shared = self._draft_shared(plan)
-            common["shared"] = self._make(self._shared)
-        if plan.model_rows is not None:
-            self._model = self._draft_model(plan)
-            common["model"] = {**self._make(self._model), **_model_order(plan, plan.model_rows)}
-            if self.request.packed:
-                self.warnings.append("the consolidated model file is not compressed: others could not read it")
-        return [
-            st.dump_json({**common, **plan.order(rank), "replicas": self._late_proof.wanted(rank)})
-            for rank in range(self.op.world_size)
-        ]
-
-    def _draft_shared(self, plan: SavePlan) -> Draft:
-        entries = []
-        for index, row, begin in zip(plan.rows.tensor.tolist(), plan.rows.box.tolist(), plan.begin.tolist()):
-            tensor = plan.tensors[index]
-            entries.append(draft_entry(tensor, _box(row, len(tensor.shape)), begin, self.request.packed))
-        suffix = "" if plan.model_rows is None else ".rest"
-        return draft_file(f"{self.ticket.save_id}{suffix}.safetensors", entries, self.op.world_size)
-
-    def _draft_model(self, plan: SavePlan) -> Draft:
-        entries = []
-        for index, begin, _ in plan.model_entries:
-            tensor = plan.tensors[index]
-            entry = draft_entry(tensor, Box((0,) * len(tensor.shape), tensor.shape), begin, packed=False)
-            entries.append(entry._replace(name=tensor.name.removeprefix("model/")))
-        return draft_file(f"{self.ticket.save_id}.model.safetensors", entries)
-
-    def _make(self, draft: Draft) -> dict[str, object]:
-        """Create a file that ranks share; what they need to know of it."""
-        with self._create(draft):
-            return {"file": draft.name, "start": len(draft.header)}
-
-    @contextmanager
-    def _create(self, draft: Draft) -> Iterator[st.StoredFile]:
-        self._created.append(draft.name)
-        with closing(self.storage.create(f"{self.ticket.prefix}/{draft.name}")) as file:
-            file.resize(len(draft.header) + data_end(draft.entries))
-            yield file
-
-    @contextmanager
-    def _open(self, name: str) -> Iterator[st.StoredFile]:
-        """A file that ranks share; what is written into it is durable at the end (I2)."""
-        with closing(self.storage.open(f"{self.ticket.prefix}/{name}", write=True)) as file:
-            yield file
-            file.sync()
-
-    # S4
-    def write(self) -> None:
-        with self.op.step("S4 write"):
-            order, entries = self._order, [s.entry for s in self._sources]
-            beside, replicas = checksum_jobs(self._views(order.all["replicas"]))
-            total = sum(e.end - e.begin for e in entries)
-            if entries and not self.request.packed:
-                total = entries[-1].end - entries[0].begin  # and what lies between them
-            total += self._gathering.nbytes if self._gathering is not None else 0
-            meter = Meter(self.op, total, self.progress)
-            model, shard, crcs, moved = dict[int, int](), None, list[int](), list[st.Entry]()
-            if self._gathering is not None:
-                told = order.child("model")
-                with self._open(told.text("file")) as file:
-                    model = self._gathering.write(file, told.number("start"), meter)
-            if order.all["shared"] is None:
-                draft = draft_file(st.shard_name(self.ticket.save_id, self.op.rank, self.op.world_size), entries)
-                with self._create(draft) as file:
-                    crcs, moved = self._write_part(file, len(draft.header), meter, beside)
-                    shard = draft.finish(file, crcs, moved)
-                    file.sync()  # I2
-            elif entries:
-                told = order.child("shared")
-                with self._open(told.text("file")) as file:
-                    crcs, moved = self._write_part(file, told.number("start"), meter, beside)
-            else:
-                run_jobs(beside, meter, len(beside))
-            self._report = {
-                "model": list(model.items()), "shard": shard, "crcs": [] if shard else crcs,
-                "end": data_end(moved or entries), "placed": [[e.begin, e.frames] for e in moved],
-                "replicas": summaries(replicas),
-            }  # fmt: skip
-            meter.tick()
-            self.bytes_written = total
-
-    def _write_part(
-        self, file: st.StoredFile, start: int, meter: Meter, beside: Sequence[Job]
-    ) -> tuple[list[int], list[st.Entry]]:
-        """This rank's part of a file: the CRCs of its blocks, and its entries where compression has moved them."""
-        if self.request.packed:
-            return write_packed(file, start, self._sources, meter, beside, self.request.compression)
-        return write_raw(file, start, self._sources, meter, beside), []
-
-    # S5
-    def report(self) -> bool:
-        """Whether what was written may be committed; if not, its files are gone again, and the plan has to be another."""
-        with self.op.step("S5 report"):
-            self._reports = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(self._report))]
-            if not self._order.all["proving"]:
-                return True
-            differing: set[str] = set()
-            if self.op.rank == 0:
-                groups = self._late_proof.groups
-                found = self._late_proof.differing([report["replicas"] for report in self._reports])
-                differing = {self._plan.tensors[groups.rows.tensor[group]].name for group in found}
-                self._suspects |= differing
-            if self.op.broadcast(not differing):
-                return True
-            for name in self._created:
-                self.storage.delete(f"{self.ticket.prefix}/{name}")
-            self._created = []
-            self.warnings.clear()  # what they told is found again
-            return False
-
-    # S6
-    def commit(self) -> None:
-        with self.op.step("S6 commit"), no_garbage_collection():
-            if self.op.rank == 0:
-                metadata = self._metadata(self._finish_shards())
-                self.size_bytes, record = metadata.size_bytes(), st.encode_record(metadata)
-                self.storage.sync_directory(f"{self.ticket.prefix}/x")  # I2: the shards' names
-                assert self._fence is not None
-                self._fence.write(0, memoryview(record))
-                self._fence.sync()
-                self._superseded = st.shard_files(self.storage, self.ticket.prefix)
-                old = st.committed_id(self.storage, self.ticket.prefix)
-                self._superseded = [n for n in self._superseded if old and n.rpartition("/")[2].startswith(old)]
-                self._rename()
-
-    def _rename(self) -> None:
-        """The instant of commit. A rename that reports an error may have happened: the record tells."""
-        prefix, target = self.ticket.prefix, st.record_name(self.ticket.prefix)
-        try:
-            self.storage.publish(st.fence_name(prefix, self.ticket.save_id), target, self.request.overwrite)
-        except OSError as error:
-            if not self._is_recorded(error):
-                if isinstance(error, FileExistsError):
-                    raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix) from error
-                raise
-        self._committed = self.op.past_return = True
-        try:
-            self.storage.sync_directory(target)
-        except OSError as error:
-            self._superseded = []  # the rename may not be durable: the old checkpoint must stay whole
-            self.warnings.append(f"committed, but its directory could not be synced: {error}")
-
-    def _is_recorded(self, doubt: OSError) -> bool:
-        prefix = self.ticket.prefix
-        try:
-            return st.committed_id(self.storage, prefix) == self.ticket.save_id
-        except OSError:
-            message = f"{doubt}; the record cannot be read back either, so {prefix!r} may have been committed"
-            raise OSError(message) from doubt
-
-    def _finish_shards(self) -> list[st.ShardMetadata]:
-        """Write the headers of shared files; the list of shards for the record."""
-        plan, shards = self._plan, [st.ShardMetadata(*r["shard"]) for r in self._reports if r["shard"]]
-        places = [place for report in self._reports for place in report["placed"]]  # in the order of the plan's rows
-        if places:
-            self._plan = plan._replace(begin=np.array([begin for begin, _ in places], np.int64))
-        if self._model is not None:
-            crcs = dict(pair for report in self._reports for pair in report["model"])
-            with self._open(self._model.name) as file:
-                shards.append(self._model.finish(file, [crcs[block] for block in range(len(crcs))], []))
-        if self._shared is not None:
-            moved = [placed(entry, *place) for entry, place in zip(self._shared.entries, places)]
-            end = data_end(moved or self._shared.entries)
-            with self._open(self._shared.name) as file:
-                shards.append(self._shared.finish(file, self._shared_crcs(end), moved))
-        return shards
-
-    def _shared_crcs(self, end: int) -> list[int]:
-        """CRCs of all blocks of the file that ranks share: behind each one's part lie zeros as far as the next one's."""
-        crcs, zeros = list[int](), bytes(st.BLOCK_BYTES)
-        zeros_crc = st.crc32(zeros)
-        for report, stop in zip(self._reports, self._plan.bases[1:]):
-            crcs += report["crcs"]
-            if report["crcs"] and (gap := min(stop, end) - report["end"]) > 0:
-                crcs[-1] = st.crc32(memoryview(zeros)[: gap % st.BLOCK_BYTES], crcs[-1])
-                crcs += [zeros_crc] * (gap // st.BLOCK_BYTES)
-        return crcs
-
-    def _metadata(self, shards: Sequence[st.ShardMetadata]) -> st.CheckpointMetadata:
-        request = self.request
-        tensors, pieces = self._plan.record()
-        return st.CheckpointMetadata(
-            self.ticket.prefix, self.ticket.save_id, self.ticket.sequence, self.op.world_size, request.format.value,
-            request.compression.value, torch.__version__, datetime.datetime.now(datetime.timezone.utc).isoformat(),
-            request.custom_metadata, tuple(shards), tuple(tensors), pieces,
-        )  # fmt: skip
-
-    # S7
-    def announce(self) -> None:
-        with self.op.step("S7 announce"):
-            self.op.broadcast(self._committed)
-            self._committed = True
-            if self.op.rank == 0:
-                st.delete_files(self.storage, self.ticket.prefix, self._superseded)  # I3: only now
-                self._retain()
-
-    def _retain(self) -> None:
-        if self.keep_last is not None:
-            others = [m for m in st.list_committed(self.storage) if m.prefix != self.ticket.prefix]
-            for meta in others[: max(0, len(others) + 1 - self.keep_last)]:
-                st.delete_committed(self.storage, meta.prefix)
-
-    # After a failure
-    def settle(self) -> bool:
-        """I4: whether the save was committed after all; if not, no trace of it stays, and it cannot commit any more."""
-        if self._committed:
-            return True
-        prefix, save_id = self.ticket.prefix, self.ticket.save_id
-        if not save_id:
-            return False
-        try:
-            self.storage.delete(st.fence_name(prefix, save_id))
-            if st.committed_id(self.storage, prefix) == save_id:
-                return True
-            st.delete_files(self.storage, prefix, [f"{prefix}/{name}" for name in self._created])
-        except OSError as error:  # the failure that brought us here matters more; `gc` finds what is left
-            self.warnings.append(f"could not clean up after the failed save: {error}")
-        return False
-
-    def release(self) -> None:
-        """Let go of the fence's lock."""
-        try:
-            if self._fence is not None:
-                self._fence.close()
-        except OSError as error:  # the outcome stands already
-            self.warnings.append(f"closing the record failed: {error}")
-
-
-def read_rows(order: Fields, *names: str) -> Iterator[tuple[st.TensorMetadata, Box, list[int]]]:
-    """The rows of an order: of which tensor, which box of it, and the numbers in the columns `names`."""
-    tensors = st.decode_tensors(order.child("tensors"))
-    columns, boxes = st.decode_table(order.child("rows"), ("tensor", *names))
-    for index, *numbers, row in zip(*(column.tolist() for column in columns), boxes.tolist()):
-        yield tensors[index], _box(row, len(tensors[index].shape)), numbers
-
-
-def _model_order(plan: SavePlan, held: Rows) -> dict[str, object]:
-    """The rows for `Gathering`: for each entry of the model file in turn, who holds what of its tensor."""
-    tensor, begin, of = np.array(plan.model_entries, np.int64).reshape(-1, 3).T
-    held = held.take(np.argsort(held.tensor, kind="stable"))
-    low, high = (np.searchsorted(held.tensor, of, side) for side in ("left", "right"))
-    rows = held.take(np.concatenate([np.arange(0), *map(np.arange, low, high)]))
-    entry = np.arange(len(of)).repeat(high - low)
-    columns = {"tensor": entry, "begin": begin[entry], "rank": rows.rank, "source": rows.source}
-    tables = st.encode_tensors([plan.tensors[index] for index in tensor.tolist()])
-    return {"tensors": tables, "rows": st.encode_table(columns, rows.box)}
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Loading: L3 plan and L4 read
 
 
@@ -2037,115 +2150,3 @@ def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, i
         for block in range((entry.begin + first) // st.BLOCK_BYTES, st.block_count(entry.begin + stop)):
             low = max(entry.begin, block * st.BLOCK_BYTES)
             yield low, min(entry.end, (block + 1) * st.BLOCK_BYTES), low - entry.begin
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The load protocol
-
-RESHARDING_STRATEGIES = ("parallel", "sequential", "broadcast")
-RELAYED_BLOCKS = 8  # a round: so many are read by some rank, sent, and put into place
-
-
-def committed(storage: st.CheckpointStorage, prefix: str) -> tuple[bytes, st.CheckpointMetadata]:
-    """`st.read_committed_record`, with LOAD_FAILED where there is no checkpoint of this name."""
-    try:
-        return st.read_committed_record(storage, prefix)
-    except FileNotFoundError as error:
-        known = ", ".join(st.recorded_prefixes(storage)[-5:]) or "none"
-        message = f"there is no checkpoint {prefix!r}; the last ones here: {known}"
-        raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
-
-
-class CheckpointLoader:
-    """Runs L1 to L5 on one rank."""
-
-    def __init__(self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage) -> None:
-        self.coordinator, self.storage = coordinator, storage
-
-    def coordinate_load(
-        self,
-        op: Operation,
-        claim: Callable[[], Mapping[str, object]],
-        validate: Callable[[CheckpointReader], None],
-        prepare: Callable[[CheckpointReader], list[Target]],
-        apply: Callable[[], None],
-        progress: Callable[[Progress], None] | None = None,
-    ) -> st.CheckpointMetadata:
-        """Fill the targets that `prepare` names, then `apply`, on every rank. Collective; blocks until all ranks are done.
-
-        `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are undefined,
-        and the message says so.
-        """
-        with op.step("L1 record"), no_garbage_collection():
-            request = claim()
-            demand_equal(op.gather(request))
-            metadata = self._read_record(op, str(request["prefix"]))
-            reader = CheckpointReader(self.storage, metadata)
-        with reader:
-            with op.step("L2 validate"), no_garbage_collection():
-                validate(reader)
-            with op.step("L3 plan"), no_garbage_collection():
-                tasks = reader.plan(prepare(reader))
-                op.gather(None)  # nobody writes into a tensor before everybody has a plan
-            with op.step("L4 read"):
-                meter = Meter(op, sum(task.nbytes for task in tasks), progress)
-                _read(op, reader, tasks, str(request["strategy"]), meter)
-        with op.step("L5 agree"), no_garbage_collection():
-            op.gather(None)  # every rank has its bytes
-            apply()
-            op.gather(None)
-        return metadata
-
-    def _read_record(self, op: Operation, prefix: str) -> st.CheckpointMetadata:
-        if op.rank == 0:
-            text, metadata = committed(self.storage, prefix)
-            op.broadcast(text.decode())
-            return metadata
-        return st.decode_record(str(op.broadcast(None)).encode(), prefix)
-
-
-def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str, meter: Meter) -> None:
-    """L4: read what this rank's tasks ask for; in turn with the others ("sequential"), or for them too ("broadcast")."""
-    if strategy == "broadcast" and op.world_size > 1:
-        _relay(op, reader, tasks, meter)
-    else:
-        for turn in range(op.world_size) if strategy == "sequential" else [op.rank]:
-            if turn == op.rank:
-                threads = min(IO_THREADS, len(tasks))
-                st.in_parallel(tasks, lambda task, buffer: meter.add(reader.run(task, buffer)), threads, meter.tick)
-            if strategy == "sequential":
-                op.gather(None)
-    meter.tick()
-
-
-def _relay(op: Operation, reader: CheckpointReader, tasks: list[Task], meter: Meter) -> None:
-    """Every block is read by one of the ranks that need it, in turn, and sent to the others; a few blocks a round."""
-    wanted = sorted({(task.shard, block) for task in tasks for block in range(task.first, task.last)})
-    columns = np.array(wanted, np.int64).reshape(-1, 2).T
-    needs: dict[tuple[int, int], list[int]] = {}
-    for rank, row in enumerate(op.gather([len(wanted), *map(st.encode_runs, columns)])):
-        if isinstance(row, list):
-            for key in zip(*(st.decode_runs(runs, row[0]).tolist() for runs in row[1:])):
-                needs.setdefault(key, []).append(rank)
-    order = sorted(needs)
-    sender = {key: needs[key][n % len(needs[key])] for n, key in enumerate(order)}
-    waiting, here = deque(tasks), dict[tuple[int, int], Bytes]()  # the blocks that have come and are needed yet
-    for at in range(0, len(order), RELAYED_BLOCKS):
-        batch = order[at : at + RELAYED_BLOCKS]
-        outgoing: dict[int, list[Bytes]] = {}
-        for shard, block in (key for key in batch if sender[key] == op.rank):
-            data = here[shard, block] = reader.read(shard, block, block + 1, np.empty(st.BLOCK_BYTES, np.uint8))
-            for rank in needs[shard, block]:
-                if rank != op.rank:
-                    outgoing.setdefault(rank, []).append(data)
-        received = op.exchange({rank: np.concatenate(parts) for rank, parts in outgoing.items()})
-        for shard, block in (key for key in batch if op.rank in needs[key] and sender[key] != op.rank):
-            size, source = st.block_span(reader.header(shard), block, block + 1), sender[shard, block]
-            here[shard, block], received[source] = np.split(received[source], [size])
-        # Tasks come in the order of their blocks, and so do the blocks.
-        while waiting and all((waiting[0].shard, b) in here for b in range(waiting[0].first, waiting[0].last)):
-            task = waiting.popleft()
-            reader.place(task, np.concatenate([here[task.shard, b] for b in range(task.first, task.last)]))
-            meter.add(task.nbytes)
-        here = {key: data for key, data in here.items() if waiting and key >= (waiting[0].shard, waiting[0].first)}
-        meter.tick()
