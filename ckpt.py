@@ -506,7 +506,7 @@ class DistributedCheckpoint:
             for optimizer in optimizers:
                 pending.hooks.append(getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged()))
         for copy in copies.values():
-            if copy.view.data_ptr() in guarded:
+            if copy.view.data_ptr() in guarded and copy.version >= 0:  # else a change would go unseen
                 pending.late.append(copy)
             else:
                 copy.room.copy_(copy.view, non_blocking=True)
@@ -536,7 +536,8 @@ class DistributedCheckpoint:
         copies = {}
         for start, (key, (name, view)) in zip(starts, views.items()):
             room = torch.from_numpy(self._staging[start : start + view.nbytes]).view(view.dtype).view(view.shape)
-            copies[key] = StagedCopy(name, view, room, view._version)
+            version = -1 if view.is_inference() else view._version  # those have no counter
+            copies[key] = StagedCopy(name, view, room, version)
         return copies
 
     # ---- load
@@ -548,8 +549,7 @@ class DistributedCheckpoint:
         def body(op: coord.Operation) -> Restore:
             restore = Restore(given, op, self.validator)
             steps = (restore.claim, restore.validate, restore.prepare, restore.apply)
-            with coord.no_garbage_collection():  # until what the plan was made of is gone again
-                loader.coordinate_load(op, *steps, given.options.progress)
+            loader.coordinate_load(op, *steps, given.options.progress)
             return restore
 
         restored, op = self._run(given, "load", body)
@@ -562,7 +562,7 @@ class DistributedCheckpoint:
         return result
 
     def _older(self, given: Given[LoadOptions], tried: Sequence[str]) -> str | None:
-        """The newest checkpoint older than those tried, as rank 0 sees it."""
+        """The newest checkpoint older than those tried; any other where none of their records can be read."""
 
         def choose(op: coord.Operation) -> object:
             with op.step("L1 record"):
@@ -1034,7 +1034,7 @@ class Restore:
         self.warnings: list[str] = []
         self.unexpected: set[str] = set()  # of what has to have a use, that for which none was found so far
         self._seen: set[tuple[object, ...]] = set()
-        self._model, self._optimizer = ModelState(given.model), OptimizerState({}, {})
+        self._model, self._optimizer = ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
         self._rng: object = None
 
@@ -1070,6 +1070,7 @@ class Restore:
         stored = reader.metadata.tensors
         values = {t.name for t in stored if t.dtype == "JSON"}
         self.unexpected |= {t.name for t in stored if t.name.startswith("model/")} | set(filter(coord.in_model, values))
+        self._model = ModelState(given.model)
         self._model.fill(self)
         if given.optimizer is not None and options.load_optimizer:
             if "optimizer/state" in values:
@@ -1456,7 +1457,8 @@ def export_checkpoint(
     Returns their names. `out` ends in ".safetensors"; more than `max_shard_bytes` become `<out>-00001-of-0000N` and an
     index. The model's tensors have the names of `model.state_dict()`, tied ones a copy each; without `model_only` the
     others follow, named as stored. `dtype` casts the model's floats of 16 bits and more. An older export to `out` is
-    replaced. ValueError for a misuse, CheckpointException for damage or a failing disk; then no file of it is left.
+    replaced. ValueError for a misuse, CheckpointException for damage or a failing disk; then no file of it is left,
+    unless the disk failed while files got their final names, or while those of an older export went.
     """
     folder, name = os.path.split(os.path.abspath(out))
     if os.path.splitext(name)[1] != ".safetensors" or max_shard_bytes < 1:
@@ -1708,7 +1710,7 @@ def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, ob
     found: list[tuple[str, object]] = []
     extra: dict[str, object] = {}
     for key, value in state.items():
-        leaves = list(_leaves(value, "" if chosen else key))
+        leaves = [] if chosen and key != chosen else list(_leaves(value, "" if chosen else key))
         if key == chosen if chosen else any(isinstance(leaf, torch.Tensor) for _, leaf in leaves):
             found += leaves
         else:

@@ -7,7 +7,7 @@ The save protocol (`CheckpointCoordinator.coordinate_save`); the checkpoint exis
     step        | who    | what                                                             | a crash leaves
     S1 agree    | all    | same prefix and options on every rank; rank 0 draws the save id  | nothing
     S2 collect  | each   | state dicts -> pieces held by this rank (`LocalTensor`)          | nothing
-    S3 plan     | rank 0 | who writes which bytes, handed out; rank 0 raises the fence      | the fence
+    S3 plan     | rank 0 | who writes which bytes, handed out; rank 0 raises the fence      | the fence, orphan shards
     S4 write    | each   | its blocks, checksummed in the same pass, fsync                  | orphan shards
     S5 report   | all    | lengths and CRCs to rank 0; replicas that differ: back to S3     | orphan shards
     S6 commit   | rank 0 | headers of shared files, fsync directories, record, RENAME, fsync | old or new, whole
@@ -21,7 +21,7 @@ Invariants, cited where they are upheld:
     I1  A block has exactly one writer.
     I2  Every byte that a record names is fsynced, and its directory entry too, before the record is renamed.
     I3  No file of the old checkpoint is touched before the new one is committed.
-    I4  Whoever gives a save up removes its fence first, then looks at the record: the storage decides (`_settle`).
+    I4  Whoever gives a save up removes its fence first, then looks at the record: the storage decides (`settle`).
     I5  A failure on one rank ends the operation on all of them with that rank's error (`Operation.step`).
 
 In this order below: the two protocols, step by step; `Operation` and the coordinators, on which they stand; then what the
@@ -584,21 +584,21 @@ class CheckpointLoader:
         `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are undefined,
         and the message says so.
         """
-        with op.step("L1 record"):
+        with op.step("L1 record"), no_garbage_collection():
             request = claim()
             demand_equal(op.gather(request))
             metadata = self._read_record(op, str(request["prefix"]))
             reader = CheckpointReader(self.storage, metadata)
         with reader:
-            with op.step("L2 validate"):
+            with op.step("L2 validate"), no_garbage_collection():
                 validate(reader)
-            with op.step("L3 plan"):
+            with op.step("L3 plan"), no_garbage_collection():
                 tasks = reader.plan(prepare(reader))
                 op.gather(None)  # nobody writes into a tensor before everybody has a plan
             with op.step("L4 read"):
                 meter = Meter(op, sum(task.nbytes for task in tasks), progress)
                 _read(op, reader, tasks, str(request["strategy"]), meter)
-        with op.step("L5 agree"):
+        with op.step("L5 agree"), no_garbage_collection():
             op.gather(None)  # every rank has its bytes
             apply()
             op.gather(None)
@@ -770,12 +770,13 @@ class Operation:
 
     def collect_at_0(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, on rank 0; elsewhere an empty list."""
-        got = self.exchange({0: np.frombuffer(data, np.uint8)})
+        got = self.exchange({0: np.frombuffer(bytearray(data), np.uint8)})
         return [got[rank].tobytes() for rank in range(self.world_size)] if self.rank == 0 else []
 
     def hand_out(self, parts: Sequence[bytes]) -> bytes:
         """This rank's part of what rank 0 gives out."""
-        return self.exchange({rank: np.frombuffer(part, np.uint8) for rank, part in enumerate(parts)})[0].tobytes()
+        got = self.exchange({rank: np.frombuffer(bytearray(part), np.uint8) for rank, part in enumerate(parts)})
+        return got[0].tobytes()
 
 
 def fulfil(result: Future[T], work: Callable[..., T], *args: object) -> None:
@@ -1033,7 +1034,8 @@ class TorchCoordinator:
     def fail(self, failure: dict[str, object]) -> dict[str, object]:
         key = f"{self._operation}/failed"
         try:
-            text = st.dump_json(st.encode_value(failure, key)).decode()
+            told = {**failure, "message": str(failure["message"])[: 1 << 16]}  # one value: see STORE_BYTES
+            text = st.dump_json(st.encode_value(told, key)).decode()
             self._call(self._store.compare_set, key, "", text)  # the first one stays
             self._posted.append(key)
             return self.failure() or failure

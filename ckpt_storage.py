@@ -72,7 +72,7 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4 << 20  # the unit of checksums, of I/O and of who writes what
 FRAME_BYTES = 4 << 20  # logical bytes behind one compressed frame
-ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be read and written directly
+ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be written directly
 MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
 DIRECT_BYTES = 1 << 20  # smaller writes go through the page cache
 SLOW_TO_FREE_BYTES = 64 << 20
@@ -705,13 +705,13 @@ def decode_value(node: object, tensor: Callable[[str], object]) -> object:
     if not tag.startswith("$"):
         return {key: decode_value(item, tensor) for key, item in node.items()}
     body = node[tag]
+    if tag == "$tensor" and isinstance(body, str):
+        return tensor(body)
     try:
         if tag in _MAPPINGS and isinstance(body, list):
             return _MAPPINGS[tag]({decode_value(key, tensor): decode_value(item, tensor) for key, item in body})
         if tag in _SEQUENCES and isinstance(body, list):
             return _SEQUENCES[tag]([decode_value(item, tensor) for item in body])
-        if tag == "$tensor" and isinstance(body, str):
-            return tensor(body)
         return _LEAVES[tag][2](body)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, struct.error) as error:
         raise corrupted(f"stored value {tag} is malformed: {error}") from error
@@ -926,9 +926,8 @@ def aligned_buffer(length: int) -> Bytes:
     if cuda_in_use():
         pinned: Bytes = torch.empty(length, dtype=torch.uint8, pin_memory=True).numpy()
         return pinned
-    # Private: the pages of a shared mapping, Python's default, cost nearly twice as much at first touch.
-    memory = mmap.mmap(-1, max(1, length), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, np.uint8)[:length]
+    # A shared mapping (Python's default): a fork copies private ones, under direct I/O and to the cost of their size.
+    return np.frombuffer(mmap.mmap(-1, max(1, length)), np.uint8)[:length]
 
 
 def in_parallel(
@@ -1240,11 +1239,11 @@ class CheckpointMetadata:
         width = max((len(t.shape) for t in self.tensors), default=0)
         try:
             lengths = np.array([shard.length for shard in self.shards], np.int64)
-            padded = [t.shape + (1,) * (width - len(t.shape)) for t in self.tensors]
-            shapes = np.array(padded, np.int64).reshape(len(padded), width)
             # Every piece has at least a byte: no row out of thin air.
             (tensor, shard, begin), box = decode_table(self.table, ("tensor", "shard", "begin"), self.size_bytes())
             _require(box.shape[2] == width, "pieces of other dimensions than the tensors")
+            padded = [t.shape + (1,) * (width - len(t.shape)) for t in self.tensors] if len(box) else []
+            shapes = np.array(padded, np.int64).reshape(len(padded), width)
             _require((np.diff(tensor) >= 0).all(), "pieces in another order than the tensors")
             _require((tensor < len(shapes)).all(), "pieces of unknown tensors")
             _require((shard < len(lengths)).all(), "pieces of unknown shards")
