@@ -1192,6 +1192,7 @@ def _plan_ours(ranks: int) -> dict[str, float]:
     exchanged = sum(map(len, told)) + sum(map(len, orders))
     return {
         "save": saved,
+        "alone": alone,
         "load": loaded,
         "record": len(record) / 1e6,
         "exchanged": exchanged / 1e6,

@@ -92,6 +92,7 @@ import threading
 import time
 import traceback
 import tracemalloc
+import types
 import warnings
 import zlib
 from collections import Counter
@@ -6981,3 +6982,17 @@ def carry_out(plan, pids, names):
     for victim in plan.victims:
         os.kill(pids[victim], plan.kill)
         time.sleep(plan.pause_s)
+
+
+def test_the_benchmarks_row_for_the_plan_has_a_figure_for_all_that_it_names(monkeypatch):
+    import bench_ckpt
+
+    monkeypatch.setattr(bench_ckpt, "PLAN_RANKS", (4,))
+    monkeypatch.setattr(bench_ckpt, "PLAN_TENSORS", 8)
+    single = types.SimpleNamespace(member=True)
+    bench = types.SimpleNamespace(rows=[], single=single, release=lambda: None, progress=lambda text: None)
+    bench_ckpt.bench_plan(bench)
+    ((lines, notes),) = [(row.lines, row.notes) for row in bench.rows]
+    assert (
+        len(lines) == 4 and all(line.median > 0 for line in lines) and "37 pieces" in notes[-1]
+    )  # 8 x 4, and 5 values
