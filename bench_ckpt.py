@@ -43,7 +43,6 @@ import importlib.util
 import json
 import logging
 import math
-import mmap
 import os
 import platform
 import shutil
@@ -504,10 +503,10 @@ class RawFile:
         self.path = path
         self.nbytes = -(-nbytes // PAGE) * PAGE
         self._pool = ThreadPoolExecutor(4)
-        noise = os.urandom(MIB)
-        self._buffers = [mmap.mmap(-1, 16 * MIB) for _ in range(4)]  # page-aligned, as O_DIRECT wants it
+        # As good as they get: aligned, and in huge pages, which direct I/O on a virtual disk is much faster with.
+        self._buffers = [ckpt_storage.aligned_buffer(16 * MIB) for _ in range(4)]
         for buffer in self._buffers:
-            buffer.write(noise * 16)  # warm
+            buffer.reshape(16, MIB)[:] = numpy.frombuffer(os.urandom(MIB), numpy.uint8)  # warm
 
     def takes_direct(self) -> bool:
         """Whether this file system opens files with O_DIRECT."""
@@ -557,7 +556,7 @@ class RawFile:
         """Call `work(buffer, fd, offset)` for all blocks, every thread taking each `threads`-th."""
 
         def drain(thread: int) -> None:
-            with memoryview(self._buffers[thread]) as buffer, buffer[: setting.block] as part:
+            with self._buffers[thread].data as buffer, buffer[: setting.block] as part:
                 for fd, offset in blocks[thread :: setting.threads]:
                     work(part, fd, offset)
 

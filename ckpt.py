@@ -1120,7 +1120,8 @@ class Restore:
             key = (index, box.offset, coord.identity(view))
             if key not in self._seen:  # tied tensors need one fill
                 self._seen.add(key)
-                self.targets.append(coord.Target(index, box, view))
+                alone = self.op.world_size == 1 or coord.is_cut_up(tensor)
+                self.targets.append(coord.Target(index, box, view, alone))
 
     def value(self, index: int, live: object) -> object:
         """A stored value with its tensors, as `decode`."""
@@ -1244,7 +1245,7 @@ class ChecksumIntegrityChecker:
 
         def check(block: int, buffer: st.Bytes) -> None:
             try:
-                reader.read(shard, block, block + 1, buffer)
+                reader.read(shard, block, block + 1, buffer, buffer)
             except CheckpointException as error:
                 found.errors.append(str(error))
             reader.checked_bytes += st.block_span(header, block, block + 1)
@@ -1400,7 +1401,7 @@ def _plan(reader: CheckpointReader, tensors: Sequence[_Named]) -> tuple[list[coo
     """The tasks that read all of these tensors, and which one each view in them is: a dtype and a shape, but no memory."""
     views = [torch.empty(t.shape, dtype=st.DTYPES[t.dtype], device="meta") for t in tensors]
     boxes = [st.Box((0,) * len(t.shape), t.shape) for t in tensors]
-    tasks = reader.plan(coord.Target(t.stored, box, view) for t, box, view in zip(tensors, boxes, views))
+    tasks = reader.plan(coord.Target(t.stored, box, view, True) for t, box, view in zip(tensors, boxes, views))
     return tasks, {id(view): t for t, view in zip(tensors, views)}
 
 

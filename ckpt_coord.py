@@ -638,11 +638,13 @@ def _relay(op: Operation, reader: CheckpointReader, tasks: list[Task], meter: Me
     order = sorted(needs)
     sender = {key: needs[key][n % len(needs[key])] for n, key in enumerate(order)}
     waiting, here = deque(tasks), dict[tuple[int, int], Bytes]()  # the blocks that have come and are needed yet
+    bounce = st.aligned_buffer(st.BLOCK_BYTES)
     for at in range(0, len(order), RELAYED_BLOCKS):
         batch = order[at : at + RELAYED_BLOCKS]
         outgoing: dict[int, list[Bytes]] = {}
         for shard, block in (key for key in batch if sender[key] == op.rank):
-            data = here[shard, block] = reader.read(shard, block, block + 1, np.empty(st.BLOCK_BYTES, np.uint8))
+            room = np.empty(st.BLOCK_BYTES, np.uint8)
+            data = here[shard, block] = reader.read(shard, block, block + 1, room, bounce)
             for rank in needs[shard, block]:
                 if rank != op.rank:
                     outgoing.setdefault(rank, []).append(data)
@@ -1116,6 +1118,12 @@ def as_dtensor(tensor: object) -> DTensor | None:
     """`tensor` if it is a DTensor. Does not import that class, which takes as long as torch itself: somebody has, or not."""
     kind: type[DTensor] | None = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return tensor if kind is not None and isinstance(tensor, kind) else None
+
+
+def is_cut_up(tensor: torch.Tensor) -> bool:
+    """Whether every element of `tensor` is held by one rank alone, as its placements tell."""
+    sharded = as_dtensor(tensor)
+    return sharded is not None and not any(placement.is_replicate() for placement in sharded.placements)
 
 
 def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
@@ -1927,6 +1935,7 @@ class Target(NamedTuple):
     tensor: int
     box: Box
     view: torch.Tensor
+    alone: bool = False  # no other rank wants these bytes
 
 
 class Copy(NamedTuple):
@@ -1939,6 +1948,7 @@ class Copy(NamedTuple):
     piece: Box  # of the stored tensor: what `entry` holds
     target: Target
     flat: Bytes | None  # the target's memory, where the whole piece goes there as it is
+    own: int  # bytes of it that this rank wants, and no other
 
 
 class Task(NamedTuple):
@@ -1949,6 +1959,10 @@ class Task(NamedTuple):
     last: int
     nbytes: int
     copies: list[Copy]
+
+    def alone(self) -> bool:
+        """Whether to read it past the cache: at least three quarters of it are for this rank alone."""
+        return 4 * sum(copy.own for copy in self.copies) >= 3 * self.nbytes
 
 
 COMPRESSED_WINDOW = 4  # blocks a task over compressed entries: their frames do not end where blocks do
@@ -2081,9 +2095,9 @@ class CheckpointReader:
                 exact = piece == want and target.view.dtype == st.DTYPES[meta.dtype]
                 flat = st.byte_view(target.view) if exact else None
                 blocks = COMPRESSED_WINDOW if entry.frames else 1
-                for low, high, start in _spans(entry, piece, want):
-                    window = shard, low // st.BLOCK_BYTES // blocks * blocks
-                    windows.setdefault(window, []).append(Copy(low, high, start, entry, piece, target, flat))
+                for low, high, start, wanted in _spans(entry, piece, want):
+                    window, own = (shard, low // st.BLOCK_BYTES // blocks * blocks), wanted * target.alone
+                    windows.setdefault(window, []).append(Copy(low, high, start, entry, piece, target, flat, own))
         tasks = []
         for (shard, _), copies in sorted(windows.items()):
             first = min(copy.low for copy in copies) // st.BLOCK_BYTES
@@ -2091,21 +2105,22 @@ class CheckpointReader:
             tasks.append(Task(shard, first, last, st.block_span(self.header(shard), first, last), copies))
         return tasks
 
-    def read(self, shard: int, first: int, last: int, buffer: Bytes) -> Bytes:
-        """Blocks [first, last) of a shard, verified, in the beginning of `buffer`."""
+    def read(self, shard: int, first: int, last: int, buffer: Bytes, bounce: Bytes | None = None) -> Bytes:
+        """Blocks [first, last) of a shard, verified, in the beginning of `buffer`; `bounce` as in `st.StoredFile`."""
         header = self.header(shard)
         data = buffer[: st.block_span(header, first, last)]
-        st.read_blocks(self.file(shard), header, first, last, data, self.metadata.shard_path(shard))
+        st.read_blocks(self.file(shard), header, first, last, data, self.metadata.shard_path(shard), bounce)
         return data
 
     def run(self, task: Task, buffer: Bytes) -> int:
         """L4 for one task: read, verify, put into place. Returns the bytes read."""
         shard, first, last, nbytes, (copy, *others) = task
+        bounce = buffer if task.alone() else None
         if copy.flat is not None and not copy.entry.frames and not others and copy.high - copy.low == nbytes:
-            self.read(shard, first, last, copy.flat[copy.start :])  # a block of one tensor: straight into its memory
+            self.read(shard, first, last, copy.flat[copy.start :], bounce)  # a block of one tensor: straight there
         else:
             room = buffer if nbytes <= len(buffer) else np.empty(nbytes, np.uint8)
-            self.place(task, self.read(shard, first, last, room))
+            self.place(task, self.read(shard, first, last, room, bounce))
         return nbytes
 
     def place(self, task: Task, data: Bytes) -> None:
@@ -2136,19 +2151,24 @@ class CheckpointReader:
         return st.parse_json(out.numpy().tobytes(), meta.name)
 
 
-def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, int]]:
-    """The blocks' parts, or the frames, in which a piece has what it has of `want`: `Copy`'s (low, high, start)."""
-    first = last = 0  # the first and the last element of it that is wanted, in row-major order
-    for at, size, begin, count in zip(*piece, *want):
-        first = first * size + max(0, begin - at)
-        last = last * size + min(size, begin + count - at) - 1
-    width = st.itemsize(entry.dtype)
-    first, stop = first * width, (last + 1) * width
+def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, int, int]]:
+    """The blocks' parts, or the frames, in which a piece has what it has of `want`: `Copy`'s (low, high, start).
+
+    And how many of their bytes that is, about.
+    """
+    first, last, count = 0, 0, 1  # of what is wanted of it, the first and last element in row-major order, and how many
+    for at, size, begin, width in zip(*piece, *want):
+        low, high = max(0, begin - at), min(size, begin + width - at)
+        first, last, count = first * size + low, last * size + high - 1, count * (high - low)
+    share, itemsize = count / (last + 1 - first), st.itemsize(entry.dtype)
+    first, stop = first * itemsize, (last + 1) * itemsize
     if entry.frames:
         edges = np.cumsum([entry.begin, *entry.frames]).tolist()
         for frame in range(first // st.FRAME_BYTES, -(-stop // st.FRAME_BYTES)):
-            yield edges[frame], edges[frame + 1], frame * st.FRAME_BYTES
+            low, high = edges[frame], edges[frame + 1]
+            yield low, high, frame * st.FRAME_BYTES, int((high - low) * share)
     else:
-        for block in range((entry.begin + first) // st.BLOCK_BYTES, st.block_count(entry.begin + stop)):
-            low = max(entry.begin, block * st.BLOCK_BYTES)
-            yield low, min(entry.end, (block + 1) * st.BLOCK_BYTES), low - entry.begin
+        first, stop = entry.begin + first, entry.begin + stop
+        for block in range(first // st.BLOCK_BYTES, st.block_count(stop)):
+            low, high = max(entry.begin, block * st.BLOCK_BYTES), min(entry.end, (block + 1) * st.BLOCK_BYTES)
+            yield low, high, low - entry.begin, int((min(stop, high) - max(first, low)) * share)

@@ -72,13 +72,16 @@ T = TypeVar("T")
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4 << 20  # the unit of checksums, of I/O and of who writes what
 FRAME_BYTES = 4 << 20  # logical bytes behind one compressed frame
-ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be written directly
+ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be read and written directly
 MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
-DIRECT_BYTES = 1 << 20  # smaller writes go through the page cache
+DIRECT_BYTES = 1 << 20  # smaller reads and writes go through the page cache
+COLD_BYTES = 64 << 20  # whether the page cache has a file's bytes is asked of such regions
 SLOW_TO_FREE_BYTES = 64 << 20
+HUGE_PAGE_BYTES = 2 << 20  # where memory of that alignment can be one page
 RECORD_SUFFIX = ".metadata.json"
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_MADV_WIPEONFORK = 18  # of Linux 4.14; Python's mmap lacks the name
 
 # --------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -185,6 +188,14 @@ class FileOps:
     def pread(self, fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)
 
+    def is_cached(self, fd: int, offset: int, length: int) -> bool:
+        """Whether most of it is in the page cache. (By mincore: to ask by reading would start a readahead.)"""
+        with mmap.mmap(fd, length, access=mmap.ACCESS_READ, offset=offset) as view:
+            pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
+            address = np.frombuffer(view, np.uint8).ctypes.data  # the array is gone, so that the map can close
+            failed = _LIBC.mincore(*map(ctypes.c_void_p, (address, length, pages.ctypes.data)))
+        return not failed and bool((pages & 1).mean() > 0.5)
+
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         return os.pwrite(fd, data, offset)
 
@@ -248,7 +259,10 @@ class FileOps:
 class StoredFile(Protocol):
     """An open file of a storage. Reads and writes are positioned and may come from several threads at once."""
 
-    def read(self, offset: int, buffer: memoryview) -> None: ...
+    def read(self, offset: int, buffer: memoryview, bounce: memoryview | None = None) -> None:
+        """Fill `buffer`. `bounce`: given where nobody else wants these bytes soon, memory by way of which they may come."""
+        ...
+
     def write(self, offset: int, data: memoryview) -> None: ...
     def length(self) -> int: ...
     def resize(self, length: int) -> None: ...
@@ -288,33 +302,60 @@ class CheckpointStorage(Protocol):
         """Remove a file whose creator is proved dead (or only look); False where it may be alive."""
 
 
+def _is_aligned(offset: int, memory: memoryview) -> bool:
+    """Whether that place in a file, and this memory, are such as direct I/O takes."""
+    return (offset | np.frombuffer(memory, np.uint8).ctypes.data) % ALIGN_BYTES == 0
+
+
+def _aligned_length(memory: memoryview) -> int:
+    return len(memory) // ALIGN_BYTES * ALIGN_BYTES
+
+
 class LocalFile:
     """A file on a local or mounted file system.
 
     Large aligned writes go past the page cache where the file system allows it: that is the disk's own speed, and pushes
-    nothing out of memory. Reads go through the cache, so that ranks that need the same bytes read the disk once.
+    nothing out of memory. So do reads of what only one rank wants, unless the cache has it: filling the cache takes more
+    time than the disk. What several ranks want comes through it, so that the disk is read once.
     """
 
     def __init__(self, files: FileOps, fd: int, name: str, flags: int) -> None:
         self._files, self._fd, self._name, self._flags = files, fd, name, flags
         self._direct_fd: int | None = None  # -1 where there is none
+        self._cold: dict[int, bool] = {}  # of regions of COLD_BYTES
         self._lock = threading.Lock()
 
-    def read(self, offset: int, buffer: memoryview) -> None:
+    def read(self, offset: int, buffer: memoryview, bounce: memoryview | None = None) -> None:
         """Fill `buffer` from `offset`; short reads go on, an early end of the file is corruption."""
-        done = 0
+        done = whole = 0  # [0, whole) comes past the cache, as long as what is left of it is aligned
+        if bounce is not None and len(buffer) >= DIRECT_BYTES and _is_aligned(offset, bounce) and self._is_cold(offset):
+            whole = _aligned_length(buffer) if self._direct() >= 0 else 0
         while done < len(buffer):
-            count = self._files.pread(self._fd, buffer[done:], offset + done)
+            if bounce is not None and done < whole and done % ALIGN_BYTES == 0:
+                room = _aligned_length(bounce)
+                at = done % room  # `bounce` may be `buffer` itself
+                part = bounce[at : min(room, at + whole - done)]
+                count = self._files.pread(self._direct(), part, offset + done)
+                buffer[done : done + count] = part[:count]
+            else:
+                count = self._files.pread(self._fd, buffer[done:], offset + done)
             if count == 0:
                 raise corrupted(f"{self._name}: ends at byte {offset + done}, {len(buffer) - done} bytes missing")
             done += count
 
+    def _is_cold(self, offset: int) -> bool:
+        """Looked up once a region: asking takes a good part of the time that reading from the cache does."""
+        region = offset // COLD_BYTES
+        if region not in self._cold:
+            length = min(COLD_BYTES, self.length() - region * COLD_BYTES)
+            self._cold[region] = length > 0 and not self._files.is_cached(self._fd, region * COLD_BYTES, length)
+        return self._cold[region]
+
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data` at `offset`; short writes go on."""
         done = whole = 0  # [0, whole) goes past the cache, as long as what is left of it is aligned
-        if len(data) >= DIRECT_BYTES and offset % ALIGN_BYTES == 0:
-            aligned = np.frombuffer(data, np.uint8).ctypes.data % ALIGN_BYTES == 0
-            whole = len(data) // ALIGN_BYTES * ALIGN_BYTES if aligned and self._direct() >= 0 else 0
+        if len(data) >= DIRECT_BYTES and _is_aligned(offset, data) and self._direct() >= 0:
+            whole = _aligned_length(data)
         while done < len(data):
             direct = done < whole and done % ALIGN_BYTES == 0
             fd, stop = (self._direct(), whole) if direct else (self._fd, done + (1 << 30))
@@ -922,12 +963,22 @@ def cuda_in_use() -> bool:
 
 
 def aligned_buffer(length: int) -> Bytes:
-    """Page-aligned memory (mmap), pinned where CUDA is in use, so that device copies and direct I/O are fast."""
+    """Memory for I/O, at least page-aligned, so that device copies and direct I/O are fast: pinned where CUDA is in use.
+
+    Else in huge pages where the system has them: then a transfer is few long segments instead of one a page of 4 KiB,
+    which virtual disks take many times longer for. A fork's child finds zeros in it: pages that are copied on write would
+    cost their size again, and what direct I/O reads into them could be lost.
+    """
     if cuda_in_use():
         pinned: Bytes = torch.empty(length, dtype=torch.uint8, pin_memory=True).numpy()
         return pinned
-    # A shared mapping (Python's default): a fork copies private ones, under direct I/O and to the cost of their size.
-    return np.frombuffer(mmap.mmap(-1, max(1, length)), np.uint8)[:length]
+    memory = mmap.mmap(-1, length + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in (mmap.MADV_HUGEPAGE, _MADV_WIPEONFORK):
+        with contextlib.suppress(OSError):  # a kernel without it
+            memory.madvise(advice)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE_BYTES
+    return whole[start : start + length]
 
 
 def in_parallel(
@@ -1149,12 +1200,14 @@ def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
     return entry
 
 
-def read_blocks(file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str) -> None:
-    """Read blocks [first, last) into `out` and check each one's CRC32 before anybody uses it.
+def read_blocks(
+    file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str, bounce: Bytes | None = None
+) -> None:
+    """Read blocks [first, last) into `out` and check each one's CRC32 before anybody uses it; `bounce` as in `StoredFile`.
 
     CORRUPTED_CHECKPOINT names the file, the block and the tensors in it.
     """
-    file.read(header.data_start + first * BLOCK_BYTES, out.data)
+    file.read(header.data_start + first * BLOCK_BYTES, out.data, None if bounce is None else bounce.data)
     for block in range(first, last):
         low = (block - first) * BLOCK_BYTES
         found = crc32(out[low : low + BLOCK_BYTES])

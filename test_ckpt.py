@@ -446,6 +446,9 @@ class Seam(FileOps):
         op = Op("pread", self.paths[fd], offset=offset, size=len(buffer))
         return self._do(op, lambda: FileOps.pread(self, fd, buffer[: self.cap], offset))
 
+    def is_cached(self, fd, offset, length):
+        return self._do(Op("is_cached", self.paths[fd]), lambda: FileOps.is_cached(self, fd, offset, length))
+
     def pwrite(self, fd, data, offset):
         op = Op("pwrite", self.paths[fd], offset=offset, data=bytes(data[: self.cap]), size=len(data))
         return self._do(op, lambda: FileOps.pwrite(self, fd, data[: self.cap], offset))
@@ -2068,6 +2071,104 @@ def test_only_the_models_bytes_are_read_for_only_the_model(tmp_path):
     assert identical(state_of(other)[0], state_of(model)[0])
     full = stepped(other)
     refusal(lambda: checkpoint.load(other, full, at()), ExceptionType.CORRUPTED_CHECKPOINT)
+
+
+def is_cold(tmp):
+    """Drop every file below `tmp` from the page cache; whether that is so now (a file system in memory keeps them)."""
+    for path in filter(Path.is_file, tmp.rglob("*")):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        cached = FileOps().is_cached(fd, 0, max(1, path.stat().st_size))
+        os.close(fd)
+        if cached:
+            return False
+    return True
+
+
+def reads_past_the_cache(rank, world_size, tmp, layout):
+    """Whether this rank's load of a cold checkpoint of 24 MiB reads past the page cache; None where nothing gets cold."""
+    model = nn.Linear(2048, 3072, bias=False)
+    if layout == "sharded":
+        fully_shard(model)
+    opened(tmp).save(model, None, to())
+    dist.barrier()
+    if not is_cold(tmp):
+        return None
+    dist.barrier()
+    files = Seam()
+    ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp, files)).load(model, None, at())
+    return any(op.call == "open_direct" for op in files.log)
+
+
+@pytest.mark.parametrize("world_size, layout, past", [(1, "plain", True), (2, "sharded", True), (2, "plain", False)])
+def test_a_cold_file_is_read_past_the_page_cache_where_no_other_rank_wants_the_same_bytes(
+    tmp_path, world_size, layout, past
+):
+    found = run(world_size, reads_past_the_cache, tmp_path, layout)
+    if None in found:
+        pytest.skip("the files stay in memory here")
+    assert found == [past] * world_size
+
+
+def test_what_the_page_cache_has_is_read_from_it(tmp_path):
+    model = filled(nn.Linear(1024, 3072), "truth")
+    opened(tmp_path).save(model, None, to())
+    assert all(path.read_bytes() for path in shards(tmp_path))
+    files = Seam()
+    ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, files)).load(model, None, at())
+    assert not any(op.call == "open_direct" for op in files.log)
+
+
+@pytest.mark.parametrize("rows, alone", [((0, 512), True), ((100, 400), True), ((0, 512, 2), False)])
+def test_only_what_fills_a_block_to_three_quarters_is_one_ranks_alone(tmp_path, rows, alone):
+    weight = torch.randn(512, 1 << 14)  # 32 MiB: 64 rows a block
+    opened(tmp_path).save(Bag(weight=weight), None, to())
+    _, meta = ckpt.coord.committed(ckpt.LocalStorage(tmp_path), "p")
+    with ckpt.CheckpointReader(ckpt.LocalStorage(tmp_path), meta) as reader:
+        (index,) = reader.stored["model/weight"].values()
+        low, high, *halves = rows
+        box = st.Box((low, 0), (high - low, (1 << 14) // (halves or [1])[0]))
+        view = torch.empty(box.size)
+        tasks = reader.plan([ckpt.coord.Target(index, box, view, alone=True)])
+        own = sum(copy.own for task in tasks for copy in task.copies)
+        assert view.nbytes - len(tasks) <= own <= view.nbytes
+        assert {task.alone() for task in tasks[1:-1]} == {alone}
+        assert not any(task.alone() for task in reader.plan([ckpt.coord.Target(index, box, view)]))
+        for task in tasks:
+            reader.run(task, st.aligned_buffer(BLOCK))
+    assert torch.equal(view, weight[low:high, : box.size[1]])
+
+
+@pytest.mark.parametrize("length", [MiB, 3 * MiB + 5, 4 * MiB])
+@pytest.mark.parametrize("room", ["itself", "as long", "shorter", "unaligned"])
+@pytest.mark.parametrize("cap", [1 << 40, 3 * PAGE, 5000])
+def test_a_read_by_way_of_another_buffer_gives_the_same_bytes_however_short_its_parts(tmp_path, length, room, cap):
+    class Cold(FileOps):
+        def is_cached(self, fd, offset, length):
+            return False
+
+        def pread(self, fd, buffer, offset):
+            return min(cap, super().pread(fd, buffer, offset))
+
+    data = np.random.default_rng(1).integers(0, 256, PAGE + 4 * MiB, np.uint8)
+    (tmp_path / "file").write_bytes(data)
+    into = st.aligned_buffer(length)
+    unaligned = st.aligned_buffer(4 * MiB)[1:]
+    others = {"as long": st.aligned_buffer(4 * MiB), "shorter": st.aligned_buffer(MiB + 5), "unaligned": unaligned}
+    bounce = others.get(room, into)
+    with contextlib.closing(ckpt.LocalStorage(tmp_path, Cold()).open("file")) as file:
+        file.read(PAGE, into.data, bounce.data)
+        assert np.array_equal(into, data[PAGE : PAGE + length])
+        with pytest.raises(ckpt.CheckpointException, match="bytes missing"):
+            file.read(2 * PAGE, st.aligned_buffer(4 * MiB).data, bounce.data)
+
+
+def test_a_fork_finds_zeros_in_the_memory_for_io_not_its_parents_bytes():
+    memory = st.aligned_buffer(3 * MiB)
+    memory[:] = 7
+    assert memory.ctypes.data % PAGE == 0 and forked(lambda: memory.any() and 1 / 0) == 0
+    assert (memory == 7).all()
 
 
 class Stage(nn.Module):
@@ -4350,7 +4451,7 @@ class MemoryFile:
     def __init__(self, storage, name):
         self.storage, self.name = storage, name
 
-    def read(self, offset, buffer):
+    def read(self, offset, buffer, bounce=None):
         data = self.storage.files[self.name][offset : offset + len(buffer)]
         if len(data) < len(buffer):
             raise st.corrupted(f"{self.name}: too short")
