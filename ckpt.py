@@ -1152,12 +1152,9 @@ class Restore:
         else:
             self.warnings += self.problems
         if self.errors:
-            more = f"\n  ... and {len(self.errors) - 20} more" if len(self.errors) > 20 else ""
-            lines = "".join(f"\n  {line}" for line in self.errors[:20])
-            raise CheckpointException(
-                f"checkpoint {self.reader.metadata.prefix!r} does not fit ({len(self.errors)} problem(s)):{lines}{more}",
-                type=ExceptionType.VALIDATION_FAILED,
-            )
+            what = f"checkpoint {self.reader.metadata.prefix!r} does not fit ({len(self.errors)} problem(s))"
+            message = f"{what}:\n  " + st.some(self.errors, 20, "\n  ")
+            raise CheckpointException(message, type=ExceptionType.VALIDATION_FAILED)
 
     def apply(self) -> None:
         """L5: hand the filled states over."""
@@ -1392,14 +1389,10 @@ def _stored(meta: CheckpointMetadata) -> list[_Named]:
     ]
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _plan(reader: CheckpointReader, tensors: Sequence[_Named]) -> tuple[list[coord.Task], dict[int, _Named]]:
     """The tasks that read all of these tensors, and which one each view in them is: a dtype and a shape, but no memory."""
     views = [torch.empty(t.shape, dtype=st.DTYPES[t.dtype], device="meta") for t in tensors]
-    boxes = [st.Box((0,) * len(t.shape), t.shape) for t in tensors]
+    boxes = [coord.whole_box(t.shape) for t in tensors]
     tasks = reader.plan(coord.Target(t.stored, box, view) for t, box, view in zip(tensors, boxes, views))
     return tasks, {id(view): t for t, view in zip(tensors, views)}
 
@@ -1498,7 +1491,7 @@ def _select(reader: CheckpointReader, model_only: bool, dtype: torch.dtype | Non
         ("left out, being no tensors", values),
     ):
         if names:
-            log.warning("%s: %s: %s", meta.prefix, what, _some(names))
+            log.warning("%s: %s: %s", meta.prefix, what, st.some(names))
     return chosen
 
 
@@ -1627,7 +1620,7 @@ def _read_source(path: str) -> dict[str, object]:
         files = [os.path.join(path, n) for n in names if n.endswith((".safetensors", ".safetensors.index.json"))]
     indices = [file for file in files if file.endswith(".index.json")]
     if not files or len(indices) > 1 or (indices and indices[0].removesuffix(".index.json") in files):
-        raise ValueError(f"{path}: name one file to import; safetensors files here: {_some(files) or 'none'}")
+        raise ValueError(f"{path}: name one file to import; safetensors files here: {st.some(files) or 'none'}")
     for index in indices:
         with open(index, "rb") as file, _well_formed(index):
             weights = st.Fields(st.parse_json(file.read(), index)).child("weight_map")
@@ -1636,10 +1629,10 @@ def _read_source(path: str) -> dict[str, object]:
     state: dict[str, object] = {}
     for tensors in map(_read_file, files):
         if twice := sorted(state.keys() & tensors.keys()):
-            raise ValueError(f"{path}: several files have {_some(twice)}; name the one to import")
+            raise ValueError(f"{path}: several files have {st.some(twice)}; name the one to import")
         state |= tensors
     if indices and (wrong := sorted(state.keys() ^ listed)):
-        raise st.corrupted(f"{path}: the index and its files do not agree on {_some(wrong)}", path)
+        raise st.corrupted(f"{path}: the index and its files do not agree on {st.some(wrong)}", path)
     return state
 
 
@@ -1950,7 +1943,7 @@ def _import(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> R
     meta = st.read_committed(storage, prefix)
     extra = sorted(t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON")
     size = f"{_human(meta.size_bytes())}, {sum(t.name.startswith('model/') for t in meta.tensors)} tensors of the model"
-    say(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {_some(extra)}" if extra else ""))
+    say(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {st.some(extra)}" if extra else ""))
     return 0, {"imported": prefix}
 
 

@@ -315,16 +315,16 @@ class _Attempt:
         for index, row, begin in zip(plan.rows.tensor.tolist(), plan.rows.box.tolist(), plan.begin.tolist()):
             tensor = plan.tensors[index]
             entries.append(draft_entry(tensor, _box(row, len(tensor.shape)), begin, self.request.packed))
-        suffix = "" if plan.model_rows is None else ".rest"
-        return draft_file(f"{self.ticket.save_id}{suffix}.safetensors", entries, self.op.world_size)
+        name = st.shared_name(self.ticket.save_id, "" if plan.model_rows is None else "rest")
+        return draft_file(name, entries, self.op.world_size)
 
     def _draft_model(self, plan: SavePlan) -> Draft:
         entries = []
         for index, begin, _ in plan.model_entries:
             tensor = plan.tensors[index]
-            entry = draft_entry(tensor, Box((0,) * len(tensor.shape), tensor.shape), begin, packed=False)
+            entry = draft_entry(tensor, whole_box(tensor.shape), begin, packed=False)
             entries.append(entry._replace(name=tensor.name.removeprefix("model/")))
-        return draft_file(f"{self.ticket.save_id}.model.safetensors", entries)
+        return draft_file(st.shared_name(self.ticket.save_id, "model"), entries)
 
     def _make(self, draft: Draft) -> dict[str, object]:
         """Create a file that ranks share; what they need to know of it."""
@@ -333,8 +333,8 @@ class _Attempt:
 
     @contextmanager
     def _create(self, draft: Draft) -> Iterator[st.StoredFile]:
-        self._created.append(draft.name)
-        with closing(self.storage.create(f"{self.ticket.prefix}/{draft.name}")) as file:
+        self._created.append(f"{self.ticket.prefix}/{draft.name}")
+        with closing(self.storage.create(self._created[-1])) as file:
             file.resize(len(draft.header) + data_end(draft.entries))
             yield file
 
@@ -404,7 +404,7 @@ class _Attempt:
             if self.op.broadcast(not differing):
                 return True
             for name in self._created:
-                self.storage.delete(f"{self.ticket.prefix}/{name}")
+                self.storage.delete(name)
             self._created = []
             self.warnings.clear()  # what they told is found again
             return False
@@ -419,9 +419,9 @@ class _Attempt:
                 assert self._fence is not None
                 self._fence.write(0, memoryview(record))
                 self._fence.sync()
-                self._superseded = st.shard_files(self.storage, self.ticket.prefix)
+                files = st.shard_files(self.storage, self.ticket.prefix)
                 old = st.committed_id(self.storage, self.ticket.prefix)
-                self._superseded = [n for n in self._superseded if old and n.rpartition("/")[2].startswith(old)]
+                self._superseded = [name for name in files if st.save_of(name) == old]
                 self._rename()
 
     def _rename(self) -> None:
@@ -513,7 +513,7 @@ class _Attempt:
             self.storage.delete(st.fence_name(prefix, save_id))
             if st.committed_id(self.storage, prefix) == save_id:
                 return True
-            st.delete_files(self.storage, prefix, [f"{prefix}/{name}" for name in self._created])
+            st.delete_files(self.storage, prefix, self._created)
         except OSError as error:  # the failure that brought us here matters more; `gc` finds what is left
             self.warnings.append(f"could not clean up after the failed save: {error}")
         return False
@@ -1089,8 +1089,7 @@ class TorchCoordinator:
             if now > deadline:
                 late = [rank for rank, key in posts.items() if not self._call(self._store.check, [key])]
                 late = late or list(posts)[:1]  # all have posted: then it is the rank that hands out the whole
-                names = ", ".join(map(str, late[:20])) + (f" and {len(late) - 20} more" if len(late) > 20 else "")
-                message = f"no answer from rank(s) {names} of {self.world_size} by the deadline"
+                message = f"no answer from rank(s) {st.some(late, 20)} of {self.world_size} by the deadline"
                 raise CheckpointException(message, type=ExceptionType.TIMEOUT, rank=late[0])
             time.sleep(pause)
             pause = min(pause * 1.25, self._longest_pause)
@@ -1820,8 +1819,7 @@ class Gathering:
         found: dict[int, tuple[st.Entry, dict[Box, dict[int, int]]]] = {}
         for meta, box, (begin, rank, piece) in rows:
             if begin not in found:
-                whole = Box((0,) * len(meta.shape), meta.shape)
-                found[begin] = (draft_entry(meta, whole, begin, packed=False), {})
+                found[begin] = (draft_entry(meta, whole_box(meta.shape), begin, packed=False), {})
             found[begin][1].setdefault(box, {})[rank] = piece
         self._tensors = list(found.values())
         self._ends = [entry.end for entry, _ in self._tensors]

@@ -3500,6 +3500,12 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
     assert values["extra/nested", None] == {"deep": [("$tensor", "extra/nested.deep.0")]}
 
 
+def test_a_column_is_written_in_as_few_runs_as_can_be():
+    assert st.encode_runs(np.array([0, 4, 8, 100, 100])) == [0, 4, 3, 100, 0, 2]  # the example of the README
+    assert st.encode_runs(np.arange(5).repeat(7))[2::3] == [7] * 5
+    assert st.encode_runs(np.array([0, 1, 2, 10, 20, 30, 5]))[2::3] == [3, 3, 1]
+
+
 def test_the_worked_examples_of_the_readme_are_what_is_written(tmp_path):
     readme = (HERE / "README.md").read_text()
     opened(tmp_path).save_model_only(Bag(w=torch.tensor([1.0, 2.0])), to(custom_metadata={"epoch": 3}))
