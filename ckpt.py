@@ -436,7 +436,8 @@ class DistributedCheckpoint:
         def attempt() -> tuple[R, coord.Operation]:
             replaced = False
             while True:
-                op = coord.Operation(self.coordinator, verb, given.limit_s, given.cancel, retryable)
+                limit_s, cancel, progress = given.limit_s, given.cancel, given.options.progress
+                op = coord.Operation(self.coordinator, verb, limit_s, cancel, retryable, progress)
                 try:
                     return body(op), op
                 except coord.OperationFailed as failed:
@@ -470,7 +471,7 @@ class DistributedCheckpoint:
             )  # fmt: skip
 
         saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects)
-        result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect, options.progress))
+        result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
         for warning in result.warnings:
             self.logger.warning("%s: %s", result.prefix, warning)
         own, whole = result.bytes_written, result.size_bytes
@@ -548,8 +549,7 @@ class DistributedCheckpoint:
 
         def body(op: coord.Operation) -> Restore:
             restore = Restore(given, op, self.validator)
-            steps = (restore.claim, restore.validate, restore.prepare, restore.apply)
-            loader.coordinate_load(op, *steps, given.options.progress)
+            loader.coordinate_load(op, restore)
             return restore
 
         restored, op = self._run(given, "load", body)
@@ -1244,10 +1244,10 @@ class ChecksumIntegrityChecker:
                 reader.read(shard, block, block + 1, buffer)
             except CheckpointException as error:
                 found.errors.append(str(error))
-            reader.checked_bytes += st.block_span(header, block, block + 1)
+            reader.meter.add(st.block_span(header, block, block + 1))
 
         blocks = st.block_count(header.data_length)
-        st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.poll)
+        st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.meter.tick)
         return found
 
 
@@ -1296,12 +1296,9 @@ class CheckpointValidator:
         self.compatibility_checkers = [*built_in, *compatibility_checkers]
 
     def validate_checkpoint(
-        self, checkpoint_prefix: str, poll: Callable[[int, int], None] | None = None
+        self, checkpoint_prefix: str, progress: Callable[[Progress], None] | None = None
     ) -> ValidationResult:
-        """Check the record and every byte of every shard. Any process; never raises for damage, but reports it.
-
-        `poll(bytes_checked, bytes_total)` is called a few times a second.
-        """
+        """Check the record and every byte of every shard. Any process; never raises for damage, but reports it."""
         for _ in range(2):  # once more if it was replaced meanwhile
             try:
                 meta = st.read_committed(self.storage, checkpoint_prefix)
@@ -1311,8 +1308,7 @@ class CheckpointValidator:
                 return ValidationResult([str(error)])
             result = self.validate_metadata(meta)
             with CheckpointReader(self.storage, meta) as reader:
-                if poll is not None:
-                    reader.poll = lambda: poll(reader.checked_bytes, meta.size_bytes())
+                reader.meter = coord.Meter("verify", meta.size_bytes(), progress)
                 result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
                 if result.is_valid or not reader.is_superseded():
                     break
@@ -1408,17 +1404,11 @@ class _Stream(CheckpointReader):
         progress: Callable[[Progress], None] | None = None,
     ) -> None:  # fmt: skip
         """Read all of these tensors, and call `take`, on several threads, with the parts that each block has of them."""
+        self._take = take
         tasks, self._named = _plan(self, tensors)
-        self._take, done = take, list[int]()
-        total = sum(task.nbytes for task in tasks)
-
-        def poll() -> None:
-            if progress is not None:
-                progress(Progress("export", sum(done), total))
-
-        threads = min(coord.IO_THREADS, len(tasks))
-        st.in_parallel(tasks, lambda task, buffer: done.append(self.run(task, buffer)), threads, poll)
-        poll()
+        meter = coord.Meter("export", sum(task.nbytes for task in tasks), progress)
+        coord.run_tasks(self, tasks, meter)
+        meter.tick()
 
     def place(self, task: coord.Task, data: st.Bytes) -> None:
         """Hand on the verified bytes of a task."""
@@ -1914,7 +1904,7 @@ def _verify(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> R
     validator, report = CheckpointValidator(storage), {}
     for prefix in [args.prefix] if args.prefix else st.recorded_prefixes(storage):
         with _bar(f"verify {prefix}", args.json) as show:
-            result = validator.validate_checkpoint(prefix, lambda *counts: show(Progress("verify", *counts)))
+            result = validator.validate_checkpoint(prefix, show)
         report[prefix] = {"valid": result.is_valid, "errors": result.errors, "warnings": result.warnings}
         say(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}")
         if result.errors or result.warnings:
