@@ -1034,6 +1034,7 @@ class Restore:
         self.warnings: list[str] = []
         self.unexpected: set[str] = set()  # of what has to have a use, that for which none was found so far
         self._seen: set[tuple[object, ...]] = set()
+        self._filled: dict[tuple[object, ...], int] = {}  # memory, by `identity`, and what is stored for it
         self._model, self._optimizer = ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
         self._rng: object = None
@@ -1116,8 +1117,14 @@ class Restore:
         if st.DTYPES[meta.dtype] != tensor.dtype:
             here = st.CODES.get(tensor.dtype, tensor.dtype)
             self.problems.append(f"{name}: dtype {meta.dtype} in the checkpoint, {here} here")
-        for box, view in coord.local_tensor(name, tensor).pieces:
-            key = (index, box.offset, coord.identity(view))
+        self._aim(index, coord.local_tensor(name, tensor))
+
+    def _aim(self, index: int, local: coord.LocalTensor) -> None:
+        """Have what is here of a tensor filled with the stored one of that number."""
+        for box, view in local.pieces:
+            place = coord.identity(view)
+            self._filled.setdefault(place, index)
+            key = (index, box.offset, place)
             if key not in self._seen:  # tied tensors need one fill
                 self._seen.add(key)
                 self.targets.append(coord.Target(index, box, view))
@@ -1127,7 +1134,10 @@ class Restore:
         return self.decode(self.reader.read_value(index), live)
 
     def decode(self, node: object, live: object, param: torch.Tensor | None = None) -> object:
-        """An encoded value; its tensors are those in the same place of `live` where they fit, else new, laid out as `param`."""
+        """An encoded value; its tensors are those in the same place of `live` where they fit, else new, laid out as `param`.
+
+        New too where the same memory is being filled with another stored tensor: an average starts as what it averages.
+        """
         known = dict(_match(node, live))
 
         def tensor(name: str) -> torch.Tensor:
@@ -1137,7 +1147,11 @@ class Restore:
             shape, dtype = (meta := self.reader.metadata.tensors[index]).shape, st.DTYPES[meta.dtype]
             if found is None or tuple(found.shape) != shape or found.dtype != dtype:
                 found = _allocate(name, shape, dtype, param)
-            self.fill(name, found)
+            local = coord.local_tensor(name, found)
+            if any(self._filled.get(coord.identity(view), index) != index for _, view in local.pieces):
+                found = torch.empty_like(found.detach())
+                local = coord.local_tensor(name, found)
+            self._aim(index, local)
             return found
 
         return st.decode_value(node, tensor)
