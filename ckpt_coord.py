@@ -1372,7 +1372,12 @@ class Holdings:
         rank, source = np.arange(len(counts)).repeat(counts), np.concatenate([np.arange(count) for count in counts])
         self._held = Rows(rank, source, np.zeros_like(rank), stacked)
         self._spoilt = np.zeros(len(rank), bool)
-        self.known, self._apart = _compare(itertools.chain(*tables, *(values for _, values, _ in self._told)))
+        held = {id(table): np.zeros(len(table), bool) for table in tables}  # by any rank that has this table
+        for table, _, local in self._told:
+            held[id(table)][local[local < len(table)]] = True
+        told = [(t, has or not t.declared) for table in tables for t, has in zip(table, held[id(table)].tolist())]
+        told += [(value, True) for _, values, _ in self._told for value in values]
+        self.known, self._apart = _compare(sorted(told, key=lambda pair: not pair[1]))
         self.arrange(set())
 
     def arrange(self, apart: set[str], spoilt: Rows | None = None) -> None:
@@ -1436,16 +1441,17 @@ def _read_told(rows: Iterable[tuple[str, str, Shape, bool, str, int, bool]]) -> 
     return [Told(*row)._replace(shape=tuple(row[2])) for row in rows]
 
 
-def _compare(told: Iterable[Told]) -> tuple[dict[str, Told], set[str]]:
-    """What the first rank tells of every name (an alias is one if all tell so), and what each rank has for itself.
+def _compare(told: Iterable[tuple[Told, bool]]) -> tuple[dict[str, Told], set[str]]:
+    """What the first rank tells of every name, and what each rank has for itself.
 
-    That are values, and plain tensors, that are not the same on all. A DTensor has to be.
+    That are values, and plain tensors, that are not the same on all. A DTensor has to be. An alias is one if all tell so
+    but those, last in `told` and marked False, that have an empty shard of it.
     """
     known: dict[str, Told] = {}
     apart = set()
-    for t in told:
+    for t, knows in told:
         first = known.setdefault(t.name, t)
-        if t.alias_of != first.alias_of:
+        if knows and t.alias_of != first.alias_of:
             known[t.name] = first._replace(alias_of="")
         differs = (t.dtype, t.shape, t.crc) != (first.dtype, first.shape, first.crc)
         if differs and (t.declared or first.declared):
