@@ -393,10 +393,9 @@ class _Attempt:
                     crcs, moved = self._write_part(file, told.number("start"), meter, beside)
             else:
                 run_jobs(beside, meter, len(beside))
-            crcs, places = [] if shard else crcs, [(e.begin, e.frames) for e in moved]
-            self._report = Report(
-                list(model.items()), shard, crcs, data_end(moved or entries), places, summaries(replicas)
-            )
+            places, end = [(e.begin, e.frames) for e in moved], data_end(moved or entries)
+            crcs = [] if shard else crcs
+            self._report = Report(list(model.items()), shard, crcs, end, places, summaries(replicas))
             meter.tick()
             self.bytes_written = total
 
@@ -585,19 +584,12 @@ def committed(storage: st.CheckpointStorage, prefix: str) -> tuple[bytes, st.Che
 
 
 class Loading(Protocol):
-    """What a load is for, on one rank: `CheckpointLoader` calls these in turn, in the steps of that name."""
+    """What a load is for, on one rank."""
 
-    def claim(self) -> Mapping[str, object]:
-        """L1: what all ranks must ask for alike, with "prefix" and "strategy"."""
-
-    def validate(self, reader: CheckpointReader) -> None:
-        """L2."""
-
-    def prepare(self, reader: CheckpointReader) -> list[Target]:
-        """L3: what is to be filled. Nothing has changed yet if this raises."""
-
-    def apply(self) -> None:
-        """L5: every target is filled, on all ranks."""
+    def claim(self) -> Mapping[str, object]: ...  # L1: what all ranks must ask for alike, with "prefix" and "strategy"
+    def validate(self, reader: CheckpointReader) -> None: ...  # L2
+    def prepare(self, reader: CheckpointReader) -> list[Target]: ...  # L3: what is to be filled; changes nothing yet
+    def apply(self) -> None: ...  # L5: it is filled, on all ranks
 
 
 class CheckpointLoader:
@@ -715,14 +707,9 @@ class Operation:
     """One collective save or load, as one rank sees it."""
 
     def __init__(
-        self,
-        coordinator: DistributedCoordinator,
-        verb: str,
-        timeout: float,
-        cancel: threading.Event | None = None,
-        retryable: tuple[type[BaseException], ...] = (),
-        progress: Callable[[Progress], None] | None = None,
-    ) -> None:
+        self, coordinator: DistributedCoordinator, verb: str, timeout: float, cancel: threading.Event | None = None,
+        retryable: tuple[type[BaseException], ...] = (), progress: Callable[[Progress], None] | None = None,
+    ) -> None:  # fmt: skip
         self.coordinator, self.rank, self.world_size = coordinator, coordinator.rank, coordinator.world_size
         self.timeout = timeout
         self._default = ExceptionType.SAVE_FAILED if verb == "save" else ExceptionType.LOAD_FAILED
