@@ -436,7 +436,8 @@ class DistributedCheckpoint:
         def attempt() -> tuple[R, coord.Operation]:
             replaced = False
             while True:
-                op = coord.Operation(self.coordinator, verb, given.limit_s, given.cancel, retryable)
+                limit_s, cancel, progress = given.limit_s, given.cancel, given.options.progress
+                op = coord.Operation(self.coordinator, verb, limit_s, cancel, retryable, progress)
                 try:
                     return body(op), op
                 except coord.OperationFailed as failed:
@@ -470,7 +471,7 @@ class DistributedCheckpoint:
             )  # fmt: skip
 
         saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects)
-        result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect, options.progress))
+        result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
         for warning in result.warnings:
             self.logger.warning("%s: %s", result.prefix, warning)
         own, whole = result.bytes_written, result.size_bytes
@@ -548,8 +549,7 @@ class DistributedCheckpoint:
 
         def body(op: coord.Operation) -> Restore:
             restore = Restore(given, op, self.validator)
-            steps = (restore.claim, restore.validate, restore.prepare, restore.apply)
-            loader.coordinate_load(op, *steps, given.options.progress)
+            loader.coordinate_load(op, restore)
             return restore
 
         restored, op = self._run(given, "load", body)
@@ -1034,6 +1034,7 @@ class Restore:
         self.warnings: list[str] = []
         self.unexpected: set[str] = set()  # of what has to have a use, that for which none was found so far
         self._seen: set[tuple[object, ...]] = set()
+        self._filled: dict[tuple[object, ...], int] = {}  # memory, by `identity`, and what is stored for it
         self._model, self._optimizer = ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
         self._rng: object = None
@@ -1116,19 +1117,27 @@ class Restore:
         if st.DTYPES[meta.dtype] != tensor.dtype:
             here = st.CODES.get(tensor.dtype, tensor.dtype)
             self.problems.append(f"{name}: dtype {meta.dtype} in the checkpoint, {here} here")
-        for box, view in coord.local_tensor(name, tensor).pieces:
-            key = (index, box.offset, coord.identity(view))
+        self._aim(index, coord.local_tensor(name, tensor))
+
+    def _aim(self, index: int, local: coord.LocalTensor) -> None:
+        """Have what is here of a tensor filled with the stored one of that number."""
+        for box, view in local.pieces:
+            place = coord.identity(view)
+            self._filled.setdefault(place, index)
+            key = (index, box.offset, place)
             if key not in self._seen:  # tied tensors need one fill
                 self._seen.add(key)
-                alone = self.op.world_size == 1 or coord.is_cut_up(tensor)
-                self.targets.append(coord.Target(index, box, view, alone))
+                self.targets.append(coord.Target(index, box, view, local.cut_up or self.op.world_size == 1))
 
     def value(self, index: int, live: object) -> object:
         """A stored value with its tensors, as `decode`."""
         return self.decode(self.reader.read_value(index), live)
 
     def decode(self, node: object, live: object, param: torch.Tensor | None = None) -> object:
-        """An encoded value; its tensors are those in the same place of `live` where they fit, else new, laid out as `param`."""
+        """An encoded value; its tensors are those in the same place of `live` where they fit, else new, laid out as `param`.
+
+        New too where the same memory is being filled with another stored tensor: an average starts as what it averages.
+        """
         known = dict(_match(node, live))
 
         def tensor(name: str) -> torch.Tensor:
@@ -1138,7 +1147,11 @@ class Restore:
             shape, dtype = (meta := self.reader.metadata.tensors[index]).shape, st.DTYPES[meta.dtype]
             if found is None or tuple(found.shape) != shape or found.dtype != dtype:
                 found = _allocate(name, shape, dtype, param)
-            self.fill(name, found)
+            local = coord.local_tensor(name, found)
+            if any(self._filled.get(coord.identity(view), index) != index for _, view in local.pieces):
+                found = torch.empty_like(found.detach())
+                local = coord.local_tensor(name, found)
+            self._aim(index, local)
             return found
 
         return st.decode_value(node, tensor)
@@ -1153,12 +1166,9 @@ class Restore:
         else:
             self.warnings += self.problems
         if self.errors:
-            more = f"\n  ... and {len(self.errors) - 20} more" if len(self.errors) > 20 else ""
-            lines = "".join(f"\n  {line}" for line in self.errors[:20])
-            raise CheckpointException(
-                f"checkpoint {self.reader.metadata.prefix!r} does not fit ({len(self.errors)} problem(s)):{lines}{more}",
-                type=ExceptionType.VALIDATION_FAILED,
-            )
+            what = f"checkpoint {self.reader.metadata.prefix!r} does not fit ({len(self.errors)} problem(s))"
+            message = f"{what}:\n  " + st.some(self.errors, 20, "\n  ")
+            raise CheckpointException(message, type=ExceptionType.VALIDATION_FAILED)
 
     def apply(self) -> None:
         """L5: hand the filled states over."""
@@ -1248,10 +1258,10 @@ class ChecksumIntegrityChecker:
                 reader.read(shard, block, block + 1, buffer, buffer)
             except CheckpointException as error:
                 found.errors.append(str(error))
-            reader.checked_bytes += st.block_span(header, block, block + 1)
+            reader.meter.add(st.block_span(header, block, block + 1))
 
         blocks = st.block_count(header.data_length)
-        st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.poll)
+        st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.meter.tick)
         return found
 
 
@@ -1300,12 +1310,9 @@ class CheckpointValidator:
         self.compatibility_checkers = [*built_in, *compatibility_checkers]
 
     def validate_checkpoint(
-        self, checkpoint_prefix: str, poll: Callable[[int, int], None] | None = None
+        self, checkpoint_prefix: str, progress: Callable[[Progress], None] | None = None
     ) -> ValidationResult:
-        """Check the record and every byte of every shard. Any process; never raises for damage, but reports it.
-
-        `poll(bytes_checked, bytes_total)` is called a few times a second.
-        """
+        """Check the record and every byte of every shard. Any process; never raises for damage, but reports it."""
         for _ in range(2):  # once more if it was replaced meanwhile
             try:
                 meta = st.read_committed(self.storage, checkpoint_prefix)
@@ -1315,8 +1322,7 @@ class CheckpointValidator:
                 return ValidationResult([str(error)])
             result = self.validate_metadata(meta)
             with CheckpointReader(self.storage, meta) as reader:
-                if poll is not None:
-                    reader.poll = lambda: poll(reader.checked_bytes, meta.size_bytes())
+                reader.meter = coord.Meter("verify", meta.size_bytes(), progress)
                 result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
                 if result.is_valid or not reader.is_superseded():
                     break
@@ -1393,14 +1399,10 @@ def _stored(meta: CheckpointMetadata) -> list[_Named]:
     ]
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _plan(reader: CheckpointReader, tensors: Sequence[_Named]) -> tuple[list[coord.Task], dict[int, _Named]]:
     """The tasks that read all of these tensors, and which one each view in them is: a dtype and a shape, but no memory."""
     views = [torch.empty(t.shape, dtype=st.DTYPES[t.dtype], device="meta") for t in tensors]
-    boxes = [st.Box((0,) * len(t.shape), t.shape) for t in tensors]
+    boxes = [coord.whole_box(t.shape) for t in tensors]
     tasks = reader.plan(coord.Target(t.stored, box, view, True) for t, box, view in zip(tensors, boxes, views))
     return tasks, {id(view): t for t, view in zip(tensors, views)}
 
@@ -1416,17 +1418,11 @@ class _Stream(CheckpointReader):
         progress: Callable[[Progress], None] | None = None,
     ) -> None:  # fmt: skip
         """Read all of these tensors, and call `take`, on several threads, with the parts that each block has of them."""
+        self._take = take
         tasks, self._named = _plan(self, tensors)
-        self._take, done = take, list[int]()
-        total = sum(task.nbytes for task in tasks)
-
-        def poll() -> None:
-            if progress is not None:
-                progress(Progress("export", sum(done), total))
-
-        threads = min(coord.IO_THREADS, len(tasks))
-        st.in_parallel(tasks, lambda task, buffer: done.append(self.run(task, buffer)), threads, poll)
-        poll()
+        meter = coord.Meter("export", sum(task.nbytes for task in tasks), progress)
+        coord.run_tasks(self, tasks, meter)
+        meter.tick()
 
     def place(self, task: coord.Task, data: st.Bytes) -> None:
         """Hand on the verified bytes of a task."""
@@ -1499,7 +1495,7 @@ def _select(reader: CheckpointReader, model_only: bool, dtype: torch.dtype | Non
         ("left out, being no tensors", values),
     ):
         if names:
-            log.warning("%s: %s: %s", meta.prefix, what, _some(names))
+            log.warning("%s: %s: %s", meta.prefix, what, st.some(names))
     return chosen
 
 
@@ -1628,7 +1624,7 @@ def _read_source(path: str) -> dict[str, object]:
         files = [os.path.join(path, n) for n in names if n.endswith((".safetensors", ".safetensors.index.json"))]
     indices = [file for file in files if file.endswith(".index.json")]
     if not files or len(indices) > 1 or (indices and indices[0].removesuffix(".index.json") in files):
-        raise ValueError(f"{path}: name one file to import; safetensors files here: {_some(files) or 'none'}")
+        raise ValueError(f"{path}: name one file to import; safetensors files here: {st.some(files) or 'none'}")
     for index in indices:
         with open(index, "rb") as file, _well_formed(index):
             weights = st.Fields(st.parse_json(file.read(), index)).child("weight_map")
@@ -1637,10 +1633,10 @@ def _read_source(path: str) -> dict[str, object]:
     state: dict[str, object] = {}
     for tensors in map(_read_file, files):
         if twice := sorted(state.keys() & tensors.keys()):
-            raise ValueError(f"{path}: several files have {_some(twice)}; name the one to import")
+            raise ValueError(f"{path}: several files have {st.some(twice)}; name the one to import")
         state |= tensors
     if indices and (wrong := sorted(state.keys() ^ listed)):
-        raise st.corrupted(f"{path}: the index and its files do not agree on {_some(wrong)}", path)
+        raise st.corrupted(f"{path}: the index and its files do not agree on {st.some(wrong)}", path)
     return state
 
 
@@ -1922,7 +1918,7 @@ def _verify(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> R
     validator, report = CheckpointValidator(storage), {}
     for prefix in [args.prefix] if args.prefix else st.recorded_prefixes(storage):
         with _bar(f"verify {prefix}", args.json) as show:
-            result = validator.validate_checkpoint(prefix, lambda *counts: show(Progress("verify", *counts)))
+            result = validator.validate_checkpoint(prefix, show)
         report[prefix] = {"valid": result.is_valid, "errors": result.errors, "warnings": result.warnings}
         say(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}")
         if result.errors or result.warnings:
@@ -1951,7 +1947,7 @@ def _import(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> R
     meta = st.read_committed(storage, prefix)
     extra = sorted(t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON")
     size = f"{_human(meta.size_bytes())}, {sum(t.name.startswith('model/') for t in meta.tensors)} tensors of the model"
-    say(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {_some(extra)}" if extra else ""))
+    say(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {st.some(extra)}" if extra else ""))
     return 0, {"imported": prefix}
 
 

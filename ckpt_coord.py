@@ -127,6 +127,17 @@ class Ticket(NamedTuple):
     sequence: int
 
 
+class Report(NamedTuple):
+    """What a rank tells rank 0 in S5, as JSON."""
+
+    model: list[tuple[int, int]]  # the blocks that it wrote of CONSOLIDATED's model file, and their CRC32s
+    shard: st.ShardMetadata | None  # its own file, else:
+    crcs: list[int]  # of the blocks of its part of the file that ranks share
+    end: int  # of the data in that part
+    placed: list[tuple[int, Shape]]  # where its entries came to lie, and their frames, where they are compressed
+    replicas: list[int]  # a CRC32 for each copy that it was asked for
+
+
 class SaveResult(NamedTuple):
     """A committed save."""
 
@@ -147,15 +158,14 @@ class CheckpointCoordinator:
         self.suspects = set() if suspects is None else suspects
 
     def coordinate_save(
-        self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData],
-        progress: Callable[[Progress], None] | None = None,
-    ) -> SaveResult:  # fmt: skip
+        self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData]
+    ) -> SaveResult:
         """Save what `collect` returns on every rank. Collective; blocks until committed and announced.
 
         `OperationFailed` on all ranks if nothing was committed, with this save's files removed again. Once S6 has renamed
         the record, the save has succeeded, whatever happens to a rank: what goes wrong then is a warning.
         """
-        attempt = _Attempt(self, op, progress)
+        attempt = _Attempt(self, op)
         try:
             attempt.agree(request)
             attempt.collect(collect)
@@ -178,21 +188,32 @@ class CheckpointCoordinator:
 class _Attempt:
     """One try at a save: the seven steps, and what they hold in common on this rank."""
 
-    def __init__(
-        self, parent: CheckpointCoordinator, op: Operation, progress: Callable[[Progress], None] | None
-    ) -> None:
+    # What the steps leave to those after them, on every rank:
+    request: SaveRequest  # S1
+    ticket = Ticket("", "", 0)  # S1
+    _data: ShardData  # S2
+    _pieces: list[tuple[Box, torch.Tensor]]  # S2: all that this rank holds, as `describe` numbers it
+    _order: Fields  # S3: what rank 0 has this rank do
+    _sources: list[Source]  # S3: what it writes into its part of a file
+    _gathering: Gathering | None = None  # S3: CONSOLIDATED's model file
+    _report: Report  # S4
+    bytes_written = 0  # S4
+    _committed = False  # S6, elsewhere than on rank 0: S7
+    # And on rank 0 alone:
+    _plan: SavePlan  # S3
+    _late_proof: ReplicaProof  # S3: of the copies that are checksummed in S4
+    _fence: st.StoredFile | None = None  # S3
+    _shared: Draft | None = None  # S3: the files that ranks share
+    _model: Draft | None = None
+    _reports: list[Report]  # S5
+    size_bytes = 0  # S6
+
+    def __init__(self, parent: CheckpointCoordinator, op: Operation) -> None:
         self.storage, self.keep_last, self._suspects = parent.storage, parent.keep_last, parent.suspects
-        self.op, self.progress = op, progress
-        self.ticket = Ticket("", "", 0)
+        self.op = op
         self.warnings: list[str] = []
-        self.bytes_written = self.size_bytes = 0
-        self._fence: st.StoredFile | None = None
-        self._created: list[str] = []
-        self._shared: Draft | None = None  # on rank 0: the files that ranks share
-        self._model: Draft | None = None
-        self._gathering: Gathering | None = None
-        self._superseded: list[str] = []
-        self._committed = False
+        self._created: list[str] = []  # S3, S4: tensor files, to be removed after a failure
+        self._superseded: list[str] = []  # S6: those of the old checkpoint, to be removed in S7
 
     # S1
     def agree(self, request: Callable[[], SaveRequest]) -> None:
@@ -219,7 +240,7 @@ class _Attempt:
         with self.op.step("S2 collect"), no_garbage_collection():
             data = collect()
             self._data = data._replace(tensors=mark_tied(data.tensors))
-            self._pieces = [piece for t in data.tensors for piece in t.pieces]  # as `describe` numbers them
+            self._pieces = [piece for t in data.tensors for piece in t.pieces]
             for text, _ in data.values.values():
                 self._pieces.append((Box((0,), (len(text),)), torch.frombuffer(bytearray(text), dtype=torch.uint8)))
 
@@ -267,7 +288,7 @@ class _Attempt:
             return
         parts = [st.dump_json(proof.wanted(rank)) for rank in range(self.op.world_size)] if proof is not None else []
         jobs, rows = checksum_jobs(self._views(json.loads(self.op.hand_out(parts))))
-        run_jobs(jobs, Meter(self.op, 0, None), len(jobs))
+        run_jobs(jobs, Meter(poll=self.op.poll), len(jobs))
         answers = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(summaries(rows)))]
         if holdings is not None and proof is not None:
             self._split_differing(holdings, proof, answers)
@@ -315,16 +336,16 @@ class _Attempt:
         for index, row, begin in zip(plan.rows.tensor.tolist(), plan.rows.box.tolist(), plan.begin.tolist()):
             tensor = plan.tensors[index]
             entries.append(draft_entry(tensor, _box(row, len(tensor.shape)), begin, self.request.packed))
-        suffix = "" if plan.model_rows is None else ".rest"
-        return draft_file(f"{self.ticket.save_id}{suffix}.safetensors", entries, self.op.world_size)
+        name = st.shared_name(self.ticket.save_id, "" if plan.model_rows is None else "rest")
+        return draft_file(name, entries, self.op.world_size)
 
     def _draft_model(self, plan: SavePlan) -> Draft:
         entries = []
         for index, begin, _ in plan.model_entries:
             tensor = plan.tensors[index]
-            entry = draft_entry(tensor, Box((0,) * len(tensor.shape), tensor.shape), begin, packed=False)
+            entry = draft_entry(tensor, whole_box(tensor.shape), begin, packed=False)
             entries.append(entry._replace(name=tensor.name.removeprefix("model/")))
-        return draft_file(f"{self.ticket.save_id}.model.safetensors", entries)
+        return draft_file(st.shared_name(self.ticket.save_id, "model"), entries)
 
     def _make(self, draft: Draft) -> dict[str, object]:
         """Create a file that ranks share; what they need to know of it."""
@@ -333,8 +354,8 @@ class _Attempt:
 
     @contextmanager
     def _create(self, draft: Draft) -> Iterator[st.StoredFile]:
-        self._created.append(draft.name)
-        with closing(self.storage.create(f"{self.ticket.prefix}/{draft.name}")) as file:
+        self._created.append(f"{self.ticket.prefix}/{draft.name}")
+        with closing(self.storage.create(self._created[-1])) as file:
             file.resize(len(draft.header) + data_end(draft.entries))
             yield file
 
@@ -354,7 +375,7 @@ class _Attempt:
             if entries and not self.request.packed:
                 total = entries[-1].end - entries[0].begin  # and what lies between them
             total += self._gathering.nbytes if self._gathering is not None else 0
-            meter = Meter(self.op, total, self.progress)
+            meter = self.op.meter(total)
             model, shard, crcs, moved = dict[int, int](), None, list[int](), list[st.Entry]()
             if self._gathering is not None:
                 told = order.child("model")
@@ -372,11 +393,9 @@ class _Attempt:
                     crcs, moved = self._write_part(file, told.number("start"), meter, beside)
             else:
                 run_jobs(beside, meter, len(beside))
-            self._report = {
-                "model": list(model.items()), "shard": shard, "crcs": [] if shard else crcs,
-                "end": data_end(moved or entries), "placed": [[e.begin, e.frames] for e in moved],
-                "replicas": summaries(replicas),
-            }  # fmt: skip
+            places, end = [(e.begin, e.frames) for e in moved], data_end(moved or entries)
+            crcs = [] if shard else crcs
+            self._report = Report(list(model.items()), shard, crcs, end, places, summaries(replicas))
             meter.tick()
             self.bytes_written = total
 
@@ -392,19 +411,19 @@ class _Attempt:
     def report(self) -> bool:
         """Whether what was written may be committed; if not, its files are gone again, and the plan has to be another."""
         with self.op.step("S5 report"):
-            self._reports = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(self._report))]
+            self._reports = [Report(*json.loads(text)) for text in self.op.collect_at_0(st.dump_json(self._report))]
             if not self._order.all["proving"]:
                 return True
             differing: set[str] = set()
             if self.op.rank == 0:
                 groups = self._late_proof.groups
-                found = self._late_proof.differing([report["replicas"] for report in self._reports])
+                found = self._late_proof.differing([report.replicas for report in self._reports])
                 differing = {self._plan.tensors[groups.rows.tensor[group]].name for group in found}
                 self._suspects |= differing
             if self.op.broadcast(not differing):
                 return True
             for name in self._created:
-                self.storage.delete(f"{self.ticket.prefix}/{name}")
+                self.storage.delete(name)
             self._created = []
             self.warnings.clear()  # what they told is found again
             return False
@@ -419,9 +438,9 @@ class _Attempt:
                 assert self._fence is not None
                 self._fence.write(0, memoryview(record))
                 self._fence.sync()
-                self._superseded = st.shard_files(self.storage, self.ticket.prefix)
+                files = st.shard_files(self.storage, self.ticket.prefix)
                 old = st.committed_id(self.storage, self.ticket.prefix)
-                self._superseded = [n for n in self._superseded if old and n.rpartition("/")[2].startswith(old)]
+                self._superseded = [name for name in files if st.save_of(name) == old]
                 self._rename()
 
     def _rename(self) -> None:
@@ -451,12 +470,12 @@ class _Attempt:
 
     def _finish_shards(self) -> list[st.ShardMetadata]:
         """Write the headers of shared files; the list of shards for the record."""
-        plan, shards = self._plan, [st.ShardMetadata(*r["shard"]) for r in self._reports if r["shard"]]
-        places = [place for report in self._reports for place in report["placed"]]  # in the order of the plan's rows
+        plan, shards = self._plan, [st.ShardMetadata(*report.shard) for report in self._reports if report.shard]
+        places = [place for report in self._reports for place in report.placed]  # in the order of the plan's rows
         if places:
             self._plan = plan._replace(begin=np.array([begin for begin, _ in places], np.int64))
         if self._model is not None:
-            crcs = dict(pair for report in self._reports for pair in report["model"])
+            crcs = dict(pair for report in self._reports for pair in report.model)
             with self._open(self._model.name) as file:
                 shards.append(self._model.finish(file, [crcs[block] for block in range(len(crcs))], []))
         if self._shared is not None:
@@ -471,8 +490,8 @@ class _Attempt:
         crcs, zeros = list[int](), bytes(st.BLOCK_BYTES)
         zeros_crc = st.crc32(zeros)
         for report, stop in zip(self._reports, self._plan.bases[1:]):
-            crcs += report["crcs"]
-            if report["crcs"] and (gap := min(stop, end) - report["end"]) > 0:
+            crcs += report.crcs
+            if report.crcs and (gap := min(stop, end) - report.end) > 0:
                 crcs[-1] = st.crc32(memoryview(zeros)[: gap % st.BLOCK_BYTES], crcs[-1])
                 crcs += [zeros_crc] * (gap // st.BLOCK_BYTES)
         return crcs
@@ -513,7 +532,7 @@ class _Attempt:
             self.storage.delete(st.fence_name(prefix, save_id))
             if st.committed_id(self.storage, prefix) == save_id:
                 return True
-            st.delete_files(self.storage, prefix, [f"{prefix}/{name}" for name in self._created])
+            st.delete_files(self.storage, prefix, self._created)
         except OSError as error:  # the failure that brought us here matters more; `gc` finds what is left
             self.warnings.append(f"could not clean up after the failed save: {error}")
         return False
@@ -564,45 +583,43 @@ def committed(storage: st.CheckpointStorage, prefix: str) -> tuple[bytes, st.Che
         raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
 
 
+class Loading(Protocol):
+    """What a load is for, on one rank."""
+
+    def claim(self) -> Mapping[str, object]: ...  # L1: what all ranks must ask for alike, with "prefix" and "strategy"
+    def validate(self, reader: CheckpointReader) -> None: ...  # L2
+    def prepare(self, reader: CheckpointReader) -> list[Target]: ...  # L3: what is to be filled; changes nothing yet
+    def apply(self) -> None: ...  # L5: it is filled, on all ranks
+
+
 class CheckpointLoader:
     """Runs L1 to L5 on one rank."""
 
     def __init__(self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage) -> None:
         self.coordinator, self.storage = coordinator, storage
 
-    def coordinate_load(
-        self,
-        op: Operation,
-        claim: Callable[[], Mapping[str, object]],
-        validate: Callable[[CheckpointReader], None],
-        prepare: Callable[[CheckpointReader], list[Target]],
-        apply: Callable[[], None],
-        progress: Callable[[Progress], None] | None = None,
-    ) -> st.CheckpointMetadata:
-        """Fill the targets that `prepare` names, then `apply`, on every rank. Collective; blocks until all ranks are done.
+    def coordinate_load(self, op: Operation, loading: Loading) -> None:
+        """Fill what `loading` prepares, and let it apply that, on every rank. Collective; blocks until all ranks are done.
 
         `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are undefined,
         and the message says so.
         """
         with op.step("L1 record"), no_garbage_collection():
-            request = claim()
+            request = loading.claim()
             demand_equal(op.gather(request))
-            metadata = self._read_record(op, str(request["prefix"]))
-            reader = CheckpointReader(self.storage, metadata)
+            reader = CheckpointReader(self.storage, self._read_record(op, str(request["prefix"])))
         with reader:
             with op.step("L2 validate"), no_garbage_collection():
-                validate(reader)
+                loading.validate(reader)
             with op.step("L3 plan"), no_garbage_collection():
-                tasks = reader.plan(prepare(reader))
+                tasks = reader.plan(loading.prepare(reader))
                 op.gather(None)  # nobody writes into a tensor before everybody has a plan
             with op.step("L4 read"):
-                meter = Meter(op, sum(task.nbytes for task in tasks), progress)
-                _read(op, reader, tasks, str(request["strategy"]), meter)
+                _read(op, reader, tasks, str(request["strategy"]))
         with op.step("L5 agree"), no_garbage_collection():
             op.gather(None)  # every rank has its bytes
-            apply()
+            loading.apply()
             op.gather(None)
-        return metadata
 
     def _read_record(self, op: Operation, prefix: str) -> st.CheckpointMetadata:
         if op.rank == 0:
@@ -612,18 +629,24 @@ class CheckpointLoader:
         return st.decode_record(str(op.broadcast(None)).encode(), prefix)
 
 
-def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str, meter: Meter) -> None:
+def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str) -> None:
     """L4: read what this rank's tasks ask for; in turn with the others ("sequential"), or for them too ("broadcast")."""
+    meter = op.meter(sum(task.nbytes for task in tasks))
     if strategy == "broadcast" and op.world_size > 1:
         _relay(op, reader, tasks, meter)
     else:
         for turn in range(op.world_size) if strategy == "sequential" else [op.rank]:
             if turn == op.rank:
-                threads = min(IO_THREADS, len(tasks))
-                st.in_parallel(tasks, lambda task, buffer: meter.add(reader.run(task, buffer)), threads, meter.tick)
+                run_tasks(reader, tasks, meter)
             if strategy == "sequential":
                 op.gather(None)
     meter.tick()
+
+
+def run_tasks(reader: CheckpointReader, tasks: Sequence[Task], meter: Meter) -> None:
+    """Run all of them on a few threads."""
+    threads = min(IO_THREADS, len(tasks))
+    st.in_parallel(tasks, lambda task, buffer: meter.add(reader.run(task, buffer)), threads, meter.tick)
 
 
 def _relay(op: Operation, reader: CheckpointReader, tasks: list[Task], meter: Meter) -> None:
@@ -686,18 +709,14 @@ class Operation:
     """One collective save or load, as one rank sees it."""
 
     def __init__(
-        self,
-        coordinator: DistributedCoordinator,
-        verb: str,
-        timeout: float,
-        cancel: threading.Event | None = None,
-        retryable: tuple[type[BaseException], ...] = (),
-    ) -> None:
+        self, coordinator: DistributedCoordinator, verb: str, timeout: float, cancel: threading.Event | None = None,
+        retryable: tuple[type[BaseException], ...] = (), progress: Callable[[Progress], None] | None = None,
+    ) -> None:  # fmt: skip
         self.coordinator, self.rank, self.world_size = coordinator, coordinator.rank, coordinator.world_size
         self.timeout = timeout
         self._default = ExceptionType.SAVE_FAILED if verb == "save" else ExceptionType.LOAD_FAILED
         self._deadline = time.monotonic() + timeout
-        self._cancel, self._retryable = cancel, retryable
+        self._cancel, self._retryable, self._progress = cancel, retryable, progress
         self.step_name = ""
         self.past_return = False  # committed: what follows may not fail
         self.seconds: dict[str, float] = {}
@@ -718,6 +737,10 @@ class Operation:
         if time.monotonic() > self._deadline:
             late = f"not done by the deadline of {self.timeout:g} s"
             raise CheckpointException(late, type=ExceptionType.TIMEOUT, rank=self.rank)
+
+    def meter(self, total: int) -> Meter:
+        """Counts this step's bytes on this rank."""
+        return Meter(self.step_name, total, self._progress, self.poll)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -1091,8 +1114,7 @@ class TorchCoordinator:
             if now > deadline:
                 late = [rank for rank, key in posts.items() if not self._call(self._store.check, [key])]
                 late = late or list(posts)[:1]  # all have posted: then it is the rank that hands out the whole
-                names = ", ".join(map(str, late[:20])) + (f" and {len(late) - 20} more" if len(late) > 20 else "")
-                message = f"no answer from rank(s) {names} of {self.world_size} by the deadline"
+                message = f"no answer from rank(s) {st.some(late, 20)} of {self.world_size} by the deadline"
                 raise CheckpointException(message, type=ExceptionType.TIMEOUT, rank=late[0])
             time.sleep(pause)
             pause = min(pause * 1.25, self._longest_pause)
@@ -1111,6 +1133,7 @@ class LocalTensor(NamedTuple):
     shape: Shape  # global
     pieces: list[tuple[Box, torch.Tensor]]  # none where the rank's shard is empty
     declared: bool = False  # a DTensor: equal copies on several ranks are declared by its placements
+    cut_up: bool = False  # a DTensor: its placements tell that no element is on several ranks
     alias_of: str | None = None
 
 
@@ -1120,22 +1143,18 @@ def as_dtensor(tensor: object) -> DTensor | None:
     return tensor if kind is not None and isinstance(tensor, kind) else None
 
 
-def is_cut_up(tensor: torch.Tensor) -> bool:
-    """Whether every element of `tensor` is held by one rank alone, as its placements tell."""
-    sharded = as_dtensor(tensor)
-    return sharded is not None and not any(placement.is_replicate() for placement in sharded.placements)
-
-
 def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     """The pieces of `tensor` on this rank. CheckpointException, naming it, for what cannot be stored."""
     sharded = as_dtensor(tensor)
     local = tensor if sharded is None else sharded.to_local()
-    _refuse_unsupported(name, local, () if sharded is None else sharded.placements)
+    placements = () if sharded is None else sharded.placements
+    _refuse_unsupported(name, local, placements)
+    cut_up = sharded is not None and not any(placement.is_replicate() for placement in placements)
     box, size = None, tuple(local.shape)
     if local.numel():
         box = whole_box(size) if sharded is None else _shard_box(name, sharded, size)
     pieces = [] if box is None else [(box, local.detach())]
-    return LocalTensor(name, st.CODES[local.dtype], tuple(tensor.shape), pieces, declared=sharded is not None)
+    return LocalTensor(name, st.CODES[local.dtype], tuple(tensor.shape), pieces, sharded is not None, cut_up)
 
 
 def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Placement]) -> None:
@@ -1345,7 +1364,12 @@ class Holdings:
         rank, source = np.arange(len(counts)).repeat(counts), np.concatenate([np.arange(count) for count in counts])
         self._held = Rows(rank, source, np.zeros_like(rank), stacked)
         self._spoilt = np.zeros(len(rank), bool)
-        self.known, self._apart = _compare(itertools.chain(*tables, *(values for _, values, _ in self._told)))
+        held = {id(table): np.zeros(len(table), bool) for table in tables}  # by any rank that has this table
+        for table, _, local in self._told:
+            held[id(table)][local[local < len(table)]] = True
+        told = [(t, has or not t.declared) for table in tables for t, has in zip(table, held[id(table)].tolist())]
+        told += [(value, True) for _, values, _ in self._told for value in values]
+        self.known, self._apart = _compare(sorted(told, key=lambda pair: not pair[1]))
         self.arrange(set())
 
     def arrange(self, apart: set[str], spoilt: Rows | None = None) -> None:
@@ -1409,16 +1433,17 @@ def _read_told(rows: Iterable[tuple[str, str, Shape, bool, str, int, bool]]) -> 
     return [Told(*row)._replace(shape=tuple(row[2])) for row in rows]
 
 
-def _compare(told: Iterable[Told]) -> tuple[dict[str, Told], set[str]]:
-    """What the first rank tells of every name (an alias is one if all tell so), and what each rank has for itself.
+def _compare(told: Iterable[tuple[Told, bool]]) -> tuple[dict[str, Told], set[str]]:
+    """What the first rank tells of every name, and what each rank has for itself.
 
-    That are values, and plain tensors, that are not the same on all. A DTensor has to be.
+    That are values, and plain tensors, that are not the same on all. A DTensor has to be. An alias is one if all tell so
+    but those, last in `told` and marked False, that have an empty shard of it.
     """
     known: dict[str, Told] = {}
     apart = set()
-    for t in told:
+    for t, knows in told:
         first = known.setdefault(t.name, t)
-        if t.alias_of != first.alias_of:
+        if knows and t.alias_of != first.alias_of:
             known[t.name] = first._replace(alias_of="")
         differs = (t.dtype, t.shape, t.crc) != (first.dtype, first.shape, first.crc)
         if differs and (t.declared or first.declared):
@@ -1654,8 +1679,11 @@ class Progress(NamedTuple):
 class Meter:
     """Counts bytes from several threads and reports them from one: `tick` is what `in_parallel` polls."""
 
-    def __init__(self, op: Operation, total: int, report: Callable[[Progress], None] | None) -> None:
-        self._op, self._total, self._report = op, total, report
+    def __init__(
+        self, step: str = "", total: int = 0, report: Callable[[Progress], None] | None = None,
+        poll: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._step, self._total, self._report, self._poll = step, total, report, poll
         self._done: deque[int] = deque()
         self._sum = 0
 
@@ -1664,12 +1692,12 @@ class Meter:
         self._done.append(count)
 
     def tick(self) -> None:
-        """Poll the operation, and report."""
-        self._op.poll()
+        """Report, unless `poll` raises."""
+        self._poll()
         while self._done:
             self._sum += self._done.popleft()
         if self._report is not None:
-            self._report(Progress(self._op.step_name, self._sum, self._total))
+            self._report(Progress(self._step, self._sum, self._total))
 
 
 Job = Callable[[Bytes], None]  # something for a thread of `in_parallel` to do, given its buffer
@@ -1828,8 +1856,7 @@ class Gathering:
         found: dict[int, tuple[st.Entry, dict[Box, dict[int, int]]]] = {}
         for meta, box, (begin, rank, piece) in rows:
             if begin not in found:
-                whole = Box((0,) * len(meta.shape), meta.shape)
-                found[begin] = (draft_entry(meta, whole, begin, packed=False), {})
+                found[begin] = (draft_entry(meta, whole_box(meta.shape), begin, packed=False), {})
             found[begin][1].setdefault(box, {})[rank] = piece
         self._tensors = list(found.values())
         self._ends = [entry.end for entry, _ in self._tensors]
@@ -1984,8 +2011,7 @@ class CheckpointReader:
         self._entries: dict[int, dict[int, st.Entry]] = {}
         self._files: dict[int, st.StoredFile] = {}
         self._lock = threading.Lock()
-        self.checked_bytes = 0
-        self.poll: Callable[[], None] = lambda: None  # called a few times a second by long checks
+        self.meter = Meter()  # of long checks
         self._rows = np.searchsorted(metadata.pieces.tensor, np.arange(len(metadata.tensors) + 1)).tolist()
         self.stored: dict[str, dict[int | None, int]] = {}  # name -> rank that it is kept for, None: all -> its index
         for index, t in enumerate(metadata.tensors):

@@ -122,6 +122,12 @@ def corrupted(message: str, path: str = "") -> CheckpointException:
     return CheckpointException(message, path, ExceptionType.CORRUPTED_CHECKPOINT)
 
 
+def some(names: Sequence[object], most: int = 5, separator: str = ", ") -> str:
+    """The first of some names, for a message, and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return separator.join([*map(str, names[:most]), *more])
+
+
 def _require(fact: object, problem: str) -> None:
     """ValueError(problem) unless `fact`; what parses bytes turns it into CORRUPTED_CHECKPOINT."""
     if not fact:
@@ -165,6 +171,16 @@ def fence_name(prefix: str, save_id: str) -> str:
 def shard_name(save_id: str, rank: int, world_size: int) -> str:
     """One rank's tensor file."""
     return f"{save_id}-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def shared_name(save_id: str, part: str = "") -> str:
+    """A tensor file that all ranks share; `part`: "model" and "rest", where there are two."""
+    return f"{save_id}{part and f'.{part}'}.safetensors"
+
+
+def save_of(shard: str) -> str:
+    """The id of the save that made a tensor file."""
+    return shard.rpartition("/")[2][:8]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1214,11 +1230,8 @@ def read_blocks(
         if found != header.block_crcs[block]:
             start, stop = block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES
             names = [entry.name for entry in header.entries if entry.begin < stop and entry.end > start]
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise corrupted(
-                f"{path}: block {block} has CRC32 {found:08x}, expected {header.block_crcs[block]:08x}; it holds {shown}",
-                path,
-            )
+            crcs = f"CRC32 {found:08x}, expected {header.block_crcs[block]:08x}"
+            raise corrupted(f"{path}: block {block} has {crcs}; it holds {some(names)}", path)
 
 
 def block_span(header: Header, first: int, last: int) -> int:
@@ -1327,8 +1340,8 @@ def encode_runs(column: Ints) -> list[int]:
         return []
     steps = np.diff(values, append=values[-1])
     starts = [0]
-    for at in np.flatnonzero(np.diff(steps[:-1])).tolist():  # another step leads away from value at + 1 than to it
-        if at + 1 >= starts[-1]:
+    for at in np.flatnonzero(np.diff(steps[:-1])).tolist():  # the step after value at + 1 is another than before it
+        if at >= starts[-1]:
             starts.append(at + 2)
     runs: list[int] = np.stack((values[starts], steps[starts], np.diff(starts, append=len(values))), 1).ravel().tolist()
     return runs
@@ -1571,7 +1584,7 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
         raise FileNotFoundError(f"no checkpoint {prefix!r}")
     if existed:
         storage.sync_directory(record_name(prefix))
-    delete_files(storage, prefix, (name for name in files if name.rpartition("/")[2][:8] not in live))
+    delete_files(storage, prefix, (name for name in files if save_of(name) not in live))
 
 
 def live_saves(storage: CheckpointStorage, prefix: str, reap: bool = False) -> set[str]:

@@ -108,7 +108,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardDim
@@ -1355,6 +1355,17 @@ def test_tensors_at_places_of_a_state_that_read_alike_come_back_each_to_its_own(
     assert [tensor.tolist() for tensor in live] == [[1.0, 1.0], [2.0, 2.0], [1.0]]  # in place
 
 
+def test_stored_tensors_that_are_one_tensor_here_come_back_as_several(tmp_path):
+    checkpoint, truth = opened(tmp_path), [torch.full((4,), float(i)) for i in range(3)]
+    averages = Bag(w=truth[1], other=truth[2], tied=truth[2])
+    checkpoint.save(Bag(w=truth[0]), None, to(), extra_state={"ema": averages})
+    live = torch.zeros(4)
+    model, averages = Bag(w=live), Bag(w=live.detach(), other=live, tied=live)  # as before their first step
+    checkpoint.load(model, None, at(), extra_state={"ema": averages})
+    assert model.state["w"] is live and identical(live, truth[0])
+    assert identical(averages.state, {"w": truth[1], "other": truth[2], "tied": truth[2]})
+
+
 UNSUPPORTED = {"enum": Colour.RED, "dataclass": Point(), "lambda": lambda: 0, "object": object(), "file": io.StringIO()}
 
 
@@ -2191,6 +2202,27 @@ def test_pipeline_ranks_with_the_same_optimizer_indices_join_and_part_again(tmp_
     checkpoint.save(model, optimizer, to("whole"))
     assert run(2, load_stage, tmp_path, "whole") == [True, True]
     assert run(2, load_stage, tmp_path, "stages") == [True, True]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
+def test_tied_tensors_are_stored_once_though_some_ranks_have_nothing_of_them(tmp_path, order):
+    run(4, save_and_load_tied_rows, tmp_path, order)
+    meta = st.read_committed(ckpt.LocalStorage(tmp_path), "p")
+    assert [meta.tensors[t.alias_of].name for t in meta.tensors if t.alias_of is not None] == ["model/first"]
+    assert not [name for path in shards(tmp_path) for name in Shard(path).header if "second" in name]
+
+
+def save_and_load_tied_rows(rank, world_size, tmp, order):
+    mesh = DeviceMesh("cpu", order)
+
+    def rows(start):
+        return distribute_tensor(torch.arange(start, start + 6.0).view(3, 2), mesh, [ShardDim(0)])
+
+    tied = rows(1)
+    opened(tmp).save(Bag(first=tied, second=tied, apart=rows(2)), None, to())
+    target = Bag(first=rows(0), second=rows(0), apart=rows(0))
+    opened(tmp).load(target, None, at())
+    assert identical(target.state, {"first": tied, "second": tied, "apart": rows(2)})
 
 
 def stage_of(rank):
@@ -3599,6 +3631,12 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
     assert values["extra/array", None] == ("array", ">i2", [3], np.arange(3, dtype=">i2").tobytes())
     assert values["extra/size", None] == (2, 3) and values["extra/dtype", None] == ("$dtype", "bfloat16")
     assert values["extra/nested", None] == {"deep": [("$tensor", "extra/nested.deep.0")]}
+
+
+def test_a_column_is_written_in_as_few_runs_as_can_be():
+    assert st.encode_runs(np.array([0, 4, 8, 100, 100])) == [0, 4, 3, 100, 0, 2]  # the example of the README
+    assert st.encode_runs(np.arange(5).repeat(7))[2::3] == [7] * 5
+    assert st.encode_runs(np.array([0, 1, 2, 10, 20, 30, 5]))[2::3] == [3, 3, 1]
 
 
 def test_the_worked_examples_of_the_readme_are_what_is_written(tmp_path):
