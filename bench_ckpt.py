@@ -503,6 +503,7 @@ class RawFile:
         self.path = path
         self.nbytes = -(-nbytes // PAGE) * PAGE
         self._pool = ThreadPoolExecutor(4)
+        self._memory = numpy.empty(0, numpy.uint8)
         # As good as they get: aligned, and in huge pages, which direct I/O on a virtual disk is much faster with.
         self._buffers = [ckpt_storage.aligned_buffer(16 * MIB) for _ in range(4)]
         for buffer in self._buffers:
@@ -516,28 +517,41 @@ class RawFile:
             return False
         return hasattr(os, "O_DIRECT")
 
-    def write(self, setting: Setting) -> None:
-        """Write the bytes to a new, preallocated file and fsync it."""
+    def write(self, setting: Setting, checked: bool = False) -> None:
+        """Write the bytes to a new, preallocated file and fsync it; `checked`: each block copied from memory, with its CRC32."""
         self.path.unlink(missing_ok=True)
         fd = self._open(setting, os.O_RDWR | os.O_CREAT)
+        memory = self.memory(self.nbytes) if checked else None
+
+        def block(buffer: memoryview, fd: int, offset: int) -> None:
+            data = buffer[: self.nbytes - offset]
+            if memory is not None:
+                data[:] = memory[offset : offset + len(data)]
+                ckpt_storage.crc32(data)
+            os.pwrite(fd, data, offset)
+
         try:
             os.posix_fallocate(fd, 0, self.nbytes)
-            blocks = [(fd, offset) for offset in range(0, self.nbytes, setting.block)]
-            self._each(
-                setting, blocks, lambda buffer, fd, offset: os.pwrite(fd, buffer[: self.nbytes - offset], offset)
-            )
+            self._each(setting, [(fd, offset) for offset in range(0, self.nbytes, setting.block)], block)
             os.fsync(fd)
         finally:
             os.close(fd)
 
-    def read(self, setting: Setting, files: Sequence[Path], world: World, checksum: bool = False) -> None:
-        """Read this rank's share of `files` into buffers used again and again, with the CRC32 of each block if asked to."""
+    def read(
+        self, setting: Setting, files: Sequence[Path], world: World, checksum: bool = False, copied: bool = False
+    ) -> None:
+        """Read this rank's share of `files` into buffers used again and again.
+
+        If asked to with the CRC32 of each block, or `copied` to memory."""
         fds = [self._open(setting, os.O_RDONLY, path) for path in files]
+        memory = self.memory(max(path.stat().st_size for path in files)) if copied else None
 
         def block(buffer: memoryview, fd: int, offset: int) -> None:
-            os.preadv(fd, [buffer], offset)
+            count = os.preadv(fd, [buffer], offset)
             if checksum:
                 ckpt_storage.crc32(buffer)
+            if memory is not None:
+                memory[offset : offset + count] = buffer[:count]
 
         try:
             blocks = [(fd, offset) for fd in fds for offset in range(0, os.fstat(fd).st_size, setting.block)]
@@ -546,6 +560,12 @@ class RawFile:
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def memory(self, nbytes: int) -> memoryview:
+        """Ordinary memory, touched before: where tensors lie."""
+        if len(self._memory) < nbytes:
+            self._memory = numpy.ones(nbytes, numpy.uint8)
+        return self._memory.data
 
     def _open(self, setting: Setting, flags: int, path: Path | None = None) -> int:
         return os.open(path or self.path, flags | (getattr(os, "O_DIRECT", 0) if setting.direct else 0), 0o600)
@@ -568,15 +588,21 @@ def raw_write(bench: Bench, world: World, nbytes: int) -> list[Candidate]:
     """The ceiling of a save: every rank writes its share of `nbytes`, fsynced, in the ways that disks like."""
     raw = RawFile(bench.path(f"raw-{bench.rank}"), nbytes // world.size)
     settings = QUICK_WRITE_SETTINGS if bench.settings.quick else WRITE_SETTINGS
+    does = "preallocated file, warm aligned buffers, fsync"
+    kinds = {"raw write + fsync": (False, does + ", no checksum")}
+    if not bench.settings.quick:
+        kinds["raw, copy + CRC32"] = True, does + ", each block copied from memory and its CRC32 taken"
+        raw.memory(raw.nbytes)
     return [
         Candidate(
-            "raw write + fsync",
-            partial(raw.write, setting),
+            family,
+            partial(raw.write, setting, checked),
             str(setting),
             after=lambda: raw.path.unlink(missing_ok=True),
             kind="ceiling",
-            does="preallocated file, warm aligned buffers, fsync, no checksum",
+            does=does,
         )
+        for family, (checked, does) in kinds.items()
         for setting in usable(raw, world, settings)
     ]
 
@@ -587,15 +613,22 @@ def raw_read(bench: Bench, world: World, cold: bool) -> list[Candidate]:
     settings = usable(raw, world, QUICK_READ_SETTINGS if bench.settings.quick else READ_SETTINGS)
     files = [path for path in files_below([bench.path(LOADED["ours"])]) if path.suffix == ".safetensors"]
     before = (lambda: drop_cache(files)) if cold else (lambda: fill_cache(files))
+    does = "the same files into warm buffers"
+    kinds = {"raw read + CRC32": (True, False, does + ", CRC32 of every block, all cores")}
+    if cold:
+        kinds = {"raw read": (False, False, does)}
+        if not bench.settings.quick:
+            kinds["raw, CRC32 + copy"] = True, True, does + ", CRC32 of every block, and a copy to ordinary memory"
     return [
         Candidate(
-            "raw read" if cold else "raw read + CRC32",
-            partial(raw.read, setting, files, world, checksum=not cold),
+            family,
+            partial(raw.read, setting, files, world, checksum, copied),
             str(setting),
             before=before,
             kind="ceiling",
-            does="the same files into warm buffers" + ("" if cold else ", CRC32 of every block, all cores"),
+            does=does,
         )
+        for family, (checksum, copied, does) in kinds.items()
         for setting in (settings if cold else WARM_SETTINGS)
     ]
 
@@ -659,7 +692,7 @@ class Ours:
     def __init__(self, bench: Bench, world: World, name: str, fsync: bool = True) -> None:
         logger = logging.getLogger("bench_ckpt.ours")
         logger.setLevel(logging.ERROR)
-        coordinator = ckpt.TorchCoordinator(process_group=world.group) if world.size > 1 else ckpt.LocalCoordinator()
+        coordinator = ckpt.TorchCoordinator(process_group=world.group)
         storage = ckpt.LocalStorage(bench.path(name), files=ckpt_storage.FileOps() if fsync else NoSync())
         self.library = ckpt.DistributedCheckpoint(coordinator, storage, logger=logger)
 

@@ -556,7 +556,7 @@ class DistributedCheckpoint:
         result = replace(restored.result, warnings=[*warnings, *restored.warnings])
         for warning in result.warnings:
             self.logger.warning("%s: %s", result.prefix, warning)
-        own, whole = sum(target.view.nbytes for target in restored.targets), result.metadata.size_bytes()
+        own, whole = sum(target.view.nbytes for target in restored.targets.values()), result.metadata.size_bytes()
         what = f"loaded {result.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB to rank {op.rank} of {op.world_size}"
         self._log(logging.DEBUG if op.rank else logging.INFO, what, own, started, op)
         return result
@@ -810,15 +810,19 @@ class ModelState:
     def fill(self, restore: Restore) -> None:
         """L3: every tensor of the state is filled in place; values are decoded into it."""
         tensors: list[tuple[str, torch.Tensor]] = []
+        values: list[tuple[str, dict[str, object], str]] = []
         for name, state, key, tensor in self._entries(keep_vars=True):
             if tensor is not None:
                 tensors.append((f"model/{name}", tensor))
-            elif (index := restore.find(f"model-values/{name}")) is not None:
-                state[key] = restore.value(index, state[key])
+            else:
+                values.append((f"model-values/{name}", state, key))
         stored = {id(tensor) for name, tensor in tensors if name in restore.reader.stored}
         for name, tensor in tensors:
             if id(tensor) not in stored or name in restore.reader.stored:  # else it comes by a name that it is tied to
                 restore.fill(name, tensor)
+        for name, state, key in values:  # after the tensors: see `Restore.decode`
+            if (index := restore.find(name)) is not None:
+                state[key] = restore.value(index, state[key])
 
     def apply(self, strict: bool) -> dict[str, object]:
         """L5: hand the filled state to the model's own `load_state_dict`; returns it under canonical names."""
@@ -1028,13 +1032,15 @@ class Restore:
 
     def __init__(self, given: Given[LoadOptions], op: coord.Operation, validator: CheckpointValidator) -> None:
         self.given, self.op, self._validator = given, op, validator
-        self.targets: list[coord.Target] = []
+        # With a LocalCoordinator in a job of several ranks, as likely as not each of them loads the same.
+        local = isinstance(op.coordinator, LocalCoordinator) and dist.is_available() and dist.is_initialized()
+        self._only_rank = op.world_size == 1 and not (local and dist.get_world_size() > 1)
+        self.targets: dict[tuple[object, ...], coord.Target] = {}  # by the memory that they fill, see `identity`
         self.problems: list[str] = []  # errors in strict mode, else warnings
         self.errors: list[str] = []  # errors in any mode
         self.warnings: list[str] = []
         self.unexpected: set[str] = set()  # of what has to have a use, that for which none was found so far
-        self._seen: set[tuple[object, ...]] = set()
-        self._filled: dict[tuple[object, ...], int] = {}  # memory, by `identity`, and what is stored for it
+        self._made: dict[tuple[object, ...], torch.Tensor] = {}  # instead of live tensors that are others too
         self._model, self._optimizer = ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
         self._rng: object = None
@@ -1094,7 +1100,7 @@ class Restore:
                 message = f"rng/state: the checkpoint has no RNG state for rank {self.op.rank}: it keeps its own"
                 self.warnings.append(message)
         self._judge()
-        return self.targets
+        return list(self.targets.values())
 
     def find(self, name: str) -> int | None:
         """The index of what is stored under a name, or None after noting the problem."""
@@ -1120,14 +1126,9 @@ class Restore:
         self._aim(index, coord.local_tensor(name, tensor))
 
     def _aim(self, index: int, local: coord.LocalTensor) -> None:
-        """Have what is here of a tensor filled with the stored one of that number."""
-        for box, view in local.pieces:
-            place = coord.identity(view)
-            self._filled.setdefault(place, index)
-            key = (index, box.offset, place)
-            if key not in self._seen:  # tied tensors need one fill
-                self._seen.add(key)
-                self.targets.append(coord.Target(index, box, view, local.cut_up or self.op.world_size == 1))
+        """Have what is here of a tensor filled with the stored one of that number; of several the last one, as torch does."""
+        for box, view in local.pieces:  # tied tensors need one fill
+            self.targets[coord.identity(view)] = coord.Target(index, box, view, local.cut_up or self._only_rank)
 
     def value(self, index: int, live: object) -> object:
         """A stored value with its tensors, as `decode`."""
@@ -1136,7 +1137,7 @@ class Restore:
     def decode(self, node: object, live: object, param: torch.Tensor | None = None) -> object:
         """An encoded value; its tensors are those in the same place of `live` where they fit, else new, laid out as `param`.
 
-        New too where the same memory is being filled with another stored tensor: an average starts as what it averages.
+        New too where the live one is being filled with another stored tensor: an average starts as what it averages.
         """
         known = dict(_match(node, live))
 
@@ -1148,8 +1149,9 @@ class Restore:
             if found is None or tuple(found.shape) != shape or found.dtype != dtype:
                 found = _allocate(name, shape, dtype, param)
             local = coord.local_tensor(name, found)
-            if any(self._filled.get(coord.identity(view), index) != index for _, view in local.pieces):
-                found = torch.empty_like(found.detach())
+            places = [coord.identity(view) for _, view in local.pieces]
+            if any(place in self.targets and self.targets[place].tensor != index for place in places):
+                found = self._made.setdefault((index, *places), torch.empty_like(found.detach()))
                 local = coord.local_tensor(name, found)
             self._aim(index, local)
             return found
@@ -1354,7 +1356,11 @@ class CheckpointValidator:
 def _guarded(name: str, check: Callable[..., ValidationResult], *args: object) -> ValidationResult:
     try:
         return check(*args)
+    except coord.OperationFailed:
+        raise
     except CheckpointException as error:
+        if error.type in (ExceptionType.CANCELLED, ExceptionType.TIMEOUT):
+            raise
         return ValidationResult([str(error)])
     except Exception as error:
         return ValidationResult([f"checker {name!r} raised {type(error).__name__}: {error}"])

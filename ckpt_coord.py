@@ -609,6 +609,7 @@ class CheckpointLoader:
             demand_equal(op.gather(request))
             reader = CheckpointReader(self.storage, self._read_record(op, str(request["prefix"])))
         with reader:
+            reader.meter = Meter(poll=op.poll)
             with op.step("L2 validate"), no_garbage_collection():
                 loading.validate(reader)
             with op.step("L3 plan"), no_garbage_collection():
@@ -1364,12 +1365,7 @@ class Holdings:
         rank, source = np.arange(len(counts)).repeat(counts), np.concatenate([np.arange(count) for count in counts])
         self._held = Rows(rank, source, np.zeros_like(rank), stacked)
         self._spoilt = np.zeros(len(rank), bool)
-        held = {id(table): np.zeros(len(table), bool) for table in tables}  # by any rank that has this table
-        for table, _, local in self._told:
-            held[id(table)][local[local < len(table)]] = True
-        told = [(t, has or not t.declared) for table in tables for t, has in zip(table, held[id(table)].tolist())]
-        told += [(value, True) for _, values, _ in self._told for value in values]
-        self.known, self._apart = _compare(sorted(told, key=lambda pair: not pair[1]))
+        self.known, self._apart = _compare(itertools.chain(*tables, *(values for _, values, _ in self._told)))
         self.arrange(set())
 
     def arrange(self, apart: set[str], spoilt: Rows | None = None) -> None:
@@ -1433,17 +1429,16 @@ def _read_told(rows: Iterable[tuple[str, str, Shape, bool, str, int, bool]]) -> 
     return [Told(*row)._replace(shape=tuple(row[2])) for row in rows]
 
 
-def _compare(told: Iterable[tuple[Told, bool]]) -> tuple[dict[str, Told], set[str]]:
-    """What the first rank tells of every name, and what each rank has for itself.
+def _compare(told: Iterable[Told]) -> tuple[dict[str, Told], set[str]]:
+    """What the first rank tells of every name (an alias is one if all tell so), and what each rank has for itself.
 
-    That are values, and plain tensors, that are not the same on all. A DTensor has to be. An alias is one if all tell so
-    but those, last in `told` and marked False, that have an empty shard of it.
+    That are values, and plain tensors, that are not the same on all. A DTensor has to be.
     """
     known: dict[str, Told] = {}
     apart = set()
-    for t, knows in told:
+    for t in told:
         first = known.setdefault(t.name, t)
-        if knows and t.alias_of != first.alias_of:
+        if t.alias_of != first.alias_of:
             known[t.name] = first._replace(alias_of="")
         differs = (t.dtype, t.shape, t.crc) != (first.dtype, first.shape, first.crc)
         if differs and (t.declared or first.declared):
@@ -2192,7 +2187,7 @@ def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, i
         edges = np.cumsum([entry.begin, *entry.frames]).tolist()
         for frame in range(first // st.FRAME_BYTES, -(-stop // st.FRAME_BYTES)):
             low, high = edges[frame], edges[frame + 1]
-            yield low, high, frame * st.FRAME_BYTES, int((high - low) * share)
+            yield low, high, frame * st.FRAME_BYTES, 0  # windows share blocks, which the page cache is for
     else:
         first, stop = entry.begin + first, entry.begin + stop
         for block in range(first // st.BLOCK_BYTES, st.block_count(stop)):

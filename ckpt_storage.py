@@ -48,6 +48,7 @@ import math
 import mmap
 import os
 import re
+import resource
 import stat
 import struct
 import threading
@@ -198,19 +199,28 @@ class FileOps:
         os.close(fd)
 
     def open_direct(self, fd: int, flags: int) -> int:
-        """Open the file behind `fd` once more, past the page cache. OSError where the file system cannot."""
-        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_DIRECT)
+        """Open the file behind `fd` once more, past the page cache. OSError where the file system cannot.
+
+        And where half of the descriptors that this process may have are in use: those that are left open files.
+        """
+        direct = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_DIRECT)
+        if direct >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+            os.close(direct)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return direct
 
     def pread(self, fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)
 
     def is_cached(self, fd: int, offset: int, length: int) -> bool:
-        """Whether most of it is in the page cache. (By mincore: to ask by reading would start a readahead.)"""
+        """Whether most of it is in the page cache, by eight pages of it. (By mincore: a read would start a readahead.)"""
+        step, held, page = -(-length // (8 * mmap.PAGESIZE)) * mmap.PAGESIZE, list[bool](), ctypes.c_ubyte()
         with mmap.mmap(fd, length, access=mmap.ACCESS_READ, offset=offset) as view:
-            pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
             address = np.frombuffer(view, np.uint8).ctypes.data  # the array is gone, so that the map can close
-            failed = _LIBC.mincore(*map(ctypes.c_void_p, (address, length, pages.ctypes.data)))
-        return not failed and bool((pages & 1).mean() > 0.5)
+            for at in range(0, length, step):
+                failed = _LIBC.mincore(ctypes.c_void_p(address + at), ctypes.c_size_t(1), ctypes.byref(page))
+                held.append(not failed and page.value & 1 == 1)
+        return 2 * sum(held) > len(held)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         return os.pwrite(fd, data, offset)
@@ -276,7 +286,10 @@ class StoredFile(Protocol):
     """An open file of a storage. Reads and writes are positioned and may come from several threads at once."""
 
     def read(self, offset: int, buffer: memoryview, bounce: memoryview | None = None) -> None:
-        """Fill `buffer`. `bounce`: given where nobody else wants these bytes soon, memory by way of which they may come."""
+        """Fill `buffer`. `bounce`: given where nobody else wants these bytes soon, memory by way of which they may come.
+
+        It is all of `buffer`, or apart from it.
+        """
         ...
 
     def write(self, offset: int, data: memoryview) -> None: ...
@@ -327,6 +340,9 @@ def _aligned_length(memory: memoryview) -> int:
     return len(memory) // ALIGN_BYTES * ALIGN_BYTES
 
 
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # where a file can be opened for direct I/O, which is then refused
+
+
 class LocalFile:
     """A file on a local or mounted file system.
 
@@ -344,14 +360,20 @@ class LocalFile:
     def read(self, offset: int, buffer: memoryview, bounce: memoryview | None = None) -> None:
         """Fill `buffer` from `offset`; short reads go on, an early end of the file is corruption."""
         done = whole = 0  # [0, whole) comes past the cache, as long as what is left of it is aligned
-        if bounce is not None and len(buffer) >= DIRECT_BYTES and _is_aligned(offset, bounce) and self._is_cold(offset):
-            whole = _aligned_length(buffer) if self._direct() >= 0 else 0
+        if bounce is not None and min(len(buffer), len(bounce)) >= DIRECT_BYTES and _is_aligned(offset, bounce):
+            whole = _aligned_length(buffer) if self._is_cold(offset) and self._direct() >= 0 else 0
         while done < len(buffer):
             if bounce is not None and done < whole and done % ALIGN_BYTES == 0:
                 room = _aligned_length(bounce)
                 at = done % room  # `bounce` may be `buffer` itself
                 part = bounce[at : min(room, at + whole - done)]
-                count = self._files.pread(self._direct(), part, offset + done)
+                try:
+                    count = self._files.pread(self._direct(), part, offset + done)
+                except OSError as error:
+                    if error.errno not in _NOT_DIRECT:
+                        raise
+                    whole = 0
+                    continue
                 buffer[done : done + count] = part[:count]
             else:
                 count = self._files.pread(self._fd, buffer[done:], offset + done)
@@ -364,7 +386,10 @@ class LocalFile:
         region = offset // COLD_BYTES
         if region not in self._cold:
             length = min(COLD_BYTES, self.length() - region * COLD_BYTES)
-            self._cold[region] = length > 0 and not self._files.is_cached(self._fd, region * COLD_BYTES, length)
+            try:
+                self._cold[region] = not self._files.is_cached(self._fd, region * COLD_BYTES, length)
+            except (OSError, ValueError):  # it cannot be mapped
+                self._cold[region] = False
         return self._cold[region]
 
     def write(self, offset: int, data: memoryview) -> None:
@@ -375,7 +400,13 @@ class LocalFile:
         while done < len(data):
             direct = done < whole and done % ALIGN_BYTES == 0
             fd, stop = (self._direct(), whole) if direct else (self._fd, done + (1 << 30))
-            count = self._files.pwrite(fd, data[done:stop], offset + done)
+            try:
+                count = self._files.pwrite(fd, data[done:stop], offset + done)
+            except OSError as error:
+                if not direct or error.errno not in _NOT_DIRECT:
+                    raise
+                whole = 0
+                continue
             if count <= 0:
                 raise OSError(errno.EIO, "the disk takes nothing more", self._name)
             done += count

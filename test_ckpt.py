@@ -108,7 +108,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardDim
@@ -928,6 +928,25 @@ def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_pat
         assert isinstance(getattr(ckpt, name)(), ckpt.CompatibilityChecker)
 
 
+def test_cancel_stops_a_validation_in_a_load_before_all_is_read(tmp_path):
+    opened(tmp_path).save(Bag(w=torch.zeros(20 * MiB)), None, to())  # 20 blocks
+    cancel, read = threading.Event(), []
+
+    class Slow(FileOps):
+        def pread(self, fd, buffer, offset):
+            if len(buffer) >= BLOCK:
+                cancel.set()
+                read.append(offset)
+                time.sleep(0.1)
+            return super().pread(fd, buffer, offset)
+
+    storage = ckpt.LocalStorage(tmp_path, Slow())
+    validator = ckpt.CheckpointValidator(storage, [ckpt.ChecksumIntegrityChecker()])
+    checkpoint = ckpt.DistributedCheckpoint(storage=storage, validator=validator)
+    refusal(lambda: checkpoint.load(Bag(w=torch.zeros(20 * MiB)), None, at(), cancel=cancel), ExceptionType.CANCELLED)
+    assert 0 < len(read) < 15
+
+
 def test_cancel_stops_a_save_and_a_load_and_leaves_nothing_behind(tmp_path):
     model, optimizer = small()
     cancel = threading.Event()
@@ -1364,6 +1383,40 @@ def test_stored_tensors_that_are_one_tensor_here_come_back_as_several(tmp_path):
     checkpoint.load(model, None, at(), extra_state={"ema": averages})
     assert model.state["w"] is live and identical(live, truth[0])
     assert identical(averages.state, {"w": truth[1], "other": truth[2], "tied": truth[2]})
+
+
+def test_of_stored_tensors_that_are_one_parameter_here_the_last_is_loaded(tmp_path):
+    first, last = torch.full((MiB,), 1.0), torch.full((MiB,), 2.0)
+    checkpoint, tied = opened(tmp_path), torch.zeros(MiB)
+    checkpoint.save(Bag(first=first, last=last), None, to())
+    for _ in range(5):
+        tied.zero_()
+        checkpoint.load(Bag(first=tied, last=tied), None, at())
+        assert identical(tied, last)
+
+
+class Averaged(nn.Module):
+    """Its average, kept as extra state, is the weight itself until the first step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.average = self.weight.data
+
+    def get_extra_state(self):
+        return {"average": self.average}
+
+    def set_extra_state(self, state):
+        self.average = state["average"]
+
+
+def test_an_average_in_extra_state_that_is_the_weight_so_far_is_loaded_apart(tmp_path):
+    model, checkpoint = filled(Averaged(), "truth"), opened(tmp_path)
+    model.average = torch.full((4,), 7.0)
+    checkpoint.save(model, None, to())
+    other = Averaged()
+    checkpoint.load(other, None, at())
+    assert identical(other.weight.data, model.weight.data) and identical(other.average, model.average)
 
 
 UNSUPPORTED = {"enum": Colour.RED, "dataclass": Point(), "lambda": lambda: 0, "object": object(), "file": io.StringIO()}
@@ -2151,6 +2204,58 @@ def test_only_what_fills_a_block_to_three_quarters_is_one_ranks_alone(tmp_path, 
     assert torch.equal(view, weight[low:high, : box.size[1]])
 
 
+@pytest.mark.parametrize("refused", ["is_cached", "open_direct", "pread", "pwrite"])
+def test_where_the_page_cache_cannot_be_passed_by_saves_and_loads_go_through_it(tmp_path, refused):
+    class Refusing(FileOps):
+        direct, asked = -1, False
+
+        def is_cached(self, fd, offset, length):
+            self.refuse("is_cached")
+            return False
+
+        def open_direct(self, fd, flags):
+            self.refuse("open_direct")
+            self.direct = super().open_direct(fd, flags)
+            return self.direct
+
+        def pread(self, fd, buffer, offset):
+            if fd == self.direct:
+                self.refuse("pread")
+            return super().pread(fd, buffer, offset)
+
+        def pwrite(self, fd, data, offset):
+            if fd == self.direct:
+                self.refuse("pwrite")
+            return super().pwrite(fd, data, offset)
+
+        def refuse(self, call):
+            if call == refused:
+                self.asked = True
+                raise OSError(errno.EINVAL, "not on this file system")
+
+    model, other = filled(nn.Linear(1024, 3072), "truth"), filled(nn.Linear(1024, 3072), "other")
+    files = Refusing()
+    checkpoint = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, files))
+    checkpoint.save(model, None, to())
+    checkpoint.load(other, None, at())
+    assert identical(state_of(other)[0], state_of(model)[0]) and (files.asked or not files.direct >= 0)
+
+
+def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_yet(tmp_path):
+    free = os.open(tmp_path, os.O_RDONLY)
+    os.close(free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    (tmp_path / "file").write_bytes(bytes(2 * MiB))
+    with contextlib.closing(ckpt.LocalStorage(tmp_path).open("file")) as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (2 * free, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                FileOps().open_direct(file._fd, os.O_RDONLY)
+            file.read(0, st.aligned_buffer(2 * MiB).data, st.aligned_buffer(2 * MiB).data)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 @pytest.mark.parametrize("length", [MiB, 3 * MiB + 5, 4 * MiB])
 @pytest.mark.parametrize("room", ["itself", "as long", "shorter", "unaligned"])
 @pytest.mark.parametrize("cap", [1 << 40, 3 * PAGE, 5000])
@@ -2202,27 +2307,6 @@ def test_pipeline_ranks_with_the_same_optimizer_indices_join_and_part_again(tmp_
     checkpoint.save(model, optimizer, to("whole"))
     assert run(2, load_stage, tmp_path, "whole") == [True, True]
     assert run(2, load_stage, tmp_path, "stages") == [True, True]
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
-def test_tied_tensors_are_stored_once_though_some_ranks_have_nothing_of_them(tmp_path, order):
-    run(4, save_and_load_tied_rows, tmp_path, order)
-    meta = st.read_committed(ckpt.LocalStorage(tmp_path), "p")
-    assert [meta.tensors[t.alias_of].name for t in meta.tensors if t.alias_of is not None] == ["model/first"]
-    assert not [name for path in shards(tmp_path) for name in Shard(path).header if "second" in name]
-
-
-def save_and_load_tied_rows(rank, world_size, tmp, order):
-    mesh = DeviceMesh("cpu", order)
-
-    def rows(start):
-        return distribute_tensor(torch.arange(start, start + 6.0).view(3, 2), mesh, [ShardDim(0)])
-
-    tied = rows(1)
-    opened(tmp).save(Bag(first=tied, second=tied, apart=rows(2)), None, to())
-    target = Bag(first=rows(0), second=rows(0), apart=rows(0))
-    opened(tmp).load(target, None, at())
-    assert identical(target.state, {"first": tied, "second": tied, "apart": rows(2)})
 
 
 def stage_of(rank):
