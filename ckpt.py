@@ -1219,7 +1219,7 @@ class ValidationResult:
 
 @runtime_checkable
 class IntegrityChecker(Protocol):
-    """Judges one shard of a checkpoint. What it raises counts as an error that it found."""
+    """Judges one shard of a checkpoint. What it raises, but for CANCELLED and TIMEOUT, counts as an error that it found."""
 
     name: str
 

@@ -387,7 +387,7 @@ class LocalFile:
         if region not in self._cold:
             length = min(COLD_BYTES, self.length() - region * COLD_BYTES)
             try:
-                self._cold[region] = not self._files.is_cached(self._fd, region * COLD_BYTES, length)
+                self._cold[region] = length > 0 and not self._files.is_cached(self._fd, region * COLD_BYTES, length)
             except (OSError, ValueError):  # it cannot be mapped
                 self._cold[region] = False
         return self._cold[region]

@@ -2207,7 +2207,7 @@ def test_only_what_fills_a_block_to_three_quarters_is_one_ranks_alone(tmp_path, 
 @pytest.mark.parametrize("refused", ["is_cached", "open_direct", "pread", "pwrite"])
 def test_where_the_page_cache_cannot_be_passed_by_saves_and_loads_go_through_it(tmp_path, refused):
     class Refusing(FileOps):
-        direct, asked = -1, False
+        direct, possible, asked = -1, False, False
 
         def is_cached(self, fd, offset, length):
             self.refuse("is_cached")
@@ -2216,7 +2216,12 @@ def test_where_the_page_cache_cannot_be_passed_by_saves_and_loads_go_through_it(
         def open_direct(self, fd, flags):
             self.refuse("open_direct")
             self.direct = super().open_direct(fd, flags)
+            self.possible = True
             return self.direct
+
+        def close(self, fd):
+            self.direct = -1 if fd == self.direct else self.direct
+            super().close(fd)
 
         def pread(self, fd, buffer, offset):
             if fd == self.direct:
@@ -2238,7 +2243,18 @@ def test_where_the_page_cache_cannot_be_passed_by_saves_and_loads_go_through_it(
     checkpoint = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, files))
     checkpoint.save(model, None, to())
     checkpoint.load(other, None, at())
-    assert identical(state_of(other)[0], state_of(model)[0]) and (files.asked or not files.direct >= 0)
+    assert identical(state_of(other)[0], state_of(model)[0]) and (files.asked or not files.possible)
+
+
+@pytest.mark.parametrize("left", [MiB, 64 * MiB])
+def test_a_file_cut_short_while_it_is_open_is_damage_wherever_it_is_read(tmp_path, left):
+    with open(tmp_path / "file", "wb") as sparse:
+        sparse.truncate(130 * MiB)
+    with contextlib.closing(ckpt.LocalStorage(tmp_path).open("file")) as file:
+        os.truncate(tmp_path / "file", left)
+        for offset in (64 * MiB, 128 * MiB):
+            with pytest.raises(ckpt.CheckpointException, match="bytes missing"):
+                file.read(offset, st.aligned_buffer(MiB).data, st.aligned_buffer(MiB).data)
 
 
 def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_yet(tmp_path):
