@@ -214,12 +214,11 @@ class FileOps:
 
     def is_cached(self, fd: int, offset: int, length: int) -> bool:
         """Whether most of it is in the page cache, by eight pages of it. (By mincore: a read would start a readahead.)"""
-        step, held, page = -(-length // (8 * mmap.PAGESIZE)) * mmap.PAGESIZE, list[bool](), ctypes.c_ubyte()
+        step, page = -(-length // (8 * mmap.PAGESIZE)) * mmap.PAGESIZE, ctypes.c_ubyte()
         with mmap.mmap(fd, length, access=mmap.ACCESS_READ, offset=offset) as view:
             address = np.frombuffer(view, np.uint8).ctypes.data  # the array is gone, so that the map can close
-            for at in range(0, length, step):
-                failed = _LIBC.mincore(ctypes.c_void_p(address + at), ctypes.c_size_t(1), ctypes.byref(page))
-                held.append(not failed and page.value & 1 == 1)
+            asked = [ctypes.c_void_p(address + at) for at in range(0, length, step)]
+            held = [_LIBC.mincore(at, ctypes.c_size_t(1), ctypes.byref(page)) == 0 and page.value & 1 for at in asked]
         return 2 * sum(held) > len(held)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
@@ -230,11 +229,10 @@ class FileOps:
 
     def allocate(self, fd: int, length: int) -> None:
         """Extend to `length`, reserving the room, so that writes neither run out of it nor wait for each other."""
-        fallocate = getattr(_LIBC, "fallocate", None)  # posix_fallocate would write zeros where this is not supported
-        if fallocate is None or fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(length)) != 0:
-            if fallocate is not None and (code := ctypes.get_errno()) not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        if _LIBC.fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(length)) != 0:
+            if (code := ctypes.get_errno()) not in (errno.EOPNOTSUPP, errno.ENOSYS):
                 raise OSError(code, os.strerror(code))
-            os.ftruncate(fd, length)
+            os.ftruncate(fd, length)  # os.posix_fallocate would write zeros
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
@@ -250,12 +248,12 @@ class FileOps:
 
     def unlink(self, name: str, dir_fd: int) -> None:
         """Remove a name at once. Freeing gigabytes may take the file system a second: a thread's last close waits for it."""
-        found, held = os.stat(name, dir_fd=dir_fd, follow_symlinks=False), -1
-        if stat.S_ISREG(found.st_mode) and found.st_size >= SLOW_TO_FREE_BYTES:
-            with contextlib.suppress(OSError):  # not ours to read: then this call waits
-                held = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
-        os.unlink(name, dir_fd=dir_fd)
-        if held >= 0:
+        if os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_size < SLOW_TO_FREE_BYTES:
+            return os.unlink(name, dir_fd=dir_fd)
+        held = os.open(name, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
+        try:
+            os.unlink(name, dir_fd=dir_fd)
+        finally:
             try:
                 threading.Thread(target=os.close, args=(held,), name="ckpt-free", daemon=True).start()
             except RuntimeError:  # no more threads: then this call waits
@@ -331,15 +329,6 @@ class CheckpointStorage(Protocol):
         """Remove a file whose creator is proved dead (or only look); False where it may be alive."""
 
 
-def _is_aligned(offset: int, memory: memoryview) -> bool:
-    """Whether that place in a file, and this memory, are such as direct I/O takes."""
-    return (offset | np.frombuffer(memory, np.uint8).ctypes.data) % ALIGN_BYTES == 0
-
-
-def _aligned_length(memory: memoryview) -> int:
-    return len(memory) // ALIGN_BYTES * ALIGN_BYTES
-
-
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # where a file can be opened for direct I/O, which is then refused
 
 
@@ -358,28 +347,40 @@ class LocalFile:
         self._lock = threading.Lock()
 
     def read(self, offset: int, buffer: memoryview, bounce: memoryview | None = None) -> None:
-        """Fill `buffer` from `offset`; short reads go on, an early end of the file is corruption."""
-        done = whole = 0  # [0, whole) comes past the cache, as long as what is left of it is aligned
-        if bounce is not None and min(len(buffer), len(bounce)) >= DIRECT_BYTES and _is_aligned(offset, bounce):
-            whole = _aligned_length(buffer) if self._is_cold(offset) and self._direct() >= 0 else 0
-        while done < len(buffer):
-            if bounce is not None and done < whole and done % ALIGN_BYTES == 0:
-                room = _aligned_length(bounce)
-                at = done % room  # `bounce` may be `buffer` itself
-                part = bounce[at : min(room, at + whole - done)]
-                try:
-                    count = self._files.pread(self._direct(), part, offset + done)
-                except OSError as error:
-                    if error.errno not in _NOT_DIRECT:
-                        raise
-                    whole = 0
-                    continue
-                buffer[done : done + count] = part[:count]
-            else:
-                count = self._files.pread(self._fd, buffer[done:], offset + done)
-            if count == 0:
-                raise corrupted(f"{self._name}: ends at byte {offset + done}, {len(buffer) - done} bytes missing")
+        alone = bounce is not None and len(buffer) >= DIRECT_BYTES and self._is_cold(offset)
+        done = self._move(self._files.pread, offset, buffer, bounce if alone else None)
+        if done < len(buffer):
+            raise corrupted(f"{self._name}: ends at byte {offset + done}, {len(buffer) - done} bytes missing")
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if self._move(self._files.pwrite, offset, data, data) < len(data):
+            raise OSError(errno.EIO, "the disk takes nothing more", self._name)
+
+    def _move(
+        self, call: Callable[[int, memoryview, int], int], offset: int, data: memoryview, via: memoryview | None
+    ) -> int:
+        """Read or write all of `data` by `call`, past the page cache by way of `via`; short calls go on. Returns how much."""
+        direct = -1 if via is None else self._direct(offset, via)
+        whole = _aligned(data) if direct >= 0 else 0  # [0, whole) passes the cache, while what is left of it is aligned
+        done = 0
+        while done < len(data):
+            fd, part = self._fd, data[done : done + (1 << 30)]
+            if via is not None and done < whole and done % ALIGN_BYTES == 0:
+                at = done % _aligned(via)  # `via` may be `data` itself
+                fd, part = direct, via[at : min(_aligned(via), at + whole - done)]
+            try:
+                count = call(fd, part, offset + done)
+            except OSError as error:
+                if fd != direct or error.errno not in _NOT_DIRECT:
+                    raise
+                whole = 0
+                continue
+            if count <= 0:
+                break
+            if fd == direct and via is not data:
+                data[done : done + count] = part[:count]
             done += count
+        return done
 
     def _is_cold(self, offset: int) -> bool:
         """Looked up once a region: asking takes a good part of the time that reading from the cache does."""
@@ -392,26 +393,10 @@ class LocalFile:
                 self._cold[region] = False
         return self._cold[region]
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write all of `data` at `offset`; short writes go on."""
-        done = whole = 0  # [0, whole) goes past the cache, as long as what is left of it is aligned
-        if len(data) >= DIRECT_BYTES and _is_aligned(offset, data) and self._direct() >= 0:
-            whole = _aligned_length(data)
-        while done < len(data):
-            direct = done < whole and done % ALIGN_BYTES == 0
-            fd, stop = (self._direct(), whole) if direct else (self._fd, done + (1 << 30))
-            try:
-                count = self._files.pwrite(fd, data[done:stop], offset + done)
-            except OSError as error:
-                if not direct or error.errno not in _NOT_DIRECT:
-                    raise
-                whole = 0
-                continue
-            if count <= 0:
-                raise OSError(errno.EIO, "the disk takes nothing more", self._name)
-            done += count
-
-    def _direct(self) -> int:
+    def _direct(self, offset: int, memory: memoryview) -> int:
+        """A descriptor that passes the page cache, for what starts at that place and in that memory; -1 without one."""
+        if len(memory) < DIRECT_BYTES or (offset | np.frombuffer(memory, np.uint8).ctypes.data) % ALIGN_BYTES:
+            return -1
         with self._lock:
             if self._direct_fd is None:
                 try:
@@ -436,6 +421,11 @@ class LocalFile:
                 self._files.close(fd)
 
 
+def _aligned(memory: memoryview) -> int:
+    """The whole pages of it."""
+    return len(memory) // ALIGN_BYTES * ALIGN_BYTES
+
+
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
@@ -450,8 +440,8 @@ class LocalStorage:
     def create(self, name: str) -> LocalFile:
         for _ in range(100):
             with (
-                self._parent(name, make=True) as (directory, leaf),
                 contextlib.suppress(FileNotFoundError),  # a clean-up has pruned the directory since we entered it
+                self._parent(name, make=True) as (directory, leaf),
                 contextlib.ExitStack() as undo,
             ):
                 fd = self.files.open(leaf, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
@@ -469,12 +459,14 @@ class LocalStorage:
             try:
                 self.files.lock(fd)
                 return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     return False  # then nobody is ever proved dead
-                if not isinstance(error, BlockingIOError) or time.monotonic() > deadline:
-                    raise
-            time.sleep(0.001)
+                raise
 
     def open(self, name: str, write: bool = False) -> LocalFile:
         flags = os.O_RDWR if write else os.O_RDONLY
@@ -536,16 +528,16 @@ class LocalStorage:
 
     def sync_directory(self, name: str) -> None:
         """Also syncs the directories above, up to the one that holds the base path: they may be new."""
-        parts = name.split("/")
-        for depth in range(len(parts) - 1, -1, -1):
-            with self._parent("/".join([*parts[:depth], "x"])) as (directory, _):
+        while name:
+            with self._parent(name) as (directory, _):
                 self.files.fsync_dir(directory)
+            name = name.rpartition("/")[0]
         for path in sorted(self._made_above):
-            above = self.files.open(os.path.realpath(path), os.O_RDONLY | os.O_DIRECTORY)
+            above = self._enter(os.path.realpath(path))
             try:
                 self.files.fsync_dir(above)
             finally:
-                self.files.close(above)
+                self._leave(above)
 
     def reap(self, name: str, only_look: bool = False) -> bool:
         try:
@@ -567,40 +559,36 @@ class LocalStorage:
         parts = name.split("/")
         if any(p in ("", ".", "..") or "\0" in p for p in parts):
             raise ValueError(f"illegal path {name!r}")
-        if make:
-            self._make_base(self.base_path)
-        flags = os.O_RDONLY | os.O_DIRECTORY
         # The base path itself may be, or lie behind, a link of the user's own making.
-        directory = self.files.open(os.path.realpath(self.base_path), flags)
+        directory = self._enter(os.path.realpath(self.base_path), None, make)
         try:
             for part in parts[:-1]:
-                try:
-                    inner = self.files.open(part, flags, directory)
-                except FileNotFoundError:
-                    if not make:
-                        raise
-                    self._make(part, directory)
-                    inner = self.files.open(part, flags, directory)
+                inner = self._enter(part, directory, make)
                 self._leave(directory)
                 directory = inner
             yield directory, parts[-1]
         finally:
             self._leave(directory)
 
+    def _enter(self, name: str, directory: int | None = None, make: bool = False) -> int:
+        """Open a directory, by its path or in an open one. `make`: also where it, or one above it, is not there yet."""
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        try:
+            return self.files.open(name, flags, directory)
+        except FileNotFoundError:
+            if not make:
+                raise
+        if directory is None:
+            above = os.path.dirname(name)
+            self._leave(self._enter(above, None, make))
+            self._made_above = self._made_above | {above}
+        with contextlib.suppress(FileExistsError):  # another rank was faster
+            self.files.mkdir(name, directory)
+        return self.files.open(name, flags, directory)
+
     def _leave(self, directory: int) -> None:
         with contextlib.suppress(OSError):  # nothing was written through it, and it is closed in any case
             self.files.close(directory)
-
-    def _make(self, name: str, directory: int | None) -> None:
-        with contextlib.suppress(FileExistsError):  # another rank was faster
-            self.files.mkdir(name, directory)
-
-    def _make_base(self, path: str) -> None:
-        above = os.path.dirname(path)
-        if not os.path.isdir(path):
-            self._make_base(above)
-            self._make(path, None)
-            self._made_above = self._made_above | {above}
 
 
 @dataclass(frozen=True)
