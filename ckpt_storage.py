@@ -42,7 +42,7 @@ import enum
 import errno
 import fcntl
 import functools
-import itertools
+import importlib
 import json
 import math
 import mmap
@@ -53,6 +53,7 @@ import stat
 import struct
 import threading
 import time
+import types
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -668,6 +669,9 @@ class Fields:
         """In [0, 2**62)."""
         return int_tuple([self._typed(key, int)])[0]
 
+    def shape(self, key: str) -> Shape:
+        return int_tuple(self._typed(key, list))
+
     def array(self, key: str) -> list[object]:
         return self._typed(key, list)
 
@@ -907,21 +911,21 @@ def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, 
 # CRC32, compression, threads
 
 
-def _fastest_crc32() -> tuple[str, Callable[..., int]]:
-    """The same polynomial from whichever package is there: ISA-L and zlib-ng fold with vector instructions."""
-    for package, module in (("isal", "isal_zlib"), ("zlib_ng", "zlib_ng")):
-        try:
-            return package, __import__(f"{package}.{module}", fromlist=["crc32"]).crc32
-        except ImportError:
-            continue
-    return "zlib", zlib.crc32
+def _fastest_zlib() -> types.ModuleType:
+    """zlib, or a package with the same functions: ISA-L and zlib-ng use vector instructions."""
+    for name in ("isal.isal_zlib", "zlib_ng.zlib_ng"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return zlib
 
 
-CRC_PROVIDER, crc32 = _fastest_crc32()
+_FAST_ZLIB = _fastest_zlib()
+CRC_PROVIDER = _FAST_ZLIB.__name__.partition(".")[0]
+crc32: Callable[..., int] = _FAST_ZLIB.crc32
 
 
 class CompressionLevel(enum.Enum):
-    """How hard to compress: NONE, FAST (entropy coding only), BALANCED, MAXIMUM."""
+    """How hard to compress: NONE, FAST (little more than entropy coding), BALANCED, MAXIMUM."""
 
     NONE = "none"
     FAST = "fast"
@@ -929,26 +933,29 @@ class CompressionLevel(enum.Enum):
     MAXIMUM = "maximum"
 
 
-_ENTROPY_ONLY = (1, zlib.Z_HUFFMAN_ONLY)  # level, strategy: fast, and all that the exponents of weights can give
-_ZLIB = {
-    CompressionLevel.FAST: (_ENTROPY_ONLY,),
-    CompressionLevel.BALANCED: (_ENTROPY_ONLY, (6, zlib.Z_DEFAULT_STRATEGY)),
-    CompressionLevel.MAXIMUM: (_ENTROPY_ONLY, (9, zlib.Z_DEFAULT_STRATEGY)),
+# Module, level, strategy. Entropy coding is fast, and gives all that can be had from the exponents of weights. ISA-L, which
+# knows no strategies, looks for matches too, and still takes half the time.
+_ENTROPY_ONLY = (zlib, 1, zlib.Z_HUFFMAN_ONLY)
+_FAST = (_FAST_ZLIB, 1, zlib.Z_DEFAULT_STRATEGY if CRC_PROVIDER == "isal" else zlib.Z_HUFFMAN_ONLY)
+_WAYS = {
+    CompressionLevel.FAST: (_FAST,),
+    CompressionLevel.BALANCED: (_ENTROPY_ONLY, (zlib, 6, zlib.Z_DEFAULT_STRATEGY)),
+    CompressionLevel.MAXIMUM: (_ENTROPY_ONLY, (zlib, 9, zlib.Z_DEFAULT_STRATEGY)),
 }
 
 
-def _deflate(data: bytes, level: CompressionLevel) -> bytes:
+def _deflate(data: memoryview, level: CompressionLevel) -> bytes | memoryview:
     """`data` compressed the best way of the level, or as it is where it does not shrink (or a sample not by 2 %)."""
     if level is not CompressionLevel.MAXIMUM and len(data) > 1 << 16:
         middle = len(data) // 2
         sample = data[middle : middle + (1 << 14)]
         if len(zlib.compress(sample, 1)) > 0.98 * len(sample):
             return data
-    best = data
-    for depth, strategy in _ZLIB[level]:
-        stream = zlib.compressobj(depth, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
-        best = min(best, stream.compress(data) + stream.flush(), key=len)
-    return best
+    found: list[bytes | memoryview] = [data]
+    for module, depth, strategy in _WAYS[level]:
+        stream = module.compressobj(depth, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
+        found.append(stream.compress(data) + stream.flush())
+    return min(found, key=len)
 
 
 def compress_frame(data: Bytes, width: int, level: CompressionLevel) -> bytes:
@@ -958,13 +965,15 @@ def compress_frame(data: Bytes, width: int, level: CompressionLevel) -> bytes:
     element, since the exponents of neighbouring weights are alike while their mantissas are noise; a plane as long as its
     share is raw. The idea is Blosc's shuffle filter.
     """
-    candidates = [width] if level is not CompressionLevel.MAXIMUM else sorted({1, width})
-    best = data.tobytes()
-    for count in candidates:
-        planes = [_deflate(plane.tobytes(), level) for plane in data.reshape(-1, count).T]
-        packed = struct.pack(f"<B{count}I", count, *map(len, planes)) + b"".join(planes)
-        best = min(best, packed, key=len)
-    return best
+    found = []
+    for count in {1, width} if level is CompressionLevel.MAXIMUM else {width}:
+        word = math.gcd(count, 8)  # shifts of whole words take a third of the time of strided bytes
+        columns = data.view(f"<u{word}").reshape(-1, count // word).T
+        bytewise = ((column >> shift).astype(np.uint8) for column in columns for shift in range(0, 8 * word, 8))
+        planes = [_deflate(plane.data, level) for plane in bytewise]
+        found.append(b"".join([struct.pack(f"<B{count}I", count, *map(len, planes)), *planes]))
+    best = min(found, key=len)
+    return best if len(best) < len(data) else data.tobytes()
 
 
 def expand_frame(data: bytes, length: int, width: int) -> Bytes:
@@ -978,16 +987,15 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
         at, share = 1 + 4 * count, length // count
         out = np.empty((share, count), np.uint8)
         for index, size in enumerate(lengths):
-            plane = data[at : at + size]
-            at += size
+            plane, at = data[at : at + size], at + size
             if size != share:
-                stream = zlib.decompressobj()
+                stream = _FAST_ZLIB.decompressobj()
                 plane = stream.decompress(plane, share + 1)
                 _require(stream.eof, "plane longer than declared")
             _require(len(plane) == share, "plane of another length than declared")
             out[:, index] = np.frombuffer(plane, np.uint8)
         _require(at == len(data), "frame of another length than declared")
-    except (ValueError, IndexError, struct.error, zlib.error) as error:
+    except (ValueError, IndexError, struct.error, _FAST_ZLIB.error) as error:
         raise corrupted(f"compressed frame is damaged: {error}") from error
     return out.reshape(-1)
 
@@ -1019,23 +1027,22 @@ def aligned_buffer(length: int) -> Bytes:
 def in_parallel(
     items: Iterable[T], work: Callable[[T, Bytes], None], threads: int, poll: Callable[[], None] = lambda: None
 ) -> None:
-    """Run `work(item, buffer)` for every item on a few threads, each with its own buffer of `BLOCK_BYTES`.
+    """Run `work(item, buffer)` for every item (none is None) on a few threads, each with its own buffer of `BLOCK_BYTES`.
 
     `poll` runs in the calling thread a few times a second and may raise to stop. The first error of any thread is
     raised here after the others have stopped: none vanishes.
     """
-    source, lock, stop = iter(items), threading.Lock(), threading.Event()
-    errors: list[BaseException] = []
+    source, lock, stop, errors = iter(items), threading.Lock(), threading.Event(), list[BaseException]()
 
     def drain() -> None:
-        buffer = aligned_buffer(BLOCK_BYTES)
         try:
+            buffer = aligned_buffer(BLOCK_BYTES)
             while not stop.is_set():
                 with lock:
-                    turn = list(itertools.islice(source, 1))
-                if not turn:
+                    item = next(source, None)
+                if item is None:
                     return
-                work(turn[0], buffer)
+                work(item, buffer)
         except BaseException as error:
             errors.append(error)
             stop.set()
@@ -1077,9 +1084,17 @@ class Entry(NamedTuple):
         """Logical bytes of the piece."""
         return math.prod(self.shape) * itemsize(self.dtype)
 
-    def stored(self) -> tuple[str, Shape]:
-        """Dtype and shape that the file's table has for it."""
-        return ("U8", (self.end - self.begin,)) if self.frames else stored_form(self.dtype, self.shape)
+    def described(self) -> tuple[dict[str, object], dict[str, object]]:
+        """What the header says of it: in the table of all safetensors files, and in `pieces`."""
+        code, shape = ("U8", (self.end - self.begin,)) if self.frames else stored_form(self.dtype, self.shape)
+        more: dict[str, object] = {}
+        if self.shape != self.whole:
+            more = {"offset": [*self.offset], "whole": [*self.whole]}
+        if code != self.dtype or self.frames:
+            more["dtype"] = self.dtype
+        if self.frames:
+            more |= {"shape": [*self.shape], "frames": _hex(self.frames)}
+        return {"dtype": code, "shape": [*shape], "data_offsets": [self.begin, self.end]}, more
 
 
 class Header(NamedTuple):
@@ -1102,31 +1117,21 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
     CRCs are fixed-width fields: a header with zeros for CRCs is as long as the final one. `reserve` is the least length.
     Raises ValueError over safetensors' limit of 100,000,000 bytes.
     """
-    pieces: dict[str, object] = {}
-    table: dict[str, object] = {}
-    position = 0
+    table, pieces, position = dict[str, object](), dict[str, object](), 0
     for entry in entries:
         if (gap := entry.begin - position) > 0:
             table[f"pad/{position}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [position, entry.begin]}
-        code, shape = entry.stored()
-        info: dict[str, object] = {}
-        if entry.shape != entry.whole:
-            info = {"offset": entry.offset, "whole": entry.whole}
-        if code != entry.dtype or entry.frames:
-            info["dtype"] = entry.dtype
-        if entry.frames:
-            info |= {"shape": entry.shape, "frames": "".join(f"{length:08x}" for length in entry.frames)}
-        if info:
-            pieces[entry.name] = info
         if entry.name in table or entry.name == "__metadata__":
             raise ValueError(f"two entries of one file are named {entry.name!r}")
-        table[entry.name] = {"dtype": code, "shape": shape, "data_offsets": (entry.begin, entry.end)}
+        table[entry.name], more = entry.described()
+        if more:
+            pieces[entry.name] = more
         position = entry.end
     metadata = {
         "format": "pt",
         "ckpt_version": str(FORMAT_VERSION),
         "block_bytes": str(BLOCK_BYTES),
-        "crc32": "".join(f"{crc:08x}" for crc in block_crcs),
+        "crc32": _hex(block_crcs),
         "pieces": dump_json(pieces).decode(),
     }
     text = dump_json({"__metadata__": metadata, **table})
@@ -1141,8 +1146,8 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
 
 def with_checksums(header: bytes, block_crcs: Sequence[int]) -> bytes:
     """A header that was made with zeros for checksums, with these in their place: the first field that has the name."""
-    digits = "".join(f"{crc:08x}" for crc in block_crcs).encode()
-    at = header.index(b'"crc32":"') + len(b'"crc32":"')
+    digits, (before, name, _) = _hex(block_crcs).encode(), header.partition(b'"crc32":"')
+    at = len(before + name)
     return header[:at] + digits + header[at + len(digits) :]
 
 
@@ -1171,7 +1176,7 @@ def read_header(file: StoredFile, path: str, expected_crc: int, most: int) -> He
             message = f"{path}: tensor-file version {version!r}, this code reads {FORMAT_VERSION}"
             raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
         _require(metadata.text("block_bytes") == str(BLOCK_BYTES), f"blocks are not of {BLOCK_BYTES} bytes")
-        block_crcs = _fixed_width(metadata.text("crc32"))
+        block_crcs = _unhex(metadata.text("crc32"))
         _require(len(block_crcs) == block_count(data_length), "checksum field does not fit the data")
         pieces = Fields(parse_json(metadata.text("pieces").encode(), path))
         _require(pieces.all.keys() <= table.all.keys() - {"__metadata__"}, "pieces of unknown entries")
@@ -1197,40 +1202,40 @@ def parse_entries(table: Fields, pieces: Fields, data_length: int) -> list[Entry
     return entries
 
 
-def _fixed_width(digits: str) -> list[int]:
+def _hex(numbers: Iterable[int]) -> str:
+    return "".join(f"{number:08x}" for number in numbers)
+
+
+def _unhex(digits: str) -> list[int]:
     """Numbers of eight lower-case hex digits each."""
     _require(len(digits) % 8 == 0 and re.fullmatch("[0-9a-f]*", digits), "malformed hexadecimal field")
     return [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
 
 
-_ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
-_PIECE_FIELDS = {"offset", "whole", "dtype", "shape", "frames"}
-
-
 def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
-    """An entry of the header's table, and what `pieces` says of it."""
-    if item.all.keys() != _ENTRY_FIELDS or not info.all.keys() <= _PIECE_FIELDS:
-        raise ValueError(f"{name!r}: unexpected fields")
-    begin, end = int_tuple(item.array("data_offsets"))
-    code, shape = item.text("dtype"), int_tuple(item.array("shape"))
+    """An entry of the header's table, and what `pieces` says of it: the inverse of `Entry.described`."""
+    code, shape, (begin, end) = item.text("dtype"), item.shape("shape"), item.shape("data_offsets")
     dtype = info.text("dtype") if "dtype" in info.all else code
     if dtype not in DTYPES or begin > end:
         raise ValueError(f"{name!r}: dtype {dtype!r} at bytes {begin} to {end}")
-    frames = tuple(_fixed_width(info.text("frames"))) if "frames" in info.all else ()
+    frames = tuple(_unhex(info.text("frames"))) if "frames" in info.all else ()
     if frames:
-        logical = int_tuple(info.array("shape"))
-    else:  # the inverse of `stored_form`
-        logical = shape[:-1] if dtype in _PAIRS else (*shape[:-1], shape[-1] // 2) if dtype == "F4" and shape else shape
-    whole, offset = logical, (0,) * len(logical)
+        shape = info.shape("shape")
+    elif dtype in _PAIRS:
+        shape = shape[:-1]
+    elif dtype == "F4" and shape:
+        shape = (*shape[:-1], shape[-1] // 2)
+    offset, whole = (0,) * len(shape), shape
     if "whole" in info.all:
-        whole, offset = int_tuple(info.array("whole")), int_tuple(info.array("offset"))
-        inside = all(o + n <= w for o, n, w in zip(offset, logical, whole))
-        if not len(whole) == len(offset) == len(logical) or not inside:
+        offset, whole = info.shape("offset"), info.shape("whole")
+        inside = all(o + n <= w for o, n, w in zip(offset, shape, whole))
+        if not len(whole) == len(offset) == len(shape) or not inside:
             raise ValueError(f"{name!r}: piece outside of its tensor")
-    entry = Entry(name, dtype, logical, begin, end, offset, whole, frames)
-    if entry.stored() != (code, shape) or (sum(frames) if frames else entry.nbytes()) != end - begin:
-        raise ValueError(f"{name!r}: {dtype} of shape {list(logical)} stored as {code} in {end - begin} bytes")
-    if frames and len(frames) != -(-entry.nbytes() // FRAME_BYTES):
+    entry = Entry(name, dtype, shape, begin, end, offset, whole, frames)
+    nbytes = entry.nbytes()
+    if entry.described() != (item.all, info.all) or (sum(frames) if frames else nbytes) != end - begin:
+        raise ValueError(f"{name!r}: {dtype} of shape {list(shape)} stored as {item.all} {info.all}")
+    if frames and len(frames) != -(-nbytes // FRAME_BYTES):
         raise ValueError(f"{name!r}: frames do not fit its bytes")
     return entry
 
@@ -1488,7 +1493,7 @@ def _decode_shards(columns: Fields) -> tuple[ShardMetadata, ...]:
         raise ValueError(f"illegal shard name {bad[0]!r}")
     _require(len(set(files)) == len(files), "a shard is named twice")
     lengths = decode_runs(columns.array("length"), len(files)).tolist()
-    crcs = _fixed_width("".join(columns.texts("header_crc32")))
+    crcs = _unhex("".join(columns.texts("header_crc32")))
     _require(len(crcs) == len(files), "shard columns of different lengths")
     return tuple(ShardMetadata(*row) for row in zip(files, lengths, crcs))
 
@@ -1579,9 +1584,16 @@ def list_committed(storage: CheckpointStorage) -> list[CheckpointMetadata]:
     return sorted(found, key=lambda meta: (meta.sequence, meta.timestamp, meta.prefix))
 
 
+def _files(storage: CheckpointStorage, directory: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every shard and fence below `directory`: its prefix, its save id, its name."""
+    for name in storage.names(directory):
+        if (m := _SHARD_PATH.fullmatch(name) or _FENCE.fullmatch(name)) and _is_prefix(m[1]):
+            yield m[1], m[2], name
+
+
 def shard_files(storage: CheckpointStorage, prefix: str) -> list[str]:
     """The tensor files that lie directly in the directory of `prefix`."""
-    return [n for n in storage.names(prefix) if (m := _SHARD_PATH.fullmatch(n)) and m[1] == prefix]
+    return [name for owner, _, name in _files(storage, prefix) if owner == prefix]
 
 
 def delete_files(storage: CheckpointStorage, prefix: str, files: Iterable[str]) -> None:
@@ -1608,9 +1620,8 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
 
 def live_saves(storage: CheckpointStorage, prefix: str, reap: bool = False) -> set[str]:
     """Ids of saves to `prefix` whose fence a living process holds; `reap` removes the fences of dead ones."""
-    directory = prefix.rpartition("/")[0]
-    fences = [(name, m[2]) for name in storage.names(directory) if (m := _FENCE.fullmatch(name)) and m[1] == prefix]
-    return {save_id for name, save_id in fences if not storage.reap(name, only_look=not reap)}
+    ours = (file[1:] for file in _files(storage, prefix.rpartition("/")[0]) if file[0] == prefix)
+    return {i for i, name in ours if name.endswith(".tmp") and not storage.reap(name, only_look=not reap)}
 
 
 def collect_garbage(storage: CheckpointStorage) -> list[str]:
@@ -1620,9 +1631,8 @@ def collect_garbage(storage: CheckpointStorage) -> list[str]:
     whose record cannot be read. The order (files, then fences, then records) lets a save commit at any moment.
     """
     found: dict[str, list[tuple[str, str]]] = {}  # prefix -> the save id and the name of each shard and fence
-    for name in storage.names():
-        if (m := _SHARD_PATH.fullmatch(name) or _FENCE.fullmatch(name)) and _is_prefix(m[1]):
-            found.setdefault(m[1], []).append((m[2], name))
+    for prefix, save_id, name in _files(storage):
+        found.setdefault(prefix, []).append((save_id, name))
     removed: list[str] = []
     for prefix, files in sorted(found.items()):
         try:
