@@ -53,7 +53,6 @@ import stat
 import struct
 import threading
 import time
-import types
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -114,9 +113,7 @@ class CheckpointException(Exception):
         rank: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.checkpoint_path = checkpoint_path
-        self.type = type
-        self.rank = rank
+        self.checkpoint_path, self.type, self.rank = checkpoint_path, type, rank
 
 
 def corrupted(message: str, path: str = "") -> CheckpointException:
@@ -200,12 +197,9 @@ class FileOps:
         os.close(fd)
 
     def open_direct(self, fd: int, flags: int) -> int:
-        """Open the file behind `fd` once more, past the page cache. OSError where the file system cannot.
-
-        And where half of the descriptors that this process may have are in use: those that are left open files.
-        """
+        """Open the file behind `fd` once more, past the page cache. OSError where that cannot be, or few descriptors are left."""
         direct = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_DIRECT)
-        if direct >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+        if direct >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:  # the other half is for files not open yet
             os.close(direct)
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return direct
@@ -285,11 +279,8 @@ class StoredFile(Protocol):
     """An open file of a storage. Reads and writes are positioned and may come from several threads at once."""
 
     def read(self, offset: int, buffer: memoryview, bounce: memoryview | None = None) -> None:
-        """Fill `buffer`. `bounce`: given where nobody else wants these bytes soon, memory by way of which they may come.
-
-        It is all of `buffer`, or apart from it.
-        """
-        ...
+        """Fill `buffer`. `bounce`: given where nobody else wants these bytes soon, memory by way of which they may come;
+        all of `buffer`, or apart from it."""
 
     def write(self, offset: int, data: memoryview) -> None: ...
     def length(self) -> int: ...
@@ -484,12 +475,10 @@ class LocalStorage:
         return LocalFile(self.files, fd, name, flags)
 
     def length(self, name: str) -> int | None:
-        try:
-            with self._parent(name) as (directory, leaf):
-                status = self.files.stat(leaf, directory)
-        except _ABSENT:
-            return None
-        return status.st_size if stat.S_ISREG(status.st_mode) else None
+        with contextlib.suppress(*_ABSENT), self._parent(name) as (directory, leaf):
+            status = self.files.stat(leaf, directory)
+            return status.st_size if stat.S_ISREG(status.st_mode) else None
+        return None
 
     def names(self, directory: str = "") -> list[str]:
         found, above = list[str](), f"{directory}/" if directory else ""
@@ -534,22 +523,15 @@ class LocalStorage:
                 self.files.fsync_dir(directory)
             name = name.rpartition("/")[0]
         for path in sorted(self._made_above):
-            above = self._enter(os.path.realpath(path))
-            try:
+            with self._opened(os.path.realpath(path)) as above:
                 self.files.fsync_dir(above)
-            finally:
-                self._leave(above)
 
     def reap(self, name: str, only_look: bool = False) -> bool:
         try:
-            with self._parent(name) as (directory, leaf):
-                fd = self.files.open(leaf, os.O_RDONLY, directory)
-                try:
-                    self.files.lock(fd)
-                    if not only_look:  # under the lock, so that a new owner cannot come between
-                        self.files.unlink(leaf, directory)
-                finally:
-                    self.files.close(fd)
+            with self._parent(name) as (directory, leaf), self._opened(leaf, directory, os.O_RDONLY) as fd:
+                self.files.lock(fd)
+                if not only_look:  # under the lock, so that a new owner cannot come between
+                    self.files.unlink(leaf, directory)
         except OSError as error:
             return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
         return True
@@ -557,39 +539,37 @@ class LocalStorage:
     @contextlib.contextmanager
     def _parent(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
         """The open directory that holds `name`, reached part by part without following links, and its last part."""
-        parts = name.split("/")
-        if any(p in ("", ".", "..") or "\0" in p for p in parts):
+        above, slash, leaf = name.rpartition("/")
+        if leaf in ("", ".", "..") or "\0" in leaf:
             raise ValueError(f"illegal path {name!r}")
-        # The base path itself may be, or lie behind, a link of the user's own making.
-        directory = self._enter(os.path.realpath(self.base_path), None, make)
-        try:
-            for part in parts[:-1]:
-                inner = self._enter(part, directory, make)
-                self._leave(directory)
-                directory = inner
-            yield directory, parts[-1]
-        finally:
-            self._leave(directory)
+        with contextlib.ExitStack() as outer:
+            # The base path itself may be, or lie behind, a link of the user's own making.
+            path, directory = os.path.realpath(self.base_path), None
+            if slash:
+                directory, path = outer.enter_context(self._parent(above, make))
+            yield outer.enter_context(self._opened(path, directory, make=make)), leaf
 
-    def _enter(self, name: str, directory: int | None = None, make: bool = False) -> int:
-        """Open a directory, by its path or in an open one. `make`: also where it, or one above it, is not there yet."""
-        flags = os.O_RDONLY | os.O_DIRECTORY
+    @contextlib.contextmanager
+    def _opened(
+        self, name: str, directory: int | None = None, flags: int = os.O_DIRECTORY, make: bool = False
+    ) -> Iterator[int]:
+        """Open to look, by a path or in an open directory. `make`: also a directory that is not there yet, or none above."""
         try:
-            return self.files.open(name, flags, directory)
+            fd = self.files.open(name, flags, directory)
         except FileNotFoundError:
             if not make:
                 raise
-        if directory is None:
-            above = os.path.dirname(name)
-            self._leave(self._enter(above, None, make))
-            self._made_above = self._made_above | {above}
-        with contextlib.suppress(FileExistsError):  # another rank was faster
-            self.files.mkdir(name, directory)
-        return self.files.open(name, flags, directory)
-
-    def _leave(self, directory: int) -> None:
-        with contextlib.suppress(OSError):  # nothing was written through it, and it is closed in any case
-            self.files.close(directory)
+            if directory is None:
+                with self._opened(above := os.path.dirname(name), make=True):
+                    self._made_above = self._made_above | {above}
+            with contextlib.suppress(FileExistsError):  # another rank was faster
+                self.files.mkdir(name, directory)
+            fd = self.files.open(name, flags, directory)
+        try:
+            yield fd
+        finally:
+            with contextlib.suppress(OSError):  # nothing was written through it, and it is closed in any case
+                self.files.close(fd)
 
 
 @dataclass(frozen=True)
@@ -717,16 +697,11 @@ def _unpack_array(body: tuple[str, list[int], str]) -> npt.NDArray[np.generic]:
     return np.frombuffer(base64.b64decode(data), dtype).reshape(shape).copy()
 
 
-def _unpack_dtype(name: str) -> torch.dtype:
-    if not isinstance(found := getattr(torch, name), torch.dtype):
-        raise ValueError(name)
-    return found
-
-
 def _pack_datetime(value: datetime.datetime) -> str | None:
     return value.isoformat() if value.tzinfo is None or type(value.tzinfo) is datetime.timezone else None
 
 
+_TORCH_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 _MAPPINGS = {"$dict": dict, "$OrderedDict": OrderedDict, "$Counter": Counter}  # as lists of pairs
 _SEQUENCES = {"$tuple": tuple, "$Size": torch.Size, "$set": set, "$frozenset": frozenset}  # as lists
 _LEAVES: dict[str, tuple[type, Callable[..., object], Callable[..., object]]] = {  # type, to JSON (or None), and back
@@ -734,7 +709,7 @@ _LEAVES: dict[str, tuple[type, Callable[..., object], Callable[..., object]]] = 
     "$float": (float, lambda x: struct.pack(">d", x).hex(), lambda text: struct.unpack(">d", bytes.fromhex(text))[0]),
     "$bytes": (bytes, _base64, base64.b64decode),
     "$datetime": (datetime.datetime, _pack_datetime, datetime.datetime.fromisoformat),
-    "$dtype": (torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _unpack_dtype),
+    "$dtype": (torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _TORCH_DTYPES.__getitem__),
     "$device": (torch.device, str, lambda text: torch.device(str(text))),
     "$ndarray": (np.ndarray, _pack_array, _unpack_array),
     "$scalar": (np.generic, _pack_array, lambda body: _unpack_array(body)[()]),
@@ -807,7 +782,7 @@ _CODES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
     "C128": "complex128", "C32": "complex32",
 }  # fmt: skip
-DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in _CODES.items() if hasattr(torch, name)}
+DTYPES: dict[str, torch.dtype] = {code: _TORCH_DTYPES[name] for code, name in _CODES.items() if name in _TORCH_DTYPES}
 DTYPES["JSON"] = torch.uint8  # a value that is no tensor, as UTF-8
 CODES = {dtype: code for code, dtype in DTYPES.items() if code != "JSON"}
 _PAIRS = {"C128": "F64", "C32": "F16"}  # not in safetensors: stored with a last dimension of 2
@@ -874,9 +849,9 @@ def byte_view(tensor: torch.Tensor) -> Bytes | None:
 
     By its address, in a fourth of the time of torch's views: it is valid as long as the caller keeps the tensor.
     """
-    if not (tensor.is_cpu and tensor.is_contiguous()) or not tensor.numel() or tensor.is_conj() or tensor.is_neg():
+    if not (tensor.is_cpu and tensor.is_contiguous()) or not tensor.nbytes or tensor.is_conj() or tensor.is_neg():
         return None
-    memory = (ctypes.c_uint8 * (tensor.numel() * tensor.dtype.itemsize)).from_address(tensor.data_ptr())
+    memory = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
     return np.frombuffer(memoryview(memory), np.uint8)
 
 
@@ -911,16 +886,11 @@ def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, 
 # CRC32, compression, threads
 
 
-def _fastest_zlib() -> types.ModuleType:
-    """zlib, or a package with the same functions: ISA-L and zlib-ng use vector instructions."""
-    for name in ("isal.isal_zlib", "zlib_ng.zlib_ng"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name)
-    return zlib
-
-
-_FAST_ZLIB = _fastest_zlib()
-CRC_PROVIDER = _FAST_ZLIB.__name__.partition(".")[0]
+for _name in ("isal.isal_zlib", "zlib_ng.zlib_ng", "zlib"):  # the same functions; the first two by vector instructions
+    with contextlib.suppress(ImportError):
+        _FAST_ZLIB = importlib.import_module(_name)
+        break
+CRC_PROVIDER = _name.partition(".")[0]
 crc32: Callable[..., int] = _FAST_ZLIB.crc32
 
 
@@ -966,7 +936,7 @@ def compress_frame(data: Bytes, width: int, level: CompressionLevel) -> bytes:
     share is raw. The idea is Blosc's shuffle filter.
     """
     found = []
-    for count in {1, width} if level is CompressionLevel.MAXIMUM else {width}:
+    for count in sorted({1, width}) if level is CompressionLevel.MAXIMUM else [width]:
         word = math.gcd(count, 8)  # shifts of whole words take a third of the time of strided bytes
         columns = data.view(f"<u{word}").reshape(-1, count // word).T
         bytewise = ((column >> shift).astype(np.uint8) for column in columns for shift in range(0, 8 * word, 8))
@@ -1234,7 +1204,7 @@ def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
     entry = Entry(name, dtype, shape, begin, end, offset, whole, frames)
     nbytes = entry.nbytes()
     if entry.described() != (item.all, info.all) or (sum(frames) if frames else nbytes) != end - begin:
-        raise ValueError(f"{name!r}: {dtype} of shape {list(shape)} stored as {item.all} {info.all}")
+        raise ValueError(f"{name!r}: {dtype} of shape {list(shape)} stored as {code} in {end - begin} bytes")
     if frames and len(frames) != -(-nbytes // FRAME_BYTES):
         raise ValueError(f"{name!r}: frames do not fit its bytes")
     return entry
@@ -1387,16 +1357,15 @@ def decode_runs(runs: object, length: int) -> Ints:
 
 def encode_table(columns: Mapping[str, Ints], box: Ints) -> dict[str, object]:
     """Columns of integers and boxes (rows, 2, dimensions) as runs."""
-    runs: dict[str, object] = {name: encode_runs(column) for name, column in columns.items()}
-    offset, size = ([encode_runs(column) for column in box[:, half].T] for half in (0, 1))
-    return {"count": len(box), **runs, "offset": offset, "size": size}
+    runs = {name: encode_runs(column) for name, column in columns.items()}
+    boxes = {name: list(map(encode_runs, box[:, half].T)) for half, name in enumerate(("offset", "size"))}
+    return {"count": len(box), **runs, **boxes}
 
 
 def decode_table(table: Fields, names: Sequence[str], most: int = 1 << 62) -> tuple[list[Ints], Ints]:
     """Inverse of `encode_table`; ValueError for anything malformed, or more than `most` rows."""
     count, width = table.number("count"), len(table.array("offset"))
-    fits = count <= most and len(table.array("size")) == width <= 64
-    _require(fits, f"{count} rows of {width} dimensions")
+    _require(count <= most and len(table.array("size")) == width <= 64, f"{count} rows of {width} dimensions")
     columns = [decode_runs(table.array(name), count) for name in names]
     box = np.empty((count, 2, width), np.int64)
     for half, name in enumerate(("offset", "size")):
@@ -1641,10 +1610,10 @@ def collect_garbage(storage: CheckpointStorage) -> list[str]:
             keep = {*live, recorded_id(storage, prefix)}
         except CheckpointException:
             continue
-        removed += [name for save_id, name in files if name.endswith(".tmp") and save_id not in live]
-        dead = [name for save_id, name in files if not name.endswith(".tmp") and save_id not in keep]
+        dead = [name for save_id, name in files if save_id not in (live if name.endswith(".tmp") else keep)]
+        # Not fences: those went under their lock, and one of the same name may be a new, living one.
+        delete_files(storage, prefix, (name for name in dead if not name.endswith(".tmp")))
         removed += dead
-        delete_files(storage, prefix, dead)
     return removed
 
 
