@@ -53,6 +53,7 @@ import stat
 import struct
 import threading
 import time
+import types
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -158,7 +159,6 @@ def _is_prefix(name: str) -> bool:
 
 
 def record_name(prefix: str) -> str:
-    """The commit record of `prefix`."""
     return prefix + RECORD_SUFFIX
 
 
@@ -675,7 +675,6 @@ def int_tuple(value: object) -> Shape:
 
 
 def dump_json(value: object) -> bytes:
-    """Compact JSON as bytes."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
@@ -916,16 +915,16 @@ _WAYS = {
 
 def _deflate(data: memoryview, level: CompressionLevel) -> bytes | memoryview:
     """`data` compressed the best way of the level, or as it is where it does not shrink (or a sample not by 2 %)."""
-    if level is not CompressionLevel.MAXIMUM and len(data) > 1 << 16:
-        middle = len(data) // 2
-        sample = data[middle : middle + (1 << 14)]
-        if len(zlib.compress(sample, 1)) > 0.98 * len(sample):
-            return data
-    found: list[bytes | memoryview] = [data]
-    for module, depth, strategy in _WAYS[level]:
+
+    def packed(part: memoryview, module: types.ModuleType, depth: int, strategy: int) -> bytes | memoryview:
         stream = module.compressobj(depth, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
-        found.append(stream.compress(data) + stream.flush())
-    return min(found, key=len)
+        return bytes(stream.compress(part) + stream.flush())
+
+    if level is not CompressionLevel.MAXIMUM and len(data) > 1 << 16:
+        sample = data[len(data) // 2 :][: 1 << 14]
+        if len(packed(sample, *_WAYS[level][-1])) > 0.98 * len(sample):
+            return data
+    return min([data, *(packed(data, *way) for way in _WAYS[level])], key=len)
 
 
 def compress_frame(data: Bytes, width: int, level: CompressionLevel) -> bytes:
@@ -1077,7 +1076,6 @@ class Header(NamedTuple):
 
 
 def block_count(data_length: int) -> int:
-    """Blocks in that many bytes of data."""
     return -(-data_length // BLOCK_BYTES)
 
 
@@ -1116,9 +1114,8 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
 
 def with_checksums(header: bytes, block_crcs: Sequence[int]) -> bytes:
     """A header that was made with zeros for checksums, with these in their place: the first field that has the name."""
-    digits, (before, name, _) = _hex(block_crcs).encode(), header.partition(b'"crc32":"')
-    at = len(before + name)
-    return header[:at] + digits + header[at + len(digits) :]
+    digits, (before, name, behind) = _hex(block_crcs).encode(), header.partition(b'"crc32":"')
+    return before + name + digits + behind[len(digits) :]
 
 
 def read_header(file: StoredFile, path: str, expected_crc: int, most: int) -> Header:
@@ -1203,10 +1200,9 @@ def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
             raise ValueError(f"{name!r}: piece outside of its tensor")
     entry = Entry(name, dtype, shape, begin, end, offset, whole, frames)
     nbytes = entry.nbytes()
-    if entry.described() != (item.all, info.all) or (sum(frames) if frames else nbytes) != end - begin:
+    whole_frames = sum(frames) == end - begin and len(frames) == -(-nbytes // FRAME_BYTES)
+    if entry.described() != (item.all, info.all) or not (whole_frames if frames else nbytes == end - begin):
         raise ValueError(f"{name!r}: {dtype} of shape {list(shape)} stored as {code} in {end - begin} bytes")
-    if frames and len(frames) != -(-nbytes // FRAME_BYTES):
-        raise ValueError(f"{name!r}: frames do not fit its bytes")
     return entry
 
 
@@ -1316,11 +1312,9 @@ class CheckpointMetadata:
         return PieceTable(tensor, shard, begin, box)
 
     def shard_path(self, index: int) -> str:
-        """Storage name of a shard."""
         return f"{self.prefix}/{self.shards[index].file}"
 
     def size_bytes(self) -> int:
-        """Bytes in all shards."""
         return sum(shard.length for shard in self.shards)
 
 
@@ -1534,8 +1528,7 @@ def record_head(storage: CheckpointStorage, prefix: str) -> tuple[str, int] | No
 
 def committed_id(storage: CheckpointStorage, prefix: str) -> str | None:
     """The save id in the record of `prefix`, None where there is no sound record."""
-    head = record_head(storage, prefix)
-    return head[0] if head else None
+    return head[0] if (head := record_head(storage, prefix)) else None
 
 
 def recorded_prefixes(storage: CheckpointStorage) -> list[str]:
