@@ -884,7 +884,6 @@ def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, 
 # --------------------------------------------------------------------------------------------------------------------
 # CRC32, compression, threads
 
-
 for _name in ("isal.isal_zlib", "zlib_ng.zlib_ng", "zlib"):  # the same functions; the first two by vector instructions
     with contextlib.suppress(ImportError):
         _FAST_ZLIB = importlib.import_module(_name)
@@ -903,7 +902,7 @@ class CompressionLevel(enum.Enum):
 
 
 # Module, level, strategy. Entropy coding is fast, and gives all that can be had from the exponents of weights. ISA-L, which
-# knows no strategies, looks for matches too, and still takes half the time.
+# knows no strategies, looks for matches too, and still takes half the time of zlib.
 _ENTROPY_ONLY = (zlib, 1, zlib.Z_HUFFMAN_ONLY)
 _FAST = (_FAST_ZLIB, 1, zlib.Z_DEFAULT_STRATEGY if CRC_PROVIDER == "isal" else zlib.Z_HUFFMAN_ONLY)
 _WAYS = {
@@ -1157,7 +1156,8 @@ def parse_entries(table: Fields, pieces: Fields, data_length: int) -> list[Entry
     nothing = Fields({})
     entries = [
         _parse_entry(name, table.child(name), pieces.child(name) if name in pieces.all else nothing)
-        for name in table.all.keys() - {"__metadata__"}
+        for name in table.all
+        if name != "__metadata__"
     ]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = 0
