@@ -481,15 +481,17 @@ class LocalStorage:
         return None
 
     def names(self, directory: str = "") -> list[str]:
-        found, above = list[str](), f"{directory}/" if directory else ""
+        found, below, above = list[str](), list[str](), f"{directory}/" if directory else ""
         with contextlib.suppress(*_ABSENT), self._parent(f"{above}x") as (fd, _):
             for name in self.files.listdir(fd):
                 with contextlib.suppress(FileNotFoundError):  # gone since: a writer is at work beside us
                     mode = self.files.stat(name, fd).st_mode
                     if stat.S_ISDIR(mode):
-                        found += self.names(above + name)
+                        below.append(above + name)
                     elif stat.S_ISREG(mode):
                         found.append(above + name)
+        for inner in below:  # with this one closed: no more than one chain of directories is open at a time
+            found += self.names(inner)
         return sorted(found)
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
@@ -539,15 +541,15 @@ class LocalStorage:
     @contextlib.contextmanager
     def _parent(self, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
         """The open directory that holds `name`, reached part by part without following links, and its last part."""
-        above, slash, leaf = name.rpartition("/")
-        if leaf in ("", ".", "..") or "\0" in leaf:
+        parts = name.split("/")
+        if any(p in ("", ".", "..") or "\0" in p for p in parts):
             raise ValueError(f"illegal path {name!r}")
-        with contextlib.ExitStack() as outer:
+        with contextlib.ExitStack() as opened:
             # The base path itself may be, or lie behind, a link of the user's own making.
-            path, directory = os.path.realpath(self.base_path), None
-            if slash:
-                directory, path = outer.enter_context(self._parent(above, make))
-            yield outer.enter_context(self._opened(path, directory, make=make)), leaf
+            directory = opened.enter_context(self._opened(os.path.realpath(self.base_path), make=make))
+            for part in parts[:-1]:
+                directory = opened.enter_context(self._opened(part, directory, make=make))
+            yield directory, parts[-1]
 
     @contextlib.contextmanager
     def _opened(
