@@ -1376,8 +1376,8 @@ def _entries(meta: CheckpointMetadata) -> _Entries:
 
 def _plan(reader: CheckpointReader, tensors: Iterable[int]) -> list[coord.Task]:
     """The tasks that read all of these tensors, to nowhere."""
-    boxes, nowhere = ((n, coord.whole_box(reader.metadata.tensors[n].shape)) for n in tensors), torch.empty(0)
-    return reader.plan(coord.Target(n, box, nowhere, alone=True) for n, box in boxes)
+    whole = {number: coord.whole_box(reader.metadata.tensors[number].shape) for number in tensors}
+    return reader.plan(coord.Target(number, box, torch.empty(0), alone=True) for number, box in whole.items())
 
 
 def _stream(
@@ -1392,9 +1392,10 @@ def _stream(
     meter = coord.Meter("export", sum(task.nbytes for task in tasks), progress)
 
     def read(task: coord.Task, buffer: st.Bytes) -> None:
-        found, room = list[_Part](), buffer if task.nbytes <= len(buffer) else np.empty(task.nbytes, np.uint8)
-        held = 0
-        for copy, part in reader.parts(task, reader.read(task.shard, task.first, task.last, room, room)):
+        found, held = list[_Part](), 0
+        room = buffer if task.nbytes <= len(buffer) else np.empty(task.nbytes, np.uint8)
+        data = reader.read(task.shard, task.first, task.last, room, buffer if task.alone() else None)
+        for copy, part in reader.parts(task, data):
             if (held := held + len(part)) > st.BLOCK_BYTES:  # a compressed block may expand to many times its size
                 take(found)
                 found, held = [], len(part)
@@ -1710,26 +1711,26 @@ def diff_checkpoints(storage: CheckpointStorage, a: str, b: str, *, values: bool
         CheckpointReader(storage, coord.committed(storage, a)[1]) as old,
         CheckpointReader(storage, coord.committed(storage, b)[1]) as new,
     ):
-        before, after = ({e.name: (n, e.dtype, e.shape) for n, e in _entries(reader.metadata)} for reader in (old, new))
-        both = [name for name in before if name in after]
+        sides = (_entries(reader.metadata) for reader in (old, new))
+        before, after = ({e.name: (number, f"{e.dtype} {list(e.shape)}") for number, e in side} for side in sides)
+        both = [(name, *before[name], *after[name]) for name in before if name in after]
         changed, unsure = dict[tuple[int, int], float | None](), dict[int, set[int]]()
         x, y = _checksums(old), _checksums(new)
-        for (s, *was), (t, *now) in ((before[name], after[name]) for name in both):
+        for _, s, was, t, now in both:
             unlike = [place for place, crcs in x[s].items() if y[t].get(place) != crcs]
             if was != now or any(place[0] and place in y[t] for place in unlike):
                 changed[s, t] = None
             # Or it has moved, or lies beside something that changed.
-            if was[1] == now[1] and (was != now or unlike) and (values or (s, t) not in changed):
+            alike = old.metadata.tensors[s].shape == new.metadata.tensors[t].shape
+            if alike and (was != now or unlike) and (values or (s, t) not in changed):
                 unsure.setdefault(s, set()).add(t)
         changed |= _read_changes(old, new, unsure, values)
-    forms = [{name: f"{code} {list(shape)}" for name, (_, code, shape) in side.items()} for side in (before, after)]
-    found = [Difference(name, "removed", forms[0][name]) for name in before if name not in after]
-    found += [Difference(name, "added", forms[1][name]) for name in after if name not in before]
-    for name in both:
-        if (pair := (before[name][0], after[name][0])) in changed:
-            alike = before[name][1:] == after[name][1:] or before[name][1] == after[name][1] == "JSON"
-            what = "value" if alike else " -> ".join(form[name] for form in forms)
-            found.append(Difference(name, "changed", what, changed[pair]))
+    found = [Difference(name, "removed", was) for name, (_, was) in before.items() if name not in after]
+    found += [Difference(name, "added", now) for name, (_, now) in after.items() if name not in before]
+    for name, s, was, t, now in both:
+        if (s, t) in changed:
+            what = "value" if was == now or was[:4] == now[:4] == "JSON" else f"{was} -> {now}"
+            found.append(Difference(name, "changed", what, changed[s, t]))
     return found
 
 
@@ -1775,12 +1776,13 @@ def _read_changes(
 # --------------------------------------------------------------------------------------------------------------------
 # Command line: a command prints its text, and returns its exit code and the value that --json prints instead
 
-Result = tuple[int, object]
+_Result = tuple[int, object]
 
 
 def _human(count: float, unit: str = "B") -> str:
     power = min(int(math.log10(max(count, 1))) // 3, 4)
-    return f"{count / 1000**power:.{2 * (power > 0)}f} {('', *'kMGT')[power]}{unit}".rstrip()
+    number = f"{count / 1000**power:.2f}" if power else f"{count:.0f}"
+    return f"{number} {' kMGT'[power].strip()}{unit}".rstrip()
 
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -1818,7 +1820,7 @@ def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
         show(Progress("", 0, 0))
 
 
-def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
+def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """List the committed checkpoints below DIR."""
     infos = [CheckpointInfo.of(meta) for meta in st.list_committed(storage)]
     rows = [(i.prefix, str(i.timestamp)[:19], str(i.world_size), _human(i.size_bytes), i.format) for i in infos]
@@ -1826,30 +1828,28 @@ def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
     return 0, [{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]
 
 
-_Leaf = tuple[tuple[str, ...], tuple[str, ...], int, int]  # the parts of a tensor's name, its row, parameters, bytes
+_Leaf = tuple[list[str], tuple[str, ...], int, int]  # the parts of a tensor's name, its row, parameters, bytes
 
 
 def _tree(leaves: Iterable[_Leaf], depth: int, indent: str = "") -> Iterator[tuple[str, ...]]:
-    """Rows by module: its subtotal, and what is in it."""
+    """Rows by module: its subtotal, and what is in it; an innermost module is told by its tensors alone."""
     modules: dict[str, list[_Leaf]] = {}
     for path, row, count, size in leaves:
-        modules.setdefault(path[0], []).append((path[1:], row, count, size))
+        modules.setdefault("".join(path[:1]), []).append((path[1:], row, count, size))
     for name, within in modules.items():
-        yield from ((indent + name, *row) for path, row, *_ in within if not path)
-        if inner := [leaf for leaf in within if leaf[0]]:
+        if max(len(path) for path, *_ in within) <= (1 if depth > 0 else 0):
+            yield from ((f"{indent}{name}{''.join(path)}", *row) for path, row, *_ in within)
+        else:
             count, size = sum(count for *_, count, _ in within), sum(size for *_, size in within)
             yield indent + name.rstrip("./"), "", "", _human(count, ""), _human(size), "", ""
-            yield from _tree(inner, depth - 1, indent + "  ") if depth > 0 else ()
+            yield from _tree(within, depth - 1, indent + "  ") if depth > 0 else ()
 
 
-def _show(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
+def _show(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Show the tensors, shards and metadata of a checkpoint."""
     _, meta = coord.committed(storage, args.prefix)
-    paths = [tuple(re.findall(r"[^./]*[./]?", t.name)[:-1]) for t in meta.tensors]
-    outer = {path[:depth] for path in paths for depth in range(len(path) - 1)}  # modules of modules; the innermost
-    paths = [path if path[:-1] in outer else (*path[:-2], "".join(path[-2:])) for path in paths]  # are told by tensors
-    tensors, leaves = [], []
-    for t, path, pieces in zip(meta.tensors, paths, np.bincount(meta.pieces.tensor, minlength=len(paths)).tolist()):
+    tensors, leaves = list[object](), list[_Leaf]()
+    for t, pieces in zip(meta.tensors, np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()):
         size, elements = math.prod(t.shape) * st.itemsize(t.dtype), math.prod(t.shape) * (t.dtype != "JSON")
         tied = None if t.alias_of is None else meta.tensors[t.alias_of].name
         facts = (t.name, t.dtype, t.shape, t.rank, pieces, size, tied)
@@ -1857,6 +1857,7 @@ def _show(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
         note = f"tied to {tied}" if tied else "" if t.rank is None else f"rank {t.rank}"
         shape = "" if t.dtype == "JSON" else "x".join(map(str, t.shape)) or "scalar"
         row = (t.dtype, shape, _human(elements, "") if elements else "", _human(size), str(pieces), note)
+        path = re.findall(r"[^./]*[./]?", t.name)[:-1]
         leaves.append((path, row, 0 if tied else elements, 0 if tied else size))
     keys = "prefix save_id sequence version timestamp world_size format compression torch_version"
     head = {key: vars(meta)[key] for key in keys.split()} | {"size_bytes": meta.size_bytes()}
@@ -1869,20 +1870,18 @@ def _show(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
     return 0, {**head, "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards], "tensors": tensors}
 
 
-def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
+def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Read and check every byte of one checkpoint, or of all."""
     validator, report = CheckpointValidator(storage), {}
     for prefix in [args.prefix] if args.prefix else st.recorded_prefixes(storage):
         with _bar(f"verify {prefix}") as show:
             result = validator.validate_checkpoint(prefix, show)
-        report[prefix] = {"valid": result.is_valid, "errors": result.errors, "warnings": result.warnings}
-        print(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}")
-        if result.errors or result.warnings:
-            print("  " + result.get_summary().replace("\n", "\n  "))
+        report[prefix] = {"valid": result.is_valid, **vars(result)}
+        print(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}", *result.errors, *result.warnings, sep="\n  ")
     return 0 if all(found["valid"] for found in report.values()) else 1, report
 
 
-def _export(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
+def _export(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Write a checkpoint as OUT.safetensors, in files named as Hugging Face's libraries expect."""
     dtype = None if args.dtype is None else st.DTYPES[args.dtype.upper()]
     with _bar(f"export {args.prefix}") as show:
@@ -1894,7 +1893,7 @@ def _export(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
     return 0, {"files": files}
 
 
-def _import(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
+def _import(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Take over safetensors, a torch.save file, or a torch.distributed.checkpoint directory (unpickled: trust it)."""
     if os.path.isfile(os.path.join(args.source, ".metadata")):
         log.warning("%s: its metadata is a pickle, which can run any code: trusting it", args.source)
@@ -1907,7 +1906,7 @@ def _import(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
     return 0, {"imported": prefix}
 
 
-def _diff(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
+def _diff(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """What differs between checkpoints A and B; exit code 0: nothing, 1: something, 2: trouble."""
     found = diff_checkpoints(storage, args.a, args.b, values=args.values)
     signs = {"removed": "-", "added": "+", "changed": "~"}
@@ -1917,14 +1916,14 @@ def _diff(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
     return 1 if found else 0, [d._asdict() for d in found]
 
 
-def _rm(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
+def _rm(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Delete a checkpoint."""
     st.delete_committed(storage, args.prefix)
     print(f"deleted {args.prefix}")
     return 0, {"deleted": args.prefix}
 
 
-def _gc(storage: CheckpointStorage, args: argparse.Namespace) -> Result:
+def _gc(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Remove what crashed saves left behind."""
     removed = st.collect_garbage(storage)
     print(*removed, f"{len(removed)} file(s) removed", sep="\n")
@@ -1940,7 +1939,7 @@ def _byte_count(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() if unit else " "))
 
 
-_COMMANDS: dict[str, Callable[[CheckpointStorage, argparse.Namespace], Result]] = {
+_COMMANDS: dict[str, Callable[[CheckpointStorage, argparse.Namespace], _Result]] = {
     "ls dir": _ls, "show dir prefix": _show, "verify dir [prefix]": _verify, "export dir prefix out": _export,
     "import source dir prefix": _import, "diff dir a b": _diff, "rm dir prefix": _rm, "gc dir": _gc,
 }  # fmt: skip
