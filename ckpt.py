@@ -1618,12 +1618,12 @@ def _read_source(path: str) -> dict[str, object]:
     indices = [file for file in files if file.endswith(".index.json")]
     if not files or len(indices) > 1 or (indices and indices[0].removesuffix(".index.json") in files):
         raise ValueError(f"{path}: name one file to import; safetensors files here: {st.some(files) or 'none'}")
-    listed: list[str] = []
+    listed: Iterable[str] = ()
     for index in indices:
         with open(index, "rb") as file, _well_formed(index):
             weights = st.Fields(st.parse_json(file.read(), index)).child("weight_map")
             parts = {os.path.basename(weights.text(name)) for name in weights.all}
-        files, listed = [os.path.join(os.path.dirname(index), part) for part in sorted(parts)], list(weights.all)
+        files, listed = [os.path.join(os.path.dirname(index), part) for part in sorted(parts)], weights.all
     state: dict[str, object] = {}
     for tensors in map(_read_file, files):
         if twice := sorted(state.keys() & tensors.keys()):
@@ -1650,8 +1650,8 @@ def _read_file(path: str) -> dict[str, object]:
         state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except OSError:
         raise
-    except Exception as error:
-        why = str(error).partition("WeightsUnpickler error: ")[2] or str(error)  # without its advice to turn checks off
+    except Exception as error:  # told without torch's advice to turn checks off
+        why = str(error).partition("WeightsUnpickler error: ")[2] or f"{type(error).__name__}: {error}"
         raise CheckpointException(
             f"{path}: not *.safetensors, and torch.load(weights_only=True) refuses it: {why.strip().splitlines()[0]}. If you "
             "trust the file, load it yourself, and give what you want of it to DistributedCheckpoint.save",
