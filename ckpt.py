@@ -27,7 +27,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import datetime
-import functools
+import io
 import itertools
 import json
 import logging
@@ -40,6 +40,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -1236,23 +1237,21 @@ class CompatibilityChecker(Protocol):
 
 
 class SizeIntegrityChecker:
-    """The shard is there, as long as the record says, and its header has the CRC32 that the record says."""
+    """The shard is as long as the record says, and its header, all that this reads, has the CRC32 that the record says."""
 
     name = "size"
 
     def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
-        """Reads the header only."""
         reader.header(shard)
         return ValidationResult()
 
 
 class ChecksumIntegrityChecker:
-    """Every block of the shard has the CRC32 that its header says. Reads every byte."""
+    """Every block of the shard has the CRC32 that its header says; an error for each that has not. Reads every byte."""
 
     name = "checksum"
 
     def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
-        """An error for each damaged block."""
         found, header = ValidationResult(), reader.header(shard)
 
         def check(block: int, buffer: st.Bytes) -> None:
@@ -1262,18 +1261,17 @@ class ChecksumIntegrityChecker:
                 found.errors.append(str(error))
             reader.meter.add(st.block_span(header, block, block + 1))
 
-        blocks = st.block_count(header.data_length)
-        st.in_parallel(range(blocks), check, min(coord.IO_THREADS, blocks), reader.meter.tick)
+        blocks = range(st.block_count(header.data_length))
+        st.in_parallel(blocks, check, min(coord.IO_THREADS, len(blocks)), reader.meter.tick)
         return found
 
 
 class VersionCompatibilityChecker:
-    """The format version is one that this code reads."""
+    """The format version is one that this code reads; a warning where torch was of another major version."""
 
     name = "version"
 
     def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
-        """An error for any other version; a warning where torch was of another major version."""
         result = ValidationResult()
         if metadata.version != st.FORMAT_VERSION:
             result.errors.append(f"format version {metadata.version}; this code reads {st.FORMAT_VERSION}")
@@ -1283,20 +1281,16 @@ class VersionCompatibilityChecker:
 
 
 class SchemaCompatibilityChecker:
-    """The record is consistent in itself: every tensor's pieces add up to the whole of it."""
+    """Every tensor's pieces add up to the whole of it; an error for each (20 at most) of which they do not."""
 
     name = "schema"
 
     def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
-        """An error for every tensor (20 at most) of which the pieces leave something out, or store it twice."""
-        result, pieces = ValidationResult(), metadata.pieces
         volume = np.zeros(len(metadata.tensors), np.int64)
-        np.add.at(volume, pieces.tensor, pieces.box[:, 1].prod(axis=1))
-        for index, tensor in enumerate(metadata.tensors):
-            expected = 0 if tensor.alias_of is not None else math.prod(tensor.shape)
-            if volume[index] != expected and len(result.errors) < 20:
-                result.errors.append(f"{tensor.name}: pieces hold {volume[index]} of {expected} elements")
-        return result
+        np.add.at(volume, metadata.pieces.tensor, metadata.pieces.box[:, 1].prod(axis=1))
+        expected = [math.prod(t.shape) if t.alias_of is None else 0 for t in metadata.tensors]
+        rows = zip(metadata.tensors, volume.tolist(), expected)
+        return ValidationResult([f"{t.name}: pieces hold {n} of {all} elements" for t, n, all in rows if n != all][:20])
 
 
 class CheckpointValidator:
@@ -1317,9 +1311,7 @@ class CheckpointValidator:
         """Check the record and every byte of every shard. Any process; never raises for damage, but reports it."""
         for _ in range(2):  # once more if it was replaced meanwhile
             try:
-                meta = st.read_committed(self.storage, checkpoint_prefix)
-            except FileNotFoundError:
-                return ValidationResult([f"there is no checkpoint {checkpoint_prefix!r}"])
+                _, meta = coord.committed(self.storage, checkpoint_prefix)
             except (CheckpointException, OSError) as error:
                 return ValidationResult([str(error)])
             result = self.validate_metadata(meta)
@@ -1332,11 +1324,10 @@ class CheckpointValidator:
 
     def validate_metadata(self, metadata: CheckpointMetadata | str) -> ValidationResult:
         """Run the compatibility checkers on a record (or on that of a prefix)."""
-        if isinstance(metadata, str):
-            metadata = st.read_committed(self.storage, metadata)
+        record = st.read_committed(self.storage, metadata) if isinstance(metadata, str) else metadata
         result = ValidationResult()
         for checker in self.compatibility_checkers:
-            result.add(_guarded(checker.name, checker.check_compatibility, metadata))
+            result.add(_guarded(checker.name, lambda: checker.check_compatibility(record)))
         return result
 
     def validate_shards(
@@ -1346,108 +1337,79 @@ class CheckpointValidator:
         result = ValidationResult()
         for shard in range(len(reader.metadata.shards)) if shards is None else shards:
             for checker in (*self.integrity_checkers, *extra):
-                found = _guarded(checker.name, checker.check_integrity, reader, shard)
+                found = _guarded(checker.name, lambda: checker.check_integrity(reader, shard))
                 result.add(found)
                 if not found.is_valid:
                     break  # a shard without a sound header has nothing more to check
         return result
 
 
-def _guarded(name: str, check: Callable[..., ValidationResult], *args: object) -> ValidationResult:
+def _guarded(name: str, check: Callable[[], ValidationResult]) -> ValidationResult:
     try:
-        return check(*args)
-    except coord.OperationFailed:
-        raise
-    except CheckpointException as error:
-        if error.type in (ExceptionType.CANCELLED, ExceptionType.TIMEOUT):
-            raise
-        return ValidationResult([str(error)])
+        return check()
     except Exception as error:
-        return ValidationResult([f"checker {name!r} raised {type(error).__name__}: {error}"])
+        kind = error.type if isinstance(error, CheckpointException) else None
+        if isinstance(error, coord.OperationFailed) or kind in (ExceptionType.CANCELLED, ExceptionType.TIMEOUT):
+            raise
+        return ValidationResult([str(error) if kind else f"checker {name!r} raised {type(error).__name__}: {error}"])
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# In and out: safetensors files for everybody else, checkpoints of other makes, and what differs between two
+# Out: safetensors files for everybody else
 
 _FLOATS = ("F16", "BF16", "F32", "F64")  # what an export may cast; 8-bit floats mean nothing without their scales
 _WIDEST_FIRST = (  # the order of safetensors' own serializer
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0",
     "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL",
 )  # fmt: skip
-_MODEL_KEYS = ("model", "state_dict", "model_state_dict")  # where files of torch.save have the model, by custom
+
+_Entries = list[tuple[int, st.Entry]]  # tensors as entries of a file, each with the number under which it is stored
+_Files = dict[str, tuple[bytes, _Entries]]  # of an export: by name the first bytes, and the tensors behind them
+_Part = tuple[int, st.Box, torch.Tensor]  # the elements of a box of the tensor stored under that number
 
 
-class _Named(NamedTuple):
-    """The tensor stored as number `stored`, under the name and with the dtype that it has elsewhere."""
-
-    name: str
-    dtype: str
-    shape: st.Shape
-    stored: int
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
-
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * st.itemsize(self.dtype)
+def _entries(meta: CheckpointMetadata) -> _Entries:
+    """All that is stored; the name says for which rank, where it is kept for one. Tied tensors have one number."""
+    whole = (coord.draft_entry(t, coord.whole_box(t.shape), 0, packed=False) for t in meta.tensors)
+    return [(n if t.alias_of is None else t.alias_of, entry) for n, (t, entry) in enumerate(zip(meta.tensors, whole))]
 
 
-_Part = tuple[_Named, st.Box, st.Bytes]  # the elements of a box of a tensor, row-major, in its dtype
-_File = tuple[bytes, list[tuple[_Named, int]]]  # to export: its first bytes, and where in it each tensor begins
-_Place = tuple[str, bool, tuple[object, ...]]  # a part's tensor, whether its block holds only that, and where it lies
+def _plan(reader: CheckpointReader, tensors: Iterable[int]) -> list[coord.Task]:
+    """The tasks that read all of these tensors, to nowhere."""
+    whole = {number: coord.whole_box(reader.metadata.tensors[number].shape) for number in tensors}
+    return reader.plan(coord.Target(number, box, torch.empty(0), alone=True) for number, box in whole.items())
 
 
-def _stored(meta: CheckpointMetadata) -> list[_Named]:
-    """All that is stored; the name says for which rank, where it is kept for one. Tied tensors have one `stored`."""
-    return [
-        _Named(coord.entry_name(t, (), True), t.dtype, t.shape, index if t.alias_of is None else t.alias_of)
-        for index, t in enumerate(meta.tensors)
-    ]
-
-
-def _plan(reader: CheckpointReader, tensors: Sequence[_Named]) -> tuple[list[coord.Task], dict[int, _Named]]:
-    """The tasks that read all of these tensors, and which one each view in them is: a dtype and a shape, but no memory."""
-    views = [torch.empty(t.shape, dtype=st.DTYPES[t.dtype], device="meta") for t in tensors]
-    boxes = [coord.whole_box(t.shape) for t in tensors]
-    tasks = reader.plan(coord.Target(t.stored, box, view, True) for t, box, view in zip(tensors, boxes, views))
-    return tasks, {id(view): t for t, view in zip(tensors, views)}
-
-
-class _Stream(CheckpointReader):
-    """A load that hands on what it reads instead of filling tensors.
+def _stream(
+    reader: CheckpointReader, tensors: Iterable[int], take: Callable[[list[_Part]], None],
+    progress: Callable[[Progress], None] | None = None,
+) -> None:  # fmt: skip
+    """Read all of these tensors, and call `take`, on several threads, with the parts that each block has of them.
 
     So each stored block is read and checked once, whatever the layout, and memory holds only the blocks in flight.
     """
+    tasks = _plan(reader, tensors)
+    meter = coord.Meter("export", sum(task.nbytes for task in tasks), progress)
 
-    def stream(
-        self, tensors: Sequence[_Named], take: Callable[[list[_Part]], None],
-        progress: Callable[[Progress], None] | None = None,
-    ) -> None:  # fmt: skip
-        """Read all of these tensors, and call `take`, on several threads, with the parts that each block has of them."""
-        self._take = take
-        tasks, self._named = _plan(self, tensors)
-        meter = coord.Meter("export", sum(task.nbytes for task in tasks), progress)
-        coord.run_tasks(self, tasks, meter)
-        meter.tick()
-
-    def place(self, task: coord.Task, data: st.Bytes) -> None:
-        """Hand on the verified bytes of a task."""
-        found: list[_Part] = []
-        held = 0
-        for copy, part in self.parts(task, data):
+    def read(task: coord.Task, buffer: st.Bytes) -> None:
+        found, held = list[_Part](), 0
+        room = buffer if task.nbytes <= len(buffer) else np.empty(task.nbytes, np.uint8)
+        data = reader.read(task.shard, task.first, task.last, room, buffer if task.alone() else None)
+        for copy, part in reader.parts(task, data):
             if (held := held + len(part)) > st.BLOCK_BYTES:  # a compressed block may expand to many times its size
-                self._take(found)
+                take(found)
                 found, held = [], len(part)
-            tensor, stored = self._named[id(copy.target.view)], st.DTYPES[copy.entry.dtype]
-            first, last = copy.start // stored.itemsize, (copy.start + len(part)) // stored.itemsize
-            if tensor.dtype != copy.entry.dtype:
-                part = torch.from_numpy(part).view(stored).to(st.DTYPES[tensor.dtype]).view(torch.uint8).numpy()
-            for _, box in st.row_boxes(copy.piece.size, first, last):
-                offset = tuple(p + o for p, o in zip(copy.piece.offset, box.offset))
-                size = math.prod(box.size) * st.itemsize(tensor.dtype)
-                found.append((tensor, st.Box(offset, box.size), part[:size]))
-                part = part[size:]
-        self._take(found)
+            elements = torch.from_numpy(part).view(st.DTYPES[copy.entry.dtype])
+            start = copy.start // elements.itemsize
+            for at, box in st.row_boxes(copy.piece.size, start, start + len(elements)):
+                here = st.Box(tuple(p + o for p, o in zip(copy.piece.offset, box.offset)), box.size)
+                run = elements[at - start : at - start + math.prod(box.size)]
+                found.append((copy.target.tensor, here, run.view(box.size)))
+        take(found)
+        meter.add(task.nbytes)
+
+    st.in_parallel(tasks, read, min(coord.IO_THREADS, len(tasks)), meter.tick)
+    meter.tick()
 
 
 def export_checkpoint(
@@ -1467,95 +1429,111 @@ def export_checkpoint(
     if os.path.splitext(name)[1] != ".safetensors" or max_shard_bytes < 1:
         raise ValueError(f"an export is named *.safetensors, and its files hold bytes: not {out}, {max_shard_bytes}")
     _check_member(dtype, (None, *(st.DTYPES[code] for code in _FLOATS)), "export dtype")
-    with _typed(prefix, f"exporting to {out}: "), _Stream(storage, coord.committed(storage, prefix)[1]) as reader:
-        chosen = _select(reader, model_only, dtype)
-        files = _layout(name, chosen, max_shard_bytes)
-        with _appearing(folder, name, files) as written:
-            places = {t.name: (written[part], begin) for part, (_, begins) in files.items() for t, begin in begins}
-            reader.stream(chosen, functools.partial(_write, places), progress)
+    with _typed(prefix, f"export to {out}: "), CheckpointReader(storage, coord.committed(storage, prefix)[1]) as reader:
+        files = _lay_out(name, _select(reader.metadata, model_only, dtype), max_shard_bytes)
+        with _appearing(folder, name, files) as places:
+
+            def write(parts: list[_Part]) -> None:
+                for number, box, elements in parts:
+                    for file, begin, entry in places[number]:
+                        starts = _run_starts(entry.shape, box)
+                        runs = elements.to(st.DTYPES[entry.dtype]).view(len(starts), -1).view(torch.uint8).numpy()
+                        for start, run in zip(starts, runs):
+                            file.write(begin + start * st.itemsize(entry.dtype), run.data)
+
+            _stream(reader, places, write, progress)
     return [os.path.join(folder, part) for part in files]
 
 
-def _select(reader: CheckpointReader, model_only: bool, dtype: torch.dtype | None) -> list[_Named]:
+def _run_starts(shape: st.Shape, box: st.Box) -> list[int]:
+    """In a row-major array of this shape, where each run of a box's elements begins that are contiguous in it."""
+    split = max((dim for dim, size in enumerate(shape) if box.size[dim] < size), default=0)
+    sides = [range(low, low + (size if dim < split else 1)) for dim, (low, size) in enumerate(zip(*box))]
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return [sum(i * stride for i, stride in zip(corner, strides)) for corner in itertools.product(*sides)]
+
+
+def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | None) -> _Entries:
     """The tensors to export, in the order of the record, which is the model's; logs what one might not expect."""
-    meta, everything = reader.metadata, _stored(reader.metadata)
-    kept = dict.fromkeys(t.name for t in meta.tensors if t.rank is not None)
-    lowest = {name: reader.ranks(name)[0] for name in kept}
-    chosen: list[_Named] = []
-    for t, item in zip(meta.tensors, everything):
-        if (model := t.name.startswith("model/")) and t.rank == lowest.get(t.name):
-            item = item._replace(name=t.name.removeprefix("model/"))
-        elif model_only or t.dtype == "JSON":
+    chosen, lowest, told = _Entries(), coord.lowest_ranks(meta.tensors), defaultdict[str, list[str]](list)
+    for t, (number, entry) in zip(meta.tensors, _entries(meta)):
+        model = t.name.startswith("model/")
+        if t.dtype == "JSON":
+            if coord.in_model(t.name) or not model_only:
+                told["left out, being no tensors"].append(entry.name)
+            continue
+        if model and t.rank == lowest[t.name]:
+            entry = entry._replace(name=t.name.removeprefix("model/"))
+            if t.rank is not None:
+                told["kept per rank, exported as the lowest rank has it"].append(entry.name)
+        elif model_only:
             continue
         if model and dtype is not None and t.dtype in _FLOATS:
-            item = item._replace(dtype=st.CODES[dtype])
-        chosen.append(item)
-    if len({"__metadata__", *(item.name for item in chosen)}) <= len(chosen):
+            entry = entry._replace(dtype=st.CODES[dtype])
+        if entry.stored()[0] != entry.dtype:
+            told["complex, exported as pairs of floats (see torch.view_as_complex)"].append(entry.name)
+        chosen.append((number, entry))
+    if len({"__metadata__", *(entry.name for _, entry in chosen)}) <= len(chosen):
         raise ValueError("two tensors of the export would have one name, or one would be named __metadata__")
-    apart = [name.removeprefix("model/") for name in kept if name.startswith("model/")]
-    pairs = [item.name for item in chosen if st.stored_form(item.dtype, ())[0] != item.dtype]
-    values = [t.name for t in everything if t.dtype == "JSON" and (coord.in_model(t.name) or not model_only)]
-    for what, names in (
-        ("kept per rank, exported as the lowest rank has it", apart),
-        ("complex, exported as pairs of floats (see torch.view_as_complex)", pairs),
-        ("left out, being no tensors", values),
-    ):
-        if names:
-            log.warning("%s: %s: %s", meta.prefix, what, st.some(names))
+    for what, names in told.items():
+        log.warning("%s: %s: %s", meta.prefix, what, st.some(names))
     return chosen
 
 
-def _layout(name: str, tensors: Sequence[_Named], limit_bytes: int) -> dict[str, _File]:
-    """The files of an export by name: one, or several and, last, their index."""
-    groups: list[list[_Named]] = [[]]
-    room = limit_bytes
-    for tensor in tensors:
-        if groups[-1] and tensor.nbytes() > room:
+def _lay_out(name: str, chosen: _Entries, limit_bytes: int) -> _Files:
+    """The files of an export: one, or several and, last, their index."""
+    groups, room = [_Entries()], limit_bytes
+    for number, entry in chosen:
+        if groups[-1] and entry.nbytes() > room:
             groups.append([])
             room = limit_bytes
-        groups[-1].append(tensor)
-        room -= tensor.nbytes()
+        groups[-1].append((number, entry))
+        room -= entry.nbytes()
     if len(groups) == 1:
-        return {name: _header(tensors)}
-    stem = name.removesuffix(".safetensors")
-    parts = {f"{stem}-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
-    weights = {t.name: part for part, group in parts.items() for t in group}
-    index = {"metadata": {"total_size": sum(t.nbytes() for t in tensors)}, "weight_map": weights}
-    text = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
-    return {part: _header(group) for part, group in parts.items()} | {f"{name}.index.json": (text, [])}
+        return {name: _with_header(chosen)}
+    stem, many = name.removesuffix(".safetensors"), len(groups)
+    files = {f"{stem}-{n:05d}-of-{many:05d}.safetensors": _with_header(group) for n, group in enumerate(groups, 1)}
+    weights = {entry.name: part for part, (_, group) in files.items() for _, entry in group}
+    index = {"metadata": {"total_size": sum(entry.nbytes() for _, entry in chosen)}, "weight_map": weights}
+    return files | {f"{name}.index.json": (json.dumps(index, indent=2, sort_keys=True).encode() + b"\n", [])}
 
 
-def _header(tensors: Iterable[_Named]) -> _File:
-    """The header of a safetensors file, byte for byte as their own serializer writes it."""
+def _with_header(entries: _Entries) -> tuple[bytes, _Entries]:
+    """The header of a safetensors file, byte for byte as their own serializer writes it, and its entries in their places."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    forms = [(*st.stored_form(t.dtype, t.shape), t) for t in tensors]
-    forms.sort(key=lambda form: (_WIDEST_FIRST.index(form[0]), form[2].name))  # so that every tensor is aligned
-    ends = list(itertools.accumulate((t.nbytes() for *_, t in forms), initial=0))
-    for (code, shape, t), *offsets in zip(forms, ends, ends[1:]):
-        table[t.name] = {"dtype": code, "shape": shape, "data_offsets": offsets}
+    placed, begin = _Entries(), 0
+    # Widest first, so that every tensor is aligned.
+    for number, entry in sorted(entries, key=lambda item: (_WIDEST_FIRST.index(item[1].stored()[0]), item[1].name)):
+        (code, shape), end = entry.stored(), begin + entry.nbytes()
+        table[entry.name] = {"dtype": code, "shape": shape, "data_offsets": (begin, end)}
+        placed.append((number, entry._replace(begin=begin, end=end)))
+        begin = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > st.MAX_HEADER_BYTES:
-        raise ValueError(f"a header for {len(forms)} tensors is over the limit of safetensors; make smaller files")
-    head = len(text).to_bytes(8, "little") + text
-    return head, [(t, len(head) + begin) for (*_, t), begin in zip(forms, ends)]
+        raise ValueError(f"a header for {len(placed)} tensors is over the limit of safetensors; make smaller files")
+    return len(text).to_bytes(8, "little") + text, placed
+
+
+_Places = dict[int, list[tuple[StoredFile, int, st.Entry]]]  # by number: to which file, where in it, and in which form
 
 
 @contextlib.contextmanager
-def _appearing(folder: str, name: str, files: Mapping[str, _File]) -> Iterator[dict[str, StoredFile]]:
+def _appearing(folder: str, name: str, files: _Files) -> Iterator[_Places]:
     """New files that appear in the end, durable, the last one last, or not at all. They replace the export `name`.
 
     At no time does an index name files of another export.
     """
-    directory = LocalStorage(folder)
-    written: dict[str, StoredFile] = {}
+    directory, written, places = LocalStorage(folder), dict[str, st.LocalFile](), _Places()
     try:
-        for part, (head, begins) in files.items():
+        for part, (head, entries) in files.items():
             directory.reap(f"{part}.tmp")  # of a process that died; of one that lives, the next line fails
-            written[part] = directory.create(f"{part}.tmp")
-            written[part].resize(len(head) + sum(t.nbytes() for t, _ in begins))
-            written[part].write(0, memoryview(head))
-        yield written
+            file = written[part] = directory.create(f"{part}.tmp")
+            file.resize(len(head) + sum(entry.nbytes() for _, entry in entries))
+            file.write(0, memoryview(head))
+            for number, entry in entries:
+                places.setdefault(number, []).append((file, len(head) + entry.begin, entry))
+        yield places
         for file in written.values():
             file.sync()
         directory.delete(f"{name}.index.json")
@@ -1572,20 +1550,11 @@ def _appearing(folder: str, name: str, files: Mapping[str, _File]) -> Iterator[d
             directory.delete(f"{part}.tmp")
 
 
-def _write(places: Mapping[str, tuple[StoredFile, int]], parts: Iterable[_Part]) -> None:
-    """Write parts of tensors, each as runs of bytes that are contiguous in its whole tensor, which begins at a place."""
-    for t, box, data in parts:
-        (file, begin), width, inner = places[t.name], st.itemsize(t.dtype), max(0, len(t.shape) - 1)
-        while inner and box.size[inner] == t.shape[inner]:
-            inner -= 1
-        strides = [math.prod(t.shape[dim + 1 :]) * width for dim in range(len(t.shape))]
-        begin += sum(o * stride for o, stride in zip(box.offset, strides))
-        for index, run in zip(np.ndindex(*box.size[:inner]), data.reshape(-1, math.prod(box.size[inner:]) * width)):
-            file.write(begin + sum(i * stride for i, stride in zip(index, strides)), run.data)
+# --------------------------------------------------------------------------------------------------------------------
+# In: checkpoints of other makes
 
 
-@dataclass
-class _Imported:
+class _Imported(NamedTuple):
     """A model's state from elsewhere, as something that can be saved."""
 
     state: Mapping[str, object]
@@ -1593,8 +1562,7 @@ class _Imported:
     def state_dict(self) -> Mapping[str, object]:
         return self.state
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> object:
-        return None
+    def load_state_dict(self, state_dict: dict[str, object]) -> object: ...
 
 
 def import_checkpoint(
@@ -1613,35 +1581,55 @@ def import_checkpoint(
     """
     with _typed(os.fspath(source)):
         model, extra = _split(_read_source(os.fspath(source)))
-    if model and all(name.startswith("module.") for name in model):
-        model = {name.removeprefix("module."): value for name, value in model.items()}
     options = SaveOptions(prefix, include_rng_state=False, overwrite=False, progress=progress)
     with DistributedCheckpoint(LocalCoordinator(), storage) as checkpoint:
         return checkpoint.save(_Imported(model), None, options, extra_state=extra)
 
 
+def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """The model's state by dotted names, and the extra state, as `import_checkpoint` tells."""
+    chosen = next((k for k in ("model", "state_dict", "model_state_dict") if isinstance(state.get(k), Mapping)), None)
+    leaves = {key: list(_leaves(value, "" if key == chosen else key)) for key, value in state.items()}
+    tensors = {key for key, found in leaves.items() if any(isinstance(leaf, torch.Tensor) for _, leaf in found)}
+    ours = tensors if chosen is None else {chosen}
+    found = [leaf for key in leaves if key in ours for leaf in leaves[key]]
+    dropped = "module." if found and all(name.startswith("module.") for name, _ in found) else ""
+    model = {name.removeprefix(dropped): value for name, value in found}
+    if len(model) < len(found):
+        raise ValueError("two tensors would have one name: an a.b, and a b in an a")
+    return model, {key: value for key, value in state.items() if key not in ours}
+
+
+def _leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
+    if isinstance(node, Mapping) and not path.endswith("_extra_state"):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
 def _read_source(path: str) -> dict[str, object]:
     """What a source holds, mapped into memory where that can be: nothing is read before it is saved."""
-    files, listed = [path], set[str]()
+    files = [path]
     if os.path.isdir(path):
-        names = sorted(os.listdir(path))
-        if ".metadata" in names:
+        if ".metadata" in (names := sorted(os.listdir(path))):
             return _read_dcp(path)
         files = [os.path.join(path, n) for n in names if n.endswith((".safetensors", ".safetensors.index.json"))]
     indices = [file for file in files if file.endswith(".index.json")]
     if not files or len(indices) > 1 or (indices and indices[0].removesuffix(".index.json") in files):
         raise ValueError(f"{path}: name one file to import; safetensors files here: {st.some(files) or 'none'}")
+    listed: Iterable[str] = ()
     for index in indices:
         with open(index, "rb") as file, _well_formed(index):
             weights = st.Fields(st.parse_json(file.read(), index)).child("weight_map")
-            parts = sorted({os.path.basename(weights.text(name)) for name in weights.all})
-        files, listed = [os.path.join(os.path.dirname(index), part) for part in parts], set(weights.all)
+            parts = {os.path.basename(weights.text(name)) for name in weights.all}
+        files, listed = [os.path.join(os.path.dirname(index), part) for part in sorted(parts)], weights.all
     state: dict[str, object] = {}
     for tensors in map(_read_file, files):
         if twice := sorted(state.keys() & tensors.keys()):
             raise ValueError(f"{path}: several files have {st.some(twice)}; name the one to import")
         state |= tensors
-    if indices and (wrong := sorted(state.keys() ^ listed)):
+    if indices and (wrong := sorted(state.keys() ^ set(listed))):
         raise st.corrupted(f"{path}: the index and its files do not agree on {st.some(wrong)}", path)
     return state
 
@@ -1662,8 +1650,8 @@ def _read_file(path: str) -> dict[str, object]:
         state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except OSError:
         raise
-    except Exception as error:
-        why = str(error).partition("WeightsUnpickler error: ")[2] or str(error)  # without its advice to turn checks off
+    except Exception as error:  # told without torch's advice to turn checks off
+        why = str(error).partition("WeightsUnpickler error: ")[2] or f"{type(error).__name__}: {error}"
         raise CheckpointException(
             f"{path}: not *.safetensors, and torch.load(weights_only=True) refuses it: {why.strip().splitlines()[0]}. If you "
             "trust the file, load it yourself, and give what you want of it to DistributedCheckpoint.save",
@@ -1699,29 +1687,8 @@ def _read_dcp(path: str) -> dict[str, object]:
     return state
 
 
-def _leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
-    if isinstance(node, Mapping) and not path.endswith("_extra_state"):
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node
-
-
-def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
-    """The model's state by dotted names, and the extra state, as `import_checkpoint` tells."""
-    chosen = next((key for key in _MODEL_KEYS if isinstance(state.get(key), Mapping)), None)
-    found: list[tuple[str, object]] = []
-    extra: dict[str, object] = {}
-    for key, value in state.items():
-        leaves = [] if chosen and key != chosen else list(_leaves(value, "" if chosen else key))
-        if key == chosen if chosen else any(isinstance(leaf, torch.Tensor) for _, leaf in leaves):
-            found += leaves
-        else:
-            extra[key] = value
-    model = dict(found)
-    if len(model) < len(found):
-        raise ValueError("two tensors would have one name: an a.b, and a b in an a")
-    return model, extra
+# --------------------------------------------------------------------------------------------------------------------
+# What differs between two checkpoints
 
 
 class Difference(NamedTuple):
@@ -1741,243 +1708,225 @@ def diff_checkpoints(storage: CheckpointStorage, a: str, b: str, *, values: bool
     """
     with (
         _typed(f"{a}, {b}"),
-        _Stream(storage, coord.committed(storage, a)[1]) as old,
+        CheckpointReader(storage, coord.committed(storage, a)[1]) as old,
         CheckpointReader(storage, coord.committed(storage, b)[1]) as new,
     ):
-        before, after = ({t.name: t for t in _stored(reader.metadata)} for reader in (old, new))
-        pairs = [(s, after[name]) for name, s in before.items() if name in after]
-        x, y = _checksums(old, [s for s, _ in pairs]), _checksums(new, [t for _, t in pairs])
-        changed = {place[0] for place in x.keys() & y.keys() if place[1] and x[place] != y[place]}
-        changed |= {s.name for s, t in pairs if str(s) != str(t)}
-        unlike = {name for (name, *_), _ in x.items() ^ y.items()}  # or moved, or beside something that changed
-        unsure = unlike if values else unlike - changed
-        largest = _read_changes(old, new, [(s, t) for s, t in pairs if s.name in unsure and s.shape == t.shape], values)
-    found = [Difference(name, "removed", str(s)) for name, s in before.items() if name not in after]
-    found += [Difference(name, "added", str(t)) for name, t in after.items() if name not in before]
-    for s, t in pairs:
-        if s.name in changed or s.name in largest:
-            alike = str(s) == str(t) or s.dtype == t.dtype == "JSON"
-            found.append(Difference(s.name, "changed", "value" if alike else f"{s} -> {t}", largest.get(s.name)))
+        sides = (_entries(reader.metadata) for reader in (old, new))
+        before, after = ({e.name: (number, f"{e.dtype} {list(e.shape)}") for number, e in side} for side in sides)
+        both = [(name, *before[name], *after[name]) for name in before if name in after]
+        changed, unsure = dict[tuple[int, int], float | None](), dict[int, set[int]]()
+        x, y = _checksums(old), _checksums(new)
+        for _, s, was, t, now in both:
+            unlike = [place for place, crcs in x[s].items() if y[t].get(place) != crcs]
+            if was != now or any(place[0] and place in y[t] for place in unlike):
+                changed[s, t] = None
+            # Or it has moved, or lies beside something that changed.
+            alike = old.metadata.tensors[s].shape == new.metadata.tensors[t].shape
+            if alike and (was != now or unlike) and (values or (s, t) not in changed):
+                unsure.setdefault(s, set()).add(t)
+        changed |= _read_changes(old, new, unsure, values)
+    found = [Difference(name, "removed", was) for name, (_, was) in before.items() if name not in after]
+    found += [Difference(name, "added", now) for name, (_, now) in after.items() if name not in before]
+    for name, s, was, t, now in both:
+        if (s, t) in changed:
+            what = "value" if was == now or was[:4] == now[:4] == "JSON" else f"{was} -> {now}"
+            found.append(Difference(name, "changed", what, changed[s, t]))
     return found
 
 
-def _checksums(reader: CheckpointReader, tensors: Sequence[_Named]) -> dict[_Place, tuple[int, ...]]:
-    """The CRC32s of the block, or for compressed parts the blocks, that hold each part of these tensors."""
-    found: dict[_Place, tuple[int, ...]] = {}
-    tasks, named = _plan(reader, tensors)
-    for task in tasks:
-        crcs = tuple(reader.header(task.shard).block_crcs[task.first : task.last])
+def _checksums(reader: CheckpointReader) -> list[dict[tuple[bool, st.Box, int, int, int], list[int]]]:
+    """By number the places of each tensor's parts, and the CRC32s of the blocks around them.
+
+    A place: whether it is all of a block, raw; in which piece, where there it starts, and where in its blocks it lies.
+    """
+    found: list[dict[tuple[bool, st.Box, int, int, int], list[int]]] = [{} for _ in reader.metadata.tensors]
+    for task in _plan(reader, (n for n, t in enumerate(reader.metadata.tensors) if t.alias_of is None)):
         for copy in task.copies:
-            at = task.first * st.BLOCK_BYTES - copy.entry.begin
-            alone = not copy.entry.frames and copy.high - copy.low == st.BLOCK_BYTES
-            where = (copy.entry.dtype, copy.piece, at, copy.entry.frames, copy.start)
-            found[named[id(copy.target.view)].name, alone, where] = crcs
+            first, last = copy.low // st.BLOCK_BYTES, st.block_count(copy.high)
+            low, high = copy.low - first * st.BLOCK_BYTES, copy.high - first * st.BLOCK_BYTES
+            place = (not copy.entry.frames and high - low == st.BLOCK_BYTES, copy.piece, copy.start, low, high)
+            found[copy.target.tensor][place] = reader.header(task.shard).block_crcs[first:last]
     return found
 
 
 def _read_changes(
-    old: _Stream, new: CheckpointReader, pairs: Sequence[tuple[_Named, _Named]], values: bool
-) -> dict[str, float | None]:
-    """The names of those whose bits differ, with the largest change if `values`."""
-    after, found = {s.name: t for s, t in pairs}, dict[str, list[float]]()
+    old: CheckpointReader, new: CheckpointReader, pairs: Mapping[int, set[int]], values: bool
+) -> dict[tuple[int, int], float | None]:
+    """Which pairs of an old tensor and a new one differ in their bits, with the largest change if `values`."""
+    dtypes, found = [st.DTYPES[t.dtype] for t in new.metadata.tensors], dict[tuple[int, int], list[float]]()
 
     def compare(parts: list[_Part]) -> None:
-        others = [after[s.name] for s, *_ in parts]
-        views = [torch.empty(box.size, dtype=st.DTYPES[t.dtype]) for t, (_, box, _) in zip(others, parts)]
+        both = [(s, t, box, x, torch.empty(box.size, dtype=dtypes[t])) for s, box, x in parts for t in pairs[s]]
         buffer = np.empty(st.BLOCK_BYTES, np.uint8)
-        for task in new.plan(coord.Target(t.stored, box, y) for t, (_, box, _), y in zip(others, parts, views)):
+        for task in new.plan(coord.Target(t, box, y) for _, t, box, _, y in both):
             new.run(task, buffer)
-        for t, (s, box, data), y in zip(others, parts, views):
-            if s.dtype != t.dtype or not np.array_equal(data, y.reshape(-1).view(torch.uint8).numpy()):
-                sizes = found.setdefault(s.name, [])
-                if values and not {"JSON", "F4"} & {s.dtype, t.dtype}:
-                    x = torch.from_numpy(data).view(st.DTYPES[s.dtype]).view(box.size)
-                    sizes.append(_largest_change(x, y))
+        for s, t, _, x, y in both:
+            if x.dtype != y.dtype or not torch.equal(*(z.reshape(-1).view(torch.uint8) for z in (x, y))):
+                sizes = found.setdefault((s, t), [])
+                if values and not {"JSON", "F4"} & {old.metadata.tensors[s].dtype, new.metadata.tensors[t].dtype}:
+                    kind = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
+                    x, y = x.to(kind), y.to(kind)
+                    same = (x == y) | (x.isnan() & y.isnan())
+                    sizes.append(float((x - y).abs().masked_fill(same, 0.0).max()))
 
-    old.stream([s for s, _ in pairs], compare)
-    return {name: float(np.max(sizes)) if sizes else None for name, sizes in found.items()}
-
-
-def _largest_change(x: torch.Tensor, y: torch.Tensor) -> float:
-    kind = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
-    x, y = x.to(kind), y.to(kind)
-    same = (x == y) | (x.isnan() & y.isnan())
-    return float((x - y).abs().masked_fill(same, 0.0).max())
+    _stream(old, pairs, compare)
+    return {pair: float(np.max(sizes)) if sizes else None for pair, sizes in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Command line
+# Command line: a command prints its text, and returns its exit code and the value that --json prints instead
+
+_Result = tuple[int, object]
 
 
-def _human(count: float, units: Sequence[str] = (" B", " kB", " MB", " GB", " TB")) -> str:
-    unit = 0
-    while count >= 1000 and unit < len(units) - 1:
-        count, unit = count / 1000, unit + 1
-    return f"{count:.2f}{units[unit]}" if unit else f"{count:.0f}{units[0]}"
+def _human(count: float, unit: str = "B") -> str:
+    power = min(int(math.log10(max(count, 1))) // 3, 4)
+    number = f"{count / 1000**power:.2f}" if power else f"{count:.0f}"
+    return f"{number} {' kMGT'[power].strip()}{unit}".rstrip()
 
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Aligned columns, those in `right` to the right. Where a terminal is too narrow, long names lose their middle."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     if columns is not None:
         needed = widths[1:] if rows[0][-1] else widths[1:-1]  # a column without a head may be cut off
         widths[0] = min(widths[0], max(20, columns - sum(needed) - 2 * len(needed)))
         cut, tail = widths[0] // 2, widths[0] - widths[0] // 2 - 1
         rows = [(r[0] if len(r[0]) <= widths[0] else f"{r[0][:cut]}…{r[0][-tail:]}", *r[1:]) for r in rows]
-    form = [f"{{:{'>' if i in right else ''}{width}}}" for i, width in enumerate(widths)]
-    return "\n".join("  ".join(form).format(*row).rstrip()[:columns] for row in rows)
+    form = "  ".join(f"{{:{'>' if i in right else ''}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip()[:columns] for row in rows)
 
 
 @contextlib.contextmanager
-def _bar(what: str, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
     """How far a command is, how fast, and how long it will take: on standard error while that is a terminal."""
-    started, shown = time.monotonic(), sys.stderr.isatty() and not quiet
+    started = time.monotonic()
 
-    def write(text: str) -> None:  # in place of what was there
-        if shown:
-            columns = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r{text[:columns]:{columns}}\r")
-            sys.stderr.flush()
-
-    def show(told: Progress) -> None:
-        _, done, total = told
-        rate = done / max(time.monotonic() - started, 1e-3)
+    def show(told: Progress) -> None:  # in place of what was there
+        (_, done, total), text = told, ""
         if done and total:
+            rate = done / max(time.monotonic() - started, 1e-3)
             minutes, seconds = divmod(round((total - done) / rate), 60)
             text = f"{what}  {100 * done // total:3} %  {_human(done)} of {_human(total)}  {_human(rate)}/s"
-            write(f"{text}  {minutes}:{seconds:02} left  [{'#' * (20 * done // total):20}]")
+            text += f"  {minutes}:{seconds:02} left  [{'#' * (20 * done // total):20}]"
+        if sys.stderr.isatty():
+            columns = shutil.get_terminal_size().columns - 1
+            print(f"\r{text[:columns]:{columns}}", end="\r", file=sys.stderr, flush=True)
 
     try:
         yield show
     finally:
-        write("")
+        show(Progress("", 0, 0))
 
 
-_COUNTS = ("", " k", " M", " G", " T")
-_Leaf = tuple[list[str], tuple[str, ...], int, int]  # the parts of a tensor's name, its row, parameters, bytes
-# A command says its text as it goes, and returns its exit code and the value that --json prints instead.
-Say = Callable[[str], None]
-Result = tuple[int, object]
-Command = Callable[[CheckpointStorage, argparse.Namespace, Say], Result]
-
-
-def _ls(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """List the committed checkpoints below DIR."""
     infos = [CheckpointInfo.of(meta) for meta in st.list_committed(storage)]
-    rows = [("PREFIX", "SAVED (UTC)", "RANKS", "SIZE", "FORMAT")]
-    rows += [
-        (i.prefix, f"{i.timestamp:%Y-%m-%d %H:%M:%S}", str(i.world_size), _human(i.size_bytes), i.format) for i in infos
-    ]
-    say(_table(rows, right=(2, 3)))
+    rows = [(i.prefix, str(i.timestamp)[:19], str(i.world_size), _human(i.size_bytes), i.format) for i in infos]
+    print(_table([("PREFIX", "SAVED (UTC)", "RANKS", "SIZE", "FORMAT"), *rows], right=(2, 3)))
     return 0, [{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]
 
 
-def _tree(leaves: Iterable[_Leaf], label: str, indent: int, depth: int) -> Iterator[tuple[str, ...]]:
-    """Rows by module, with a subtotal for all but the innermost modules, which are told by their tensors."""
+_Leaf = tuple[list[str], tuple[str, ...], int, int]  # the parts of a tensor's name, its row, parameters, bytes
+
+
+def _tree(leaves: Iterable[_Leaf], depth: int, indent: str = "") -> Iterator[tuple[str, ...]]:
+    """Rows by module: its subtotal, and what is in it; an innermost module is told by its tensors alone."""
     modules: dict[str, list[_Leaf]] = {}
-    for leaf in leaves:
-        modules.setdefault(leaf[0][0], []).append(leaf)
-    for part, within in modules.items():
-        yield from ((" " * indent + label + part, *row) for parts, row, *_ in within if len(parts) == 1)
-        inner = [(parts[1:], row, count, size) for parts, row, count, size in within if len(parts) > 1]
-        if inner and (depth <= 0 or any(len(parts) > 1 for parts, *_ in inner)):
-            count, size = sum(count for *_, count, _ in within), sum(size for *_, size in within)
-            yield " " * indent + (label + part).rstrip("./"), "", "", _human(count, _COUNTS), _human(size), "", ""
-            yield from _tree(inner, "", indent + 2, depth - 1) if depth > 0 else ()
+    for path, row, count, size in leaves:
+        modules.setdefault("".join(path[:1]), []).append((path[1:], row, count, size))
+    for name, within in modules.items():
+        if max(len(path) for path, *_ in within) <= (1 if depth > 0 else 0):
+            yield from ((f"{indent}{name}{''.join(path)}", *row) for path, row, *_ in within)
         else:
-            yield from _tree(inner, label + part, indent, depth)
+            count, size = sum(count for *_, count, _ in within), sum(size for *_, size in within)
+            yield indent + name.rstrip("./"), "", "", _human(count, ""), _human(size), "", ""
+            yield from _tree(within, depth - 1, indent + "  ") if depth > 0 else ()
 
 
-def _show(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+def _show(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Show the tensors, shards and metadata of a checkpoint."""
     _, meta = coord.committed(storage, args.prefix)
-    tensors: list[object] = []
-    leaves: list[_Leaf] = []
+    tensors, leaves = list[object](), list[_Leaf]()
     for t, pieces in zip(meta.tensors, np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()):
         size, elements = math.prod(t.shape) * st.itemsize(t.dtype), math.prod(t.shape) * (t.dtype != "JSON")
         tied = None if t.alias_of is None else meta.tensors[t.alias_of].name
-        tensors.append({
-            "name": t.name, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "pieces": pieces, "bytes": size,
-            "tied_to": tied,
-        })  # fmt: skip
+        facts = (t.name, t.dtype, t.shape, t.rank, pieces, size, tied)
+        tensors.append(dict(zip(("name", "dtype", "shape", "rank", "pieces", "bytes", "tied_to"), facts)))
         note = f"tied to {tied}" if tied else "" if t.rank is None else f"rank {t.rank}"
         shape = "" if t.dtype == "JSON" else "x".join(map(str, t.shape)) or "scalar"
-        row = (t.dtype, shape, _human(elements, _COUNTS) if elements else "", _human(size), str(pieces), note)
-        leaves.append((re.findall(r"[^./]*[./]?", t.name)[:-1], row, 0 if tied else elements, 0 if tied else size))
-    head = {
-        "prefix": meta.prefix, "save_id": meta.save_id, "sequence": meta.sequence, "version": meta.version,
-        "timestamp": meta.timestamp, "world_size": meta.world_size, "format": meta.format, "compression": meta.compression,
-        "torch_version": meta.torch_version, "size_bytes": meta.size_bytes(),
-        "custom_metadata": st.encode_value(dict(meta.custom_metadata), "custom_metadata"),
-    }  # fmt: skip
+        row = (t.dtype, shape, _human(elements, "") if elements else "", _human(size), str(pieces), note)
+        path = re.findall(r"[^./]*[./]?", t.name)[:-1]
+        leaves.append((path, row, 0 if tied else elements, 0 if tied else size))
+    keys = "prefix save_id sequence version timestamp world_size format compression torch_version"
+    head = {key: vars(meta)[key] for key in keys.split()} | {"size_bytes": meta.size_bytes()}
+    head["custom_metadata"] = st.encode_value(dict(meta.custom_metadata), "custom_metadata")
     for key, value in head.items():
-        say(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
-    say("\n" + _table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
+        print(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
+    print("\n" + _table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
     columns = ("NAME", "DTYPE", "SHAPE", "PARAMETERS", "SIZE", "PIECES", "")
-    say("\n" + _table([columns, *_tree(leaves, "", 0, args.depth)], right=(3, 4, 5)))
+    print("\n" + _table([columns, *_tree(leaves, args.depth)], right=(3, 4, 5)))
     return 0, {**head, "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards], "tensors": tensors}
 
 
-def _verify(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Read and check every byte of one checkpoint, or of all."""
     validator, report = CheckpointValidator(storage), {}
     for prefix in [args.prefix] if args.prefix else st.recorded_prefixes(storage):
-        with _bar(f"verify {prefix}", args.json) as show:
+        with _bar(f"verify {prefix}") as show:
             result = validator.validate_checkpoint(prefix, show)
-        report[prefix] = {"valid": result.is_valid, "errors": result.errors, "warnings": result.warnings}
-        say(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}")
-        if result.errors or result.warnings:
-            say("  " + result.get_summary().replace("\n", "\n  "))
+        report[prefix] = {"valid": result.is_valid, **vars(result)}
+        print(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}", *result.errors, *result.warnings, sep="\n  ")
     return 0 if all(found["valid"] for found in report.values()) else 1, report
 
 
-def _export(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+def _export(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Write a checkpoint as OUT.safetensors, in files named as Hugging Face's libraries expect."""
     dtype = None if args.dtype is None else st.DTYPES[args.dtype.upper()]
-    with _bar(f"export {args.prefix}", args.json) as show:
+    with _bar(f"export {args.prefix}") as show:
         files = export_checkpoint(
             storage, args.prefix, args.out, model_only=args.model_only, dtype=dtype,
             max_shard_bytes=args.max_shard_size, progress=show,
         )  # fmt: skip
-    say(_table([(file, _human(os.path.getsize(file))) for file in files], right=(1,)))
+    print(_table([(file, _human(os.path.getsize(file))) for file in files], right=(1,)))
     return 0, {"files": files}
 
 
-def _import(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+def _import(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Take over safetensors, a torch.save file, or a torch.distributed.checkpoint directory (unpickled: trust it)."""
     if os.path.isfile(os.path.join(args.source, ".metadata")):
         log.warning("%s: its metadata is a pickle, which can run any code: trusting it", args.source)
-    with _bar(f"import {args.prefix}", args.json) as show:
+    with _bar(f"import {args.prefix}") as show:
         prefix = import_checkpoint(args.source, storage, args.prefix, progress=show)
     meta = st.read_committed(storage, prefix)
     extra = sorted(t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON")
     size = f"{_human(meta.size_bytes())}, {sum(t.name.startswith('model/') for t in meta.tensors)} tensors of the model"
-    say(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {st.some(extra)}" if extra else ""))
+    print(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {st.some(extra)}" if extra else ""))
     return 0, {"imported": prefix}
 
 
-def _diff(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+def _diff(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """What differs between checkpoints A and B; exit code 0: nothing, 1: something, 2: trouble."""
     found = diff_checkpoints(storage, args.a, args.b, values=args.values)
     signs = {"removed": "-", "added": "+", "changed": "~"}
     largest = ["" if d.largest_change is None else f"largest change {d.largest_change:.3g}" for d in found]
     if found:
-        say(_table([(f"{signs[d.kind]} {d.name}", d.what, size) for d, size in zip(found, largest)]))
+        print(_table([(f"{signs[d.kind]} {d.name}", d.what, size) for d, size in zip(found, largest)]))
     return 1 if found else 0, [d._asdict() for d in found]
 
 
-def _rm(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+def _rm(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Delete a checkpoint."""
     st.delete_committed(storage, args.prefix)
-    say(f"deleted {args.prefix}")
+    print(f"deleted {args.prefix}")
     return 0, {"deleted": args.prefix}
 
 
-def _gc(storage: CheckpointStorage, args: argparse.Namespace, say: Say) -> Result:
+def _gc(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Remove what crashed saves left behind."""
     removed = st.collect_garbage(storage)
-    say("\n".join([*removed, f"{len(removed)} file(s) removed"]))
+    print(*removed, f"{len(removed)} file(s) removed", sep="\n")
     return 0, {"removed": removed}
 
 
@@ -1987,10 +1936,10 @@ def _byte_count(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 5GB or 500MiB")
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index(unit.lower()) if unit else 0))
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() if unit else " "))
 
 
-_COMMANDS: dict[str, Command] = {
+_COMMANDS: dict[str, Callable[[CheckpointStorage, argparse.Namespace], _Result]] = {
     "ls dir": _ls, "show dir prefix": _show, "verify dir [prefix]": _verify, "export dir prefix out": _export,
     "import source dir prefix": _import, "diff dir a b": _diff, "rm dir prefix": _rm, "gc dir": _gc,
 }  # fmt: skip
@@ -2021,15 +1970,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = logging.StreamHandler()  # warnings, on standard error
     told.setFormatter(logging.Formatter("ckpt.py: %(message)s"))
     log.addHandler(told)
-    run: Command = args.run
     try:
-        if run is not _import and not os.path.isdir(args.dir):
+        if args.command != "import" and not os.path.isdir(args.dir):
             raise ValueError(f"{args.dir}: no such directory")
-        code, value = run(LocalStorage(args.dir), args, (lambda _: None) if args.json else print)
+        with contextlib.redirect_stdout(io.StringIO()) if args.json else contextlib.nullcontext():
+            code, value = args.run(LocalStorage(args.dir), args)
         if args.json:
             print(json.dumps(value))
         sys.stdout.flush()
-        return code
+        return int(code)
     except BrokenPipeError:  # whoever read it, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
