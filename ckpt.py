@@ -1470,7 +1470,7 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
             continue
         if model and dtype is not None and t.dtype in _FLOATS:
             entry = entry._replace(dtype=st.CODES[dtype])
-        if entry.stored()[0] != entry.dtype:
+        if st.stored_form(entry.dtype, ())[0] != entry.dtype:
             told["complex, exported as pairs of floats (see torch.view_as_complex)"].append(entry.name)
         chosen.append((number, entry))
     if len({"__metadata__", *(entry.name for _, entry in chosen)}) <= len(chosen):
@@ -1503,11 +1503,12 @@ def _with_header(entries: _Entries) -> tuple[bytes, _Entries]:
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     placed, begin = _Entries(), 0
     # Widest first, so that every tensor is aligned.
-    for number, entry in sorted(entries, key=lambda item: (_WIDEST_FIRST.index(item[1].stored()[0]), item[1].name)):
-        (code, shape), end = entry.stored(), begin + entry.nbytes()
-        table[entry.name] = {"dtype": code, "shape": shape, "data_offsets": (begin, end)}
-        placed.append((number, entry._replace(begin=begin, end=end)))
-        begin = end
+    for number, entry in sorted(
+        entries, key=lambda item: (_WIDEST_FIRST.index(st.stored_form(item[1].dtype, ())[0]), item[1].name)
+    ):
+        placed.append((number, entry._replace(begin=begin, end=begin + entry.nbytes())))
+        table[entry.name], _ = placed[-1][1].described()
+        begin += entry.nbytes()
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > st.MAX_HEADER_BYTES:
