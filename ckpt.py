@@ -24,6 +24,7 @@ In this order below: options and results; `DistributedCheckpoint`; saves in the 
 from __future__ import annotations
 
 import argparse
+import atexit
 import concurrent.futures
 import contextlib
 import datetime
@@ -40,8 +41,9 @@ import sys
 import threading
 import time
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -122,7 +124,7 @@ def _check_timeout(timeout: object) -> None:
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class SaveOptions:
     """How to save; the same on every rank. `timeout` in seconds, None: the default of `CheckpointOptions`."""
 
@@ -152,7 +154,7 @@ class SaveOptions:
         st.encode_value(dict(self.custom_metadata), "custom_metadata")
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadOptions:
     """How to load; the same on every rank."""
 
@@ -195,7 +197,7 @@ class Given(Generic[Options]):
     extra_state: Mapping[str, object]
     cancel: threading.Event | None
     limit_s: float
-    earlier: BaseException | None  # what a save in the background has failed with, where nobody has asked
+    problem: BaseException | None  # options of another type; or what a save in the background has failed with
 
     @property
     def prefix(self) -> str:
@@ -204,8 +206,11 @@ class Given(Generic[Options]):
 
     def check(self) -> None:
         """ValueError for a misuse, or the earlier failure: in the first step, so that every rank hears of it."""
-        if self.earlier is not None:
-            raise self.earlier
+        if isinstance(self.problem, CheckpointException):
+            message = f"the save of {self.problem.checkpoint_path!r} in the background had failed: {self.problem}"
+            raise CheckpointException(message, type=self.problem.type) from self.problem
+        if self.problem is not None:
+            raise self.problem
         self.options.check()
         for what, parts in (("model", self.model), ("optimizer", self.optimizer or {})):
             for part in parts.values():
@@ -226,9 +231,9 @@ class CheckpointLoadResult:
     source_world_size: int
     target_world_size: int
     was_resharded: bool
-    extra_state: dict[str, object]
-    prefix: str
-    warnings: list[str]
+    extra_state: dict[str, object] = field(default_factory=dict)
+    prefix: str = ""
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ class CheckpointInfo:
         return CheckpointInfo(meta.prefix, str(meta.version), when, meta.world_size, meta.size_bytes(), meta.format)
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckpointOptions:
     """Global configuration for `DistributedCheckpointFactory.create`; times in seconds."""
 
@@ -304,7 +309,7 @@ class DistributedCheckpoint:
         ValueError for a misuse, CheckpointException for a failure, on every rank alike; then nothing was committed, an
         older checkpoint of this prefix is untouched, and this save's files are gone.
         """
-        given = self._given(model, optimizer, options or SaveOptions(), extra_state, cancel)
+        given = self._given(model, optimizer, options, SaveOptions, extra_state, cancel)
         return self._save(given, lambda: self._collect(given))
 
     def save_async(
@@ -319,9 +324,11 @@ class DistributedCheckpoint:
         raised by `result()`, or, if nobody asks, by the next save, load or `close`.
         """
         pending = PendingSave(cancel)
-        given = self._given(model, optimizer, options or SaveOptions(), extra_state, pending.cancel_event)
+        given = self._given(model, optimizer, options, SaveOptions, extra_state, pending.cancel_event)
         with pending.staging():
             given.options.check()
+            metadata = deepcopy(dict(given.options.custom_metadata))  # the caller may change it from now on
+            given = replace(given, options=replace(given.options, custom_metadata=metadata))
             self._stage(pending, given)
 
         def save() -> None:
@@ -332,7 +339,7 @@ class DistributedCheckpoint:
                 pending.set_result(self._save(given, pending.collect))
             except BaseException as error:  # kept for whoever asks
                 self.logger.error("background save failed: %s", error)
-                pending.set_exception(error)
+                pending.fail(error)
             finally:
                 pending.data, pending.late = ShardData([], {}), []  # `pending` may be kept, the copy need not
 
@@ -356,7 +363,7 @@ class DistributedCheckpoint:
         nothing has changed; after that tensors are undefined, and the error says so. With `fallback`, the newest
         older checkpoint that verifies is loaded instead of one that is corrupt.
         """
-        given = self._given(model, optimizer, options or LoadOptions(), extra_state, cancel)
+        given = self._given(model, optimizer, options, LoadOptions, extra_state, cancel)
         tried: list[str] = []
         warnings: list[str] = []
         while True:
@@ -397,7 +404,8 @@ class DistributedCheckpoint:
     def close(self) -> None:
         """Wait for a pending save, raise its failure if nobody has asked for it, and free the staging memory."""
         try:
-            if (error := self._drain(self.default_timeout)) is not None:
+            self._wait(self.default_timeout)
+            if (error := self._unasked()) is not None:
                 raise error
         finally:
             self._staging = np.empty(0, np.uint8)
@@ -411,28 +419,35 @@ class DistributedCheckpoint:
     # ---- both
 
     def _given(
-        self, model: Model, optimizer: Model | None, options: Options, extra_state: Mapping[str, object] | None,
-        cancel: threading.Event | None,
+        self, model: Model, optimizer: Model | None, options: Options | None, kind: type[Options],
+        extra_state: Mapping[str, object] | None, cancel: threading.Event | None,
     ) -> Given[Options]:  # fmt: skip
-        """Wait for the save in flight, and put together what was given. Nothing is checked: S1 and L1 do that, together."""
+        """Wait for the save in flight, and put together what was given. Nothing raises: S1 and L1 do, on all ranks."""
+        problem: BaseException | None = None
+        if not isinstance(options, kind):
+            problem = None if options is None else ValueError(f"options must be {kind.__name__}, not {options!r}")
+            options = kind()
         limit_s = _seconds(options.timeout) or self.default_timeout
-        return Given(
-            _parts(model), None if optimizer is None else _parts(optimizer), options,
-            {} if extra_state is None else extra_state, cancel, limit_s, self._drain(limit_s),
-        )  # fmt: skip
+        self._wait(limit_s)
+        if kind is SaveOptions:  # a load has nothing to do with it
+            problem = self._unasked() or problem
+        extra = dict(extra_state) if isinstance(extra_state, Mapping) else {} if extra_state is None else extra_state
+        parts = _parts(model), None if optimizer is None else _parts(optimizer)
+        return Given(*parts, replace(options), extra, cancel, limit_s, problem)
 
-    def _drain(self, limit_s: float) -> BaseException | None:
-        """Wait for the save in flight; returns its failure if nobody here has asked for it."""
-        if (pending := self._pending) is None:
-            return None
-        if concurrent.futures.wait([pending], limit_s + coord.GRACE_S).not_done:
+    def _wait(self, limit_s: float) -> None:
+        """Wait for the save in flight."""
+        if self._pending and concurrent.futures.wait([self._pending], limit_s + coord.GRACE_S).not_done:
             raise CheckpointException(f"the save in flight is not done after {limit_s:g} s", type=ExceptionType.TIMEOUT)
-        self._pending = None
-        return None if pending.asked else pending.exception()
+
+    def _unasked(self) -> BaseException | None:
+        """What the last save in the background failed with, if nobody here has asked for it."""
+        pending, self._pending = self._pending, None
+        return None if pending is None or pending.asked else pending.exception()
 
     def _run(self, given: Given[Options], verb: str, body: Callable[[coord.Operation], R]) -> tuple[R, coord.Operation]:
         """Run `body` on all ranks, again where they agree to; the failure that they agree on becomes the public exception."""
-        retryable = self.fault_handler.retry_policy.retryable_exceptions
+        retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
 
         def attempt() -> tuple[R, coord.Operation]:
             replaced = False
@@ -496,7 +511,7 @@ class DistributedCheckpoint:
             into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
         if given.options.include_rng_state:
             into.value("rng/state", rng_state(), per_rank=True)
-        return into.data
+        return into.finish()
 
     def _stage(self, pending: PendingSave, given: Given[SaveOptions]) -> None:
         """Collect, and copy to host memory what the optimizer's next step, which will wait, does not change by itself."""
@@ -549,7 +564,7 @@ class DistributedCheckpoint:
         loader = CheckpointLoader(self.coordinator, self.storage)
 
         def body(op: coord.Operation) -> Restore:
-            restore = Restore(given, op, self.validator)
+            restore = Restore(given, op, self.validator, isinstance(self.coordinator, LocalCoordinator))
             loader.coordinate_load(op, restore)
             return restore
 
@@ -569,7 +584,7 @@ class DistributedCheckpoint:
             with op.step("L1 record"):
                 choice = None
                 if op.rank == 0:
-                    heads = [head for prefix in tried if (head := st.record_head(self.storage, prefix)) is not None]
+                    heads = filter(None, (st.record_head(self.storage, prefix, sound=False) for prefix in tried))
                     limit = min((sequence for _, sequence in heads), default=math.inf)
                     older = [m.prefix for m in st.list_committed(self.storage) if m.sequence < limit]
                     choice = next((prefix for prefix in reversed(older) if prefix not in tried), None)
@@ -677,6 +692,15 @@ class PendingSave(concurrent.futures.Future[str]):
             handle.remove()
         self._staged.set()
 
+    def fail(self, error: BaseException) -> None:
+        """Keep the error for whoever asks; if nobody has when the interpreter exits, it is printed."""
+        self.set_exception(error)
+        atexit.register(self._tell, error)
+
+    def _tell(self, error: BaseException) -> None:
+        if not self.asked:
+            print(f"ckpt: a save in the background failed, and nobody asked for its result: {error}", file=sys.stderr)
+
     def collect(self) -> ShardData:
         """S2 of the background save: the copy; what went wrong with it is raised here, and so on all ranks."""
         if self._staging_error is not None:
@@ -727,6 +751,7 @@ class Collecting:
 
     def __init__(self) -> None:
         self.data = ShardData([], {})
+        self._values: dict[str, tuple[object, bool]] = {}
         self._names: set[str] = set()
 
     def tensor(self, name: str, tensor: torch.Tensor) -> str:
@@ -743,14 +768,23 @@ class Collecting:
         """`value` as JSON, its tensors added under `root` and the path that they have in it, which begins with `path`."""
         try:
             return st.encode_value(value, path, lambda at, tensor: self.tensor(root + at.removeprefix("."), tensor))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             message = root + str(error).removeprefix(".")
+            raise CheckpointException(message, type=ExceptionType.SAVE_FAILED) from error
+        except RecursionError as error:
+            message = f"{root or path}: nested too deeply, or contains itself"
             raise CheckpointException(message, type=ExceptionType.SAVE_FAILED) from error
 
     def value(self, name: str, value: object, per_rank: bool = False) -> None:
         """Add a value that is no tensor, with the tensors inside it."""
         self._names.add(name)
-        self.data.values[name] = (st.dump_json(self.encode(value, name)), per_rank)
+        self._values[name] = value, per_rank
+
+    def finish(self) -> ShardData:
+        """All of it: the tensors inside values get their names now, so that none takes that of a value to come."""
+        for name, (value, per_rank) in self._values.items():
+            self.data.values[name] = st.dump_json(self.encode(value, name)), per_rank
+        return self.data
 
 
 def _unwrap(module: Stateful) -> Stateful:
@@ -846,12 +880,15 @@ class OptimizerState:
     """The state of one or several optimizers, keyed by the names of their parameters.
 
     So it survives another order of parameters, other groups and another parallelism. A parameter outside of the model is
-    keyed by its position. Any other Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its
+    keyed by its position, one that several optimizers hold by their names too.
+    Any other Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its
     `params` by name and its `options`; `states` by parameter; `others` by part.
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
         self._parts, self._names = optimizer, names
+        held = (id(p) for part in optimizer.values() for g in getattr(part, "param_groups", ()) for p in g["params"])
+        self._contested = {key for key, count in Counter(held).items() if count > 1}
         self.outside: list[str] = []
         self._states: dict[str, dict[str, object]] = {}
         self._kept: list[tuple[Stateful, torch.Tensor, dict[str, object]]] = []
@@ -870,6 +907,8 @@ class OptimizerState:
                 if name is None:
                     name = "#" + ".".join(filter(None, (part_name, str(number), str(position))))
                     self.outside.append(name)
+                elif id(parameter) in self._contested:
+                    name = f"{part_name}/{name}"
                 groups[-1][1].append((name, parameter, key))
         return by_key, groups
 
@@ -1031,10 +1070,12 @@ class Restore:
     reader: CheckpointReader  # from L3 on
     result: CheckpointLoadResult  # from L5 on
 
-    def __init__(self, given: Given[LoadOptions], op: coord.Operation, validator: CheckpointValidator) -> None:
+    def __init__(
+        self, given: Given[LoadOptions], op: coord.Operation, validator: CheckpointValidator, local: bool
+    ) -> None:
         self.given, self.op, self._validator = given, op, validator
         # With a LocalCoordinator in a job of several ranks, as likely as not each of them loads the same.
-        local = isinstance(op.coordinator, LocalCoordinator) and dist.is_available() and dist.is_initialized()
+        local = local and dist.is_available() and dist.is_initialized()
         self._only_rank = op.world_size == 1 and not (local and dist.get_world_size() > 1)
         self.targets: dict[tuple[object, ...], coord.Target] = {}  # by the memory that they fill, see `identity`
         self.problems: list[str] = []  # errors in strict mode, else warnings
@@ -1129,6 +1170,10 @@ class Restore:
     def _aim(self, index: int, local: coord.LocalTensor) -> None:
         """Have what is here of a tensor filled with the stored one of that number; of several the last one, as torch does."""
         for box, view in local.pieces:  # tied tensors need one fill
+            before = self.targets.get(coord.identity(view))
+            if before is not None and before.tensor != index:
+                lost = self.reader.metadata.tensors[before.tensor].name
+                self.warnings.append(f"{lost}: is one tensor here with {local.name}, whose stored value it gets")
             self.targets[coord.identity(view)] = coord.Target(index, box, view, local.cut_up or self._only_rank)
 
     def value(self, index: int, live: object) -> object:

@@ -713,15 +713,15 @@ class Operation:
         self, coordinator: DistributedCoordinator, verb: str, timeout: float, cancel: threading.Event | None = None,
         retryable: tuple[type[BaseException], ...] = (), progress: Callable[[Progress], None] | None = None,
     ) -> None:  # fmt: skip
-        self.coordinator, self.rank, self.world_size = coordinator, coordinator.rank, coordinator.world_size
-        self.timeout = timeout
+        self.coordinator = coordinator if isinstance(coordinator, OperationCoordinator) else InBand(coordinator)
+        self.rank, self.world_size, self.timeout = coordinator.rank, coordinator.world_size, timeout
         self._default = ExceptionType.SAVE_FAILED if verb == "save" else ExceptionType.LOAD_FAILED
         self._deadline = time.monotonic() + timeout
         self._cancel, self._retryable, self._progress = cancel, retryable, progress
         self.step_name = ""
         self.past_return = False  # committed: what follows may not fail
         self.seconds: dict[str, float] = {}
-        coordinator.begin(self.interrupted)
+        self.coordinator.begin(self.interrupted)
 
     def interrupted(self) -> None:
         """Raise if this rank was cancelled or another one failed; no more once the outcome stands."""
@@ -865,7 +865,7 @@ class FaultToleranceHandler:
             try:
                 return function()
             except Exception as error:
-                again = isinstance(error, policy.retryable_exceptions)
+                again = isinstance(error, tuple(policy.retryable_exceptions))
                 if isinstance(error, OperationFailed):
                     again = error.retryable
                 if not again or (cancel and cancel.is_set()):
@@ -905,7 +905,7 @@ def no_garbage_collection() -> Iterator[None]:
 class DistributedCoordinator(Protocol):
     """How ranks talk. Values are what `encode_value` takes. Every wait ends at `timeout` (seconds) with TIMEOUT.
 
-    All methods but `fail` and `failure` are collective: every rank calls them, in the same order.
+    All methods are collective: every rank calls them, in the same order.
     """
 
     @property
@@ -916,8 +916,20 @@ class DistributedCoordinator(Protocol):
     def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object: ...
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]: ...
 
+
+@runtime_checkable
+class OperationCoordinator(Protocol):
+    """What an `Operation` asks of a coordinator: one with these methods is used as it is, any other by way of `InBand`."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object: ...
+    def all_gather(self, value: object, timeout: float = 600.0) -> list[object]: ...
+
     def exchange(self, outgoing: Mapping[int, Bytes], timeout: float = 600.0) -> dict[int, Bytes]:
-        """Send bytes to ranks, and return what every rank sent here."""
+        """Send bytes to ranks, and return what every rank sent here. Collective."""
         ...
 
     def begin(self, poll: Callable[[], None]) -> None:
@@ -931,6 +943,44 @@ class DistributedCoordinator(Protocol):
     def failure(self) -> dict[str, object] | None:
         """The failure that some rank announced for this operation."""
         ...
+
+
+class InBand:
+    """An `OperationCoordinator` over `all_gather` alone, for coordinators that have no more than the five basic methods.
+
+    A rank that fails says so in its next gather, which is the one that the others wait in, or come to: they learn of it there.
+    """
+
+    def __init__(self, basic: DistributedCoordinator) -> None:
+        self.rank, self.world_size, self._gather = basic.rank, basic.world_size, basic.all_gather
+
+    def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
+        rows = [Fields(row).all for row in self._gather({"value": value}, timeout=timeout)]
+        for row in rows:
+            if isinstance(failure := row.get("failure"), dict):
+                raise OperationFailed(failure)
+        return [row["value"] for row in rows]
+
+    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
+        return self.all_gather(value if self.rank == src else None, timeout)[src]
+
+    def exchange(self, outgoing: Mapping[int, Bytes], timeout: float = 600.0) -> dict[int, Bytes]:
+        rows = self.all_gather({str(rank): data.tobytes() for rank, data in outgoing.items() if len(data)}, timeout)
+        found = ((rank, Fields(row).all.get(str(self.rank))) for rank, row in enumerate(rows))
+        return {rank: np.frombuffer(bytearray(data), np.uint8) for rank, data in found if isinstance(data, bytes)}
+
+    def begin(self, poll: Callable[[], None]) -> None:
+        """Nothing to prepare: the waits of the basic methods cannot be left."""
+
+    def fail(self, failure: dict[str, object]) -> dict[str, object]:
+        try:
+            rows = [Fields(row).all.get("failure") for row in self._gather({"failure": failure})]
+        except Exception:  # the others cannot be reached: then the failure here is all there is to tell
+            return failure
+        return next(found for found in rows if isinstance(found, dict))
+
+    def failure(self) -> dict[str, object] | None:
+        return None
 
 
 class LocalCoordinator:
@@ -947,18 +997,6 @@ class LocalCoordinator:
 
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
         return [value]
-
-    def exchange(self, outgoing: Mapping[int, Bytes], timeout: float = 600.0) -> dict[int, Bytes]:
-        return dict(outgoing)
-
-    def begin(self, poll: Callable[[], None]) -> None:
-        """Nothing to prepare."""
-
-    def fail(self, failure: dict[str, object]) -> dict[str, object]:
-        return failure
-
-    def failure(self) -> dict[str, object] | None:
-        return None
 
 
 class TorchCoordinator:
@@ -1166,6 +1204,8 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Pl
         problem = (
             f"is a {type(tensor).__name__}, a tensor subclass without a known layout; convert it to a plain tensor"
         )
+    elif tensor.is_nested:
+        problem = "is a nested tensor; store its values() and offsets(), or to_padded_tensor()"
     elif tensor.layout is not torch.strided:
         problem = f"has layout {tensor.layout}; store to_dense(), or its indices and values"
     elif tensor.is_quantized or tensor.dtype not in st.CODES:
