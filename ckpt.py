@@ -321,7 +321,7 @@ class DistributedCheckpoint:
         With staging="eager" the copy is done on return. With "overlapped" parameters and optimizer state are copied while
         forward and backward run: the optimizer's next step waits for it, and a change from elsewhere (an EMA, clipping in
         place; not one through `.data`, which leaves no trace) fails the save with the tensor's name. Every failure is
-        raised by `result()`, or, if nobody asks, by the next save, load or `close`.
+        raised by `result()`, or, if nobody asks, by the next save or `close`, and printed at exit.
         """
         pending = PendingSave(cancel)
         given = self._given(model, optimizer, options, SaveOptions, extra_state, pending.cancel_event)
