@@ -89,6 +89,7 @@ KEEP = 2  # settings of each candidate that survive the warm-up round
 PAGE = 4096
 WAIT = timedelta(hours=4)  # ranks that sit out a row wait for the others
 
+PAGE_CACHE = "raw, page cache"  # a family
 LOADED = {"ours": "ours-to-load", "DCP": "dcp-to-load"}  # directories of the checkpoints of the load rows
 
 DCP_DOES = "torch.distributed.checkpoint: fsyncs each data file, no checksum"
@@ -619,6 +620,7 @@ def raw_read(bench: Bench, world: World, cold: bool) -> list[Candidate]:
         kinds = {"raw read": (False, False, does)}
         if not bench.settings.quick:
             kinds["raw, CRC32 + copy"] = True, True, does + ", CRC32 of every block, and a copy to ordinary memory"
+            kinds[PAGE_CACHE] = True, True, "the same without O_DIRECT: the limit of whatever ranks share"
     return [
         Candidate(
             family,
@@ -630,6 +632,7 @@ def raw_read(bench: Bench, world: World, cold: bool) -> list[Candidate]:
         )
         for family, (checksum, copied, does) in kinds.items()
         for setting in (settings if cold else WARM_SETTINGS)
+        if not (setting.direct and family == PAGE_CACHE)
     ]
 
 

@@ -223,7 +223,7 @@ class Given(Generic[Options]):
 
 @dataclass(frozen=True)
 class CheckpointLoadResult:
-    """What was loaded. `extra_state` has every entry that was saved; `warnings` what strict mode would not have allowed."""
+    """What was loaded. `extra_state` has every entry that was saved; `warnings` also what strict mode refuses."""
 
     metadata: CheckpointMetadata
     model_state: dict[str, object]
@@ -514,7 +514,7 @@ class DistributedCheckpoint:
         return into.finish()
 
     def _stage(self, pending: PendingSave, given: Given[SaveOptions]) -> None:
-        """Collect, and copy to host memory what the optimizer's next step, which will wait, does not change by itself."""
+        """Collect, and copy to host memory all that the optimizer's next step, which will wait, does not change."""
         live = self._collect(given)
         copies = self._reserve(live)
         optimizers, guarded = list((given.optimizer or {}).values()), set[int]()
@@ -523,7 +523,7 @@ class DistributedCheckpoint:
             for optimizer in optimizers:
                 pending.hooks.append(getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged()))
         for copy in copies.values():
-            if copy.view.data_ptr() in guarded and copy.version >= 0:  # else a change would go unseen
+            if copy.view.data_ptr() in guarded and copy.version >= 0:  # without a counter a change would go unseen
                 pending.late.append(copy)
             else:
                 copy.room.copy_(copy.view, non_blocking=True)
@@ -853,7 +853,7 @@ class ModelState:
                 values.append((f"model-values/{name}", state, key))
         stored = {id(tensor) for name, tensor in tensors if name in restore.reader.stored}
         for name, tensor in tensors:
-            if id(tensor) not in stored or name in restore.reader.stored:  # else it comes by a name that it is tied to
+            if id(tensor) not in stored or name in restore.reader.stored:  # else a name that it is tied to fills it
                 restore.fill(name, tensor)
         for name, state, key in values:  # after the tensors: see `Restore.decode`
             if (index := restore.find(name)) is not None:
@@ -1033,7 +1033,7 @@ def set_rng_state(state: Mapping[str, object]) -> None:
 
 
 def _match(node: object, live: object) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an encoded value, by stored name, that have a live one in the same place of `live`."""
+    """(stored name, live tensor) wherever an encoded value and `live` both have a tensor."""
     if isinstance(node, list) and isinstance(live, (list, tuple)):
         for item, other in zip(node, live):
             yield from _match(item, other)
@@ -1081,8 +1081,8 @@ class Restore:
         self.problems: list[str] = []  # errors in strict mode, else warnings
         self.errors: list[str] = []  # errors in any mode
         self.warnings: list[str] = []
-        self.unexpected: set[str] = set()  # of what has to have a use, that for which none was found so far
-        self._made: dict[tuple[object, ...], torch.Tensor] = {}  # instead of live tensors that are others too
+        self.unexpected: set[str] = set()  # stored names that nothing here has claimed yet
+        self._made: dict[tuple[object, ...], torch.Tensor] = {}  # copies, where one live tensor has two stored ones
         self._model, self._optimizer = ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
         self._rng: object = None
@@ -1168,7 +1168,7 @@ class Restore:
         self._aim(index, coord.local_tensor(name, tensor))
 
     def _aim(self, index: int, local: coord.LocalTensor) -> None:
-        """Have what is here of a tensor filled with the stored one of that number; of several the last one, as torch does."""
+        """Have what is here of a tensor filled with the stored one of that number; the last of several wins, as in torch."""
         for box, view in local.pieces:  # tied tensors need one fill
             before = self.targets.get(coord.identity(view))
             if before is not None and before.tensor != index:
@@ -1183,7 +1183,7 @@ class Restore:
     def decode(self, node: object, live: object, param: torch.Tensor | None = None) -> object:
         """An encoded value; its tensors are those in the same place of `live` where they fit, else new, laid out as `param`.
 
-        New too where the live one is being filled with another stored tensor: an average starts as what it averages.
+        New too where another stored tensor fills the live one: an average may start as what it averages.
         """
         known = dict(_match(node, live))
 
@@ -1205,7 +1205,7 @@ class Restore:
         return st.decode_value(node, tensor)
 
     def _judge(self) -> None:
-        """Errors, or in loose mode warnings, for all that does not fit; what no rank wants is unexpected."""
+        """Errors, or in loose mode warnings, for misfits; a name that no rank claims is unexpected."""
         told = self.op.gather(sorted(self.unexpected))
         unwanted = set.intersection(*(set(t) for t in told if isinstance(t, list)))
         self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]

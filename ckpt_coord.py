@@ -75,7 +75,7 @@ __all__ = [
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
 IO_THREADS = 4
 STORE_BYTES = 4 << 20  # the most in one value: over twice that, a TCPStore drops the connection
-EARLY_PROOF_BYTES = 1 << 20  # replicas smaller than this are compared before they are written, larger ones meanwhile
+EARLY_PROOF_BYTES = 1 << 20  # replicas smaller than this are compared before writing, larger ones during it
 CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in the second-level cache
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
@@ -192,7 +192,7 @@ class _Attempt:
     request: SaveRequest  # S1
     ticket = Ticket("", "", 0)  # S1
     _data: ShardData  # S2
-    _pieces: list[tuple[Box, torch.Tensor]]  # S2: all that this rank holds, as `describe` numbers it
+    _pieces: list[tuple[Box, torch.Tensor]]  # S2: this rank's pieces, in the order of `describe`
     _order: Fields  # S3: what rank 0 has this rank do
     _sources: list[Source]  # S3: what it writes into its part of a file
     _gathering: Gathering | None = None  # S3: CONSOLIDATED's model file
@@ -294,7 +294,7 @@ class _Attempt:
             self._split_differing(holdings, proof, answers)
 
     def _split_differing(self, holdings: Holdings, proof: ReplicaProof, answers: Sequence[Sequence[int]]) -> None:
-        """Of copies declared equal the lowest rank's is kept; what nobody declared equal is kept per rank."""
+        """Where copies differ: of a DTensor the lowest rank's is kept, a plain tensor is kept per rank."""
         groups, apart, spoilt = holdings.groups, set[str](), list[int]()
         for group, odd_ranks in proof.differing(answers).items():
             name, odd = holdings.tensors[groups.rows.tensor[group]].name, ", ".join(map(str, odd_ranks))
@@ -409,7 +409,7 @@ class _Attempt:
 
     # S5
     def report(self) -> bool:
-        """Whether what was written may be committed; if not, its files are gone again, and the plan has to be another."""
+        """Whether what was written may be committed; if not, its files are deleted and S3 runs again."""
         with self.op.step("S5 report"):
             self._reports = [Report(*json.loads(text)) for text in self.op.collect_at_0(st.dump_json(self._report))]
             if not self._order.all["proving"]:
@@ -547,7 +547,7 @@ class _Attempt:
 
 
 def read_rows(order: Fields, *names: str) -> Iterator[tuple[st.TensorMetadata, Box, list[int]]]:
-    """The rows of an order: of which tensor, which box of it, and the numbers in the columns `names`."""
+    """The rows of an order: the tensor, its box, and the values of the columns `names`."""
     tensors = st.decode_tensors(order.child("tensors"))
     columns, boxes = st.decode_table(order.child("rows"), ("tensor", *names))
     for index, *numbers, row in zip(*(column.tolist() for column in columns), boxes.tolist()):
@@ -631,7 +631,7 @@ class CheckpointLoader:
 
 
 def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str) -> None:
-    """L4: read what this rank's tasks ask for; in turn with the others ("sequential"), or for them too ("broadcast")."""
+    """L4: read what this rank's tasks ask for; one rank at a time ("sequential"), or each block for all ("broadcast")."""
     meter = op.meter(sum(task.nbytes for task in tasks))
     if strategy == "broadcast" and op.world_size > 1:
         _relay(op, reader, tasks, meter)
@@ -887,7 +887,7 @@ class FaultToleranceHandler:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Planning makes many small objects and no cycles: looking for some again and again would double its time."""
+    """Planning makes many objects but no cycles: collecting garbage meanwhile would double its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -1116,7 +1116,9 @@ class TorchCoordinator:
 
     def _post(self, key: str, value: object) -> None:
         text = st.dump_json(st.encode_value(value, key))
-        for at in range(len(text) // STORE_BYTES * STORE_BYTES, -1, -STORE_BYTES):  # whoever sees `key` may get it all
+        for at in range(
+            len(text) // STORE_BYTES * STORE_BYTES, -1, -STORE_BYTES
+        ):  # `key` last: then all parts are there
             part_key = f"{key}+{at}" if at else key
             self._call(self._store.set, part_key, text[at : at + STORE_BYTES])
             self._posted.append(part_key)
@@ -1257,7 +1259,7 @@ def _strided_box(tensor: DTensor, coordinate: Sequence[int]) -> Box | None:
 
 
 def identity(view: torch.Tensor) -> tuple[object, ...]:
-    """What two views of the same elements in the same order have in common, and no others."""
+    """Equal for views of the same elements in the same order, and for no others."""
     flags = (view.is_conj(), view.is_neg())
     return (view.data_ptr(), view.device, view.dtype, tuple(view.shape), view.stride(), *flags)
 
@@ -1296,7 +1298,7 @@ def in_model(name: str) -> bool:
 
 
 def lowest_ranks(tensors: Iterable[st.TensorMetadata]) -> dict[str, int | None]:
-    """Of every name the lowest rank that one is kept for, which stands for all where there can be one only; else None."""
+    """For each name that is kept per rank the lowest such rank, which stands for all where only one can; else None."""
     return {t.name: t.rank for t in sorted(tensors, key=lambda t: t.rank or 0, reverse=True)}
 
 
@@ -1409,9 +1411,9 @@ class Holdings:
         self.arrange(set())
 
     def arrange(self, apart: set[str], spoilt: Rows | None = None) -> None:
-        """From now on every rank has its own of the tensors `apart`, and of what is tied to them; `spoilt` copies are out.
+        """Keep the tensors `apart`, and what is tied to them, per rank; drop the `spoilt` copies.
 
-        An alias needs no bytes of its own.
+        Aliases store no bytes.
         """
         self._apart |= apart | {t.name for t in self.known.values() if t.alias_of in apart}
         if spoilt is not None:
@@ -1470,9 +1472,9 @@ def _read_told(rows: Iterable[tuple[str, str, Shape, bool, str, int, bool]]) -> 
 
 
 def _compare(told: Iterable[Told]) -> tuple[dict[str, Told], set[str]]:
-    """What the first rank tells of every name (an alias is one if all tell so), and what each rank has for itself.
+    """The first description of each name, and the names kept per rank because ranks differ, or asked to be.
 
-    That are values, and plain tensors, that are not the same on all. A DTensor has to be.
+    An alias counts if all ranks agree. A DTensor must not differ.
     """
     known: dict[str, Told] = {}
     apart = set()
@@ -1520,9 +1522,9 @@ MIN_SPLIT_BYTES = 1 << 20  # smaller replicas are written whole by one of their 
 
 
 def assign_writers(holdings: Holdings, todo: Mask, world_size: int) -> Rows:
-    """One writer for every byte (I1) of the groups `todo`: the holder of what is held once, else all holders a share.
+    """One writer for every byte (I1) of the groups `todo`: the only holder, else all holders a share.
 
-    Shares are such that the least loaded ranks fill up first.
+    The least loaded ranks get more.
     """
     groups, nbytes = holdings.groups, holdings.nbytes(holdings.groups.rows)
     single = todo & (groups.count == 1)
@@ -1545,7 +1547,7 @@ def assign_writers(holdings: Holdings, todo: Mask, world_size: int) -> Rows:
 def _cut(groups: Groups, chosen: Ints, nbytes: Ints, cuts: Floats) -> Rows:
     """Lay the chosen groups end to end and cut the row of bytes at `cuts`, rounded to what a piece can be cut into.
 
-    Those are the rows of its first dimension of more than one, or the whole where it is small. Between two cuts lies
+    Cuts fall between rows of the first dimension larger than 1; small pieces stay whole. Between two cuts lies
     what one of the holders writes.
     """
     box, at = groups.rows.box[chosen], np.arange(len(chosen))
@@ -1662,7 +1664,7 @@ def draft_entry(meta: st.TensorMetadata, box: Box, begin: int, packed: bool) -> 
 
 
 def placed(entry: st.Entry, begin: int, frames: Iterable[int]) -> st.Entry:
-    """A compressed entry where it came to lie, with the stored lengths of its frames."""
+    """A compressed entry at its final place, with the stored lengths of its frames."""
     lengths = tuple(frames)
     return entry._replace(begin=begin, end=begin + sum(lengths), frames=lengths)
 
@@ -1916,7 +1918,7 @@ class Gathering:
                         yield Segment(holders, common, inside, entry.begin + at * width - low, dtype)
 
     def _share_out(self) -> list[list[int]]:
-        """The blocks that each rank owns: those of which it holds most, levelled where it is a draw."""
+        """The blocks that each rank owns: those that it holds most of; ties go to the rank with the fewest."""
         owned: list[list[int]] = [[] for _ in range(self._op.world_size)]
         for block in range(st.block_count(self._ends[-1] if self._ends else 0)):
             held: Counter[int] = Counter()
@@ -1969,7 +1971,7 @@ class Gathering:
         return {rank: np.concatenate(data) for rank, data in parts.items()}
 
     def _put_together(self, block: int, buffer: Bytes, received: dict[int, Bytes]) -> Bytes:
-        """A block that this rank owns, from its own pieces and from what it was sent, of which it takes its part."""
+        """A block that this rank owns, from its own pieces and from received bytes, which it consumes."""
         low, high = self._span(block)
         for s in self._segments(block):
             if (rank := s.provider(self._op.rank)) == self._op.rank:
@@ -2010,7 +2012,7 @@ class Copy(NamedTuple):
     piece: Box  # of the stored tensor: what `entry` holds
     target: Target
     flat: Bytes | None  # the target's memory, where the whole piece goes there as it is
-    own: int  # bytes of it that this rank wants, and no other
+    own: int  # bytes that only this rank wants
 
 
 class Task(NamedTuple):
@@ -2027,7 +2029,7 @@ class Task(NamedTuple):
         return 4 * sum(copy.own for copy in self.copies) >= 3 * self.nbytes
 
 
-COMPRESSED_WINDOW = 4  # blocks a task over compressed entries: their frames do not end where blocks do
+COMPRESSED_WINDOW = 4  # blocks a task for compressed entries, whose frames do not end where blocks do
 
 
 class Superseded(CheckpointException):
@@ -2213,9 +2215,9 @@ class CheckpointReader:
 
 
 def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, int, int]]:
-    """The blocks' parts, or the frames, in which a piece has what it has of `want`: `Copy`'s (low, high, start).
+    """The parts of blocks, or the frames, of a piece that overlap `want`: (low, high, start) as in `Copy`.
 
-    And how many of their bytes that is, about.
+    And about how many of their bytes are wanted.
     """
     first, last, count = 0, 0, 1  # of what is wanted of it, the first and last element in row-major order, and how many
     for at, size, begin, width in zip(*piece, *want):
@@ -2227,7 +2229,7 @@ def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, i
         edges = np.cumsum([entry.begin, *entry.frames]).tolist()
         for frame in range(first // st.FRAME_BYTES, -(-stop // st.FRAME_BYTES)):
             low, high = edges[frame], edges[frame + 1]
-            yield low, high, frame * st.FRAME_BYTES, 0  # windows share blocks, which the page cache is for
+            yield low, high, frame * st.FRAME_BYTES, 0  # windows overlap: through the page cache
     else:
         first, stop = entry.begin + first, entry.begin + stop
         for block in range(first // st.BLOCK_BYTES, st.block_count(stop)):

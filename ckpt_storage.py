@@ -79,7 +79,7 @@ MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
 DIRECT_BYTES = 1 << 20  # smaller reads and writes go through the page cache
 COLD_BYTES = 64 << 20  # whether the page cache has a file's bytes is asked of such regions
 SLOW_TO_FREE_BYTES = 64 << 20
-HUGE_PAGE_BYTES = 2 << 20  # where memory of that alignment can be one page
+HUGE_PAGE_BYTES = 2 << 20  # size and alignment of a huge page
 RECORD_SUFFIX = ".metadata.json"
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -321,7 +321,7 @@ class CheckpointStorage(Protocol):
         """Remove a file whose creator is proved dead (or only look); False where it may be alive."""
 
 
-_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # where a file can be opened for direct I/O, which is then refused
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # direct I/O refused after it was opened
 
 
 class LocalFile:
@@ -427,7 +427,7 @@ class LocalStorage:
     def __init__(self, base_path: str | os.PathLike[str] = "./checkpoints", files: FileOps | None = None) -> None:
         self.base_path = os.path.abspath(base_path)
         self.files = files or FileOps()
-        self._made_above = {os.path.dirname(self.base_path)}  # directories outside whose new entries we depend on
+        self._made_above = {os.path.dirname(self.base_path)}  # directories above the base path to fsync
 
     def create(self, name: str) -> LocalFile:
         for _ in range(100):
@@ -438,7 +438,7 @@ class LocalStorage:
             ):
                 fd = self.files.open(leaf, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
                 undo.callback(self.files.close, fd)
-                # Another file, or none: a clean-up took it for a dead writer's before it was locked.
+                # Else a clean-up has removed it before it was locked: again.
                 if not self._lock(fd) or self.files.stat(leaf, directory).st_ino == os.fstat(fd).st_ino:
                     undo.pop_all()
                     return LocalFile(self.files, fd, name, os.O_RDWR)
@@ -1288,7 +1288,7 @@ class CheckpointMetadata:
     custom_metadata: Mapping[str, object]
     shards: tuple[ShardMetadata, ...]
     tensors: tuple[TensorMetadata, ...]
-    table: PieceTable | Fields  # as it is in the record, until somebody needs it: sizes on disk are checked before that
+    table: PieceTable | Fields  # unpacked when needed: after the sizes on disk are checked
     version: int = FORMAT_VERSION
 
     @functools.cached_property
@@ -1299,7 +1299,7 @@ class CheckpointMetadata:
         width = max((len(t.shape) for t in self.tensors), default=0)
         try:
             lengths = np.array([shard.length for shard in self.shards], np.int64)
-            # Every piece has at least a byte: no row out of thin air.
+            # A piece has at least a byte: this bounds the rows.
             (tensor, shard, begin), box = decode_table(self.table, ("tensor", "shard", "begin"), self.size_bytes())
             _require(box.shape[2] == width, "pieces of other dimensions than the tensors")
             padded = [t.shape + (1,) * (width - len(t.shape)) for t in self.tensors] if len(box) else []
@@ -1348,7 +1348,7 @@ def decode_runs(runs: object, length: int) -> Ints:
     inside = (0 <= at < top and 0 <= at + step * (n - 1) < top > abs(step) for at, step, n in zip(*[iter(runs)] * 3))
     _require(all(inside), "runs leave the range of offsets")
     start, step, count = np.array(runs, np.int64).reshape(-1, 3).T
-    # The values before a run's own, by its step: int64 wraps around there and back.
+    # Each run extended back to row 0; where int64 overflows, it does so there and back.
     base = start - step * (np.cumsum(count) - count)
     return base.repeat(count) + step.repeat(count) * np.arange(length)
 
@@ -1502,7 +1502,7 @@ def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadat
 
 def read_committed_record(storage: CheckpointStorage, prefix: str) -> tuple[bytes, CheckpointMetadata]:
     """The same, and the bytes that it was decoded from, for other ranks to decode."""
-    doubted = ""  # a save whose shards are not as recorded: either it is damaged, or there is a newer record by now
+    doubted = ""  # a save whose shards did not fit: damaged, or overwritten since
     while True:
         text = read_file(storage, record_name(check_prefix(prefix)))
         meta = decode_record(text, prefix)
