@@ -325,7 +325,7 @@ class DistributedCheckpoint:
         """
         pending = PendingSave(cancel)
         given = self._given(model, optimizer, options, SaveOptions, extra_state, pending.cancel_event)
-        with pending.staging():
+        with pending.staging(), coord.no_garbage_collection():
             given.options.check()
             metadata = deepcopy(dict(given.options.custom_metadata))  # the caller may change it from now on
             given = replace(given, options=replace(given.options, custom_metadata=metadata))
@@ -550,9 +550,11 @@ class DistributedCheckpoint:
                     f"staging needs {total} bytes of host memory, {limit} are allowed: use save(), or raise staging_budget_bytes"
                 )
             self._staging = st.aligned_buffer(total)
-        copies = {}
+        memory, copies = torch.from_numpy(self._staging), dict[tuple[object, ...], StagedCopy]()
+        as_dtype = {dtype: memory.view(dtype) for dtype in {view.dtype for _, view in views.values()}}
         for start, (key, (name, view)) in zip(starts, views.items()):
-            room = torch.from_numpy(self._staging[start : start + view.nbytes]).view(view.dtype).view(view.shape)
+            first = start // view.itemsize
+            room = as_dtype[view.dtype][first : first + view.numel()].view(view.shape)
             version = -1 if view.is_inference() else view._version  # those have no counter
             copies[key] = StagedCopy(name, view, room, version)
         return copies

@@ -260,7 +260,8 @@ class _Attempt:
             for meta, box, (piece, begin) in read_rows(order, "source", "begin"):
                 held, view = self._pieces[piece]
                 entry = draft_entry(meta, box, begin, self.request.packed)
-                self._sources.append(Source(entry, view if held == box else view[box.within(held)]))
+                view = view if held == box else view[box.within(held)]
+                self._sources.append(Source(entry, view, st.byte_view(view)))
             if order.all["model"] is not None:
                 rows = read_rows(order.child("model"), "begin", "rank", "source")
                 self._gathering = Gathering(self.op, self._pieces, rows)
@@ -1653,6 +1654,7 @@ class Source(NamedTuple):
 
     entry: st.Entry
     view: torch.Tensor
+    flat: Bytes | None  # the memory of `view`, where it is as it goes into the file
 
 
 def draft_entry(meta: st.TensorMetadata, box: Box, begin: int, packed: bool) -> st.Entry:
@@ -1777,14 +1779,13 @@ def write_raw(
     ends = [s.entry.end for s in sources]
     first, stop = (sources[0].entry.begin // st.BLOCK_BYTES, ends[-1]) if sources else (0, 0)  # I1: begins on a block
     crcs = [0] * (st.block_count(stop) - first)
-    flats = [st.byte_view(s.view) for s in sources]
 
     def write_block(block: int, buffer: Bytes) -> None:
         low, high = block * st.BLOCK_BYTES, min(stop, (block + 1) * st.BLOCK_BYTES)
         index, position, data, crc = bisect.bisect_right(ends, low), low, buffer[: high - low], 0
         checked = low
         while position < high:  # copy a part, and checksum it while it is in the processor's cache
-            flat, begin = flats[index], sources[index].entry.begin
+            flat, begin = sources[index].flat, sources[index].entry.begin
             stop_here = min(high, begin if position < begin else ends[index], position + CACHE_BYTES)
             part = data[position - low : stop_here - low]
             if position < begin:
