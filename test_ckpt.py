@@ -1067,6 +1067,20 @@ def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_
     assert result.metadata.custom_metadata == {"epoch": [1]} and result.extra_state == {"step": 1}
 
 
+def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path):
+    class Slow(ckpt.LocalStorage):
+        made: ClassVar[list[str]] = []
+
+        def create(self, name):
+            self.made.append(name)
+            threading.Event().wait(0.4)  # longer than the save may take
+            return super().create(name)
+
+    checkpoint = over(Slow(tmp_path), timeout=0.2)
+    refusal(lambda: checkpoint.save(small()[0], None, to()), ExceptionType.TIMEOUT)
+    assert len(Slow.made) == 1 and Slow.made[0].endswith(".tmp") and listing(tmp_path) == {}
+
+
 def test_threads_that_get_no_memory_fail_the_save_and_publish_nothing(tmp_path, monkeypatch):
     def refuse(length):
         raise MemoryError("no room for a buffer")
