@@ -247,14 +247,12 @@ class _Attempt:
     # S3
     def plan(self) -> None:
         with self.op.step("S3 plan"), no_garbage_collection():
-            first = describe(self._data) if self.op.rank == 0 else None
+            crcs = self._checksums()
+            first = describe(self._data, crcs=crcs) if self.op.rank == 0 else None
             reference = self.op.broadcast(first[1] if first else None)
-            description, _ = first or describe(self._data, str(reference))
+            description, _ = first or describe(self._data, str(reference), crcs)
             gathered = self.op.collect_at_0(st.dump_json(description))
-            holdings = Holdings(gathered) if self.op.rank == 0 else None
-            if self.request.verify_replicas and self.op.world_size > 1:
-                self._prove_early(holdings)
-            orders = self._lay_out(holdings) if holdings is not None else []
+            orders = self._lay_out(Holdings(gathered)) if self.op.rank == 0 else []
             order = self._order = Fields(json.loads(self.op.hand_out(orders)))
             self._sources = []
             for meta, box, (piece, begin) in read_rows(order, "source", "begin"):
@@ -266,38 +264,33 @@ class _Attempt:
                 rows = read_rows(order.child("model"), "begin", "rank", "source")
                 self._gathering = Gathering(self.op, self._pieces, rows)
 
-    def _proof(self, holdings: Holdings, early: bool) -> ReplicaProof:
-        """Of the replicas whose copies are compared before (early), or else beside, the writing."""
-        tensors, groups = holdings.tensors, holdings.groups
-        of = groups.rows.tensor
-        values = np.array([t.dtype == "JSON" for t in tensors], bool)  # compared while planning
-        suspect = np.array([t.name in self._suspects for t in tensors], bool)
-        first = (holdings.nbytes(groups.rows) < EARLY_PROOF_BYTES) | suspect[of]
-        first |= self.request.format is CheckpointFormat.CONSOLIDATED  # whoever has most of a block writes it
-        wanted = (groups.count > 1) & ~values[of] & (first == early) & self.request.verify_replicas
-        return ReplicaProof(groups, np.flatnonzero(wanted))
+    def _checksums(self) -> dict[int, int]:
+        """CRC32s, by their number, of those of this rank's pieces whose copies are compared before the writing.
+
+        These are small ones, those that differed before, and in CONSOLIDATED, where whoever has most of a block writes it, all.
+        """
+        if not self.request.verify_replicas or self.op.world_size == 1:
+            return {}
+        chosen, index = list[int](), 0
+        for t in self._data.tensors:
+            early = t.name in self._suspects or self.request.format is CheckpointFormat.CONSOLIDATED
+            for _, view in t.pieces:
+                if not (t.cut_up or t.alias_of) and (early or view.nbytes < EARLY_PROOF_BYTES):
+                    chosen.append(index)
+                index += 1
+        jobs, rows = checksum_jobs([self._pieces[index][1] for index in chosen])
+        run_jobs(jobs, Meter(poll=self.op.poll), len(jobs))
+        return dict(zip(chosen, summaries(rows)))
 
     def _views(self, runs: object) -> list[torch.Tensor]:
         """The pieces of this rank that rank 0 names by their numbers."""
         counts = runs[2::3] if isinstance(runs, list) else []
         return [self._pieces[index][1] for index in st.decode_runs(runs, sum(counts)).tolist()]
 
-    def _prove_early(self, holdings: Holdings | None) -> None:
-        """Compare the copies of small tensors, and of those that differed before; what differs is kept per rank."""
-        proof = self._proof(holdings, early=True) if holdings is not None else None
-        if not self.op.broadcast(proof is not None and proof.count > 0):
-            return
-        parts = [st.dump_json(proof.wanted(rank)) for rank in range(self.op.world_size)] if proof is not None else []
-        jobs, rows = checksum_jobs(self._views(json.loads(self.op.hand_out(parts))))
-        run_jobs(jobs, Meter(poll=self.op.poll), len(jobs))
-        answers = [json.loads(text) for text in self.op.collect_at_0(st.dump_json(summaries(rows)))]
-        if holdings is not None and proof is not None:
-            self._split_differing(holdings, proof, answers)
-
-    def _split_differing(self, holdings: Holdings, proof: ReplicaProof, answers: Sequence[Sequence[int]]) -> None:
+    def _split_differing(self, holdings: Holdings) -> None:
         """Where copies differ: of a DTensor the lowest rank's is kept, a plain tensor is kept per rank."""
         groups, apart, spoilt = holdings.groups, set[str](), list[int]()
-        for group, odd_ranks in proof.differing(answers).items():
+        for group, odd_ranks in groups.differing(groups.members.crc).items():
             name, odd = holdings.tensors[groups.rows.tensor[group]].name, ", ".join(map(str, odd_ranks))
             which = f"rank(s) {odd} from rank {groups.rows.rank[group]}"
             if holdings.known[name].declared:
@@ -314,8 +307,9 @@ class _Attempt:
 
     def _lay_out(self, holdings: Holdings) -> list[bytes]:
         """Plan, raise the fence, make the files that ranks share; what each rank needs to know to write its bytes."""
+        self._split_differing(holdings)
         plan = self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
-        self._late_proof = self._proof(holdings, early=False)
+        self._late_proof = ReplicaProof(holdings, self.request.verify_replicas)
         if self._fence is None:
             self._fence = self.storage.create(st.fence_name(self.ticket.prefix, self.ticket.save_id))
         common: dict[str, object] = {"proving": self._late_proof.count > 0, "shared": None, "model": None}
@@ -417,12 +411,12 @@ class _Attempt:
                 return True
             differing: set[str] = set()
             if self.op.rank == 0:
-                groups = self._late_proof.groups
                 found = self._late_proof.differing([report.replicas for report in self._reports])
-                differing = {self._plan.tensors[groups.rows.tensor[group]].name for group in found}
-                self._suspects |= differing
-            if self.op.broadcast(not differing):
+                differing = {self._plan.tensors[index].name for index in found.tolist()}
+            names = self.op.broadcast(sorted(differing))
+            if not isinstance(names, list) or not names:
                 return True
+            self._suspects.update(map(str, names))
             for name in self._created:
                 self.storage.delete(name)
             self._created = []
@@ -1326,8 +1320,10 @@ class Told(NamedTuple):
     kept: bool = False  # a value that every rank has for itself
 
 
-def describe(data: ShardData, reference: str | None = None) -> tuple[dict[str, object], str]:
-    """What a rank holds, for the planner, and a digest of its tensors.
+def describe(
+    data: ShardData, reference: str | None = None, crcs: Mapping[int, int] | None = None
+) -> tuple[dict[str, object], str]:
+    """What a rank holds, for the planner, and a digest of its tensors. `crcs`: those of pieces, by number.
 
     Where the digest equals `reference` (rank 0's), they are left out: at thousands of ranks it is nearly always equal.
     """
@@ -1337,7 +1333,9 @@ def describe(data: ShardData, reference: str | None = None) -> tuple[dict[str, o
     held = [(index, box) for index, t in enumerate(data.tensors) for box, _ in t.pieces]
     held += [(index, whole_box(value.shape)) for index, value in enumerate(values, len(tensors))]
     tensor = np.array([index for index, _ in held], np.int64)
-    pieces = st.encode_table({"tensor": tensor}, stack_boxes([box for _, box in held]))
+    crc = np.zeros(len(held), np.int64)
+    crc[list(crcs or {})] = [value + 1 for value in (crcs or {}).values()]
+    pieces = st.encode_table({"tensor": tensor, "crc": crc}, stack_boxes([box for _, box in held]))
     return {"tensors": None if digest == reference else tensors, "values": values, "pieces": pieces}, digest
 
 
@@ -1365,6 +1363,7 @@ class Rows(NamedTuple):
     rank: Ints
     source: Ints
     tensor: Ints
+    crc: Ints  # 1 + the CRC32 of the bytes, 0 where not known
     box: Ints  # (rows, 2, dimensions): offset and size, padded with 0 and 1
 
     def take(self, index: Ints | Mask | slice) -> Rows:
@@ -1383,6 +1382,16 @@ class Groups:
         self.start = np.flatnonzero(first)
         self.count = np.diff(self.start, append=len(first))
         self.rows = self.members.take(self.start)  # the lowest rank stands for the group
+        self.of_member = np.arange(len(self.count)).repeat(self.count)
+
+    def differing(self, crc: Ints) -> dict[int, list[int]]:
+        """Groups whose copies differ, each with the ranks that differ from the lowest one; `crc` of each member, as in `Rows`."""
+        first = crc[self.start[self.of_member]]
+        odd = np.flatnonzero((crc != first) & (crc > 0) & (first > 0))
+        found: dict[int, list[int]] = {}
+        for group, rank in zip(self.of_member[odd].tolist(), self.members.rank[odd].tolist()):
+            found.setdefault(group, []).append(rank)
+        return found
 
 
 class Holdings:
@@ -1391,13 +1400,14 @@ class Holdings:
     def __init__(self, texts: Iterable[bytes]) -> None:
         # Of each rank: its tensors (one object where ranks have the same), its values, and which of those each piece is of.
         self._told: list[tuple[list[Told], list[Told], Ints]] = []
-        boxes = []
+        boxes, crcs = [], []
         for text in texts:
             body = json.loads(text)
             tensors = self._told[0][0] if body["tensors"] is None else _read_told(body["tensors"])
-            (local,), box = st.decode_table(Fields(body["pieces"]), ("tensor",))
+            (local, crc), box = st.decode_table(Fields(body["pieces"]), ("tensor", "crc"))
             self._told.append((tensors, _read_told(body["values"]), local))
             boxes.append(box)
+            crcs.append(crc)
         tables = list({id(tensors): tensors for tensors, *_ in self._told}.values())
         width = max([1, *(len(t.shape) for table in tables for t in table)])  # empty ones too
         counts = [len(box) for box in boxes]
@@ -1406,7 +1416,7 @@ class Holdings:
         for part, box in zip(np.split(stacked, np.cumsum(counts)), boxes):
             part[:, :, : box.shape[2]] = box
         rank, source = np.arange(len(counts)).repeat(counts), np.concatenate([np.arange(count) for count in counts])
-        self._held = Rows(rank, source, np.zeros_like(rank), stacked)
+        self._held = Rows(rank, source, np.zeros_like(rank), np.concatenate(crcs), stacked)
         self._spoilt = np.zeros(len(rank), bool)
         self.known, self._apart = _compare(itertools.chain(*tables, *(values for _, values, _ in self._told)))
         self.arrange(set())
@@ -1495,11 +1505,15 @@ def _compare(told: Iterable[Told]) -> tuple[dict[str, Told], set[str]]:
 
 
 class ReplicaProof:
-    """On rank 0: which copies of some groups each rank is to checksum, and in which groups they turn out to differ."""
+    """On rank 0: which copies each rank is to checksum beside the writing, those that were not compared before it."""
 
-    def __init__(self, groups: Groups, chosen: Ints) -> None:
-        self.groups, self._group = groups, np.arange(len(groups.count)).repeat(groups.count)
-        asked = np.flatnonzero(np.isin(self._group, chosen))
+    def __init__(self, holdings: Holdings, verify: bool) -> None:
+        self._groups = groups = holdings.groups
+        values = np.array([t.dtype == "JSON" for t in holdings.tensors], bool)  # compared while planning
+        open_ = np.zeros(len(groups.count), bool)
+        open_[groups.of_member[groups.members.crc == 0]] = verify
+        open_ &= (groups.count > 1) & ~values[groups.rows.tensor]
+        asked = np.flatnonzero(open_[groups.of_member])
         rank, source = groups.members.rank[asked], groups.members.source[asked]
         order = np.lexsort((source, rank))  # a rank's pieces in their order make few runs
         self._asked, self._rank, self._source, self.count = asked[order], rank[order], source[order], len(asked)
@@ -1508,15 +1522,11 @@ class ReplicaProof:
         """The pieces of a rank that it is to checksum, as runs."""
         return st.encode_runs(self._source[slice(*np.searchsorted(self._rank, (rank, rank + 1)))])
 
-    def differing(self, answers: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-        """Groups whose copies differ, each with the ranks that differ from the lowest one. `answers`: each rank's CRCs."""
-        crcs = np.zeros(len(self._group), np.int64)
-        crcs[self._asked] = np.concatenate([np.array(answer, np.int64) for answer in answers])
-        odd = np.flatnonzero(crcs != crcs[self.groups.start[self._group]])
-        found: dict[int, list[int]] = {}
-        for group, rank in zip(self._group[odd].tolist(), self.groups.members.rank[odd].tolist()):
-            found.setdefault(group, []).append(rank)
-        return found
+    def differing(self, answers: Sequence[Sequence[int]]) -> Ints:
+        """The tensors of which copies differ, by number. `answers`: each rank's CRC32s."""
+        crcs = np.zeros(len(self._groups.of_member), np.int64)
+        crcs[self._asked] = np.concatenate([np.array(answer, np.int64) for answer in answers]) + 1
+        return self._groups.rows.tensor[list(self._groups.differing(crcs))]
 
 
 MIN_SPLIT_BYTES = 1 << 20  # smaller replicas are written whole by one of their holders
