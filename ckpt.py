@@ -671,14 +671,19 @@ class PendingSave(concurrent.futures.Future[str]):
         try:
             return super().result(timeout)
         finally:
-            self.asked = self.done()
+            self._seen()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the save raised, or None."""
         try:
             return super().exception(timeout)
         finally:
-            self.asked = self.done()
+            self._seen()
+
+    def _seen(self) -> None:
+        if self.done():
+            self.asked = True
+            atexit.unregister(self._tell)
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[None]:
@@ -696,12 +701,11 @@ class PendingSave(concurrent.futures.Future[str]):
 
     def fail(self, error: BaseException) -> None:
         """Keep the error for whoever asks; if nobody has when the interpreter exits, it is printed."""
+        atexit.register(self._tell, str(error))
         self.set_exception(error)
-        atexit.register(self._tell, error)
 
-    def _tell(self, error: BaseException) -> None:
-        if not self.asked:
-            print(f"ckpt: a save in the background failed, and nobody asked for its result: {error}", file=sys.stderr)
+    def _tell(self, why: str) -> None:
+        print(f"ckpt: a save in the background failed, and nobody asked for its result: {why}", file=sys.stderr)
 
     def collect(self) -> ShardData:
         """S2 of the background save: the copy; what went wrong with it is raised here, and so on all ranks."""

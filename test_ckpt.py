@@ -68,6 +68,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gc
 import importlib
 import io
 import itertools
@@ -94,6 +95,7 @@ import traceback
 import tracemalloc
 import types
 import warnings
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -6756,6 +6758,17 @@ def test_a_failed_pending_save_that_nobody_asked_about_is_told_when_the_interpre
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=60)
     assert "extra/odd" in done.stderr and "nobody asked" in done.stderr
+
+
+def test_a_failed_pending_save_is_not_kept_once_somebody_has_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(ckpt.log, "disabled", True)  # pytest keeps what is logged
+    pending = over(tmp_path).save_async(torch.nn.Linear(2, 2), None, extra_state={"odd": object()})
+    with pytest.raises(ckpt.CheckpointException, match="extra/odd"):
+        pending.result()
+    kept = weakref.ref(pending)
+    del pending
+    gc.collect()
+    assert kept() is None
 
 
 def test_an_exit_with_a_save_in_flight_whose_other_rank_is_dead_is_bounded_by_the_deadline(ram):
