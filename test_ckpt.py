@@ -6718,6 +6718,7 @@ import os, signal, sys, threading, time
 from pathlib import Path
 from test_ckpt import ckpt, over, put, value, to, Seam, Strike
 tmp, how = Path(sys.argv[1]), sys.argv[2]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 put(ckpt.LocalStorage(tmp), "old")
 
 def act(op):
