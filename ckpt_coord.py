@@ -708,7 +708,8 @@ class Operation:
         self, coordinator: DistributedCoordinator, verb: str, timeout: float, cancel: threading.Event | None = None,
         retryable: tuple[type[BaseException], ...] = (), progress: Callable[[Progress], None] | None = None,
     ) -> None:  # fmt: skip
-        self.coordinator = coordinator if isinstance(coordinator, OperationCoordinator) else InBand(coordinator)
+        in_band = InBand(coordinator, self.remaining)
+        self.coordinator = coordinator if isinstance(coordinator, OperationCoordinator) else in_band
         self.rank, self.world_size, self.timeout = coordinator.rank, coordinator.world_size, timeout
         self._default = ExceptionType.SAVE_FAILED if verb == "save" else ExceptionType.LOAD_FAILED
         self._deadline = time.monotonic() + timeout
@@ -946,8 +947,9 @@ class InBand:
     A rank that fails says so in its next gather, which is the one that the others wait in, or come to: they learn of it there.
     """
 
-    def __init__(self, basic: DistributedCoordinator) -> None:
+    def __init__(self, basic: DistributedCoordinator, remaining: Callable[[], float]) -> None:
         self.rank, self.world_size, self._gather = basic.rank, basic.world_size, basic.all_gather
+        self._remaining = remaining  # seconds until the operation's deadline
 
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
         rows = [Fields(row).all for row in self._gather({"value": value}, timeout=timeout)]
@@ -969,10 +971,10 @@ class InBand:
 
     def fail(self, failure: dict[str, object]) -> dict[str, object]:
         try:
-            rows = [Fields(row).all.get("failure") for row in self._gather({"failure": failure})]
+            rows = self._gather({"failure": failure}, timeout=self._remaining())
+            return next(found for row in rows if isinstance(found := Fields(row).all.get("failure"), dict))
         except Exception:  # the others cannot be reached: then the failure here is all there is to tell
             return failure
-        return next(found for found in rows if isinstance(found, dict))
 
     def failure(self) -> dict[str, object] | None:
         return None

@@ -1054,6 +1054,25 @@ def use_five_methods(rank, world_size, tmp, form):
     return outcome, failed, told(lambda: checkpoint.save(source, None, to("r")))[0]
 
 
+class Deserted:
+    """Rank 0 of two over five methods, where rank 1 says nothing any more."""
+
+    rank, world_size, broadcast = 0, 2, None
+
+    def barrier(self, timeout=600.0):
+        self.all_gather(None, timeout)
+
+    def all_gather(self, value, timeout=600.0):
+        time.sleep(min(timeout, 30.0))
+        raise ckpt.CheckpointException("rank 1 is silent", type=ckpt.ExceptionType.TIMEOUT, rank=1)
+
+
+def test_with_a_coordinator_of_five_methods_too_the_deadline_ends_the_wait_for_a_silent_rank(tmp_path):
+    checkpoint = over(tmp_path, Deserted())
+    answer, seconds = told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+    assert answer[:2] == ("TIMEOUT", 1) and seconds < LATEST_S
+
+
 def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_path):
     checkpoint, given, extra = opened(tmp_path), {"epoch": [1]}, {"step": 1}
     gate, storage = threading.Event(), checkpoint.storage
