@@ -15,7 +15,7 @@ The save protocol (`CheckpointCoordinator.coordinate_save`); the checkpoint exis
 
 The load protocol (`CheckpointLoader.coordinate_load`):
 
-    L1 record · L2 validate · L3 plan · L4 read (only the blocks needed, verified, straight into place) · L5 agree
+    L1 record · L2 validate · L3 plan · L4 read (only what is needed, verified, straight into place) · L5 agree
 
 Invariants, cited where they are upheld:
     I1  A block has exactly one writer.
@@ -39,6 +39,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import random
 import secrets
 import sys
@@ -609,9 +610,13 @@ class CheckpointLoader:
                 loading.validate(reader)
             with op.step("L3 plan"), no_garbage_collection():
                 tasks = reader.plan(loading.prepare(reader))
-                op.gather(None)  # nobody writes into a tensor before everybody has a plan
+                told = op.gather(sum(task.spared() for task in tasks))  # nobody writes before everybody has a plan
+                worth_it = sum(spared for spared in told if isinstance(spared, int)) >= LEAST_SPARED_BYTES
             with op.step("L4 read"):
-                _read(op, reader, tasks, str(request["strategy"]))
+                if request["strategy"] == "broadcast" and op.world_size > 1:
+                    _relay(op, reader, tasks)
+                else:
+                    _read(op, reader, tasks, request["strategy"] == "sequential", worth_it and op.world_size > 1)
         with op.step("L5 agree"), no_garbage_collection():
             op.gather(None)  # every rank has its bytes
             loading.apply()
@@ -625,28 +630,86 @@ class CheckpointLoader:
         return st.decode_record(str(op.broadcast(None)).encode(), prefix)
 
 
-def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], strategy: str) -> None:
-    """L4: read what this rank's tasks ask for; one rank at a time ("sequential"), or each block for all ("broadcast")."""
-    meter = op.meter(sum(task.nbytes for task in tasks))
-    if strategy == "broadcast" and op.world_size > 1:
-        _relay(op, reader, tasks, meter)
-    else:
-        for turn in range(op.world_size) if strategy == "sequential" else [op.rank]:
-            if turn == op.rank:
-                run_tasks(reader, tasks, meter)
-            if strategy == "sequential":
-                op.gather(None)
+def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], in_turn: bool, in_parts: bool) -> None:
+    """L4: read what this rank's tasks ask for, `in_turn` after the lower ranks, `in_parts` where they share blocks."""
+    meter, claims = op.meter(sum(task.nbytes for task in tasks)), list[Claim]()
+
+    def run(task: Task, buffer: Bytes) -> None:
+        if in_parts and task.spared():
+            claims.extend(reader.run_part(task, buffer))
+        else:
+            reader.run(task, buffer)
+        meter.add(task.nbytes)
+
+    for turn in range(op.world_size) if in_turn else [op.rank]:
+        if turn == op.rank:
+            st.in_parallel(tasks, run, min(IO_THREADS, len(tasks)), meter.tick)
+        if in_turn:
+            op.gather(None)
+    if in_parts:
+        unproved = _unproved(op, claims)
+        again = [task for task in tasks if (task.shard, task.first) in unproved]
+        st.in_parallel(again, reader.run, min(IO_THREADS, len(again)), op.poll)
     meter.tick()
 
 
-def run_tasks(reader: CheckpointReader, tasks: Sequence[Task], meter: Meter) -> None:
-    """Run all of them on a few threads."""
-    threads = min(IO_THREADS, len(tasks))
-    st.in_parallel(tasks, lambda task, buffer: meter.add(reader.run(task, buffer)), threads, meter.tick)
+class Claim(NamedTuple):
+    """What a rank tells of a part of a block that it has read: bytes [low, high) of the shard's data."""
+
+    shard: int
+    block: int
+    low: int
+    high: int
+    crc: int  # linear (see `st.linear_crc32`), of the part, and later with zeros for what is behind it
+    behind: int  # bytes of the block
+    whole: int  # the linear CRC32 of the block, by its header
 
 
-def _relay(op: Operation, reader: CheckpointReader, tasks: list[Task], meter: Meter) -> None:
-    """Every block is read by one of the ranks that need it, in turn, and sent to the others; a few blocks a round."""
+JUDGED_BLOCKS = 4096  # in a row of a shard, by the same rank: so that ranks send their claims to few others
+
+
+def _unproved(op: Operation, claims: Sequence[Claim]) -> set[tuple[int, ...]]:
+    """Of the blocks that were read in parts here, those whose parts on all ranks are not proved to be right.
+
+    One rank judges a block. What is not proved need not be damaged: such a block must be read whole.
+    """
+    crcs = np.array([claim.crc for claim in claims], np.int64)
+    crcs = st.with_zeros_behind(crcs, np.array([claim.behind for claim in claims], np.int64))
+    outgoing: dict[int, list[Claim]] = {}
+    for claim, crc in zip(claims, crcs.tolist()):
+        judge = (claim.shard + claim.block // JUDGED_BLOCKS) % op.world_size
+        outgoing.setdefault(judge, []).append(claim._replace(crc=crc))
+    told = {rank: [Claim(*row) for row in rows] for rank, rows in _exchange_rows(op, outgoing).items()}
+    parts: dict[tuple[int, ...], set[Claim]] = {}
+    for claim in itertools.chain(*told.values()):
+        parts.setdefault(claim[:2], set()).add(claim)  # what several ranks have read alike counts once
+    bad = {block for block, found in parts.items() if not _adds_up(sorted(found))}
+    answer = {rank: [claim[:2] for claim in found if claim[:2] in bad] for rank, found in told.items()}
+    return {tuple(row) for rows in _exchange_rows(op, answer).values() for row in rows}
+
+
+def _adds_up(parts: Sequence[Claim]) -> bool:
+    """Whether the parts of a block are apart, and come together to its CRC32, with zeros for what nobody has read.
+
+    Where parts overlap, what is wrong in both would cancel out.
+    """
+    apart = all(part.high <= after.low for part, after in zip(parts, parts[1:]))
+    return apart and functools.reduce(operator.xor, (part.crc for part in parts)) == parts[0].whole
+
+
+def _exchange_rows(op: Operation, outgoing: Mapping[int, Sequence[tuple[int, ...]]]) -> dict[int, list[list[int]]]:
+    """Rows of numbers, all equally long, to and from every rank."""
+    told = {
+        rank: np.array([len(rows[0]), *itertools.chain(*rows)], np.int64) for rank, rows in outgoing.items() if rows
+    }
+    heard = op.exchange({rank: numbers.view(np.uint8) for rank, numbers in told.items()})
+    numbers = {rank: data.view(np.int64) for rank, data in heard.items()}
+    return {rank: found[1:].reshape(-1, found[0]).tolist() for rank, found in numbers.items()}
+
+
+def _relay(op: Operation, reader: CheckpointReader, tasks: list[Task]) -> None:
+    """L4, where every block is read by one of the ranks that need it, in turn, and sent to the others; a few a round."""
+    meter = op.meter(sum(task.nbytes for task in tasks))
     wanted = sorted({(task.shard, block) for task in tasks for block in range(task.first, task.last)})
     columns = np.array(wanted, np.int64).reshape(-1, 2).T
     needs: dict[tuple[int, int], list[int]] = {}
@@ -1532,6 +1595,7 @@ class ReplicaProof:
 
 
 MIN_SPLIT_BYTES = 1 << 20  # smaller replicas are written whole by one of their holders
+SMALL_BYTES = 64 << 10  # smaller pieces lie together: every rank wants some of them, and would want a block for each
 
 
 def assign_writers(holdings: Holdings, todo: Mask, world_size: int) -> Rows:
@@ -1623,8 +1687,10 @@ def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> 
             todo[index], tensors[index] = False, tensors[index]._replace(alias_of=None)
     rows = assign_writers(holdings, todo[holdings.groups.rows.tensor], world_size)
     section = np.array([not in_model(t.name) for t in tensors], np.int64)[rows.tensor]
-    order = np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor, -holdings.itemsize[rows.tensor], section, rows.rank))
-    rows, section, nbytes = rows.take(order), section[order], holdings.nbytes(rows)[order]
+    nbytes = holdings.nbytes(rows)
+    place = (*rows.box[:, 0].T[::-1], rows.tensor)
+    order = np.lexsort((*place, nbytes < SMALL_BYTES, -holdings.itemsize[rows.tensor], section, rows.rank))
+    rows, section, nbytes = rows.take(order), section[order], nbytes[order]
     # Sections start on 16 bytes and hold wide elements first, so every entry is aligned to its element size.
     model_bytes = np.bincount(rows.rank, nbytes * (1 - section), world_size).astype(np.int64)
     totals = np.bincount(rows.rank, nbytes, world_size).astype(np.int64)
@@ -2025,7 +2091,8 @@ class Copy(NamedTuple):
     piece: Box  # of the stored tensor: what `entry` holds
     target: Target
     flat: Bytes | None  # the target's memory, where the whole piece goes there as it is
-    own: int  # bytes that only this rank wants
+    need: tuple[int, int]  # of [low, high), from the first byte that is wanted to behind the last
+    wanted: int  # and how many in there are; 0 where frames hide that
 
 
 class Task(NamedTuple):
@@ -2037,11 +2104,20 @@ class Task(NamedTuple):
     nbytes: int
     copies: list[Copy]
 
+    def spared(self) -> int:
+        """How many of its bytes are for other ranks to read; 0 where they are not worth it, or not to be told apart."""
+        runs = len(self.copies) <= MOST_PARTS and all(c.wanted == c.need[1] - c.need[0] for c in self.copies)
+        spared = self.nbytes - sum(c.wanted for c in self.copies) if runs else 0
+        return spared if spared >= PART_BYTES else 0
+
     def alone(self) -> bool:
-        """Whether to read it past the cache: at least three quarters of it are for this rank alone."""
-        return 4 * sum(copy.own for copy in self.copies) >= 3 * self.nbytes
+        """Whether to read it past the cache: at least three quarters of what is read are for this rank alone."""
+        return 4 * sum(c.wanted for c in self.copies if c.target.alone) >= 3 * (self.nbytes - self.spared())
 
 
+MOST_PARTS = 16  # of a block that are worth reading one by one
+PART_BYTES = 64 << 10  # parts that are nearer to each other are read together
+LEAST_SPARED_BYTES = 16 << 20  # by all ranks: what is worth an exchange of CRC32s
 COMPRESSED_WINDOW = 4  # blocks a task for compressed entries, whose frames do not end where blocks do
 
 
@@ -2053,7 +2129,10 @@ R = TypeVar("R", bound="CheckpointReader")
 
 
 class CheckpointReader:
-    """Verified reads of one committed checkpoint: every byte that it hands out has passed its block's CRC32."""
+    """Verified reads of one committed checkpoint: every byte that it hands out has passed its block's CRC32.
+
+    But for `run_part`, which leaves the proof to all ranks together.
+    """
 
     def __init__(self, storage: st.CheckpointStorage, metadata: st.CheckpointMetadata) -> None:
         self.storage, self.metadata = storage, metadata
@@ -2171,9 +2250,9 @@ class CheckpointReader:
                 exact = piece == want and target.view.dtype == st.DTYPES[meta.dtype]
                 flat = st.byte_view(target.view) if exact else None
                 blocks = COMPRESSED_WINDOW if entry.frames else 1
-                for low, high, start, wanted in _spans(entry, piece, want):
-                    window, own = (shard, low // st.BLOCK_BYTES // blocks * blocks), wanted * target.alone
-                    windows.setdefault(window, []).append(Copy(low, high, start, entry, piece, target, flat, own))
+                for low, high, start, need, wanted in _spans(entry, piece, want):
+                    copy = Copy(low, high, start, entry, piece, target, flat, need, wanted)
+                    windows.setdefault((shard, low // st.BLOCK_BYTES // blocks * blocks), []).append(copy)
         tasks = []
         for (shard, _), copies in sorted(windows.items()):
             first = min(copy.low for copy in copies) // st.BLOCK_BYTES
@@ -2188,8 +2267,8 @@ class CheckpointReader:
         st.read_blocks(self.file(shard), header, first, last, data, self.metadata.shard_path(shard), bounce)
         return data
 
-    def run(self, task: Task, buffer: Bytes) -> int:
-        """L4 for one task: read, verify, put into place. Returns the bytes read."""
+    def run(self, task: Task, buffer: Bytes) -> None:
+        """L4 for one task: read, verify, put into place."""
         shard, first, last, nbytes, (copy, *others) = task
         bounce = buffer if task.alone() else None
         if copy.flat is not None and not copy.entry.frames and not others and copy.high - copy.low == nbytes:
@@ -2197,7 +2276,26 @@ class CheckpointReader:
         else:
             room = buffer if nbytes <= len(buffer) else np.empty(nbytes, np.uint8)
             self.place(task, self.read(shard, first, last, room, bounce))
-        return nbytes
+
+    def run_part(self, task: Task, buffer: Bytes) -> list[Claim]:
+        """L4 for one task of which others read the rest: read what is wanted, and put it into place, on trust.
+
+        The claims tell what was read: all ranks together prove that it was right (`_unproved`).
+        """
+        header, base = self.header(task.shard), task.first * st.BLOCK_BYTES
+        parts = sorted({copy.need for copy in task.copies})
+        reads: list[tuple[int, int]] = []
+        for low, high in parts:
+            near = bool(reads) and low < reads[-1][1] + PART_BYTES
+            reads.append((reads.pop()[0] if near else low // st.ALIGN_BYTES * st.ALIGN_BYTES, high))
+        for low, high in reads:
+            stop = min(task.nbytes, -(-(high - base) // st.ALIGN_BYTES) * st.ALIGN_BYTES)
+            memory = buffer[low - base : stop].data
+            self.file(task.shard).read(header.data_start + low, memory, memory if task.alone() else None)
+        whole, end = st.as_linear(header.block_crcs[task.first], task.nbytes), base + task.nbytes
+        crcs = [st.linear_crc32(buffer[low - base : high - base]) for low, high in parts]
+        self.place(task, buffer[: task.nbytes])
+        return [Claim(task.shard, task.first, *part, crc, end - part[1], whole) for part, crc in zip(parts, crcs)]
 
     def place(self, task: Task, data: Bytes) -> None:
         """Put the verified bytes of a task where they belong."""
@@ -2227,11 +2325,8 @@ class CheckpointReader:
         return st.parse_json(out.numpy().tobytes(), meta.name)
 
 
-def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, int, int]]:
-    """The parts of blocks, or the frames, of a piece that overlap `want`: (low, high, start) as in `Copy`.
-
-    And about how many of their bytes are wanted.
-    """
+def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, int, tuple[int, int], int]]:
+    """The parts of blocks, or the frames, of a piece that overlap `want`: the numbers of a `Copy`."""
     first, last, count = 0, 0, 1  # of what is wanted of it, the first and last element in row-major order, and how many
     for at, size, begin, width in zip(*piece, *want):
         low, high = max(0, begin - at), min(size, begin + width - at)
@@ -2242,9 +2337,10 @@ def _spans(entry: st.Entry, piece: Box, want: Box) -> Iterator[tuple[int, int, i
         edges = np.cumsum([entry.begin, *entry.frames]).tolist()
         for frame in range(first // st.FRAME_BYTES, -(-stop // st.FRAME_BYTES)):
             low, high = edges[frame], edges[frame + 1]
-            yield low, high, frame * st.FRAME_BYTES, 0  # windows overlap: through the page cache
+            yield low, high, frame * st.FRAME_BYTES, (low, high), 0  # windows overlap: through the page cache
     else:
         first, stop = entry.begin + first, entry.begin + stop
         for block in range(first // st.BLOCK_BYTES, st.block_count(stop)):
             low, high = max(entry.begin, block * st.BLOCK_BYTES), min(entry.end, (block + 1) * st.BLOCK_BYTES)
-            yield low, high, low - entry.begin, int((min(stop, high) - max(first, low)) * share)
+            need = max(first, low), min(stop, high)
+            yield low, high, low - entry.begin, need, int((need[1] - need[0]) * share)

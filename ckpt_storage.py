@@ -76,7 +76,7 @@ BLOCK_BYTES = 4 << 20  # the unit of checksums, of I/O and of who writes what
 FRAME_BYTES = 4 << 20  # logical bytes behind one compressed frame
 ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be read and written directly
 MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
-DIRECT_BYTES = 1 << 20  # smaller reads and writes go through the page cache
+DIRECT_BYTES = 256 << 10  # smaller reads and writes go through the page cache
 COLD_BYTES = 64 << 20  # whether the page cache has a file's bytes is asked of such regions
 SLOW_TO_FREE_BYTES = 64 << 20
 HUGE_PAGE_BYTES = 2 << 20  # size and alignment of a huge page
@@ -892,6 +892,43 @@ for _name in ("isal.isal_zlib", "zlib_ng.zlib_ng", "zlib"):  # the same function
         break
 CRC_PROVIDER = _name.partition(".")[0]
 crc32: Callable[..., int] = _FAST_ZLIB.crc32
+
+# A CRC32 begins with all ones and ends inverted. Without either it is linear: what the parts of some bytes give, each in its
+# place among zeros, comes together by exclusive or to what the whole gives. (This is what zlib's crc32_combine rests on.)
+_ONES = 0xFFFFFFFF
+_POLYNOMIAL = 0xEDB88320  # of the CRC32, as all polynomials here with the coefficient of x^0 in the highest bit
+
+
+def linear_crc32(data: Bytes) -> int:
+    """The linear CRC32 of some bytes."""
+    return crc32(data, _ONES) ^ _ONES
+
+
+@functools.lru_cache
+def _crc32_of_zeros(length: int) -> int:
+    return crc32(bytes(length))
+
+
+def as_linear(crc: int, length: int) -> int:
+    """The linear CRC32 of that many bytes which have this CRC32."""
+    return crc ^ _crc32_of_zeros(length)
+
+
+def with_zeros_behind(crcs: Ints, counts: Ints) -> Ints:
+    """The linear CRC32s of the same bytes with so many zeros behind them: times x^(8 count), modulo the polynomial."""
+    power = 1 << 23  # x^8
+    for bit in range(int(counts.max(initial=0)).bit_length()):
+        crcs = np.where(counts >> bit & 1, _times(crcs, power), crcs)
+        power = int(_times(np.array(power), power))
+    return crcs
+
+
+def _times(a: Ints, b: int) -> Ints:
+    product = np.zeros_like(a)
+    for power in range(32):
+        product ^= (a >> (31 - power) & 1) * b
+        b = b >> 1 ^ (b & 1) * _POLYNOMIAL
+    return product
 
 
 class CompressionLevel(enum.Enum):

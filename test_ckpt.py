@@ -2058,6 +2058,10 @@ def load_layout(rank, world_size, tmp, layout, prefixes, fresh):
     truth, answer = the_truth(layout), {}
     checkpoint = opened(tmp)
     for number, (prefix, strategy) in enumerate(prefixes):
+        if number % 3:  # as large models do, read the parts of shared blocks apart
+            ckpt.coord.MOST_PARTS, ckpt.coord.PART_BYTES, ckpt.coord.LEAST_SPARED_BYTES = 1000, 1 + number % 3, 0
+        else:
+            ckpt.coord.LEAST_SPARED_BYTES = 1 << 60
         model = laid_out(Net(), layout)
         new = (fresh + number) % 2
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False) if new else stepped(model, foreach=False)
@@ -2134,6 +2138,117 @@ def broadcast_many_blocks(rank, world_size, tmp, level):
     found = Bag(a=torch.zeros_like(truth), b=torch.zeros(100))
     opened(tmp).load(found, None, at(resharding_strategy="broadcast"))
     return torch.equal(found.state["a"], truth) and torch.equal(found.state["b"], truth[:100])
+
+
+class Halves(nn.Module):
+    """Eight layers of 6 MiB: where each of two ranks wants half of a layer, both want a part of nearly every block."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(1024, 1536, bias=False) for _ in range(8))
+
+
+def half_a_model(mesh, layers=8):
+    model = Halves()
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    del model.layers[layers:]
+    return model
+
+
+class Tampered(Seam):
+    """A disk whose first read at or around byte `place` of `name` gives one wrong bit; a second one is right."""
+
+    def __init__(self, name, place):
+        super().__init__()
+        self.name, self.place = name, place
+
+    def pread(self, fd, buffer, offset):
+        count = super().pread(fd, buffer, offset)
+        if self.paths[fd].endswith(self.name) and offset <= self.place < offset + count:
+            buffer[self.place - offset] ^= 1
+            self.place = -1
+        return count
+
+
+def load_halves(rank, world_size, tmp, case):
+    """What each rank got, the bytes that it read of shards, and the blocks that it read whole after they had been in parts."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    truth, model = filled(Halves(), "truth"), half_a_model(mesh, layers=6 if case == "fewer" and rank else 8)
+    files, whole = Tampered("safetensors", 17 * MiB if case == "glitch" and rank else -1), []
+    run_whole = ckpt.CheckpointReader.run
+
+    def counted(reader, task, buffer):
+        whole.append(task.first) if task.spared() else None
+        run_whole(reader, task, buffer)
+
+    ckpt.CheckpointReader.run = counted
+    checkpoint = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp, files))
+    options = at(strict_mode=case != "fewer", resharding_strategy="sequential" if case == "sequential" else "parallel")
+    kind, _, message = told(lambda: checkpoint.load(model, None, options))
+    mine = {name: tensor.to_local() for name, tensor in model.state_dict().items()}
+    theirs = {name: tensor.chunk(world_size)[rank] for name, tensor in truth.state_dict().items() if name in mine}
+    read = sum(op.size for op in files.done if op.call == "pread" and op.path.endswith("safetensors"))
+    return (kind, message if kind != "returned" else identical(mine, theirs)), read, sorted(set(whole))
+
+
+@pytest.mark.parametrize("case", ["parallel", "sequential"])
+def test_ranks_that_share_blocks_read_only_their_own_part_of_each(tmp_path, case):
+    opened(tmp_path).save(filled(Halves(), "truth"), None, to())
+    for outcome, read, whole in run(2, load_halves, tmp_path, case):
+        assert outcome == ("returned", True) and not whole
+        assert 24 * MiB <= read < 25 * MiB
+
+
+def test_a_block_whose_parts_do_not_come_together_to_its_crc32_is_read_whole(tmp_path):
+    opened(tmp_path).save(filled(Halves(), "truth"), None, to())
+    for outcome, _, whole in run(2, load_halves, tmp_path, "glitch"):
+        assert outcome == ("returned", True) and whole == [4]
+
+
+def test_a_block_of_which_no_rank_wants_a_part_is_read_whole(tmp_path):
+    opened(tmp_path).save(filled(Halves(), "truth"), None, to())
+    (first, _, again), (second, _, _) = run(2, load_halves, tmp_path, "fewer")
+    assert first == second == ("returned", True) and again == [9, 10, 11]
+
+
+@pytest.mark.parametrize("layer_half", [1, 2])
+def test_damage_in_any_ranks_part_of_a_shared_block_is_named_and_fails_all(tmp_path, layer_half):
+    opened(tmp_path).save(filled(Halves(), "truth"), None, to())
+    flip(shards(tmp_path)[0], 4096 + 12 * MiB + (2 * layer_half - 1) * MiB)
+    for (kind, message), _, _ in run(2, load_halves, tmp_path, "parallel"):
+        assert kind == "CORRUPTED_CHECKPOINT"
+        assert "block 3 has CRC32" in message and "layers.2.weight" in message and "undefined" in message
+
+
+def test_small_pieces_lie_together_so_that_a_rank_that_wants_all_of_them_reads_few_blocks(tmp_path):
+    state = {f"layer{n}.{what}": torch.ones(size) for n in range(3) for what, size in (("step", 1), ("weight", MiB))}
+    opened(tmp_path).save(Bag(**state), None, to(include_rng_state=False))
+    names = list(Shard(shards(tmp_path)[0]).header)
+    assert names == [f"model/layer{n}.{what}" for what in ("weight", "step") for n in range(3)]
+
+
+@pytest.mark.parametrize("length", [1, 5, 4096, BLOCK - 13, BLOCK])
+def test_linear_crc32s_of_the_parts_of_a_block_come_together_to_that_of_the_whole(length):
+    rng = np.random.default_rng(length)
+    data, cuts = rng.bytes(length), sorted({0, length, *rng.integers(length, size=5).tolist()})
+    crcs = [st.linear_crc32(data[low:high]) for low, high in zip(cuts, cuts[1:])]
+    moved = st.with_zeros_behind(np.array(crcs), length - np.array(cuts[1:]))
+    assert np.bitwise_xor.reduce(moved) == st.as_linear(zlib.crc32(data), length)
+    assert st.with_zeros_behind(np.array([crcs[0]]), np.array([7])) == st.linear_crc32(data[: cuts[1]] + bytes(7))
+
+
+def test_parts_that_overlap_prove_nothing_for_the_same_damage_to_both_would_cancel_out():
+    def claims(damaged, *spans):
+        block = bytearray(BLOCK)
+        block[70] = damaged
+        crcs = [st.linear_crc32(block[low:high]) for low, high in spans]
+        moved = st.with_zeros_behind(np.array(crcs), np.array([BLOCK - high for _, high in spans])).tolist()
+        return [ckpt.coord.Claim(0, 0, *span, crc, 0, 0) for span, crc in zip(spans, moved)]
+
+    assert ckpt.coord._adds_up(claims(0, (0, 100), (100, BLOCK)))
+    assert not ckpt.coord._adds_up(claims(1, (0, 100), (100, BLOCK)))
+    assert not ckpt.coord._adds_up(claims(1, (0, 100), (50, 150)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -2379,7 +2494,7 @@ def test_only_what_fills_a_block_to_three_quarters_is_one_ranks_alone(tmp_path, 
         box = st.Box((low, 0), (high - low, (1 << 14) // (halves or [1])[0]))
         view = torch.empty(box.size)
         tasks = reader.plan([ckpt.coord.Target(index, box, view, alone=True)])
-        own = sum(copy.own for task in tasks for copy in task.copies)
+        own = sum(copy.wanted for task in tasks for copy in task.copies)
         assert view.nbytes - len(tasks) <= own <= view.nbytes
         assert {task.alone() for task in tasks[1:-1]} == {alone}
         assert not any(task.alone() for task in reader.plan([ckpt.coord.Target(index, box, view)]))
@@ -3256,7 +3371,7 @@ def export_wide(tmp, size):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_export_of_a_damaged_checkpoint_exits_1_naming_it_and_leaves_what_was_there(tmp_path, form, capsys):
-    state = Bag(a=torch.ones(5), b=torch.randn(3 * BLOCK // 4))
+    state = Bag(a=torch.ones(5), b=torch.randn(3 * BLOCK // 4 + 5))
     opened(tmp_path).save(state, None, to(format=form))
     before = exported(capsys, tmp_path, "p", "--model-only")
     victim = next(path for path in shards(tmp_path) if any(name.endswith("b") for name in Shard(path).header))
