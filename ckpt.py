@@ -1313,7 +1313,7 @@ class ChecksumIntegrityChecker:
             reader.meter.add(st.block_span(header, block, block + 1))
 
         blocks = range(st.block_count(header.data_length))
-        st.in_parallel(blocks, check, min(coord.IO_THREADS, len(blocks)), reader.meter.tick)
+        st.in_parallel(blocks, check, len(blocks), reader.meter.tick)
         return found
 
 
@@ -1459,7 +1459,7 @@ def _stream(
         take(found)
         meter.add(task.nbytes)
 
-    st.in_parallel(tasks, read, min(coord.IO_THREADS, len(tasks)), meter.tick)
+    st.in_parallel(tasks, read, len(tasks), meter.tick)
     meter.tick()
 
 

@@ -74,7 +74,6 @@ __all__ = [
 ]  # fmt: skip
 
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
-IO_THREADS = 4
 STORE_BYTES = 4 << 20  # the most in one value: over twice that, a TCPStore drops the connection
 EARLY_PROOF_BYTES = 1 << 20  # replicas smaller than this are compared before writing, larger ones during it
 CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in the second-level cache
@@ -643,13 +642,13 @@ def _read(op: Operation, reader: CheckpointReader, tasks: list[Task], in_turn: b
 
     for turn in range(op.world_size) if in_turn else [op.rank]:
         if turn == op.rank:
-            st.in_parallel(tasks, run, min(IO_THREADS, len(tasks)), meter.tick)
+            st.in_parallel(tasks, run, len(tasks), meter.tick)
         if in_turn:
             op.gather(None)
     if in_parts:
         unproved = _unproved(op, claims)
         again = [task for task in tasks if (task.shard, task.first) in unproved]
-        st.in_parallel(again, reader.run, min(IO_THREADS, len(again)), op.poll)
+        st.in_parallel(again, reader.run, len(again), op.poll)
     meter.tick()
 
 
@@ -1822,7 +1821,7 @@ Job = Callable[[Bytes], None]  # something for a thread of `in_parallel` to do, 
 
 def run_jobs(jobs: Iterable[Job], meter: Meter, count: int) -> None:
     """Do all `count` of them on a few threads."""
-    st.in_parallel(jobs, lambda job, buffer: job(buffer), min(IO_THREADS, count), meter.tick)
+    st.in_parallel(jobs, lambda job, buffer: job(buffer), count, meter.tick)
 
 
 def checksum_jobs(views: Sequence[torch.Tensor]) -> tuple[list[Job], list[list[int]]]:
@@ -1919,7 +1918,7 @@ def write_packed(
     def jobs() -> Iterator[Job]:  # runs in one thread at a time
         under_way: deque[Future[bytes]] = deque()
         for index in range(len(frames)):
-            if len(under_way) == 2 * IO_THREADS:
+            if len(under_way) == 2 * st.IO_THREADS:
                 write(under_way.popleft().result())
             under_way.append(Future())
             yield functools.partial(fulfil, under_way[-1], compress, index)

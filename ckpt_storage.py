@@ -73,6 +73,7 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4 << 20  # the unit of checksums, of I/O and of who writes what
+IO_THREADS = 6  # of a rank: they keep the disk busy while some of them copy and checksum
 FRAME_BYTES = 4 << 20  # logical bytes behind one compressed frame
 ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be read and written directly
 MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
@@ -1032,9 +1033,9 @@ def aligned_buffer(length: int) -> Bytes:
 
 
 def in_parallel(
-    items: Iterable[T], work: Callable[[T, Bytes], None], threads: int, poll: Callable[[], None] = lambda: None
+    items: Iterable[T], work: Callable[[T, Bytes], None], count: int, poll: Callable[[], None] = lambda: None
 ) -> None:
-    """Run `work(item, buffer)` for every item (none is None) on a few threads, each with its own buffer of `BLOCK_BYTES`.
+    """Run `work(item, buffer)` for all `count` items (none is None) on `IO_THREADS`, each with its buffer of `BLOCK_BYTES`.
 
     `poll` runs in the calling thread a few times a second and may raise to stop. The first error of any thread is
     raised here after the others have stopped: none vanishes.
@@ -1054,7 +1055,7 @@ def in_parallel(
             errors.append(error)
             stop.set()
 
-    workers = [threading.Thread(target=drain, name=f"ckpt-io-{n}", daemon=True) for n in range(threads)]
+    workers = [threading.Thread(target=drain, name=f"ckpt-io-{n}", daemon=True) for n in range(min(IO_THREADS, count))]
     try:
         for worker in workers:
             worker.start()

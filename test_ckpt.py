@@ -5192,7 +5192,7 @@ def test_a_write_that_takes_nothing_is_an_error_not_a_hang(ram):
 # Row 8: an error in any worker thread
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(st.IO_THREADS))
 @pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "bad disk"), RuntimeError("boom"), MemoryError()], ids=repr)
 def test_an_error_in_any_worker_thread_fails_the_save_and_publishes_nothing(ram, tiny_blocks, error, level, number):
@@ -5200,10 +5200,10 @@ def test_an_error_in_any_worker_thread_fails_the_save_and_publishes_nothing(ram,
 
 
 def check_thread_error(tmp, error, level=CompressionLevel.NONE, number=0):
-    """Each of four threads is given a block; one of them fails on it."""
+    """Each of the threads is given a block; one of them fails on it."""
     storage = ckpt.LocalStorage(tmp)
     put(storage, "old")
-    before, met, came, failed = listing(tmp), threading.Barrier(4), set(), []
+    before, met, came, failed = listing(tmp), threading.Barrier(st.IO_THREADS), set(), []
     real = st.crc32 if level is CompressionLevel.NONE else st.compress_frame
 
     def work(*args):
