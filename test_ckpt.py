@@ -2221,6 +2221,46 @@ def test_damage_in_any_ranks_part_of_a_shared_block_is_named_and_fails_all(tmp_p
         assert "block 3 has CRC32" in message and "layers.2.weight" in message and "undefined" in message
 
 
+def load_random_layouts(rank, world_size, tmp, cases):
+    """Tensors saved in one layout and loaded into another, every second time after a bit of a file was flipped."""
+    st.BLOCK_BYTES, st.DIRECT_BYTES = 2 * PAGE, PAGE
+    ckpt.coord.MOST_PARTS, ckpt.coord.PART_BYTES, ckpt.coord.LEAST_SPARED_BYTES = 1000, 1, 0
+    mesh, outcomes = init_device_mesh("cpu", (world_size,)), []
+    for case in range(cases):
+        rng, path = np.random.default_rng(case), f"{tmp}/{case}"
+
+        def laid(tensor):
+            placement = Replicate() if rng.random() < 0.2 else ShardDim(int(rng.integers(tensor.ndim)))
+            return distribute_tensor(tensor, mesh, [placement])
+
+        shapes = [rng.integers(1, (9000,) if flat else (60, 40, 8)) for flat in rng.integers(2, size=5)]
+        dtypes = [(torch.float64, torch.float32, torch.bfloat16, torch.uint8)[n] for n in rng.integers(4, size=5)]
+        truth = [torch.from_numpy(rng.integers(0, 200, size=s)).to(d) for s, d in zip(shapes, dtypes)]
+        saved = Bag(**{str(n): laid(tensor) for n, tensor in enumerate(truth)})
+        opened(path).save(saved, None, to(format=FORMATS[case % 3], include_rng_state=False))
+        place = rng.random()
+        if rank == 0 and case % 2:
+            flip(file := shards(path)[0], int(place * file.stat().st_size))
+        dist.barrier()
+        found = Bag(**{str(n): laid(torch.zeros_like(tensor)) for n, tensor in enumerate(truth)})
+        options = at(load_rng_state=False, resharding_strategy=STRATEGIES[case // 3 % 3])
+        kind, _, _ = told(lambda: opened(path).load(found, None, options))
+        whole = [tensor.full_tensor() for tensor in found.state.values()]
+        outcomes.append("exact" if kind == "returned" and all(map(torch.equal, whole, truth)) else kind)
+    return outcomes
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_random_layouts_are_loaded_exactly_into_others_or_on_all_ranks_refused_as_damaged(tmp_path, world_size):
+    first, *others = run(world_size, load_random_layouts, tmp_path, 36)
+    assert all(other == first for other in others)
+    assert set(first[::2]) == {"exact"} and {"CORRUPTED_CHECKPOINT"} <= set(first[1::2])
+    assert set(first[1::2]) <= {
+        "exact",
+        "CORRUPTED_CHECKPOINT",
+    }  # what no rank wants, such as a filler, need not be right
+
+
 def test_small_pieces_lie_together_so_that_a_rank_that_wants_all_of_them_reads_few_blocks(tmp_path):
     state = {f"layer{n}.{what}": torch.ones(size) for n in range(3) for what, size in (("step", 1), ("weight", MiB))}
     opened(tmp_path).save(Bag(**state), None, to(include_rng_state=False))
