@@ -1176,11 +1176,11 @@ class Restore:
     def _aim(self, index: int, local: coord.LocalTensor) -> None:
         """Have what is here of a tensor filled with the stored one of that number; the last of several wins, as in torch."""
         for box, view in local.pieces:  # tied tensors need one fill
-            before = self.targets.get(coord.identity(view))
+            before = self.targets.get(place := coord.identity(view))
             if before is not None and before.tensor != index:
                 lost = self.reader.metadata.tensors[before.tensor].name
                 self.warnings.append(f"{lost}: is one tensor here with {local.name}, whose stored value it gets")
-            self.targets[coord.identity(view)] = coord.Target(index, box, view, local.cut_up or self._only_rank)
+            self.targets[place] = coord.Target(index, box, view, local.cut_up or self._only_rank)
 
     def value(self, index: int, live: object) -> object:
         """A stored value with its tensors, as `decode`."""
