@@ -1192,7 +1192,8 @@ def _simulated(rank: int, ranks: int) -> ckpt.ShardData:
         size = min(chunk, shape[0] - low)
         box = ckpt_storage.Box((low, 0), (size, 1024))
         pieces = [(box, empty)] if size else []
-        tensors.append(ckpt_coord.LocalTensor(f"model/layers.{index}.weight", "BF16", shape, pieces, True))
+        name, mesh = f"model/layers.{index}.weight", tuple(range(ranks))
+        tensors.append(ckpt_coord.LocalTensor(name, "BF16", shape, pieces, mesh, replicated=False))
     return ckpt.ShardData(tensors, {"rng/state": (b"%d" % rank, True), "optimizer/state": (b"{}", False)})
 
 

@@ -296,7 +296,7 @@ class DistributedCheckpoint:
         self.default_timeout = CheckpointOptions.default_timeout
         self.keep_last: int | None = None
         self.staging_budget_bytes: int | None = None
-        self._suspects: set[str] = set()
+        self._warned: set[frozenset[str]] = set()  # what a warning has said that ranks differ in
         self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
         self._pending: PendingSave | None = None
 
@@ -486,7 +486,7 @@ class DistributedCheckpoint:
                 options.replicas == "verify", contents, options.custom_metadata,
             )  # fmt: skip
 
-        saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects)
+        saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._warned)
         result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
         for warning in result.warnings:
             self.logger.warning("%s: %s", result.prefix, warning)
@@ -533,6 +533,7 @@ class DistributedCheckpoint:
             pieces = [(box, copies[coord.identity(view)].room) for box, view in t.pieces]
             pending.data.tensors.append(t._replace(pieces=pieces))
         pending.data.values.update(live.values)
+        pending.data = pending.data._replace(steps=live.steps)
         if not pending.late:
             pending.staged()
 
@@ -756,7 +757,8 @@ class Collecting:
     """S2: what a save collects on a rank."""
 
     def __init__(self) -> None:
-        self.data = ShardData([], {})
+        self.steps: dict[str, float] = {}
+        self.data = ShardData([], {}, self.steps)
         self._values: dict[str, tuple[object, bool]] = {}
         self._names: set[str] = set()
 
@@ -934,6 +936,10 @@ class OptimizerState:
                 for name, _, key in params:
                     if key in by_key:
                         states[name] = into.encode(by_key[key], "", f"optimizer/{name}/")
+                    own = by_key.get(key)
+                    step = own["step"] if isinstance(own, dict) and "step" in own else options.get("step")
+                    if isinstance(step, (int, float)):
+                        into.steps[name] = step
         node = {"groups": groups, "states": states, "others": others}
         into.data.values["optimizer/state"] = (st.dump_json(node), False)
 
@@ -1150,10 +1156,14 @@ class Restore:
         self._judge()
         return list(self.targets.values())
 
-    def find(self, name: str) -> int | None:
-        """The index of what is stored under a name, or None after noting the problem."""
+    def find(self, name: str, live: torch.Tensor | None = None) -> int | None:
+        """The index of what is stored under a name, or None after noting the problem. `live`: what it is to fill.
+
+        A tensor that is kept per mesh is stored under the mesh's lowest rank.
+        """
         self.unexpected.discard(name)
-        index = self.reader.find(name, self.op.rank)
+        mesh = [] if live is None else self.op.own_ranks(coord.mesh_ranks(live))
+        index = self.reader.find(name, min(mesh, default=self.op.rank))
         if index is None:
             kept = self.reader.ranks(name)
             why = f"saved per rank, for ranks {kept}, none for rank {self.op.rank}"
@@ -1162,7 +1172,7 @@ class Restore:
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Arrange for `tensor` to be filled in place with what is stored as `name`."""
-        if (index := self.find(name)) is None:
+        if (index := self.find(name, tensor)) is None:
             return
         meta = self.reader.metadata.tensors[index]
         if meta.shape != tuple(tensor.shape):
@@ -1180,7 +1190,8 @@ class Restore:
             if before is not None and before.tensor != index:
                 lost = self.reader.metadata.tensors[before.tensor].name
                 self.warnings.append(f"{lost}: is one tensor here with {local.name}, whose stored value it gets")
-            self.targets[place] = coord.Target(index, box, view, local.cut_up or self._only_rank)
+            alone = self._only_rank or (len(local.mesh) == self.op.world_size and not local.replicated)
+            self.targets[place] = coord.Target(index, box, view, alone)
 
     def value(self, index: int, live: object) -> object:
         """A stored value with its tensors, as `decode`."""
@@ -1195,7 +1206,7 @@ class Restore:
 
         def tensor(name: str) -> torch.Tensor:
             found = known.get(name)
-            if (index := self.find(name)) is None:
+            if (index := self.find(name, param if found is None else found)) is None:
                 return torch.empty(0) if found is None else found
             shape, dtype = (meta := self.reader.metadata.tensors[index]).shape, st.DTYPES[meta.dtype]
             if found is None or tuple(found.shape) != shape or found.dtype != dtype:
@@ -1332,16 +1343,15 @@ class VersionCompatibilityChecker:
 
 
 class SchemaCompatibilityChecker:
-    """Every tensor's pieces add up to the whole of it; an error for each (20 at most) of which they do not."""
+    """Every tensor's pieces hold each of its elements once; an error for each (20 at most) of which they do not."""
 
     name = "schema"
 
     def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
-        volume = np.zeros(len(metadata.tensors), np.int64)
-        np.add.at(volume, metadata.pieces.tensor, metadata.pieces.box[:, 1].prod(axis=1))
-        expected = [math.prod(t.shape) if t.alias_of is None else 0 for t in metadata.tensors]
-        rows = zip(metadata.tensors, volume.tolist(), expected)
-        return ValidationResult([f"{t.name}: pieces hold {n} of {all} elements" for t, n, all in rows if n != all][:20])
+        shapes = [t.shape if t.alias_of is None else (0,) for t in metadata.tensors]
+        wrong = st.not_covered_once(metadata.pieces.tensor, metadata.pieces.box, shapes)
+        names = (metadata.tensors[index].name for index in wrong[:20])
+        return ValidationResult([f"{name}: its pieces do not hold each of its elements once" for name in names])
 
 
 class CheckpointValidator:

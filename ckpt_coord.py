@@ -7,9 +7,9 @@ The save protocol (`CheckpointCoordinator.coordinate_save`); the checkpoint exis
     step        | who    | what                                                             | a crash leaves
     S1 agree    | all    | same prefix and options on every rank; rank 0 draws the save id  | nothing
     S2 collect  | each   | state dicts -> pieces held by this rank (`LocalTensor`)          | nothing
-    S3 plan     | rank 0 | who writes which bytes, handed out; rank 0 raises the fence      | the fence, orphan shards
+    S3 plan     | all    | replicas compared; rank 0 plans who writes what, raises the fence | the fence, orphan shards
     S4 write    | each   | its blocks, checksummed in the same pass, fsync                  | orphan shards
-    S5 report   | all    | lengths and CRCs to rank 0; replicas that differ: back to S3     | orphan shards
+    S5 report   | all    | lengths and CRCs to rank 0                                       | orphan shards
     S6 commit   | rank 0 | headers of shared files, fsync directories, record, RENAME, fsync | old or new, whole
     S7 announce | all    | every rank learns; then superseded shards and old checkpoints go | extra files
 
@@ -41,10 +41,12 @@ import json
 import math
 import operator
 import random
+import re
 import secrets
 import sys
 import threading
 import time
+import types
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -75,7 +77,6 @@ __all__ = [
 
 GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only the missing are named
 STORE_BYTES = 4 << 20  # the most in one value: over twice that, a TCPStore drops the connection
-EARLY_PROOF_BYTES = 1 << 20  # replicas smaller than this are compared before writing, larger ones during it
 CACHE_BYTES = 256 << 10  # what is copied and checksummed at a time: it stays in the second-level cache
 T = TypeVar("T")
 Mask = npt.NDArray[np.bool_]
@@ -135,7 +136,6 @@ class Report(NamedTuple):
     crcs: list[int]  # of the blocks of its part of the file that ranks share
     end: int  # of the data in that part
     placed: list[tuple[int, Shape]]  # where its entries came to lie, and their frames, where they are compressed
-    replicas: list[int]  # a CRC32 for each copy that it was asked for
 
 
 class SaveResult(NamedTuple):
@@ -148,14 +148,14 @@ class SaveResult(NamedTuple):
 
 
 class CheckpointCoordinator:
-    """Runs S1 to S7 on one rank. `suspects`: tensors whose copies once differed, compared before they are written."""
+    """Runs S1 to S7 on one rank. `warned`: the sets of tensors of which a warning has said that ranks differ in them."""
 
     def __init__(
         self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage, keep_last: int | None = None,
-        suspects: set[str] | None = None,
+        warned: set[frozenset[str]] | None = None,
     ) -> None:  # fmt: skip
         self.coordinator, self.storage, self.keep_last = coordinator, storage, keep_last
-        self.suspects = set() if suspects is None else suspects
+        self.warned = set() if warned is None else warned
 
     def coordinate_save(
         self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData]
@@ -169,11 +169,9 @@ class CheckpointCoordinator:
         try:
             attempt.agree(request)
             attempt.collect(collect)
-            proved = False
-            while not proved:  # copies differ that were planned as replicas: once more, each rank its own
-                attempt.plan()
-                attempt.write()
-                proved = attempt.report()
+            attempt.plan()
+            attempt.write()
+            attempt.report()
             attempt.commit()
             attempt.announce()
         except BaseException as error:
@@ -201,7 +199,6 @@ class _Attempt:
     _committed = False  # S6, elsewhere than on rank 0: S7
     # And on rank 0 alone:
     _plan: SavePlan  # S3
-    _late_proof: ReplicaProof  # S3: of the copies that are checksummed in S4
     _fence: st.StoredFile | None = None  # S3
     _shared: Draft | None = None  # S3: the files that ranks share
     _model: Draft | None = None
@@ -209,7 +206,7 @@ class _Attempt:
     size_bytes = 0  # S6
 
     def __init__(self, parent: CheckpointCoordinator, op: Operation) -> None:
-        self.storage, self.keep_last, self._suspects = parent.storage, parent.keep_last, parent.suspects
+        self.storage, self.keep_last, self._warned = parent.storage, parent.keep_last, parent.warned
         self.op = op
         self.warnings: list[str] = []
         self._created: list[str] = []  # S3, S4: tensor files, to be removed after a failure
@@ -239,20 +236,24 @@ class _Attempt:
     def collect(self, collect: Callable[[], ShardData]) -> None:
         with self.op.step("S2 collect"), no_garbage_collection():
             data = collect()
-            self._data = data._replace(tensors=mark_tied(data.tensors))
-            self._pieces = [piece for t in data.tensors for piece in t.pieces]
+            tensors = [t._replace(mesh=self.op.own_ranks(t.mesh)) for t in data.tensors]
+            # A rank outside of a DTensor's mesh has nothing to tell of it.
+            data = data._replace(tensors=mark_tied([t for t in tensors if not t.mesh or self.op.rank in t.mesh]))
+            self._data, self._pieces = data, [piece for t in data.tensors for piece in t.pieces]
             for text, _ in data.values.values():
                 self._pieces.append((Box((0,), (len(text),)), torch.frombuffer(bytearray(text), dtype=torch.uint8)))
 
     # S3
     def plan(self) -> None:
         with self.op.step("S3 plan"), no_garbage_collection():
-            crcs = self._checksums()
-            first = describe(self._data, crcs=crcs) if self.op.rank == 0 else None
+            first = describe(self._data) if self.op.rank == 0 else None
             reference = self.op.broadcast(first[1] if first else None)
-            description, _ = first or describe(self._data, str(reference), crcs)
+            description, _ = first or describe(self._data, str(reference))
             gathered = self.op.collect_at_0(st.dump_json(description))
-            orders = self._lay_out(Holdings(gathered)) if self.op.rank == 0 else []
+            holdings = Holdings(gathered) if self.op.rank == 0 else None
+            if self.op.world_size > 1:
+                self._compare_replicas(holdings)
+            orders = self._lay_out(holdings) if holdings else []
             order = self._order = Fields(json.loads(self.op.hand_out(orders)))
             self._sources = []
             for meta, box, (piece, begin) in read_rows(order, "source", "begin"):
@@ -264,55 +265,40 @@ class _Attempt:
                 rows = read_rows(order.child("model"), "begin", "rank", "source")
                 self._gathering = Gathering(self.op, self._pieces, rows)
 
-    def _checksums(self) -> dict[int, int]:
-        """CRC32s, by their number, of those of this rank's pieces whose copies are compared before the writing.
-
-        These are small ones, those that differed before, and in CONSOLIDATED, where whoever has most of a block writes it, all.
-        """
-        if not self.request.verify_replicas or self.op.world_size == 1:
-            return {}
-        chosen, index = list[int](), 0
-        for t in self._data.tensors:
-            early = t.name in self._suspects or self.request.format is CheckpointFormat.CONSOLIDATED
-            for _, view in t.pieces:
-                if not (t.cut_up or t.alias_of) and (early or view.nbytes < EARLY_PROOF_BYTES):
-                    chosen.append(index)
-                index += 1
-        jobs, rows = checksum_jobs([self._pieces[index][1] for index in chosen])
-        run_jobs(jobs, Meter(poll=self.op.poll), len(jobs))
-        return dict(zip(chosen, summaries(rows)))
-
-    def _views(self, runs: object) -> list[torch.Tensor]:
-        """The pieces of this rank that rank 0 names by their numbers."""
-        counts = runs[2::3] if isinstance(runs, list) else []
-        return [self._pieces[index][1] for index in st.decode_runs(runs, sum(counts)).tolist()]
-
-    def _split_differing(self, holdings: Holdings) -> None:
-        """Where copies differ: of a DTensor the lowest rank's is kept, a plain tensor is kept per rank."""
-        groups, apart, spoilt = holdings.groups, set[str](), list[int]()
-        for group, odd_ranks in groups.differing(groups.members.crc).items():
-            name, odd = holdings.tensors[groups.rows.tensor[group]].name, ", ".join(map(str, odd_ranks))
-            which = f"rank(s) {odd} from rank {groups.rows.rank[group]}"
-            if holdings.known[name].declared:
-                spoilt += range(groups.start[group] + 1, groups.start[group] + groups.count[group])
-                told = f"copies that its placement declares equal differ: {which}, whose copy is kept"
-            elif name in apart:
-                continue
-            else:
-                apart.add(name)
-                told = f"differs between ranks ({which}); it is saved per rank"
-            self.warnings.append(f"{name}: {told}")
-        if apart or spoilt:
-            holdings.arrange(apart, groups.members.take(np.array(spoilt, np.int64)))
+    def _compare_replicas(self, holdings: Holdings | None) -> None:
+        """Checksum what several ranks hold. Copies that differ are then kept per rank or mesh. `holdings`: on rank 0."""
+        asked, asks = np.empty(0, np.int64), list[bytes]()
+        if holdings:
+            asked, on_device = holdings.replicas(self.request.verify_replicas)
+            members = holdings.groups.members.take(asked)
+            edges = np.searchsorted(members.rank, np.arange(self.op.world_size + 1)).tolist()
+            for low, high in itertools.pairwise(edges):
+                columns = {"source": members.source[low:high], "on_device": on_device[low:high]}
+                runs = {name: st.encode_runs(column) for name, column in columns.items()}
+                asks.append(st.dump_json({**runs, "count": high - low, "any": len(asked) > 0}))
+        ask = Fields(json.loads(self.op.hand_out(asks)))
+        if ask.all["any"]:
+            sources, on_device = (st.decode_runs(ask.array(k), ask.number("count")) for k in ("source", "on_device"))
+            views = [self._pieces[index][1] for index in sources.tolist()]
+            sums = checksums(views, on_device.tolist(), Meter(poll=self.op.poll))
+            answers = self.op.collect_at_0(st.dump_json(sums))
+            if holdings:
+                found = itertools.chain.from_iterable(map(json.loads, answers))
+                holdings.keep_differing(asked, np.fromiter(found, np.uint64, len(asked)), self.warnings)
+        if holdings:
+            holdings.check_steps()
+            names = holdings.told_apart()
+            if names and names not in self._warned:
+                self._warned.add(names)
+                self.warnings.append(
+                    f"kept per rank, or per mesh of ranks, since they differ: {st.some(sorted(names), 20)}"
+                )
 
     def _lay_out(self, holdings: Holdings) -> list[bytes]:
         """Plan, raise the fence, make the files that ranks share; what each rank needs to know to write its bytes."""
-        self._split_differing(holdings)
         plan = self._plan = plan_layout(holdings, self.request.format, self.op.world_size)
-        self._late_proof = ReplicaProof(holdings, self.request.verify_replicas)
-        if self._fence is None:
-            self._fence = self.storage.create(st.fence_name(self.ticket.prefix, self.ticket.save_id))
-        common: dict[str, object] = {"proving": self._late_proof.count > 0, "shared": None, "model": None}
+        self._fence = self.storage.create(st.fence_name(self.ticket.prefix, self.ticket.save_id))
+        common: dict[str, object] = {"shared": None, "model": None}
         if plan.shared:
             self._shared = self._draft_shared(plan)
             common["shared"] = self._make(self._shared)
@@ -321,10 +307,7 @@ class _Attempt:
             common["model"] = {**self._make(self._model), **_model_order(plan, plan.model_rows)}
             if self.request.packed:
                 self.warnings.append("the consolidated model file is not compressed: others could not read it")
-        return [
-            st.dump_json({**common, **plan.order(rank), "replicas": self._late_proof.wanted(rank)})
-            for rank in range(self.op.world_size)
-        ]
+        return [st.dump_json({**common, **plan.order(rank)}) for rank in range(self.op.world_size)]
 
     def _draft_shared(self, plan: SavePlan) -> Draft:
         entries = []
@@ -365,7 +348,6 @@ class _Attempt:
     def write(self) -> None:
         with self.op.step("S4 write"):
             order, entries = self._order, [s.entry for s in self._sources]
-            beside, replicas = checksum_jobs(self._views(order.all["replicas"]))
             total = sum(e.end - e.begin for e in entries)
             if entries and not self.request.packed:
                 total = entries[-1].end - entries[0].begin  # and what lies between them
@@ -379,49 +361,29 @@ class _Attempt:
             if order.all["shared"] is None:
                 draft = draft_file(st.shard_name(self.ticket.save_id, self.op.rank, self.op.world_size), entries)
                 with self._create(draft) as file:
-                    crcs, moved = self._write_part(file, len(draft.header), meter, beside)
+                    crcs, moved = self._write_part(file, len(draft.header), meter)
                     shard = draft.finish(file, crcs, moved)
                     file.sync()  # I2
             elif entries:
                 told = order.child("shared")
                 with self._open(told.text("file")) as file:
-                    crcs, moved = self._write_part(file, told.number("start"), meter, beside)
-            else:
-                run_jobs(beside, meter, len(beside))
+                    crcs, moved = self._write_part(file, told.number("start"), meter)
             places, end = [(e.begin, e.frames) for e in moved], data_end(moved or entries)
             crcs = [] if shard else crcs
-            self._report = Report(list(model.items()), shard, crcs, end, places, summaries(replicas))
+            self._report = Report(list(model.items()), shard, crcs, end, places)
             meter.tick()
             self.bytes_written = total
 
-    def _write_part(
-        self, file: st.StoredFile, start: int, meter: Meter, beside: Sequence[Job]
-    ) -> tuple[list[int], list[st.Entry]]:
+    def _write_part(self, file: st.StoredFile, start: int, meter: Meter) -> tuple[list[int], list[st.Entry]]:
         """This rank's part of a file: the CRCs of its blocks, and its entries where compression has moved them."""
         if self.request.packed:
-            return write_packed(file, start, self._sources, meter, beside, self.request.compression)
-        return write_raw(file, start, self._sources, meter, beside), []
+            return write_packed(file, start, self._sources, meter, self.request.compression)
+        return write_raw(file, start, self._sources, meter), []
 
     # S5
-    def report(self) -> bool:
-        """Whether what was written may be committed; if not, its files are deleted and S3 runs again."""
+    def report(self) -> None:
         with self.op.step("S5 report"):
             self._reports = [Report(*json.loads(text)) for text in self.op.collect_at_0(st.dump_json(self._report))]
-            if not self._order.all["proving"]:
-                return True
-            differing: set[str] = set()
-            if self.op.rank == 0:
-                found = self._late_proof.differing([report.replicas for report in self._reports])
-                differing = {self._plan.tensors[index].name for index in found.tolist()}
-            names = self.op.broadcast(sorted(differing))
-            if not isinstance(names, list) or not names:
-                return True
-            self._suspects.update(map(str, names))
-            for name in self._created:
-                self.storage.delete(name)
-            self._created = []
-            self.warnings.clear()  # what they told is found again
-            return False
 
     # S6
     def commit(self) -> None:
@@ -773,6 +735,8 @@ class Operation:
         in_band = InBand(coordinator, self.remaining)
         self.coordinator = coordinator if isinstance(coordinator, OperationCoordinator) else in_band
         self.rank, self.world_size, self.timeout = coordinator.rank, coordinator.world_size, timeout
+        numbers: Sequence[int] = getattr(coordinator, "global_ranks", range(self.world_size))
+        self._own_rank = {number: rank for rank, number in enumerate(numbers)}
         self._default = ExceptionType.SAVE_FAILED if verb == "save" else ExceptionType.LOAD_FAILED
         self._deadline = time.monotonic() + timeout
         self._cancel, self._retryable, self._progress = cancel, retryable, progress
@@ -835,6 +799,10 @@ class Operation:
             "type": kind, "rank": rank, "message": message, "retryable": isinstance(error, self._retryable),
             "superseded": isinstance(error, Superseded),
         }  # fmt: skip
+
+    def own_ranks(self, mesh: Sequence[int]) -> Shape:
+        """The ranks of a mesh as this operation counts them; those that take no part in it are left out."""
+        return tuple(sorted(self._own_rank[rank] for rank in mesh if rank in self._own_rank))
 
     def remaining(self) -> float:
         """Seconds until waits for other ranks end: the deadline and the grace."""
@@ -1071,7 +1039,7 @@ class TorchCoordinator:
         ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         if dist.get_rank() not in ranks:
             raise ValueError(f"rank {dist.get_rank()} is not in the process group of ranks {ranks}")
-        self.rank, self.world_size = ranks.index(dist.get_rank()), len(ranks)
+        self.rank, self.world_size, self.global_ranks = ranks.index(dist.get_rank()), len(ranks), tuple(ranks)
         store = dist.distributed_c10d._get_default_store()
         if hasattr(store, "clone"):  # a connection of our own: training threads block on theirs
             store = store.clone()
@@ -1232,8 +1200,8 @@ class LocalTensor(NamedTuple):
     dtype: str
     shape: Shape  # global
     pieces: list[tuple[Box, torch.Tensor]]  # none where the rank's shard is empty
-    declared: bool = False  # a DTensor: equal copies on several ranks are declared by its placements
-    cut_up: bool = False  # a DTensor: its placements tell that no element is on several ranks
+    mesh: Shape = ()  # a DTensor: the global ranks of its mesh, sorted
+    replicated: bool = True  # whether a placement declares equal copies, or nothing tells
     alias_of: str | None = None
 
 
@@ -1249,12 +1217,19 @@ def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     local = tensor if sharded is None else sharded.to_local()
     placements = () if sharded is None else sharded.placements
     _refuse_unsupported(name, local, placements)
-    cut_up = sharded is not None and not any(placement.is_replicate() for placement in placements)
-    box, size = None, tuple(local.shape)
-    if local.numel():
-        box = whole_box(size) if sharded is None else _shard_box(name, sharded, size)
-    pieces = [] if box is None else [(box, local.detach())]
-    return LocalTensor(name, st.CODES[local.dtype], tuple(tensor.shape), pieces, sharded is not None, cut_up)
+    code, shape, local = st.CODES[local.dtype], tuple(tensor.shape), local.detach()
+    if sharded is None:
+        return LocalTensor(name, code, shape, [(whole_box(shape), local)] if local.numel() else [])
+    boxes = shard_boxes(name, sharded, tuple(local.shape)) if local.numel() else []
+    all_of_it = whole_box(tuple(local.shape))
+    pieces = [(box, local if part == all_of_it else local[part.within(all_of_it)]) for box, part in boxes]
+    return LocalTensor(name, code, shape, pieces, mesh_ranks(sharded), any(p.is_replicate() for p in placements))
+
+
+def mesh_ranks(tensor: torch.Tensor) -> Shape:
+    """The global ranks of a DTensor's mesh, sorted: neither their order nor its shape matters. () for a plain tensor."""
+    sharded = as_dtensor(tensor)
+    return () if sharded is None else tuple(sorted(sharded.device_mesh.mesh.flatten().tolist()))
 
 
 def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Placement]) -> None:
@@ -1277,44 +1252,93 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Pl
         problem = "has no memory: its storage was freed, or never made; save while it is there"
     elif any(placement.is_partial() for placement in placements):
         problem = "has a Partial() placement, a sum not yet taken: redistribute it to Replicate() or Shard() first"
+    elif unknown := {type(p).__name__ for p in placements} - {"Shard", "_StridedShard", "Replicate"}:
+        problem = f"has placements {sorted(unknown)}, whose layout is not known here: redistribute it to Shard()"
     if problem:
         raise CheckpointException(f"{name} {problem}", type=ExceptionType.SAVE_FAILED)
 
 
-def _shard_box(name: str, tensor: DTensor, size: Shape) -> Box | None:
-    """The part of a DTensor that this rank holds, which is of `size`; None outside of its mesh."""
-    if (coordinate := tensor.device_mesh.get_coordinate()) is None:
-        return None
-    box = _strided_box(tensor, coordinate)
-    if box is None or box.size != size:
-        chunks = getattr(tensor, "__create_chunk_list__")()  # torch does not type it
-        box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
-        if len(chunks) != 1 or box.size != size:
-            raise CheckpointException(
-                f"{name}: its local shape {list(size)} is not what placements {tensor.placements} imply",
-                type=ExceptionType.SAVE_FAILED,
-            )
-    return box
+Runs = list[tuple[int, int]]  # parts [begin, end) of one dimension, one behind the other in the local tensor
+Cut = tuple[int, int, int, int]  # dimension, number of shards, which of them, split factor
 
 
-def _strided_box(tensor: DTensor, coordinate: Sequence[int]) -> Box | None:
-    """The box of an FSDP2+TP shard: the later mesh dimensions cut first, the strided one cuts what they left.
+def shard_boxes(name: str, tensor: DTensor, local_shape: Shape) -> list[tuple[Box, Box]]:
+    """The boxes of a DTensor that this rank holds, each with its box in the local tensor; none outside of its mesh.
 
-    torch's own offsets are wrong for some such tensors whose dimension does not divide; None where this rule is not theirs.
+    Placements can be read in two ways: as torch cuts a tensor by them, and as FSDP2 makes them of a tensor-parallel
+    one. Usually both give the same. CheckpointException where not exactly one result has the local shape.
     """
-    offset, size, mesh = [0] * tensor.ndim, list(tensor.shape), tensor.device_mesh
-    strided = [i for i, p in enumerate(tensor.placements) if hasattr(p, "split_factor")]
-    if not strided:
-        return None
-    for index in [i for i in range(mesh.ndim) if i not in strided] + strided[::-1]:
-        placement = tensor.placements[index]
-        if placement.is_replicate():
-            continue
-        dim: int = getattr(placement, "dim")
-        chunk = -(-size[dim] // mesh.size(index))  # as torch.chunk
-        low = min(size[dim], chunk * coordinate[index])
-        offset[dim], size[dim] = offset[dim] + low, min(chunk, size[dim] - low)
-    return Box(tuple(offset), tuple(size))
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return []
+    shape, readings = tuple(tensor.shape), list[list[Runs]]()
+    for cuts in _cuts(tensor, coordinate):
+        dims: list[Runs] = [[(0, size)] for size in shape]
+        for dim, ways, index, split_factor in cuts:
+            dims[dim] = _cut_runs(dims[dim], ways, index, split_factor)
+        fits = local_shape == tuple(sum(end - begin for begin, end in runs) for runs in dims)
+        if fits and dims not in readings:
+            readings.append(dims)
+    if len(readings) != 1:
+        what = "fit two layouts of" if readings else "do not fit"
+        raise CheckpointException(
+            f"{name}: placements {tensor.placements} on a mesh of shape {tuple(tensor.device_mesh.shape)} {what} its "
+            f"shape {list(shape)} and local shape {list(local_shape)}; redistribute it to Shard() and Replicate() "
+            "placements, or choose a size that divides evenly"
+        )
+    boxes = [(Box((), ()), Box((), ()))]
+    for runs in readings[0]:
+        starts = itertools.accumulate((end - begin for begin, end in runs), initial=0)
+        parts = [(begin, start, end - begin) for (begin, end), start in zip(runs, starts)]
+        boxes = [
+            (Box((*whole.offset, begin), (*whole.size, size)), Box((*local.offset, start), (*local.size, size)))
+            for whole, local in boxes
+            for begin, start, size in parts
+        ]
+    return boxes
+
+
+def _cuts(tensor: DTensor, coordinate: Sequence[int]) -> Iterator[list[Cut]]:
+    """The cuts that placements stand for, in their order: as torch applies them, and as FSDP2 has applied them.
+
+    FSDP2 cuts what tensor parallelism has left, but its placement comes first, with the number of shards that it found
+    as split factor. Torch cuts by such a placement group by group, with another result where sizes do not divide.
+    """
+    mesh, placements = tensor.device_mesh, tensor.placements
+    declared = getattr(getattr(tensor, "_spec", None), "shard_order", None)  # from torch 2.10 on, where not the default
+    order = [i for entry in declared for i in entry.mesh_dims] if declared else list(range(mesh.ndim))
+    cuts = dict[int, Cut]()
+    for i in order:
+        if not placements[i].is_replicate():
+            dim: int = getattr(placements[i], "dim")
+            cuts[i] = (dim, mesh.size(i), coordinate[i], getattr(placements[i], "split_factor", 1))
+    yield list(cuts.values())
+    plain = [i for i, (_, _, _, split_factor) in cuts.items() if split_factor == 1]
+    strided = [i for i in cuts if i not in plain]
+    found = {i: math.prod(cuts[j][1] for j in plain if j > i and cuts[j][0] == cuts[i][0]) for i in strided}
+    if strided and all(cuts[i][3] == found[i] for i in strided):
+        yield [(*cuts[i][:3], 1) for i in plain + strided[::-1]]
+
+
+def _cut_runs(runs: Runs, ways: int, index: int, split_factor: int) -> Runs:
+    """Cut the elements of `runs` into `split_factor` groups, each of them into `ways` shards; shard `index` of each."""
+
+    def chunk(length: int, count: int, at: int) -> tuple[int, int]:  # as torch.chunk
+        size = -(-length // count)
+        return min(length, size * at), min(length, size * (at + 1))
+
+    length, found = sum(end - begin for begin, end in runs), Runs()
+    for group in range(min(split_factor, length)):
+        first, last = chunk(length, split_factor, group)
+        low, high = (first + at for at in chunk(last - first, ways, index))
+        at = 0
+        for begin, end in runs:
+            part = begin + max(0, low - at), min(end, begin + high - at)
+            at += end - begin
+            if part[0] < part[1]:
+                joined = bool(found) and found[-1][1] == part[0]
+                found.append((found.pop()[0], part[1]) if joined else part)
+    return found
 
 
 def identity(view: torch.Tensor) -> tuple[object, ...]:
@@ -1324,13 +1348,13 @@ def identity(view: torch.Tensor) -> tuple[object, ...]:
 
 
 def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
-    """Mark those that are the same view of the same memory as an earlier one: their bytes are stored once."""
+    """Mark those that are the same views of the same memory as an earlier one: their bytes are stored once."""
     seen: dict[object, str] = {}
     marked = []
     for item in tensors:
         if item.pieces:
-            box, view = item.pieces[0]
-            first = seen.setdefault((item.dtype, item.shape, box, *identity(view)), item.name)
+            views = tuple((box, *identity(view)) for box, view in item.pieces)
+            first = seen.setdefault((item.dtype, item.shape, views), item.name)
             item = item if first == item.name else item._replace(alias_of=first)
         marked.append(item)
     return marked
@@ -1345,10 +1369,14 @@ class CheckpointFormat(enum.Enum):
 
 
 class ShardData(NamedTuple):
-    """What S2 collects on a rank: tensors, and values as JSON text by name (True: kept per rank)."""
+    """What S2 collects on a rank: tensors, and values as JSON text by name (True: kept per rank).
+
+    `steps`: the optimizer's step of a parameter, by name, where it is a number instead of a tensor.
+    """
 
     tensors: list[LocalTensor]
     values: dict[str, tuple[bytes, bool]]
+    steps: Mapping[str, float] = types.MappingProxyType({})
 
 
 def in_model(name: str) -> bool:
@@ -1378,29 +1406,35 @@ class Told(NamedTuple):
     name: str
     dtype: str
     shape: Shape
-    declared: bool = False
     alias_of: str = ""
     crc: int = 0  # of a value
     kept: bool = False  # a value that every rank has for itself
 
 
-def describe(
-    data: ShardData, reference: str | None = None, crcs: Mapping[int, int] | None = None
-) -> tuple[dict[str, object], str]:
-    """What a rank holds, for the planner, and a digest of its tensors. `crcs`: those of pieces, by number.
+def describe(data: ShardData, reference: str | None = None) -> tuple[dict[str, object], str]:
+    """What a rank holds, for the planner, and a digest of its tensors.
 
     Where the digest equals `reference` (rank 0's), they are left out: at thousands of ranks it is nearly always equal.
     """
-    tensors = [Told(t.name, t.dtype, t.shape, t.declared, t.alias_of or "") for t in data.tensors]
+    tensors = [Told(t.name, t.dtype, t.shape, t.alias_of or "") for t in data.tensors]
     values = [Told(n, "JSON", (len(text),), crc=st.crc32(text), kept=kept) for n, (text, kept) in data.values.items()]
     digest = hashlib.sha256(st.dump_json(tensors)).hexdigest()
-    held = [(index, box) for index, t in enumerate(data.tensors) for box, _ in t.pieces]
-    held += [(index, whole_box(value.shape)) for index, value in enumerate(values, len(tensors))]
-    tensor = np.array([index for index, _ in held], np.int64)
-    crc = np.zeros(len(held), np.int64)
-    crc[list(crcs or {})] = [value + 1 for value in (crcs or {}).values()]
-    pieces = st.encode_table({"tensor": tensor, "crc": crc}, stack_boxes([box for _, box in held]))
-    return {"tensors": None if digest == reference else tensors, "values": values, "pieces": pieces}, digest
+    meshes = {mesh: number for number, mesh in enumerate(dict.fromkeys(t.mesh for t in data.tensors))}
+    held = [(index, box, view.is_cuda) for index, t in enumerate(data.tensors) for box, view in t.pieces]
+    held += [(index, whole_box(value.shape), False) for index, value in enumerate(values, len(tensors))]
+    columns = {
+        "tensor": np.array([index for index, _, _ in held], np.int64),
+        "on_device": np.array([on_device for _, _, on_device in held], np.int64),
+    }
+    description: dict[str, object] = {
+        "tensors": None if digest == reference else tensors,
+        "meshes": [st.encode_runs(np.array(mesh, np.int64)) for mesh in meshes],
+        "mesh": st.encode_runs(np.array([meshes[t.mesh] for t in data.tensors], np.int64)),
+        "values": values,
+        "steps": dict(data.steps),
+        "pieces": st.encode_table(columns, stack_boxes([box for _, box, _ in held])),
+    }
+    return description, digest
 
 
 def whole_box(shape: Shape) -> Box:
@@ -1427,7 +1461,8 @@ class Rows(NamedTuple):
     rank: Ints
     source: Ints
     tensor: Ints
-    crc: Ints  # 1 + the CRC32 of the bytes, 0 where not known
+    mesh: Ints  # the lowest rank of the tensor's mesh, -1 for a plain tensor
+    on_device: Ints  # 1: in the memory of a CUDA device
     box: Ints  # (rows, 2, dimensions): offset and size, padded with 0 and 1
 
     def take(self, index: Ints | Mask | slice) -> Rows:
@@ -1448,79 +1483,181 @@ class Groups:
         self.rows = self.members.take(self.start)  # the lowest rank stands for the group
         self.of_member = np.arange(len(self.count)).repeat(self.count)
 
-    def differing(self, crc: Ints) -> dict[int, list[int]]:
-        """Groups whose copies differ, each with the ranks that differ from the lowest one; `crc` of each member, as in `Rows`."""
-        first = crc[self.start[self.of_member]]
-        odd = np.flatnonzero((crc != first) & (crc > 0) & (first > 0))
-        found: dict[int, list[int]] = {}
-        for group, rank in zip(self.of_member[odd].tolist(), self.members.rank[odd].tolist()):
-            found.setdefault(group, []).append(rank)
-        return found
+
+class Table(NamedTuple):
+    """The tensors that a rank has told of, and the ranks of each one's mesh; () for a plain tensor."""
+
+    tensors: list[Told]
+    meshes: list[Shape]
 
 
 class Holdings:
-    """Every rank's description put together: one list of tensors, the rows of all their pieces, and which are equal."""
+    """Every rank's description put together: one list of tensors, the rows of all their pieces, and which are equal.
+
+    A name is one tensor for all ranks, unless it is in `apart`: then it is one for each rank, or mesh of ranks.
+    """
 
     def __init__(self, texts: Iterable[bytes]) -> None:
         # Of each rank: its tensors (one object where ranks have the same), its values, and which of those each piece is of.
-        self._told: list[tuple[list[Told], list[Told], Ints]] = []
-        boxes, crcs = [], []
+        self._told: list[tuple[Table, list[Told], Ints]] = []
+        self._steps: list[Mapping[str, float]] = []
+        boxes, on_device, tables, first = list[Ints](), list[Ints](), dict[tuple[bool, bytes], Table](), list[Told]()
         for text in texts:
             body = json.loads(text)
-            tensors = self._told[0][0] if body["tensors"] is None else _read_told(body["tensors"])
-            (local, crc), box = st.decode_table(Fields(body["pieces"]), ("tensor", "crc"))
-            self._told.append((tensors, _read_told(body["values"]), local))
+            alike = body["tensors"] is None
+            tensors = first if alike else _read_told(body["tensors"])
+            first = first or tensors
+            key = (alike or not self._told, st.dump_json([body["meshes"], body["mesh"]]))
+            if not key[0] or key not in tables:
+                meshes = [tuple(st.decode_runs(runs, sum(runs[2::3])).tolist()) for runs in body["meshes"]]
+                of_tensor = [meshes[n] for n in st.decode_runs(body["mesh"], len(tensors)).tolist()]
+                tables[key] = Table(tensors, of_tensor)
+            (local, device), box = st.decode_table(Fields(body["pieces"]), ("tensor", "on_device"))
+            self._told.append((tables[key], _read_told(body["values"]), local))
+            self._steps.append(body["steps"])
             boxes.append(box)
-            crcs.append(crc)
-        tables = list({id(tensors): tensors for tensors, *_ in self._told}.values())
-        width = max([1, *(len(t.shape) for table in tables for t in table)])  # empty ones too
+            on_device.append(device)
+        distinct = list({id(table): table for table, *_ in self._told}.values())
+        width = max([1, *(len(t.shape) for table in distinct for t in table.tensors)])  # empty ones too
         counts = [len(box) for box in boxes]
         stacked = np.zeros((sum(counts), 2, width), np.int64)
         stacked[:, 1] = 1
         for part, box in zip(np.split(stacked, np.cumsum(counts)), boxes):
             part[:, :, : box.shape[2]] = box
         rank, source = np.arange(len(counts)).repeat(counts), np.concatenate([np.arange(count) for count in counts])
-        self._held = Rows(rank, source, np.zeros_like(rank), np.concatenate(crcs), stacked)
-        self._spoilt = np.zeros(len(rank), bool)
-        self.known, self._apart = _compare(itertools.chain(*tables, *(values for _, values, _ in self._told)))
+        nothing = np.zeros_like(rank)
+        self._held = Rows(rank, source, nothing, nothing, np.concatenate(on_device), stacked)
+        self._dropped = np.zeros(len(rank), bool)
+        self.known, self.apart, several = self._compare(distinct)
         self.arrange(set())
+        self.arrange(self._unlike_boxes(several))
 
-    def arrange(self, apart: set[str], spoilt: Rows | None = None) -> None:
-        """Keep the tensors `apart`, and what is tied to them, per rank; drop the `spoilt` copies.
+    def _compare(self, tables: Sequence[Table]) -> tuple[dict[str, Told], set[str], dict[str, int]]:
+        """The first description of each name; the names that ranks keep apart; the number of meshes of a name, if several.
 
-        Aliases store no bytes.
+        A tensor is tied if all ranks say so. CheckpointException where ranks cannot mean the same tensor by a name.
         """
-        self._apart |= apart | {t.name for t in self.known.values() if t.alias_of in apart}
-        if spoilt is not None:
-            self._spoilt[np.searchsorted(self._held.rank, spoilt.rank) + spoilt.source] = True
+        known, apart, of_mesh = dict[str, Told](), set[str](), dict[str, dict[Shape, Told]]()
+        values = ((value, ()) for _, values, _ in self._told for value in values)
+        for t, mesh in itertools.chain(*(zip(*table) for table in tables), values):
+            first = known.setdefault(t.name, t)
+            same = of_mesh.setdefault(t.name, {}).setdefault(mesh, t)
+            if t.alias_of != first.alias_of:
+                known[t.name] = first._replace(alias_of="")
+            if mesh and (t.dtype, t.shape) != (same.dtype, same.shape):
+                raise _disagreement(t.name, f"{same.dtype}{list(same.shape)}", f"{t.dtype}{list(t.shape)}")
+            if (t.dtype, t.shape, t.crc) != (first.dtype, first.shape, first.crc) or t.kept:
+                apart.add(t.name)
+        several = {name: len(meshes) for name, meshes in of_mesh.items() if len(meshes) > 1}
+        for name in several:
+            seen: dict[int, Shape] = {}
+            for mesh in of_mesh[name]:
+                if other := next((seen[rank] for rank in mesh if rank in seen), ()):
+                    raise _disagreement(name, f"a mesh of ranks {list(other)}", f"one of ranks {list(mesh)}")
+                seen |= dict.fromkeys(mesh, mesh)
+            if () in of_mesh[name]:
+                plain = [rank for rank, (table, *_) in enumerate(self._told) if (name, ()) in _names(table)]
+                raise _disagreement(name, f"a plain tensor on rank(s) {st.some(plain)}", f"a DTensor on {sorted(seen)}")
+        return known, apart, several
+
+    def _unlike_boxes(self, several: Mapping[str, int]) -> set[str]:
+        """Of the tensors of several meshes, those that the meshes cut into different boxes: each mesh keeps its own."""
+        groups, meshes = self.groups, np.array([several.get(t.name, 0) for t in self.tensors], np.int64)
+        inside = np.flatnonzero(meshes[groups.members.tensor] > 0)
+        pairs = np.unique(np.stack((groups.of_member[inside], groups.members.mesh[inside])), axis=1)
+        found = np.bincount(pairs[0], minlength=len(groups.count))
+        unlike = np.flatnonzero((found > 0) & (found != meshes[groups.rows.tensor]))
+        return {self.tensors[index].name for index in np.unique(groups.rows.tensor[unlike]).tolist()}
+
+    def arrange(self, apart: set[str]) -> None:
+        """Keep the tensors `apart`, and what is tied to them, for each rank or mesh. Tied tensors store no bytes."""
+        self.apart |= apart | {t.name for t in self.known.values() if t.alias_of in apart}
         self.tensors: list[st.TensorMetadata] = []
         self._ids: dict[tuple[str, int | None], int] = {}  # by name, and the rank that it is kept for
-        columns = []
-        shared: dict[int, tuple[Ints, list[int]]] = {}  # what is the same for all ranks that have one table
+        columns, meshes = list[Ints](), list[Ints]()
+        shared: dict[int, tuple[Ints, Ints, list[int]]] = {}  # what is the same for all ranks that have one table
         for rank, (table, values, local) in enumerate(self._told):
             if id(table) not in shared:
-                own = [i for i, t in enumerate(table) if t.name in self._apart]
-                shared[id(table)] = np.array([self._number(t, rank) for t in table], np.int64), own
-            common, own = shared[id(table)]
-            ids = np.append(common, np.zeros(len(values), np.int64))
-            ids[own] = [self._number(table[i], rank) for i in own]
-            ids[len(table) :] = [self._number(value, rank) for value in values]
-            columns.append(ids[local])
+                lowest = [min(mesh, default=-1) for mesh in table.meshes]
+                ids = [self._number(t, low if low >= 0 else rank) for t, low in zip(table.tensors, lowest)]
+                own = [n for n, t in enumerate(table.tensors) if t.name in self.apart and lowest[n] < 0]
+                shared[id(table)] = np.array(ids, np.int64), np.array(lowest, np.int64), own
+            common, low, own = shared[id(table)]
+            column = np.append(common, np.zeros(len(values), np.int64))
+            column[own] = [self._number(table.tensors[n], rank) for n in own]
+            column[len(common) :] = [self._number(value, rank) for value in values]
+            columns.append(column[local])
+            meshes.append(np.append(low, np.full(len(values), -1))[local])
         for index, t in enumerate(self.tensors):
             if (target := self._ids.get((self.known[t.name].alias_of, t.rank))) is not None:
                 self.tensors[index] = t._replace(alias_of=target)
         stored = np.array([t.alias_of is None for t in self.tensors], bool)
-        rows = self._held._replace(tensor=np.concatenate(columns))
-        self.groups = Groups(rows.take(stored[rows.tensor] & ~self._spoilt))
+        rows = self._held._replace(tensor=np.concatenate(columns), mesh=np.concatenate(meshes))
+        self.groups = Groups(rows.take(stored[rows.tensor] & ~self._dropped))
         self.itemsize = np.array([st.itemsize(t.dtype) for t in self.tensors], np.int64)
 
-    def _number(self, told: Told, rank: int) -> int:
-        """The index of a tensor, added at first sight."""
-        own = rank if told.name in self._apart else None
+    def _number(self, told: Told, owner: int) -> int:
+        """The index of a tensor, added at first sight. `owner`: the rank that it is kept for, if it is kept apart."""
+        own = owner if told.name in self.apart else None
         index = self._ids.setdefault((told.name, own), len(self.tensors))
         if index == len(self.tensors):
             self.tensors.append(st.TensorMetadata(told.name, told.dtype, told.shape, own))
         return index
+
+    def replicas(self, verify: bool) -> tuple[Ints, Ints]:
+        """Which members of groups are to be checksummed, by rank and source, and 1 for those on the device.
+
+        That is every copy but those of values, which are compared already. Unless `verify` only the optimizer's steps:
+        they tell whether ranks are at the same step.
+        """
+        groups = self.groups
+        chosen = np.array([t.dtype != "JSON" and (verify or bool(_STEP.fullmatch(t.name))) for t in self.tensors], bool)
+        asked = np.flatnonzero(((groups.count > 1) & chosen[groups.rows.tensor])[groups.of_member])
+        on_device = np.minimum.reduceat(groups.members.on_device, groups.start) if len(groups.start) else groups.start
+        asked = asked[np.lexsort((groups.members.source[asked], groups.members.rank[asked]))]
+        return asked, on_device[groups.of_member[asked]]
+
+    def keep_differing(self, asked: Ints, sums: npt.NDArray[np.uint64], warnings: list[str]) -> None:
+        """Keep apart what differs between plain tensors, or between meshes; within a mesh the lowest rank's copy is kept."""
+        groups = self.groups
+        members, of_member, apart = groups.members, groups.of_member, set[str]()
+        found = np.zeros(len(of_member), np.uint64)
+        found[asked] = sums
+        one_mesh = of_member * (int(members.mesh.max(initial=0)) + 2) + members.mesh + 1  # of a group, on one mesh
+        _, first, inverse = np.unique(one_mesh, return_index=True, return_inverse=True)
+        reference = first[inverse]
+        declared = dict[str, list[int]]()  # by name: ranks whose copy differs from their mesh's lowest
+        for row in np.flatnonzero(found != found[reference]).tolist():
+            name = self.tensors[members.tensor[row]].name
+            if members.mesh[row] < 0:
+                apart.add(name)
+            else:
+                declared.setdefault(name, []).append(int(members.rank[row]))
+                self._dropped[np.searchsorted(self._held.rank, members.rank[row]) + members.source[row]] = True
+        between = np.flatnonzero(found[reference] != found[groups.start[of_member]])
+        apart |= {self.tensors[index].name for index in np.unique(members.tensor[between]).tolist()}
+        for name, ranks in declared.items():
+            what = f"rank(s) {st.some(sorted(set(ranks)), 20)} from the lowest of their mesh, whose copy is kept"
+            warnings.append(f"{name}: copies that its placement declares equal differ: {what}")
+        if apart or declared:
+            self.arrange(apart)
+
+    def check_steps(self) -> None:
+        """An optimizer's step of a parameter is the same on all ranks, unless the parameter itself is kept apart."""
+        at, differing = dict[str, float](), {m[1] for name in self.apart if (m := _STEP.fullmatch(name))}
+        for steps in self._steps:
+            differing |= {name for name, step in steps.items() if at.setdefault(name, step) != step}
+        # A parameter that several optimizers hold is named <optimizer>/<parameter>.
+        wrong = sorted(p for p in differing if not {f"model/{p}", f"model/{p.partition('/')[2]}"} & self.apart)
+        if wrong:
+            raise CheckpointException(
+                f"ranks are at different optimizer steps of {st.some(wrong)}: has a rank skipped a step, or a save? Bring "
+                "all ranks to the same step, by loading the last checkpoint or restarting, before you save"
+            )
+
+    def told_apart(self) -> frozenset[str]:
+        """The names kept apart since ranks differ: not those that every rank has for itself, nor the optimizer's groups."""
+        return frozenset(name for name in self.apart if not self.known[name].kept and name != "optimizer/state")
 
     def nbytes(self, rows: Rows) -> Ints:
         """Logical bytes of each row."""
@@ -1528,69 +1665,34 @@ class Holdings:
         return sizes
 
     def check_complete(self) -> None:
-        """Every tensor's pieces must make up the whole of it; else VALIDATION_FAILED."""
-        volume = np.zeros(len(self.tensors), np.int64)
-        np.add.at(volume, self.groups.rows.tensor, self.groups.rows.box[:, 1].prod(axis=1))
-        expected = [0 if t.alias_of is not None else math.prod(t.shape) for t in self.tensors]
-        wrong = np.flatnonzero(volume != np.array(expected, np.int64))
-        if len(wrong):
-            t, found = self.tensors[wrong[0]], int(volume[wrong[0]])
+        """Every tensor's pieces must make up the whole of it, each element once; else VALIDATION_FAILED."""
+        shapes = [t.shape if t.alias_of is None else None for t in self.tensors]
+        rows = self.groups.rows
+        wrong = st.not_covered_once(rows.tensor, rows.box, shapes)
+        if wrong:
+            t, inside = self.tensors[wrong[0]], rows.tensor == wrong[0]
+            held = int(rows.box[inside, 1].prod(axis=1).sum())
             raise CheckpointException(
-                f"{t.name}: the ranks together hold {found} of its {math.prod(t.shape)} elements (and {len(wrong) - 1} more "
-                "tensors so): save with all ranks of its mesh, and with the same parallelism for it on each",
+                f"{t.name}: the ranks together hold {held} elements of its {math.prod(t.shape)}, with holes or overlaps (and "
+                f"{len(wrong) - 1} more tensors so): save with all ranks of its mesh, and the same parallelism on each",
                 type=ExceptionType.VALIDATION_FAILED,
             )
 
 
-def _read_told(rows: Iterable[tuple[str, str, Shape, bool, str, int, bool]]) -> list[Told]:
+_STEP = re.compile("optimizer/(.+)/step")  # where a torch optimizer keeps the number of a parameter's updates
+
+
+def _names(table: Table) -> Iterator[tuple[str, Shape]]:
+    return ((t.name, mesh) for t, mesh in zip(table.tensors, table.meshes))
+
+
+def _disagreement(name: str, one: str, other: str) -> CheckpointException:
+    message = f"{name}: ranks disagree: {one} against {other}; give it the same layout on all of them, or another name"
+    return CheckpointException(message, type=ExceptionType.VALIDATION_FAILED)
+
+
+def _read_told(rows: Iterable[tuple[str, str, Shape, str, int, bool]]) -> list[Told]:
     return [Told(*row)._replace(shape=tuple(row[2])) for row in rows]
-
-
-def _compare(told: Iterable[Told]) -> tuple[dict[str, Told], set[str]]:
-    """The first description of each name, and the names kept per rank because ranks differ, or asked to be.
-
-    An alias counts if all ranks agree. A DTensor must not differ.
-    """
-    known: dict[str, Told] = {}
-    apart = set()
-    for t in told:
-        first = known.setdefault(t.name, t)
-        if t.alias_of != first.alias_of:
-            known[t.name] = first._replace(alias_of="")
-        differs = (t.dtype, t.shape, t.crc) != (first.dtype, first.shape, first.crc)
-        if differs and (t.declared or first.declared):
-            raise CheckpointException(
-                f"{t.name}: ranks disagree: {first.dtype}{list(first.shape)} against {t.dtype}{list(t.shape)}",
-                type=ExceptionType.VALIDATION_FAILED,
-            )
-        if differs or t.kept:
-            apart.add(t.name)
-    return known, apart
-
-
-class ReplicaProof:
-    """On rank 0: which copies each rank is to checksum beside the writing, those that were not compared before it."""
-
-    def __init__(self, holdings: Holdings, verify: bool) -> None:
-        self._groups = groups = holdings.groups
-        values = np.array([t.dtype == "JSON" for t in holdings.tensors], bool)  # compared while planning
-        open_ = np.zeros(len(groups.count), bool)
-        open_[groups.of_member[groups.members.crc == 0]] = verify
-        open_ &= (groups.count > 1) & ~values[groups.rows.tensor]
-        asked = np.flatnonzero(open_[groups.of_member])
-        rank, source = groups.members.rank[asked], groups.members.source[asked]
-        order = np.lexsort((source, rank))  # a rank's pieces in their order make few runs
-        self._asked, self._rank, self._source, self.count = asked[order], rank[order], source[order], len(asked)
-
-    def wanted(self, rank: int) -> list[int]:
-        """The pieces of a rank that it is to checksum, as runs."""
-        return st.encode_runs(self._source[slice(*np.searchsorted(self._rank, (rank, rank + 1)))])
-
-    def differing(self, answers: Sequence[Sequence[int]]) -> Ints:
-        """The tensors of which copies differ, by number. `answers`: each rank's CRC32s."""
-        crcs = np.zeros(len(self._groups.of_member), np.int64)
-        crcs[self._asked] = np.concatenate([np.array(answer, np.int64) for answer in answers]) + 1
-        return self._groups.rows.tensor[list(self._groups.differing(crcs))]
 
 
 MIN_SPLIT_BYTES = 1 << 20  # smaller replicas are written whole by one of their holders
@@ -1824,9 +1926,9 @@ def run_jobs(jobs: Iterable[Job], meter: Meter, count: int) -> None:
     st.in_parallel(jobs, lambda job, buffer: job(buffer), count, meter.tick)
 
 
-def checksum_jobs(views: Sequence[torch.Tensor]) -> tuple[list[Job], list[list[int]]]:
-    """Jobs that checksum the row-major bytes of views a block at a time, and where they put the CRC32s, a row a view."""
-    rows = [[0] * st.block_count(view.numel() * view.dtype.itemsize) for view in views]
+def checksums(views: Sequence[torch.Tensor], on_device: Sequence[int], meter: Meter) -> list[int]:
+    """A checksum of the row-major bytes of each view: a CRC32 of CRC32s, or where asked, a sum made on its device."""
+    rows = [[0] * st.block_count(0 if device else view.nbytes) for view, device in zip(views, on_device)]
 
     def checksum(index: int, block: int, buffer: Bytes) -> None:
         view, start = views[index], block * st.BLOCK_BYTES
@@ -1837,21 +1939,19 @@ def checksum_jobs(views: Sequence[torch.Tensor]) -> tuple[list[Job], list[list[i
             st.copy_out(view, start, buffer[: stop - start])
             rows[index][block] = st.crc32(buffer[: stop - start])
 
-    return [functools.partial(checksum, i, block) for i, row in enumerate(rows) for block in range(len(row))], rows
+    jobs = [functools.partial(checksum, i, block) for i, row in enumerate(rows) for block in range(len(row))]
+    run_jobs(jobs, meter, len(jobs))
+    on_devices = [st.device_sum(view) if device else None for view, device in zip(views, on_device)]
+    return [
+        st.crc32(np.array(row, np.uint32)) if device is None else int(device) % (1 << 64)
+        for row, device in zip(rows, on_devices)
+    ]
 
 
-def summaries(rows: Iterable[Sequence[int]]) -> list[int]:
-    """One CRC32 for each row of them."""
-    return [st.crc32(np.array(row, np.uint32)) for row in rows]
-
-
-def write_raw(
-    file: st.StoredFile, start: int, sources: Sequence[Source], meter: Meter, beside: Sequence[Job]
-) -> list[int]:
+def write_raw(file: st.StoredFile, start: int, sources: Sequence[Source], meter: Meter) -> list[int]:
     """Write this rank's part of a file block by block: gather, checksum while in cache, write. Returns the blocks' CRCs.
 
-    `start`: where the file's data start. `beside`: more work for the threads, spread over the time in which others wait
-    for the disk.
+    `start`: where the file's data start.
     """
     ends = [s.entry.end for s in sources]
     first, stop = (sources[0].entry.begin // st.BLOCK_BYTES, ends[-1]) if sources else (0, 0)  # I1: begins on a block
@@ -1880,16 +1980,14 @@ def write_raw(
         meter.add(high - low)
 
     blocks: list[Job] = [functools.partial(write_block, first + index) for index in range(len(crcs))]
-    turns = [(index / len(row), job) for row in (blocks, beside) for index, job in enumerate(row)]
-    run_jobs([job for _, job in sorted(turns, key=lambda turn: turn[0])], meter, len(turns))
+    run_jobs(blocks, meter, len(blocks))
     return crcs
 
 
 def write_packed(
-    file: st.StoredFile, start: int, sources: Sequence[Source], meter: Meter, beside: Sequence[Job],
-    level: st.CompressionLevel,
-) -> tuple[list[int], list[st.Entry]]:  # fmt: skip
-    """Write this rank's part of a file compressed, one frame right behind the other; `start` and `beside` as above.
+    file: st.StoredFile, start: int, sources: Sequence[Source], meter: Meter, level: st.CompressionLevel
+) -> tuple[list[int], list[st.Entry]]:
+    """Write this rank's part of a file compressed, one frame right behind the other; `start` as above.
 
     Returns the blocks' CRCs, and the entries as they came to lie. Frames are compressed on a few threads. A thread that
     asks for the next one first writes the oldest, so that they get into the file in order, and few wait in memory.
@@ -1922,12 +2020,11 @@ def write_packed(
                 write(under_way.popleft().result())
             under_way.append(Future())
             yield functools.partial(fulfil, under_way[-1], compress, index)
-        yield from beside
         for future in under_way:
             write(future.result())
         write(b"", least=1)
 
-    run_jobs(jobs(), meter, len(frames) + len(beside))
+    run_jobs(jobs(), meter, len(frames))
     entries, left = list[st.Entry](), iter(lengths)
     for source in sources:
         entries.append(placed(source.entry, position, itertools.islice(left, len(source.entry.frames))))

@@ -842,6 +842,47 @@ def row_boxes(shape: Shape, start: int, stop: int) -> list[tuple[int, Box]]:
     return found
 
 
+def not_covered_once(tensor: Ints, box: Ints, shapes: Sequence[Shape | None]) -> list[int]:
+    """The tensors whose boxes leave a hole or overlap: by index, in order. Time and memory are linear in the boxes.
+
+    `box` is (rows, 2, dimensions), offset and size, padded with 0 and 1; `tensor` is the index of each row's tensor, whose
+    shape is None where it has no boxes. Each index of a dimension has a random weight. Boxes cover a tensor once if the
+    products of weights, summed over their elements, add up to the same sum over the whole. Another set of elements
+    passes with a probability of about 2^-60 (the lemma of Schwartz and Zippel).
+    """
+    width = box.shape[2]
+    padded = [(*(shape or ()), *[1] * (width - len(shape or ()))) for shape in shapes]
+    whole, there = (
+        np.array(padded, np.int64).reshape(len(shapes), width),
+        np.array([s is not None for s in shapes], bool),
+    )
+    wrong = np.zeros(len(shapes), bool)
+    for seed, prime in enumerate(((1 << 31) - 1, (1 << 31) - 19)):
+
+        def weight(
+            low: Ints, size: Ints
+        ) -> Ints:  # of [low, low + size): the weights before its end less those before it
+            product = np.ones(len(low), np.int64)
+            for dim in range(width):
+                first, stop = low[:, dim], low[:, dim] + size[:, dim]
+                before, until = ((_mixed(x, seed * 64 + dim) % prime).astype(np.int64) for x in (first, stop))
+                product = product * ((until - before) % prime) % prime
+            return product
+
+        found = np.zeros(len(shapes), np.int64)
+        np.add.at(found, tensor, weight(box[:, 0], box[:, 1]))
+        wrong |= found % prime != weight(np.zeros_like(whole), whole) * there
+    return np.flatnonzero(wrong).tolist()
+
+
+def _mixed(values: Ints, seed: int) -> npt.NDArray[np.uint64]:
+    """Random bits for each value, always the same: the mixing function of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    bits = values.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
+    bits = (bits ^ bits >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ bits >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return bits ^ bits >> np.uint64(31)
+
+
 Bytes = npt.NDArray[np.uint8]  # one-dimensional
 Ints = npt.NDArray[np.int64]
 
@@ -1006,6 +1047,29 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
     except (ValueError, IndexError, struct.error, _FAST_ZLIB.error) as error:
         raise corrupted(f"compressed frame is damaged: {error}") from error
     return out.reshape(-1)
+
+
+SUM_WORDS = 4 << 20  # of eight bytes, that a device sums up at a time
+
+
+def device_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """A checksum of a tensor's row-major bytes, computed on its device: 64 bits, where a CRC32 would bring all of it here.
+
+    The sum of all words of eight bytes modulo 2^64, each times an odd random weight of its position.
+    """
+    data = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    total, tail = data.new_zeros((), dtype=torch.int64), -len(data) % 8
+    if tail or data.storage_offset() % 8:
+        data = torch.cat((data, data.new_zeros(tail)))
+    words = data.view(torch.int64)
+    for start in range(0, len(words), SUM_WORDS):
+        part = words[start : start + SUM_WORDS]
+        weight = torch.arange(start, start + len(part), device=part.device)
+        for factor in (-0x61C8864680B583EB, -0x40A7B892E31B1A47):  # the constants of `_mixed`, as signed numbers
+            weight = weight * factor
+            weight ^= (weight >> 29) & 0x7FFFFFFFF
+        total += (part * (weight | 1)).sum()
+    return total
 
 
 def cuda_in_use() -> bool:

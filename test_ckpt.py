@@ -110,11 +110,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardDim
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 import ckpt
@@ -135,6 +136,7 @@ PAGE = 4096
 FORMATS = list(CheckpointFormat)
 LEVELS = list(CompressionLevel)
 STRATEGIES = ["parallel", "sequential", "broadcast"]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 # ---- the one multi-process helper ------------------------------------------------------------------------------------
@@ -1264,13 +1266,24 @@ def test_a_header_with_room_for_more_blocks_than_compression_left_is_read(tmp_pa
     assert not target.state["w"].any()
 
 
-def test_copies_are_checksummed_in_blocks_between_which_a_save_can_stop():
-    view = torch.randn(5 * MiB)  # 20 MiB
-    for tensor in (view, view.view(-1, 2).t()):
-        jobs, rows = coord.checksum_jobs([tensor])
-        coord.run_jobs(jobs, type("Still", (), {"tick": lambda self: None})(), len(jobs))
-        data = raw(tensor)
-        assert len(jobs) == 5 and rows == [[zlib.crc32(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)]]
+@pytest.mark.parametrize("on_device", [0, 1])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on_device):
+    meter = coord.Meter()
+    for shape, dtype in (
+        ((5 * MiB,), torch.float32),
+        ((1001, 3), torch.bfloat16),
+        ((), torch.int64),
+        ((7, 2), torch.bool),
+    ):
+        whole = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+        other = whole.clone() if not shape or len(shape) == 1 else whole.t().contiguous().t()
+        flipped, swapped = whole.clone(), whole.clone()
+        flipped.reshape(-1)[-1] = 1 - int(flipped.reshape(-1)[-1])
+        first, last = (int(x) for x in whole.reshape(-1)[[0, -1]])
+        swapped.reshape(-1)[0], swapped.reshape(-1)[-1] = last, first
+        sums = coord.checksums([whole, other, flipped, swapped], [on_device] * 4, meter)
+        assert sums[0] == sums[1] != sums[2] and (sums[0] == sums[3]) == (first == last)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -2250,6 +2263,107 @@ def load_random_layouts(rank, world_size, tmp, cases):
     return outcomes
 
 
+def torchs_shard(rows, dim, ways, index, split_factor):
+    """What torch gives shard `index` of a tensor: by `torch.chunk` alone, for `_StridedShard` group by group."""
+
+    def chunk(part, count, at):
+        parts = part.chunk(count, dim)
+        return parts[at] if at < len(parts) else part.narrow(dim, 0, 0)
+
+    groups = [chunk(rows, split_factor, group) for group in range(split_factor)]
+    return torch.cat([chunk(group, ways, index) for group in groups], dim)
+
+
+def random_layout(rng, meshes, shape):
+    """A mesh, placements, and a function from a whole tensor to what a coordinate holds of it."""
+    mesh = meshes[int(rng.integers(len(meshes)))]
+    dims = [int(rng.integers(-1, len(shape))) for _ in range(mesh.ndim)]  # -1: replicated
+    factors = [int(rng.choice([1, 1, 1, 2, 3])) for _ in dims]
+    later = [math.prod(mesh.size(j) for j in range(i + 1, mesh.ndim) if dims[j] == d) for i, d in enumerate(dims)]
+    as_fsdp = mesh.ndim > 1 and rng.random() < 0.4 and later[0] > 1 and dims[0] >= 0
+    if as_fsdp:
+        factors = [later[0], *[1] * (mesh.ndim - 1)]
+    placements = [
+        Replicate() if d < 0 else ShardDim(d) if factor == 1 else StridedShard(d, split_factor=factor)
+        for d, factor in zip(dims, factors)
+    ]
+
+    def part(whole, coordinate):
+        order = [*range(1, mesh.ndim), 0] if as_fsdp else range(mesh.ndim)  # FSDP2 cuts what the others have left
+        for i in order:
+            if dims[i] >= 0:
+                whole = torchs_shard(whole, dims[i], mesh.size(i), coordinate[i], 1 if as_fsdp else factors[i])
+        return whole.clone()
+
+    return mesh, placements, part
+
+
+def save_random_meshes(rank, world_size, tmp, cases):
+    tables = [
+        [0, 1, 2, 3],
+        [2, 0, 3, 1],
+        [[0, 1], [2, 3]],
+        [[3, 1], [0, 2]],
+        [[[0, 1]], [[2, 3]]],
+        [[1], [0], [2], [3]],
+        [1, 3],
+    ]
+    meshes, outcomes = [DeviceMesh("cpu", torch.tensor(table)) for table in tables], []
+    for case in range(cases):
+        rng = np.random.default_rng(case)
+        shape = tuple(int(n) for n in rng.integers(0 if case % 9 == 0 else 1, 14, size=int(rng.integers(1, 4))))
+        index, checkpoint = torch.arange(math.prod(shape)).view(shape), opened(f"{tmp}/{case}")
+
+        def laid(whole, layout):
+            mesh, placements, part = layout
+            coordinate = mesh.get_coordinate()
+            local = whole.new_empty(0) if coordinate is None else part(whole, coordinate)
+            return DTensor.from_local(
+                local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+            )
+
+        source, target = (random_layout(rng, meshes, shape) for _ in range(2))
+        form = FORMATS[case % 3]
+        kind, _, message = told(lambda: checkpoint.save(Bag(w=laid(index, source)), None, to(format=form)))
+        if kind != "returned":
+            assert not listing(f"{tmp}/{case}"), "refused before anything is written"
+            outcomes.append((kind, str(source[1]), message))
+            continue
+        found = Bag(w=laid(torch.full(shape, -1), target))
+        kind, _, message = told(lambda: checkpoint.load(found, None, at(load_rng_state=False)))
+        plain = Bag(w=torch.full(shape, -1))
+        checkpoint.load(plain, None, at(load_rng_state=False))
+        exact = torch.equal(plain.state["w"], index)
+        if kind == "returned":
+            exact = exact and torch.equal(found.state["w"].to_local(), laid(index, target).to_local())
+        outcomes.append(("exact" if exact else "WRONG", f"{source[1]} {shape} -> {target[1]}: {message}", kind))
+    return outcomes
+
+
+def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_anything_is_written(tmp_path):
+    cases = 60
+    for outcomes in run(4, save_random_meshes, tmp_path, cases, limit_s=180.0):
+        assert not [outcome for outcome in outcomes if outcome[0] == "WRONG"]
+        refused = [outcome for outcome in outcomes if outcome[0] != "exact"]
+        assert len(refused) < cases // 10 and all("Strided" in placements for _, placements, _ in refused), refused
+
+
+def save_packed_rows(rank, world_size, tmp):
+    mesh = init_device_mesh("cpu", (2,))
+    packed = distribute_tensor(torch.arange(24.0).view(2, 4, 3), mesh, [ShardDim(1)]).flatten(0, 1)
+    assert "Strided" in str(packed.placements)
+    opened(tmp).save(Bag(w=packed), None, to())
+    target = distribute_tensor(torch.zeros(2, 4, 3), mesh, [ShardDim(1)]).flatten(0, 1)
+    opened(tmp).load(Bag(w=target), None, at())
+    plain = Bag(w=torch.zeros(8, 3))
+    opened(tmp).load(plain, None, at())
+    return plain.state["w"].tolist(), torch.equal(target.to_local(), packed.to_local())
+
+
+def test_a_shard_of_several_runs_of_rows_is_stored_in_the_order_of_the_whole(tmp_path):
+    assert run(2, save_packed_rows, tmp_path) == [(torch.arange(24.0).view(8, 3).tolist(), True)] * 2
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_random_layouts_are_loaded_exactly_into_others_or_on_all_ranks_refused_as_damaged(tmp_path, world_size):
     first, *others = run(world_size, load_random_layouts, tmp_path, 36)
@@ -2682,25 +2796,22 @@ def load_stage(rank, world_size, tmp, prefix):
     return same and identical(state_of(model)[0], state_of(truth)[0])
 
 
-# Copies of small tensors are compared before they are written, those of large ones (400,000 elements) meanwhile.
-@pytest.mark.parametrize("count", [3, 400_000])
 @pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
 @pytest.mark.parametrize("form", FORMATS)
-def test_plain_tensors_that_differ_between_ranks_are_kept_per_rank_and_named(tmp_path, form, level, count):
-    logs, values, trusted = zip(*run(3, save_different, tmp_path, form, level, count))
+def test_plain_tensors_that_differ_between_ranks_are_kept_per_rank_and_named_once(tmp_path, form, level):
+    logs, values, trusted = zip(*run(3, save_different, tmp_path, form, level))
     assert list(values) == [[0.0, 7.0, 0.5], [1.0, 7.0, 1.5], [2.0, 7.0, 0.5]]
-    assert "layer.place" in logs[0] and "layer.same" not in logs[0]
-    assert logs[0].count("layer.odd: differs") == 2, "once a save"
+    assert logs[0].count("model/layer.place") == logs[0].count("model/layer.odd") == 1 and "layer.same" not in logs[0]
     assert len(set(trusted)) == 1  # told to trust, the save kept one rank's copy
 
 
-def save_different(rank, world_size, tmp, form, level, count):
+def save_different(rank, world_size, tmp, form, level):
     log = io.StringIO()
     logging.getLogger().addHandler(logging.StreamHandler(log))
     values = (float(rank), 7.0, rank % 2 + 0.5)
 
     def bag(place, same, odd):
-        tensors = {"layer.place": torch.full((count,), place), "layer.same": torch.full((count,), same)}
+        tensors = {"layer.place": torch.full((400_000,), place), "layer.same": torch.full((400_000,), same)}
         return Bag(**tensors, **{"layer.odd": torch.tensor(odd)})
 
     checkpoint = opened(tmp)
@@ -2738,23 +2849,181 @@ def save_batch_norm(rank, world_size, tmp):
     return identical(state_of(other)[0], state_of(model)[0]), not torch.equal(*means)
 
 
-@pytest.mark.parametrize("count", [3, 400_000])
-def test_copies_that_a_placement_declares_equal_but_are_not_are_named_and_the_lowest_ranks_is_kept(tmp_path, count):
-    (values, log), (others, _) = run(2, save_false_replicas, tmp_path, count)
+def test_copies_that_a_placement_declares_equal_but_are_not_are_named_and_the_lowest_ranks_is_kept(tmp_path):
+    (values, log), (others, _) = run(2, save_false_replicas, tmp_path)
     assert values == others == [0.0] and "declared" in log and re.search(r"\brank\D*[01]\b", log)
 
 
-def save_false_replicas(rank, world_size, tmp, count):
+def save_false_replicas(rank, world_size, tmp):
     log = io.StringIO()
     logging.getLogger().addHandler(logging.StreamHandler(log))
     mesh = init_device_mesh("cpu", (2,))
     checkpoint = opened(tmp)
     checkpoint.save(
-        Bag(declared=DTensor.from_local(torch.full((count,), float(rank)), mesh, [Replicate()])), None, to()
+        Bag(declared=DTensor.from_local(torch.full((400_000,), float(rank)), mesh, [Replicate()])), None, to()
     )
-    target = Bag(declared=DTensor.from_local(torch.full((count,), 9.0), mesh, [Replicate()]))
+    target = Bag(declared=DTensor.from_local(torch.full((400_000,), 9.0), mesh, [Replicate()]))
     result = checkpoint.load(target, None, at())
     return target.state["declared"].to_local().unique().tolist(), log.getvalue() + " ".join(result.warnings)
+
+
+# A name on several meshes: per case what rank r holds of it, as (ranks of its mesh, placement, value); None: a plain tensor.
+MESHES = {
+    "sharded, equal": lambda r: (PAIRS[r // 2], ShardDim(0), 1.0),
+    "sharded, different": lambda r: (PAIRS[r // 2], ShardDim(0), float(r // 2)),
+    "replicated, equal": lambda r: (PAIRS[r // 2], Replicate(), 1.0),
+    "replicated, different": lambda r: (PAIRS[r // 2], Replicate(), float(r // 2)),
+    "cut differently, equal": lambda r: (PAIRS[r // 2], (ShardDim(0), Replicate())[r // 2], 1.0),
+    "other order of ranks": lambda r: ((0, 1, 2, 3) if r < 2 else (3, 2, 1, 0), Replicate(), 1.0),
+    "overlapping": lambda r: ((0, 1, 2) if r < 2 else (2, 3), Replicate(), 1.0),
+    "plain beside": lambda r: ((0, 1), Replicate(), 1.0) if r < 2 else (None, None, 1.0),
+}
+PAIRS = ((0, 1), (2, 3))
+
+
+def save_on_meshes(rank, world_size, tmp, form):
+    """Per case: the outcome, the number of stored copies, what came back, and the warnings of rank 0."""
+    meshes = {
+        ranks: DeviceMesh("cpu", torch.tensor(ranks))
+        for ranks in (*PAIRS, (0, 1, 2), (2, 3), (0, 1, 2, 3), (3, 2, 1, 0))
+    }
+    answer, log = {}, io.StringIO()
+    logging.getLogger("ckpt").addHandler(logging.StreamHandler(log))
+    for number, (case, layout) in enumerate(MESHES.items()):
+        (ranks, placement, value), checkpoint = layout(rank), opened(tmp)
+
+        def laid(value, ranks=ranks, placement=placement):
+            whole = torch.full((6, 3), value) + torch.arange(6).view(6, 1)
+            return whole if ranks is None else distribute_tensor(whole, meshes[ranks], [placement], src_data_rank=None)
+
+        log.truncate(log.seek(0))
+        outcome = told(lambda: checkpoint.save(Bag(w=laid(value)), None, to(f"p{number}", format=form)))
+        if outcome[0] != "returned":
+            answer[case] = outcome[0], outcome[2]
+            continue
+        model = Bag(w=laid(-1.0))
+        warned, result = log.getvalue(), checkpoint.load(model, None, at(f"p{number}"))
+        kept = [t.rank for t in result.metadata.tensors if t.name == "model/w"]
+        local, truth = (getattr(x, "to_local", lambda x=x: x)() for x in (model.state["w"], laid(value)))
+        answer[case] = kept, torch.equal(local, truth), "model/w" in warned, result.warnings
+    return answer
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_name_on_disjoint_meshes_is_one_tensor_if_equal_else_each_mesh_gets_its_own_back(tmp_path, form):
+    answers = run(4, save_on_meshes, tmp_path, form)
+    for rank, answer in enumerate(answers):
+        for case in ("sharded, equal", "replicated, equal", "other order of ranks"):
+            assert answer[case] == ([None], True, False, []), (case, answer)
+        for case in ("sharded, different", "replicated, different", "cut differently, equal"):
+            assert answer[case] == ([0, 2], True, rank == 0, []), (case, answer)
+        for case, what in {"overlapping": r"\[0, 1, 2\].*\[2, 3\]", "plain beside": r"plain.* 2, 3 .*DTensor"}.items():
+            kind, message = answer[case]
+            assert kind == "VALIDATION_FAILED" and "model/w" in message and re.search(what, message), message
+            assert answer[case] == answers[0][case], "one error on all ranks"
+
+
+def train_one_dimension(rank, world_size, tmp):
+    """FSDP2 on one dimension of a mesh whose other one these parameters do not use; the copies drift apart there."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "other"))
+    log = io.StringIO()
+    logging.getLogger("ckpt").addHandler(logging.StreamHandler(log))
+
+    def start(salt):
+        model = filled(nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)), salt)
+        fully_shard(model, mesh=mesh["dp"])
+        return model, stepped(model)
+
+    checkpoint, answers = opened(tmp), []
+    model, optimizer = start("truth")
+    for drift in (0.0, 1e-7 * mesh.get_coordinate()[1]):
+        with torch.no_grad():
+            model[1].weight.to_local().add_(drift)
+        log.truncate(log.seek(0))
+        checkpoint.save(model, optimizer, to())
+        warned = log.getvalue()
+        other, other_optimizer = start("other")
+        result = checkpoint.load(other, other_optimizer, at())
+        kept = {t.name for t in result.metadata.tensors if t.rank is not None and t.name != "rng/state"}
+        same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
+        answers.append((sorted(kept), "model/1.weight" in warned, same))
+    return answers
+
+
+def test_copies_that_drift_apart_outside_of_their_mesh_are_kept_per_mesh_and_training_goes_on(tmp_path):
+    for rank, (equal, drifted) in enumerate(run(4, train_one_dimension, tmp_path)):
+        assert equal == ([], False, True)
+        assert drifted == (["model/1.weight"], rank == 0, True)
+    assert len(shards(tmp_path)) == 4, "one file a rank: nothing was written twice"
+
+
+class Counted(torch.optim.SGD):
+    """An optimizer whose step is a number in its state."""
+
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["step"] = self.state[p].get("step", 0) + 1
+
+
+def save_at_different_steps(rank, world_size, tmp):
+    """Outcomes of saves of which rank 1 has made one step less, or not, by optimizer; then after they are level again."""
+    mesh, answers = init_device_mesh("cpu", (2,)), {}
+    makers = {"AdamW": torch.optim.AdamW, "Counted": Counted, "SGD": functools.partial(torch.optim.SGD, momentum=0.9)}
+    for layout, (name, maker) in itertools.product(("plain", "fsdp2"), makers.items()):
+        model = filled(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), "truth")
+        if layout == "fsdp2":
+            fully_shard(model, mesh=mesh)
+        optimizer, checkpoint = maker(model.parameters(), lr=0.0), opened(tmp)
+
+        def step(times, model=model, optimizer=optimizer):
+            for _ in range(times):
+                for parameter in model.parameters():
+                    parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+
+        step(2 - rank)
+        for options in ({}, {"replicas": "trust"}):
+            outcome = told(lambda: checkpoint.save(model, optimizer, to(**options)))
+            answers[(layout, name, *options)] = (outcome[0], "different optimizer steps" in str(outcome[2]))
+        step(rank)
+        answers[layout, name, "level"] = told(lambda: checkpoint.save(model, optimizer, to()))[0]
+    return answers
+
+
+def test_ranks_at_different_optimizer_steps_cannot_save(tmp_path):
+    for answers in run(2, save_at_different_steps, tmp_path):
+        for (_, name, *options), outcome in answers.items():
+            if options == ["level"]:
+                assert outcome == "returned"
+            else:  # SGD has no step: nothing tells
+                assert outcome == (("returned", False) if name == "SGD" else ("SAVE_FAILED", True)), (name, outcome)
+
+
+class Experts(nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        self.expert, self.shared = nn.Parameter(torch.full((4,), float(rank))), nn.Parameter(torch.ones(3))
+
+
+def save_experts(rank, world_size, tmp):
+    model = Experts(rank)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for parameter, steps in ((model.expert, rank + 1), (model.shared, 2)):
+        for _ in range(steps):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            parameter.grad = None
+    checkpoint, other = opened(tmp), Experts(7)
+    checkpoint.save(model, optimizer, to())
+    others = torch.optim.AdamW(other.parameters())
+    checkpoint.load(other, others, at())
+    return identical(state_of(other, others), state_of(model, optimizer))
+
+
+def test_experts_that_each_rank_has_for_itself_may_be_at_steps_of_their_own(tmp_path):
+    assert run(2, save_experts, tmp_path) == [True, True]
 
 
 def test_what_is_no_tensor_is_stored_per_rank_where_it_differs(tmp_path):
