@@ -2,9 +2,9 @@
 
     training code  ->  DistributedCheckpoint (here)  ->  ckpt_coord.py (ranks)  ->  ckpt_storage.py (bytes)
 
-    checkpoint = DistributedCheckpointFactory.create(options=CheckpointOptions(storage=...))
-    checkpoint.save(model, optimizer, SaveOptions(checkpoint_prefix="step_100"), extra_state={"scheduler": scheduler})
-    checkpoint.load(model, optimizer, LoadOptions(checkpoint_prefix="step_100"), extra_state={"scheduler": scheduler})
+    checkpoint = DistributedCheckpoint(storage="./checkpoints")
+    checkpoint.save(model, optimizer, "step_100", extra_state={"scheduler": scheduler})
+    checkpoint.load(model, optimizer, "step_100", extra_state={"scheduler": scheduler})
 
 Under these names a checkpoint keeps its tensors and values:
 
@@ -28,6 +28,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import datetime
+import enum
 import io
 import itertools
 import json
@@ -40,9 +41,11 @@ import shutil
 import sys
 import threading
 import time
+import weakref
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -106,12 +109,17 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, object]) -> object: ...
 
 
-Model = Stateful | Mapping[str, Stateful]  # mappings: pipeline stages, or several optimizers
+Model = Stateful | Mapping[str, Stateful] | Mapping[str, torch.Tensor]  # pipeline stages by name; tensors
+Optimizers = Stateful | Mapping[str, Stateful] | Sequence[Stateful]
 
 
 def _check_member(value: object, allowed: Iterable[object], what: str) -> None:
-    if value not in (members := list(allowed)):
-        raise ValueError(f"unknown {what} {value!r}; allowed: {', '.join(map(str, members))}")
+    """ValueError unless `value` is one of `allowed`, or the value of an enum member among them."""
+    members = list(allowed)
+    values = [member.value if isinstance(member, enum.Enum) else member for member in members]
+    if value not in members + values:
+        names = ", ".join(f"{v!r} ({m})" if m is not v else repr(v) for m, v in zip(members, values))
+        raise ValueError(f"unknown {what} {value!r}; allowed: {names}")
 
 
 def _seconds(timeout: object) -> float | None:
@@ -126,11 +134,14 @@ def _check_timeout(timeout: object) -> None:
 
 @dataclass
 class SaveOptions:
-    """How to save; the same on every rank. `timeout` in seconds, None: the default of `CheckpointOptions`."""
+    """How to save; the same on every rank. `timeout` in seconds, None: the default of `CheckpointOptions`.
+
+    Enums may be given by value: "single_file", "fast".
+    """
 
     checkpoint_prefix: str | None = None
-    format: CheckpointFormat = CheckpointFormat.MULTI_SHARD
-    compression_level: CompressionLevel = CompressionLevel.NONE
+    format: CheckpointFormat | str = CheckpointFormat.MULTI_SHARD
+    compression_level: CompressionLevel | str = CompressionLevel.NONE
     include_optimizer: bool = True
     include_rng_state: bool = True
     timeout: float | None = None
@@ -180,8 +191,38 @@ class LoadOptions:
 Parts = dict[str, Stateful]  # of a model or an optimizer, by name; a single one has the name ""
 
 
-def _parts(given: Model) -> Parts:
-    return dict(given) if isinstance(given, Mapping) else {"": given}
+class _State(NamedTuple):
+    """A mapping of names to tensors (and values) as a Stateful; a load fills the tensors in place."""
+
+    state: Mapping[str, object]
+
+    def state_dict(self) -> Mapping[str, object]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> object: ...
+
+
+def _parts(what: str, given: object) -> Parts:
+    """The parts of a "model" or an "optimizer" by name, "" for a single one. ValueError for other types."""
+    if what == "optimizer" and isinstance(given, (list, tuple)) and not isinstance(given, Stateful):
+        given = {str(number): part for number, part in enumerate(given)}
+    named = given if isinstance(given, Mapping) else {"": given}
+    if what == "model" and named is given and any(isinstance(part, torch.Tensor) for part in named.values()):
+        for name, part in named.items():  # modules keep values under "_extra_state", not always of one shape
+            named_well = isinstance(name, str) and not name.endswith("_extra_state")
+            if not (named_well and isinstance(part, torch.Tensor)):
+                must = "must have tensors alone, under names that do not end in '_extra_state'"
+                raise ValueError(f"model: a mapping with tensors {must}; {name!r}: {type(part)}")
+        return {"": _State(dict(named))}
+    parts: Parts = {}
+    for name, part in named.items():
+        if not isinstance(part, Stateful):
+            which = f"{what}[{name!r}]" if named is given else what
+            others = "to tensors" if what == "model" else "a list of such"
+            must = f"must have state_dict() and load_state_dict(), or be a mapping to such, or {others}"
+            raise ValueError(f"{what} {must}; {which}: {type(part)}")
+        parts[name] = part
+    return parts
 
 
 Options = TypeVar("Options", SaveOptions, LoadOptions)
@@ -197,7 +238,8 @@ class Given(Generic[Options]):
     extra_state: Mapping[str, object]
     cancel: threading.Event | None
     limit_s: float
-    problem: BaseException | None  # options of another type; or what a save in the background has failed with
+    coordinator: DistributedCoordinator
+    problem: BaseException | None  # an argument of another type; or why the last background save failed
 
     @property
     def prefix(self) -> str:
@@ -212,11 +254,6 @@ class Given(Generic[Options]):
         if self.problem is not None:
             raise self.problem
         self.options.check()
-        for what, parts in (("model", self.model), ("optimizer", self.optimizer or {})):
-            for part in parts.values():
-                if not isinstance(part, Stateful):
-                    must = "must have state_dict() and load_state_dict(), or be a mapping of such"
-                    raise ValueError(f"{what} {must}: {type(part)}")
         if not (isinstance(self.extra_state, Mapping) and all(isinstance(key, str) for key in self.extra_state)):
             raise ValueError("extra_state must be a mapping of names to values")
 
@@ -225,15 +262,15 @@ class Given(Generic[Options]):
 class CheckpointLoadResult:
     """What was loaded. `extra_state` has every entry that was saved; `warnings` also what strict mode refuses."""
 
-    metadata: CheckpointMetadata
-    model_state: dict[str, object]
-    optimizer_state: dict[str, object]
+    metadata: CheckpointMetadata = field(repr=False)
+    model_state: dict[str, object] = field(repr=False)
+    optimizer_state: dict[str, object] = field(repr=False)
     source_world_size: int
     target_world_size: int
     was_resharded: bool
-    extra_state: dict[str, object] = field(default_factory=dict)
+    extra_state: dict[str, object] = field(default_factory=dict, repr=False)
     prefix: str = ""
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
@@ -256,9 +293,12 @@ class CheckpointInfo:
 
 @dataclass
 class CheckpointOptions:
-    """Global configuration for `DistributedCheckpointFactory.create`; times in seconds."""
+    """Global configuration for `DistributedCheckpointFactory.create`; times in seconds.
 
-    storage: StorageOptions = field(default_factory=StorageOptions)
+    A path as `storage` means local files there.
+    """
+
+    storage: st.AnyStorage = field(default_factory=StorageOptions)
     retry_policy: RetryPolicy = field(default_factory=RetryPolicy)
     integrity_checkers: Sequence[IntegrityChecker] = ()
     compatibility_checkers: Sequence[CompatibilityChecker] = ()
@@ -276,20 +316,23 @@ R = TypeVar("R")
 class DistributedCheckpoint:
     """Saves and loads checkpoints; also a context manager that waits for pending saves.
 
-    Collective, called by every rank: creating one with `coordinator=None` under torch.distributed, `save`, `save_async`,
-    `save_model_only`, `load`. Local, from any one rank: everything else.
+    Collective, called by every rank: `save`, `save_async`, `save_model_only`, `load`. Local, from any one
+    rank: everything else. Without a coordinator each collective call takes that of the default process group.
+
+    A path as `storage` means local files there; a string as `options` means options with that prefix.
+    A `model` is a Stateful, a mapping of names to Statefuls, or one of names to tensors, which a load fills.
+    An `optimizer` is a Stateful, a mapping of names to Statefuls, or a list of them, named "0", "1", ...
     """
 
     def __init__(
-        self, coordinator: DistributedCoordinator | None = None, storage: CheckpointStorage | None = None,
+        self, coordinator: DistributedCoordinator | None = None, storage: st.AnyStorage | None = None,
         fault_handler: FaultToleranceHandler | None = None, validator: CheckpointValidator | None = None,
         logger: logging.Logger | None = None,
     ) -> None:  # fmt: skip
-        if coordinator is None:
-            initialised = dist.is_available() and dist.is_initialized()
-            coordinator = TorchCoordinator() if initialised else LocalCoordinator()
-        self.coordinator = coordinator
-        self.storage = storage or StorageFactory.create(StorageOptions())
+        self._given_coordinator = coordinator
+        self._made: tuple[weakref.ref[dist.ProcessGroup], Future[TorchCoordinator]] | None = None
+        self._warned_alone = False
+        self.storage = StorageFactory.create(StorageOptions() if storage is None else storage)
         self.fault_handler = fault_handler or FaultToleranceHandler(self.storage)
         self.validator = validator or CheckpointValidator(self.storage)
         self.logger = logger or log
@@ -300,8 +343,32 @@ class DistributedCheckpoint:
         self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
         self._pending: PendingSave | None = None
 
+    @property
+    def coordinator(self) -> DistributedCoordinator:
+        """What a collective call would use now. Where none was given, reading it is such a call, too."""
+        return self._look_up(self.default_timeout)
+
+    def _look_up(self, limit_s: float) -> DistributedCoordinator:
+        """The one given; else that of the default process group, kept while the group is the same object.
+
+        TIMEOUT where the group's store does not answer within `limit_s` seconds.
+        """
+        if self._given_coordinator is not None:
+            return self._given_coordinator
+        group = dist.group.WORLD if dist.is_available() else None
+        if group is None:
+            return LocalCoordinator()
+        if self._made is None or self._made[0]() is not group:  # its keys have a number: as many on all ranks
+            self._made = weakref.ref(group), coord.in_thread(TorchCoordinator)
+        try:
+            return self._made[1].result(limit_s)
+        except (concurrent.futures.TimeoutError, RuntimeError) as error:
+            why = str(error) or f"no answer within {limit_s:g} s"
+            message = f"the rendezvous store is unreachable (has the process that hosts it died?): {why}"
+            raise CheckpointException(message, type=ExceptionType.TIMEOUT) from error
+
     def save(
-        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
+        self, model: Model, optimizer: Optimizers | None = None, options: SaveOptions | str | None = None, *,
         extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
     ) -> str:  # fmt: skip
         """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
@@ -313,7 +380,7 @@ class DistributedCheckpoint:
         return self._save(given, lambda: self._collect(given))
 
     def save_async(
-        self, model: Model, optimizer: Model | None = None, options: SaveOptions | None = None, *,
+        self, model: Model, optimizer: Optimizers | None = None, options: SaveOptions | str | None = None, *,
         extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
     ) -> PendingSave:  # fmt: skip
         """Copy the state to host memory, and save it in the background. Collective; one save is in flight at a time.
@@ -348,13 +415,15 @@ class DistributedCheckpoint:
         return pending
 
     def save_model_only(
-        self, model: Model, options: SaveOptions | None = None, *, cancel: threading.Event | None = None
+        self, model: Model, options: SaveOptions | str | None = None, *, cancel: threading.Event | None = None
     ) -> str:
         """Save the model alone: no optimizer, no random number generators. Otherwise as `save`."""
-        return self.save(model, None, replace(options or SaveOptions(), include_rng_state=False), cancel=cancel)
+        given = self._given(model, None, options, SaveOptions, None, cancel)
+        given = replace(given, options=replace(given.options, include_rng_state=False))
+        return self._save(given, lambda: self._collect(given))
 
     def load(
-        self, model: Model, optimizer: Model | None = None, options: LoadOptions | None = None, *,
+        self, model: Model, optimizer: Optimizers | None = None, options: LoadOptions | str | None = None, *,
         extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
     ) -> CheckpointLoadResult:  # fmt: skip
         """Restore a checkpoint in place, whatever layout it was saved from. Collective; blocks until every rank has its own.
@@ -419,21 +488,42 @@ class DistributedCheckpoint:
     # ---- both
 
     def _given(
-        self, model: Model, optimizer: Model | None, options: Options | None, kind: type[Options],
+        self, model: Model, optimizer: Optimizers | None, options: Options | str | None, kind: type[Options],
         extra_state: Mapping[str, object] | None, cancel: threading.Event | None,
     ) -> Given[Options]:  # fmt: skip
         """Wait for the save in flight, and put together what was given. Nothing raises: S1 and L1 do, on all ranks."""
         problem: BaseException | None = None
+        parts: tuple[Parts, Parts | None] = {}, None
+        try:
+            parts = _parts("model", model), None if optimizer is None else _parts("optimizer", optimizer)
+        except ValueError as error:
+            problem = error
+        if isinstance(options, str):
+            options = kind(checkpoint_prefix=options)
         if not isinstance(options, kind):
-            problem = None if options is None else ValueError(f"options must be {kind.__name__}, not {options!r}")
+            if options is not None:
+                must = f"options must be {kind.__name__}, or the prefix as a string"
+                problem = ValueError(f"{must}, not {type(options)}")
             options = kind()
         limit_s = _seconds(options.timeout) or self.default_timeout
+        coordinator = self._look_up(limit_s)
         self._wait(limit_s)
         if kind is SaveOptions:  # a load has nothing to do with it
             problem = self._unasked() or problem
+            self._warn_if_alone(coordinator)
         extra = dict(extra_state) if isinstance(extra_state, Mapping) else {} if extra_state is None else extra_state
-        parts = _parts(model), None if optimizer is None else _parts(optimizer)
-        return Given(*parts, replace(options), extra, cancel, limit_s, problem)
+        return Given(*parts, replace(options), extra, cancel, limit_s, coordinator, problem)
+
+    def _warn_if_alone(self, coordinator: DistributedCoordinator) -> None:
+        """Warn once of a save by this process alone, which nobody has asked for, in a job of several."""
+        world_size = os.environ.get("WORLD_SIZE", "")
+        alone = self._given_coordinator is None and isinstance(coordinator, LocalCoordinator)
+        if alone and not self._warned_alone and world_size.isdecimal() and int(world_size) > 1:
+            self._warned_alone = True
+            self.logger.warning(
+                "this process saves alone, though WORLD_SIZE is %s: call init_process_group first, or each "
+                "overwrites the others' checkpoints; if only one saves, say LocalCoordinator()", world_size,
+            )  # fmt: skip
 
     def _wait(self, limit_s: float) -> None:
         """Wait for the save in flight."""
@@ -453,7 +543,7 @@ class DistributedCheckpoint:
             replaced = False
             while True:
                 limit_s, cancel, progress = given.limit_s, given.cancel, given.options.progress
-                op = coord.Operation(self.coordinator, verb, limit_s, cancel, retryable, progress)
+                op = coord.Operation(given.coordinator, verb, limit_s, cancel, retryable, progress)
                 try:
                     return body(op), op
                 except coord.OperationFailed as failed:
@@ -481,12 +571,13 @@ class DistributedCheckpoint:
             given.check()
             contents = ("optimizer",) * (given.optimizer is not None and options.include_optimizer)
             contents += ("rng",) * options.include_rng_state + tuple(sorted(given.extra_state))
+            form, level = CheckpointFormat(options.format), CompressionLevel(options.compression_level)
             return coord.SaveRequest(
-                options.checkpoint_prefix, options.format, options.compression_level, options.overwrite,
-                options.replicas == "verify", contents, options.custom_metadata,
+                options.checkpoint_prefix, form, level, options.overwrite, options.replicas == "verify",
+                contents, options.custom_metadata,
             )  # fmt: skip
 
-        saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._warned)
+        saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, self._warned)
         result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
         for warning in result.warnings:
             self.logger.warning("%s: %s", result.prefix, warning)
@@ -564,10 +655,10 @@ class DistributedCheckpoint:
 
     def _load(self, given: Given[LoadOptions], warnings: Sequence[str]) -> CheckpointLoadResult:
         started = time.monotonic()
-        loader = CheckpointLoader(self.coordinator, self.storage)
+        loader = CheckpointLoader(given.coordinator, self.storage)
 
         def body(op: coord.Operation) -> Restore:
-            restore = Restore(given, op, self.validator, isinstance(self.coordinator, LocalCoordinator))
+            restore = Restore(given, op, self.validator, isinstance(given.coordinator, LocalCoordinator))
             loader.coordinate_load(op, restore)
             return restore
 
@@ -614,7 +705,7 @@ class DistributedCheckpointFactory:
     def create(
         coordinator: DistributedCoordinator | None = None, options: CheckpointOptions | None = None
     ) -> DistributedCheckpoint:
-        """Collective where `coordinator` is None and torch.distributed is initialised. ValueError for bad options."""
+        """Local. ValueError for bad options."""
         options = options or CheckpointOptions()
         _check_timeout(options.default_timeout)
         if options.keep_last is not None and options.keep_last < 1:
@@ -644,7 +735,7 @@ class StagedCopy(NamedTuple):
     version: int
 
 
-class PendingSave(concurrent.futures.Future[str]):
+class PendingSave(Future[str]):
     """A save under way; `result()` is the prefix once it is committed and announced."""
 
     def __init__(self, cancel: threading.Event | None = None) -> None:
@@ -819,12 +910,15 @@ class ModelState:
         self._states: list[dict[str, object]] = []
 
     def parameters(self) -> dict[int, str]:
-        """id -> name of every parameter; of tied ones the first name."""
+        """id -> name of every parameter, or tensor of a mapping; of tied ones the first name."""
         names: dict[int, str] = {}
         for prefix, part in self._parts:
             if isinstance(part, torch.nn.Module):
                 for key, parameter in part.named_parameters(remove_duplicate=False):
                     names.setdefault(id(parameter), prefix + _canonical(key))
+            elif isinstance(part, _State):
+                for key, tensor in part.state.items():
+                    names.setdefault(id(tensor), prefix + _canonical(key))
         return names
 
     def _entries(self, keep_vars: bool = False) -> Iterator[tuple[str, dict[str, object], str, torch.Tensor | None]]:
@@ -1474,7 +1568,7 @@ def _stream(
 
 
 def export_checkpoint(
-    storage: CheckpointStorage, prefix: str, out: str | os.PathLike[str], *, model_only: bool = False,
+    storage: st.AnyStorage, prefix: str, out: str | os.PathLike[str], *, model_only: bool = False,
     dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[str]:  # fmt: skip
@@ -1486,6 +1580,7 @@ def export_checkpoint(
     replaced. ValueError for a misuse, CheckpointException for damage or a failing disk; then no file of it is left,
     unless the disk failed while files got their final names, or while those of an older export went.
     """
+    storage = StorageFactory.create(storage)
     folder, name = os.path.split(os.path.abspath(out))
     if os.path.splitext(name)[1] != ".safetensors" or max_shard_bytes < 1:
         raise ValueError(f"an export is named *.safetensors, and its files hold bytes: not {out}, {max_shard_bytes}")
@@ -1616,19 +1711,8 @@ def _appearing(folder: str, name: str, files: _Files) -> Iterator[_Places]:
 # In: checkpoints of other makes
 
 
-class _Imported(NamedTuple):
-    """A model's state from elsewhere, as something that can be saved."""
-
-    state: Mapping[str, object]
-
-    def state_dict(self) -> Mapping[str, object]:
-        return self.state
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> object: ...
-
-
 def import_checkpoint(
-    source: str | os.PathLike[str], storage: CheckpointStorage, prefix: str, *,
+    source: str | os.PathLike[str], storage: st.AnyStorage, prefix: str, *,
     progress: Callable[[Progress], None] | None = None,
 ) -> str:  # fmt: skip
     """Save what others have saved, bit for bit, as a new checkpoint, which `load(model, None, ...)` takes. Local.
@@ -1645,7 +1729,7 @@ def import_checkpoint(
         model, extra = _split(_read_source(os.fspath(source)))
     options = SaveOptions(prefix, include_rng_state=False, overwrite=False, progress=progress)
     with DistributedCheckpoint(LocalCoordinator(), storage) as checkpoint:
-        return checkpoint.save(_Imported(model), None, options, extra_state=extra)
+        return checkpoint.save(_State(model), None, options, extra_state=extra)
 
 
 def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
@@ -1762,12 +1846,13 @@ class Difference(NamedTuple):
     largest_change: float | None = None  # of any element, where that was asked for; NaN: to or from NaN
 
 
-def diff_checkpoints(storage: CheckpointStorage, a: str, b: str, *, values: bool = False) -> list[Difference]:
+def diff_checkpoints(storage: st.AnyStorage, a: str, b: str, *, values: bool = False) -> list[Difference]:
     """What differs between checkpoints `a` and `b`, by stored name; [] where every tensor and value has the same bits. Local.
 
     Where both have a tensor at the same places of their blocks, the CRC32s of these blocks tell, and no data are read; else,
     and for `values`, the largest absolute change of each tensor, it is read and checked. CheckpointException for damage.
     """
+    storage = StorageFactory.create(storage)
     with (
         _typed(f"{a}, {b}"),
         CheckpointReader(storage, coord.committed(storage, a)[1]) as old,

@@ -737,6 +737,7 @@ class Operation:
         self.rank, self.world_size, self.timeout = coordinator.rank, coordinator.world_size, timeout
         numbers: Sequence[int] = getattr(coordinator, "global_ranks", range(self.world_size))
         self._own_rank = {number: rank for rank, number in enumerate(numbers)}
+        self._verb = verb
         self._default = ExceptionType.SAVE_FAILED if verb == "save" else ExceptionType.LOAD_FAILED
         self._deadline = time.monotonic() + timeout
         self._cancel, self._retryable, self._progress = cancel, retryable, progress
@@ -792,6 +793,8 @@ class Operation:
             kind = ExceptionType.STORAGE_ERROR.value
         elif isinstance(error, ValueError):
             kind, text = "value_error" if self.step_name[:2] in ("S1", "L1") else kind, str(error)
+        if kind == ExceptionType.TIMEOUT.value and rank != self.rank and self.step_name[:2] in ("S1", "L1"):
+            text += f"; {self._verb} is collective: every rank must call it"
         if self.step_name == "L4 read":
             text += "; tensors being loaded are undefined now: load again, or restart"
         message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text

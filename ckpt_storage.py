@@ -138,7 +138,7 @@ def _require(fact: object, problem: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Names: every file name is made and judged here
 
-_PART = re.compile(r"[A-Za-z0-9._-]{1,200}")
+_PART = re.compile(r"[A-Za-z0-9._=+-]{1,200}")
 _SHARD = re.compile(r"([0-9a-f]{8})(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors")
 _SHARD_PATH = re.compile(f"(.+)/{_SHARD.pattern}")
 _FENCE = re.compile(r"(.+)\.metadata\.json\.([0-9a-f]{8})\.tmp")
@@ -148,8 +148,8 @@ def check_prefix(prefix: str) -> str:
     """Return `prefix` if it is a legal checkpoint name, else raise ValueError; touches no file."""
     if not isinstance(prefix, str) or not _is_prefix(prefix):
         raise ValueError(
-            f"illegal checkpoint prefix {prefix!r}: use '/'-separated parts of letters, digits, '.', '_' and '-', each "
-            f"at most 200 long, none empty, '.', '..' or ending in {RECORD_SUFFIX!r}"
+            f"illegal checkpoint prefix {prefix!r}: use '/'-separated parts of letters, digits and '._=+-', "
+            f"each at most 200 long, none empty, '.', '..' or ending in {RECORD_SUFFIX!r}"
         )
     return prefix
 
@@ -586,7 +586,12 @@ class StorageOptions:
 def _local(settings: Mapping[str, str]) -> LocalStorage:
     if unknown := set(settings) - {"base_path"}:
         raise ValueError(f"unknown setting(s) {sorted(unknown)} for the local provider; allowed: base_path")
-    return LocalStorage(settings.get("base_path", "./checkpoints"))
+    if "://" in (path := settings.get("base_path", "./checkpoints")):
+        raise ValueError(f"{path!r} is a URL, not a path: `StorageFactory.register` a provider for it")
+    return LocalStorage(path)
+
+
+AnyStorage = CheckpointStorage | StorageOptions | str | os.PathLike[str]  # what `StorageFactory.create` takes
 
 
 class StorageFactory:
@@ -595,8 +600,15 @@ class StorageFactory:
     _providers: ClassVar[dict[str, Callable[[Mapping[str, str]], CheckpointStorage]]] = {"local": _local}
 
     @staticmethod
-    def create(options: StorageOptions) -> CheckpointStorage:
-        """The storage of `options.provider`; ValueError for an unknown provider or setting."""
+    def create(options: AnyStorage) -> CheckpointStorage:
+        """The storage of `options.provider`; local storage at a path; a storage as it is.
+
+        ValueError for an unknown provider or setting.
+        """
+        if isinstance(options, (str, os.PathLike)):
+            options = StorageOptions(connection_settings={"base_path": os.fspath(options)})
+        if not isinstance(options, StorageOptions):
+            return options
         if (factory := StorageFactory._providers.get(options.provider)) is None:
             known = ", ".join(sorted(StorageFactory._providers))
             raise ValueError(f"unknown storage provider {options.provider!r}; registered: {known}")
@@ -1387,10 +1399,10 @@ class CheckpointMetadata:
     compression: str
     torch_version: str
     timestamp: str  # ISO 8601, UTC
-    custom_metadata: Mapping[str, object]
-    shards: tuple[ShardMetadata, ...]
-    tensors: tuple[TensorMetadata, ...]
-    table: PieceTable | Fields  # unpacked when needed: after the sizes on disk are checked
+    custom_metadata: Mapping[str, object] = field(repr=False)
+    shards: tuple[ShardMetadata, ...] = field(repr=False)
+    tensors: tuple[TensorMetadata, ...] = field(repr=False)
+    table: PieceTable | Fields = field(repr=False)  # unpacked when needed: after sizes on disk are checked
     version: int = FORMAT_VERSION
 
     @functools.cached_property

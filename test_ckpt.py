@@ -836,6 +836,52 @@ def test_options_objects_are_never_changed(tmp_path):
     assert (save, load) == (save_before, load_before)
 
 
+@pytest.mark.parametrize("path", [str, Path])
+def test_a_path_means_local_storage_there_and_a_string_means_options_with_that_prefix(tmp_path, path):
+    directories = [path(tmp_path / name) for name in "ab"]
+    options = ckpt.CheckpointOptions(storage=directories[1])
+    made = [
+        ckpt.DistributedCheckpoint(storage=directories[0]),
+        ckpt.DistributedCheckpointFactory.create(options=options),
+    ]
+    model, optimizer = small()
+    for checkpoint, directory in zip(made, directories):
+        assert checkpoint.save(model, optimizer, "lr=1e+3/step=1") == "lr=1e+3/step=1"
+        assert checkpoint.save_async(model, optimizer, "late").result(20.0) == "late"
+        assert checkpoint.save_model_only(model, "only") == "only"
+        assert len(list(Path(directory).rglob("*.metadata.json"))) == 3
+        other, other_optimizer = small("other")
+        assert checkpoint.load(other, other_optimizer, "lr=1e+3/step=1").prefix == "lr=1e+3/step=1"
+        assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
+        stored = checkpoint.load(other, None, "only").metadata.tensors
+        assert {tensor.name.partition("/")[0] for tensor in stored} == {"model"}
+        assert ckpt.diff_checkpoints(directory, "late", "lr=1e+3/step=1") == []
+        (exported,) = ckpt.export_checkpoint(directory, "only", tmp_path / "out.safetensors")
+        assert ckpt.import_checkpoint(exported, directory, "again") == "again"
+        assert {d.kind for d in ckpt.diff_checkpoints(directory, "only", "again")} == set()
+    with pytest.raises(ValueError, match="s3://bucket/ckpts"):
+        ckpt.DistributedCheckpoint(storage="s3://bucket/ckpts")
+
+
+@pytest.mark.parametrize("form, level", [*zip(FORMATS, LEVELS), (CheckpointFormat.MULTI_SHARD, LEVELS[3])])
+def test_an_enum_option_also_takes_its_value(tmp_path, form, level):
+    checkpoint, options = opened(tmp_path), to(format=form.value, compression_level=level.value)
+    checkpoint.save(small()[0], None, options)
+    found = checkpoint.load(small("other")[0], None, "p").metadata
+    assert (found.format, found.compression) == (form.value, level.value)
+    assert options == to(format=form.value, compression_level=level.value), "the user's object has changed"
+
+
+def test_the_repr_of_a_result_is_one_short_line_that_names_the_checkpoint(tmp_path):
+    checkpoint, bag = opened(tmp_path), Bag(**{f"layer.{n}": torch.rand(100) for n in range(100)})
+    pending = checkpoint.save_async(bag, None, "p")
+    pending.result(20.0)
+    result = checkpoint.load(bag, None, "p", extra_state={})
+    for thing in (result, result.metadata, pending, checkpoint.latest_checkpoint()):
+        assert len(repr(thing)) < 250 and "\n" not in repr(thing), thing
+    assert "'p'" in repr(result) and "'p'" in repr(result.metadata)
+
+
 def test_a_registered_provider_is_used_and_an_unknown_one_is_refused_with_the_list(tmp_path):
     seen = []
     ckpt.StorageFactory.register("mine", lambda settings: seen.append(settings) or ckpt.LocalStorage(tmp_path))
@@ -1843,7 +1889,7 @@ def disagree(rank, world_size, tmp, difference):
 
 def test_a_misuse_by_one_rank_alone_is_raised_on_all(tmp_path):
     for errors in run(2, misuse_on_rank_one, tmp_path):
-        assert errors == [True, True, True]
+        assert errors == [True] * 7
 
 
 def misuse_on_rank_one(rank, world_size, tmp):
@@ -1862,6 +1908,10 @@ def misuse_on_rank_one(rank, world_size, tmp):
         raises(lambda: checkpoint.save(model, optimizer, to("../x" if rank else "p"))),
         raises(lambda: checkpoint.load(model, optimizer, at(resharding_strategy="psychic" if rank else "parallel"))),
         raises(lambda: checkpoint.load(model, optimizer, LoadOptions() if rank else at())),
+        raises(lambda: checkpoint.save_model_only(model, at() if rank else to())),
+        raises(lambda: checkpoint.load({"a": model, "b": torch.ones(2)} if rank else model, None, at())),
+        raises(lambda: checkpoint.save(model, optimizer, to(format="zip" if rank else "single_file"))),
+        not raises(lambda: checkpoint.save(model, None, to(format=FORMATS[0] if rank else FORMATS[0].value))),
     ]
 
 
@@ -1916,6 +1966,8 @@ def test_queries_and_deletes_are_local_and_never_wait_for_other_ranks(tmp_path):
 
 
 def ask_alone(rank, world_size, tmp):
+    if rank == 0:
+        assert opened(tmp).list_checkpoints() == []  # nor does the making of an object
     checkpoint = opened(tmp)
     for prefix in "ab":
         checkpoint.save(*small(), to(prefix))
@@ -1946,6 +1998,65 @@ def save_in_a_subset(rank, world_size, tmp):
     checkpoint.load(other, other_optimizer, at())
     same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
     return coordinator.rank, coordinator.world_size, same
+
+
+def test_an_object_made_before_the_process_group_saves_with_all_ranks_of_whichever_group_there_is(tmp_path):
+    for rank, (together, alone) in enumerate(run(2, outlive_process_groups, tmp_path)):
+        assert together == [("p", "late", 2, 2, True)] * 2
+        assert alone == ("LocalCoordinator", 1), f"rank {rank}, without a process group"
+    assert len(shards(tmp_path)) == 2
+
+
+def outlive_process_groups(rank, world_size, tmp):
+    store, together = dist.distributed_c10d._get_default_store(), []
+    dist.destroy_process_group()
+    checkpoint = opened(tmp)
+    checkpoint.save(small()[0], None, to(f"alone-{rank}"))
+    for name in ("first", "second"):
+        dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
+        model, other = (DistributedDataParallel(small(salt)[0]) for salt in ("truth", "other"))
+        saved = checkpoint.save(model, None, to())
+        coordinator = checkpoint.coordinator
+        result = checkpoint.load(other, None, at())
+        same = identical(state_of(other), state_of(model)) and checkpoint.coordinator is coordinator
+        pending = checkpoint.save_async(model, None, to("late"))
+        dist.destroy_process_group()  # the save in the background goes on with the ranks that began it
+        late = pending.result(20.0)
+        together.append((saved, late, result.metadata.world_size, result.target_world_size, same))
+    found = [info.world_size for info in checkpoint.list_checkpoints() if info.prefix == f"alone-{rank}"]
+    return together, (type(checkpoint.coordinator).__name__, *found)
+
+
+LONELY = [(False, "2", 1), (True, "2", 0), (False, "1", 0), (False, "", 0)]
+
+
+@pytest.mark.parametrize("given, world_size, times", LONELY)
+def test_a_process_that_saves_alone_in_a_job_of_several_is_warned_once(
+    tmp_path, monkeypatch, caplog, given, world_size, times
+):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    checkpoint = opened(tmp_path, ckpt.LocalCoordinator() if given else None)
+    assert checkpoint.latest_checkpoint() is None and "WORLD_SIZE" not in caplog.text
+    for save in (checkpoint.save, checkpoint.save_async, checkpoint.save):
+        save(small()[0], None, "p")
+    checkpoint.close()
+    assert caplog.text.count("WORLD_SIZE is 2: call init_process_group") == times
+
+
+def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective(tmp_path):
+    lonely, _ = run(2, call_alone, tmp_path)
+    for call, (kind, rank, message) in lonely.items():
+        hint = f"{'load' if call == 'load' else 'save'} is collective: every rank must call it"
+        assert (kind, rank) == ("TIMEOUT", 1) and hint in message, message
+
+
+def call_alone(rank, world_size, tmp):
+    checkpoint, model = opened(tmp, default_timeout=0.2), small()[0]
+    calls = {"save": checkpoint.save, "load": checkpoint.load}
+    calls["save_async"] = lambda *given: checkpoint.save_async(*given).result(20.0)
+    calls["save_model_only"] = lambda model, _, prefix: checkpoint.save_model_only(model, prefix)
+    if rank == 0:
+        return {name: told(functools.partial(call, model, None, "p")) for name, call in calls.items()}
 
 
 def test_a_transient_error_on_one_rank_is_retried_by_all(tmp_path):
@@ -3060,6 +3171,42 @@ def test_mappings_of_models_and_optimizers_are_saved_under_their_names(tmp_path)
         assert identical(state_of(others[name], other_optimizers[name]), state_of(models[name], optimizers[name]))
 
 
+def named_tensors(scale, *, place=lambda tensor: tensor, swap=False):
+    """Tensors under the names of `nn.Linear(6, 4)`, with an optimizer for each, in one order or the other."""
+    tensors = {"weight": scale * torch.arange(24.0).reshape(4, 6), "bias": torch.full((4,), scale)}
+    tensors = {name: place(tensor).requires_grad_() for name, tensor in tensors.items()}
+    optimizers = [torch.optim.AdamW([tensor], lr=tensor.ndim / 10) for tensor in tensors.values()]
+    for tensor, optimizer in zip(tensors.values(), optimizers):
+        tensor.grad = torch.full_like(tensor, scale * tensor.ndim)
+        optimizer.step()
+    return tensors, optimizers[::-1] if swap else optimizers
+
+
+def save_named_tensors(rank, world_size, tmp):
+    mesh = init_device_mesh("cpu", (world_size,))
+    opened(tmp).save(*named_tensors(2.0, place=lambda t: distribute_tensor(t, mesh, [ShardDim(0)])), to())
+
+
+def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_by_these_names(tmp_path):
+    run(2, save_named_tensors, tmp_path)
+    (tensors, optimizers), (truth, true_optimizers) = named_tensors(5.0, swap=True), named_tensors(2.0)
+    held, checkpoint = dict(tensors), opened(tmp_path)
+    result = checkpoint.load(types.MappingProxyType(tensors), tuple(optimizers), "p")
+    names = {t.name for t in result.metadata.tensors if not t.name.startswith(("optimizer/", "rng/"))}
+    assert names == {"model/weight", "model/bias"} and not result.warnings
+    for name, tensor in tensors.items():
+        assert tensor is held[name] and identical(tensor.detach(), truth[name].detach())
+        assert identical(result.model_state[name], truth[name].detach())
+    for optimizer, true in zip(optimizers[::-1], true_optimizers):
+        assert identical(optimizer.state_dict(), true.state_dict())
+    linear = nn.Linear(6, 4)  # and a module may go on from it
+    checkpoint.load(linear, torch.optim.AdamW(linear.parameters()), "p")
+    assert identical(linear.weight.detach(), truth["weight"].detach())
+    before = copy.deepcopy(tensors)
+    message = refusal(lambda: checkpoint.load({"weight": tensors["weight"], "b": tensors["bias"]}, None, "p"))
+    assert "model/b:" in message and "model/bias" in message and identical(tensors, before)
+
+
 def test_two_optimizers_may_share_one_model(tmp_path):
     def start(salt):
         model = filled(Net(), salt)
@@ -3196,7 +3343,8 @@ MISUSES = {
     "basepath": lambda c, m: ckpt.StorageFactory.create(ckpt.StorageOptions(connection_settings={"basepath": "x"})),
 }
 ALLOWED = {
-    "format": "MULTI_SHARD SINGLE_FILE CONSOLIDATED", "compression_level": "NONE FAST BALANCED MAXIMUM",
+    "format": "MULTI_SHARD SINGLE_FILE CONSOLIDATED multi_shard single_file consolidated",
+    "compression_level": "NONE FAST BALANCED MAXIMUM none fast balanced maximum",
     "staging": "eager overlapped", "replicas": "verify trust", "resharding_strategy": "parallel sequential broadcast",
     "timeout": "", "checkpoint_prefix": "", "provider": "local", "basepath": "base_path",
 }  # fmt: skip
@@ -3210,6 +3358,25 @@ def test_an_unknown_value_is_a_value_error_that_lists_what_is_allowed(tmp_path, 
     assert option in str(caught.value)
     for word in ALLOWED[option].split():
         assert word in str(caught.value)
+    assert listing(tmp_path) == {}
+
+
+MODULE = nn.Linear(1, 1)
+UNFIT = [
+    ("layer", {"layer": MODULE, "w": torch.ones(2)}, None), ("step", {"w": torch.ones(2), "step": 3}, None),
+    ("7", {7: torch.ones(2)}, None), ("x._extra_state", {"x._extra_state": torch.ones(2)}, None),
+    ("ndarray", np.ones(2), None), ("list", [MODULE], None), ("Tensor", torch.ones(2), None),
+    ("optimizer", MODULE, [torch.ones(2)]), ("'w'", MODULE, {"w": torch.ones(2)}), ("str", MODULE, "p"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word, model, optimizer", UNFIT)
+def test_a_model_or_optimizer_of_another_type_is_a_value_error_naming_it(tmp_path, word, model, optimizer):
+    checkpoint = opened(tmp_path)
+    calls = [lambda: checkpoint.save(model, optimizer, "p"), lambda: checkpoint.load(model, optimizer, "p")]
+    for call in [*calls, lambda: checkpoint.save_async(model, optimizer, "p").result(20.0)]:
+        with pytest.raises(ValueError, match=re.escape(word)):
+            call()
     assert listing(tmp_path) == {}
 
 
@@ -4479,7 +4646,7 @@ def test_lightning_saves_keeps_the_best_and_resumes_by_way_of_the_readmes_plugin
     again = fit("stopped", 6, last)
     assert identical(again[:2], whole[:2]) and whole[0] == 24
     kept = [info.prefix for info in opened(tmp_path / "whole").list_checkpoints()]
-    assert len(kept) == 3 and "last.ckpt" in kept
+    assert len(kept) == 3 and "last.ckpt" in kept and sum("epoch=" in prefix for prefix in kept) == 2
 
 
 @pytest.fixture
@@ -7074,6 +7241,30 @@ def host_the_store_and_die(rank, world_size, tmp, step):
     if rank == 0:
         entering(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+
+
+def test_a_store_that_died_before_the_first_save_is_told_of_at_the_deadline_of_the_save(tmp_path):
+    _, (kind, _, message) = run(2, save_after_the_store, tmp_path, dies={0})
+    assert kind == "TIMEOUT" and "store is unreachable" in message
+
+
+def save_after_the_store(rank, world_size, tmp):
+    dist.destroy_process_group()
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        (tmp / "port.tmp").write_text(str(store.port))
+        (tmp / "port.tmp").rename(tmp / "port")
+        await_file(tmp / "connected")
+        os._exit(9)
+    await_file(tmp / "port")
+    store = dist.TCPStore("127.0.0.1", int((tmp / "port").read_text()), is_master=False)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    checkpoint = opened(tmp / "c", default_timeout=1.0)
+    (tmp / "connected").touch()
+    with pytest.raises(RuntimeError):
+        while not store.check(["nothing"]):
+            time.sleep(0.01)
+    return told(lambda: checkpoint.save(small()[0], None, "p"))
 
 
 # Row 24: a signal at any operation
