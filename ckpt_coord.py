@@ -148,14 +148,18 @@ class SaveResult(NamedTuple):
 
 
 class CheckpointCoordinator:
-    """Runs S1 to S7 on one rank. `suspects`: tensors whose copies once differed, compared before they are written."""
+    """Runs S1 to S7 on one rank. `suspects`: tensors whose copies once differed, compared before they are written.
+
+    `warned`: the sets of names of which a warning has said already that they are kept per rank.
+    """
 
     def __init__(
         self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage, keep_last: int | None = None,
-        suspects: set[str] | None = None,
+        suspects: set[str] | None = None, warned: set[tuple[str, ...]] | None = None,
     ) -> None:  # fmt: skip
         self.coordinator, self.storage, self.keep_last = coordinator, storage, keep_last
         self.suspects = set() if suspects is None else suspects
+        self.warned = set() if warned is None else warned
 
     def coordinate_save(
         self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData]
@@ -210,6 +214,7 @@ class _Attempt:
 
     def __init__(self, parent: CheckpointCoordinator, op: Operation) -> None:
         self.storage, self.keep_last, self._suspects = parent.storage, parent.keep_last, parent.suspects
+        self._warned = parent.warned
         self.op = op
         self.warnings: list[str] = []
         self._created: list[str] = []  # S3, S4: tensor files, to be removed after a failure
@@ -296,12 +301,9 @@ class _Attempt:
             if holdings.known[name].declared:
                 spoilt += range(groups.start[group] + 1, groups.start[group] + groups.count[group])
                 told = f"copies that its placement declares equal differ: {which}, whose copy is kept"
-            elif name in apart:
-                continue
-            else:
+                self.warnings.append(f"{name}: {told}")
+            else:  # `_warn_of_kept` names it
                 apart.add(name)
-                told = f"differs between ranks ({which}); it is saved per rank"
-            self.warnings.append(f"{name}: {told}")
         if apart or spoilt:
             holdings.arrange(apart, groups.members.take(np.array(spoilt, np.int64)))
 
@@ -437,6 +439,7 @@ class _Attempt:
                 old = st.committed_id(self.storage, self.ticket.prefix)
                 self._superseded = [name for name in files if st.save_of(name) == old]
                 self._rename()
+                self._warn_of_kept()
 
     def _rename(self) -> None:
         """The instant of commit. A rename that reports an error may have happened: the record tells."""
@@ -454,6 +457,13 @@ class _Attempt:
         except OSError as error:
             self._superseded = []  # the rename may not be durable: the old checkpoint must stay whole
             self.warnings.append(f"committed, but its directory could not be synced: {error}")
+
+    def _warn_of_kept(self) -> None:
+        """Name what is kept per rank because ranks differ; once for the same names. RNG and group tables always may."""
+        kept = {t.name for t in self._plan.tensors if t.rank is not None} - {"rng/state", "optimizer/state"}
+        if kept and (names := tuple(sorted(kept))) not in self._warned:
+            self._warned.add(names)
+            self.warnings.append(f"differ between ranks, and are kept per rank: {st.some(names, 20)}")
 
     def _is_recorded(self, doubt: OSError) -> bool:
         prefix = self.ticket.prefix
@@ -828,7 +838,7 @@ class Operation:
             kind = ExceptionType.STORAGE_ERROR.value
         elif isinstance(error, ValueError):
             kind, text = "value_error" if self.step_name[:2] in ("S1", "L1") else kind, str(error)
-        if self.step_name == "L4 read":
+        if self.step_name[:2] in ("L4", "L5"):
             text += "; tensors being loaded are undefined now: load again, or restart"
         message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
         return {
@@ -2153,10 +2163,11 @@ class CheckpointReader:
             file.close()
 
     def find(self, name: str, rank: int) -> int | None:
-        """The index of what is stored as `name` for `rank`: shared by all, or its own; None where it has none."""
-        held = self.stored.get(name, {})
-        if (index := held.get(None, held.get(rank))) is None:
+        """The index of the copy of `name` that `rank` gets: the shared one, its own, or else the lowest rank's."""
+        if not (held := self.stored.get(name)):
             return None
+        if (index := held.get(None, held.get(rank))) is None:
+            index = held[self.ranks(name)[0]]
         alias = self.metadata.tensors[index].alias_of
         return index if alias is None else alias
 
