@@ -225,8 +225,9 @@ class Given(Generic[Options]):
 class CheckpointLoadResult:
     """What was loaded; `warnings` also has what strict mode refuses.
 
-    `extra_state` has every entry, but for those kept per rank of which this rank has none. Where world sizes differ,
-    `extra_state_per_rank` has all that is kept per rank: by key and saved rank, the same on all ranks.
+    `extra_state` has every entry, but for those kept per rank that have no copy for this rank.
+    If world sizes differ, `extra_state_per_rank` has every copy of what is kept per rank: by key and saved
+    rank, the same on all ranks.
     """
 
     metadata: CheckpointMetadata
@@ -302,7 +303,7 @@ class DistributedCheckpoint:
         self.keep_last: int | None = None
         self.staging_budget_bytes: int | None = None
         self._suspects: set[str] = set()
-        self._warned: set[tuple[str, ...]] = set()  # names of which a save has said that they are kept per rank
+        self._warned: set[tuple[str, ...]] = set()  # sets of names, as `CheckpointCoordinator` has them
         self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
         self._pending: PendingSave | None = None
 
@@ -492,7 +493,8 @@ class DistributedCheckpoint:
                 options.replicas == "verify", contents, options.custom_metadata,
             )  # fmt: skip
 
-        saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects, self._warned)
+        known = self._suspects, self._warned
+        saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, *known)
         result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
         for warning in result.warnings:
             self.logger.warning("%s: %s", result.prefix, warning)
@@ -902,7 +904,7 @@ class SavedOptimizer(NamedTuple):
 
 
 def _saved_optimizer(restore: Restore) -> SavedOptimizer:
-    """Pipeline ranks hold different parameters: the values of all ranks are put together; the own wins, else the lowest."""
+    """Read it, of all ranks, as pipeline ranks hold different parameters. The own wins, else the lowest rank's."""
     reader, name, own = restore.reader, "optimizer/state", restore.op.rank
     saved, differing, source = SavedOptimizer({}, {}, {}, {}), set[str](), dict[str, int]()
     for rank in sorted(reader.ranks(name), key=lambda rank: (rank == own, -rank)) or [own]:
@@ -930,8 +932,9 @@ def _saved_optimizer(restore: Restore) -> SavedOptimizer:
 
 
 def _defaults(optimizer: Stateful) -> set[str]:
-    """The names of an optimizer's options; which ones it has, tells what kind it is."""
-    return set(map(str, getattr(optimizer, "defaults", ())))
+    """The names of an optimizer's options, which tell its kind; none where it does not say."""
+    defaults = getattr(optimizer, "defaults", None)
+    return set(map(str, defaults)) if isinstance(defaults, Mapping) else set()
 
 
 # The parameter groups of a torch optimizer: each as in the state_dict, and of its parameters name, tensor and key in "state".
@@ -943,8 +946,8 @@ class OptimizerState:
 
     So it survives another order of parameters, other groups and another parallelism. A parameter outside of the model is
     keyed by its position, one that several optimizers hold by their names too.
-    Any other Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its `part`, its
-    `params` by name and its `options`; `states` by parameter; `others` by part; `defaults`, the names of each part's.
+    Any other Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its
+    `part`, its `params` by name and its `options`; `states` by parameter; `others` and `defaults` by part.
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
@@ -999,7 +1002,7 @@ class OptimizerState:
     def fill(self, restore: Restore) -> None:
         """L3: state tensors are filled in place where they exist, else made, sharded as their parameter.
 
-        An optimizer of another kind than the saved one is a problem; where problems are warnings, it stays as it is.
+        An optimizer of another kind than the saved one is a problem; it stays as it is in loose mode.
         """
         saved = self._saved = _saved_optimizer(restore)
         for part_name, part in self._parts.items():
@@ -1008,9 +1011,9 @@ class OptimizerState:
             names = [name for _, params in (apart[1] if apart else ()) for name, _, _ in params]
             restore.unexpected -= {f"optimizer/{name}" for name in names}
             if difference := self._other_kind(part_name, names):
-                what = f"optimizer {part_name!r}" if part_name else "the optimizer"
-                advice = "it stays as it is; load_optimizer=False says that it shall"
-                restore.problems.append(f"{what} is of another kind than the saved one: {difference}; {advice}")
+                what = f"optimizer {part_name!r}: another kind was saved"
+                advice = "give one of that kind, or load_optimizer=False; strict_mode=False keeps it as it is"
+                restore.problems.append(f"{what}: {difference}; {advice}")
             elif apart is not None:
                 self._fill_torch(part_name, apart, restore)
             elif isinstance(whole := restore.decode(saved.others.get(part_name), state), dict):
@@ -1019,16 +1022,16 @@ class OptimizerState:
                 restore.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
 
     def _other_kind(self, part_name: str, names: Iterable[str]) -> str:
-        """What tells that the saved optimizer was of another kind: options on each side that the other lacks; else "".
+        """How the saved optimizer is of another kind: each side has options that the other lacks. Else "".
 
-        An option on one side only tells nothing: another version of torch has it, or a wrapper.
+        Options that one side alone adds decide nothing: another version of torch may have them.
         """
         here, known = _defaults(self._parts[part_name]), self._saved.parameters
         for saved_part in {known[name].part for name in names if name in known} or {part_name}:
             defaults = self._saved.defaults.get(saved_part)
             there = set(map(str, defaults)) if isinstance(defaults, list) else set[str]()
             if (lacking := sorted(there - here)) and (added := sorted(here - there)):
-                return f"that had the options {', '.join(lacking)}, this has {', '.join(added)}"
+                return f"that has the options {', '.join(lacking)}, the one here {', '.join(added)}"
         return ""
 
     def _fill_torch(self, part_name: str, apart: tuple[dict[object, object], _Groups], restore: Restore) -> None:
@@ -1036,8 +1039,8 @@ class OptimizerState:
         saved, by_key, new_groups = self._saved, dict(apart[0]), []
         empty = saved.empty.get(part_name, [])
         if len(empty) != (count := sum(not params for _, params in apart[1])):
-            what = f"{len(empty)} optimizer group(s) without parameters in the checkpoint, {count} here"
-            restore.warnings.append(f"{what}: those keep their options")
+            what = f"{len(empty)} group(s) without parameters in the checkpoint, {count} here"
+            restore.warnings.append(f"optimizer {part_name!r}: {what}, which keep their options")
             empty = [{}] * count
         in_order = iter(empty)
         for packed, params in apart[1]:
@@ -1170,9 +1173,9 @@ class Restore:
         self.problems: list[str] = []  # errors in strict mode, else warnings
         self.errors: list[str] = []  # errors in any mode
         self.warnings: list[str] = []
-        self.lent: dict[int, set[str]] = {}  # by saved rank, the names of which this rank has none and takes that one's
+        self.lent: dict[int, set[str]] = {}  # by saved rank: names whose copy this rank takes, as it has none
         self._sought: set[str] = set()  # stored names that this rank asked for
-        self._taken: set[int] = set()  # and, where they are kept per rank, the indices of what it takes
+        self._taken: set[int] = set()  # the indices of the copies that it takes, of what is kept per rank
         self.unexpected: set[str] = set()  # stored names that nothing here has claimed yet
         self._made: dict[tuple[object, ...], torch.Tensor] = {}  # copies, where one live tensor has two stored ones
         self._model, self._optimizer = ModelState({}), OptimizerState({}, {})
@@ -1215,9 +1218,8 @@ class Restore:
         self._model = ModelState(given.model)
         self._model.fill(self)
         if given.optimizer is None and options.load_optimizer and "optimizer/state" in values:
-            self.warnings.append(
-                "the checkpoint has optimizer state, and load got no optimizer: give it, or say load_optimizer=False"
-            )
+            what = "the checkpoint has optimizer state, and load was given no optimizer"
+            self.warnings.append(f"{what}: give it, or load_optimizer=False")
         elif given.optimizer is not None and options.load_optimizer:
             if "optimizer/state" in values:
                 self._optimizer = OptimizerState(given.optimizer, self._model.parameters())
@@ -1242,7 +1244,7 @@ class Restore:
         return list(self.targets.values())
 
     def find(self, name: str) -> int | None:
-        """The index of what this rank takes of what is stored under a name, or None after noting the problem."""
+        """The index of the copy of `name` that this rank takes, or None after noting the problem."""
         self.unexpected.discard(name)
         self._sought.add(name)
         if (index := self.reader.find(name, self.op.rank)) is None:
@@ -1254,7 +1256,7 @@ class Restore:
         return index
 
     def _own_value(self, name: str, live: object) -> list[object]:
-        """The stored value, as `decode`; none, after a warning, if it or a tensor in it is kept for other ranks alone."""
+        """The stored value; [] after a warning if it, or a tensor in it, is kept for other ranks only."""
         reader, kept = self.reader, self.reader.ranks(name)
         self._sought.add(name)
         if not kept or self.op.rank in kept:
@@ -1265,14 +1267,13 @@ class Restore:
                 self.find(name)
                 return [self.decode(node, live)]
             kept = within[0]
-        everything = "; result.extra_state_per_rank has all that was saved" if name.startswith("extra/") else ""
-        self.warnings.append(
-            f"{name}: kept for rank(s) {st.some(kept, 20)}, not for rank {self.op.rank}, where it stays as it is{everything}"
-        )
+        what = f"kept for rank(s) {st.some(kept, 20)}, not for rank {self.op.rank}, where it stays as it is"
+        others = "; see result.extra_state_per_rank" if name.startswith("extra/") else ""
+        self.warnings.append(f"{name}: {what}{others}")
         return []
 
     def _read_extra_per_rank(self) -> dict[str, dict[int, object]]:
-        """Where world sizes differ, all values of `extra_state` that are kept per rank, or have a tensor that is."""
+        """If world sizes differ: all copies of `extra_state` values that are kept per rank, or in part."""
         reader, meta = self.reader, self.reader.metadata
         extra = [(index, t) for index, t in enumerate(meta.tensors) if t.name.startswith("extra/")]
         if meta.world_size == self.op.world_size or all(t.rank is None for _, t in extra):
@@ -1299,11 +1300,11 @@ class Restore:
     def _hand_out(self, indices: Iterable[int]) -> dict[int, torch.Tensor]:
         """Stored tensors, whole, by index, on all ranks: rank 0 reads them, and broadcasts their bytes."""
         metas = {index: self.reader.metadata.tensors[index] for index in sorted(indices)}
-        tensors = {index: torch.empty(t.shape, dtype=st.DTYPES[t.dtype]) for index, t in metas.items()}
+        tensors = {i: torch.empty(t.shape, dtype=st.DTYPES[t.dtype], device="cpu") for i, t in metas.items()}
         views = [view for tensor in tensors.values() if (view := st.byte_view(tensor)) is not None]
         if self.op.rank == 0:
-            targets = [coord.Target(i, coord.whole_box(metas[i].shape), tensor) for i, tensor in tensors.items()]
-            tasks = self.reader.plan(targets)
+            boxes = ((i, coord.whole_box(t.shape)) for i, t in metas.items())
+            tasks = self.reader.plan(coord.Target(i, box, tensors[i]) for i, box in boxes)
             st.in_parallel(tasks, self.reader.run, len(tasks), self.op.poll)
         read = self.op.broadcast([view.tobytes() for view in views] if self.op.rank == 0 else None)
         for view, data in zip(views, read if self.op.rank and isinstance(read, list) else ()):
@@ -1368,7 +1369,8 @@ class Restore:
         told = self.op.gather([sorted(self.unexpected), len(taken), st.encode_runs(taken)])
         rows = [row for row in told if isinstance(row, list)]
         unwanted = set.intersection(*(set(names) for names, _, _ in rows))
-        self._warn_of_kept({index for _, count, runs in rows for index in st.decode_runs(runs, count).tolist()})
+        everywhere = (st.decode_runs(runs, count).tolist() for _, count, runs in rows)
+        self._warn_of_kept(set(itertools.chain(*everywhere)))
         self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
         if self.given.options.strict_mode:
             self.errors += self.problems

@@ -148,9 +148,10 @@ class SaveResult(NamedTuple):
 
 
 class CheckpointCoordinator:
-    """Runs S1 to S7 on one rank. `suspects`: tensors whose copies once differed, compared before they are written.
+    """Runs S1 to S7 on one rank. Of earlier saves it may know:
 
-    `warned`: the sets of names of which a warning has said already that they are kept per rank.
+    `suspects`: tensors whose copies differed, compared before they are written from then on.
+    `warned`: sets of names that a warning has said to be kept per rank.
     """
 
     def __init__(
@@ -459,7 +460,7 @@ class _Attempt:
             self.warnings.append(f"committed, but its directory could not be synced: {error}")
 
     def _warn_of_kept(self) -> None:
-        """Name what is kept per rank because ranks differ; once for the same names. RNG and group tables always may."""
+        """Name what is kept per rank because ranks differ; once for the same names."""
         kept = {t.name for t in self._plan.tensors if t.rank is not None} - {"rng/state", "optimizer/state"}
         if kept and (names := tuple(sorted(kept))) not in self._warned:
             self._warned.add(names)
@@ -2163,7 +2164,7 @@ class CheckpointReader:
             file.close()
 
     def find(self, name: str, rank: int) -> int | None:
-        """The index of the copy of `name` that `rank` gets: the shared one, its own, or else the lowest rank's."""
+        """The index of the copy of `name` that `rank` gets: the shared, its own, or the lowest rank's; None: none."""
         if not (held := self.stored.get(name)):
             return None
         if (index := held.get(None, held.get(rank))) is None:

@@ -2407,7 +2407,7 @@ def test_options_of_groups_without_parameters_come_back_by_their_order_among_tho
     assert rates(optimizers) == [[0.2, 0.05, 0.07], [0.3, 0.4]]
     models, optimizers = start(0.9, None)  # one fewer: which one it is, nobody can tell
     (warning,) = checkpoint.load(models, optimizers, at()).warnings
-    assert "2 optimizer group(s)" in warning and rates(optimizers) == [[0.9, 0.2], [0.3, 0.4]]
+    assert "optimizer 'a': 2 group(s)" in warning and rates(optimizers) == [[0.9, 0.2], [0.3, 0.4]]
 
 
 class WithoutDefaults:
@@ -2424,16 +2424,18 @@ ADAMW, ADAM, RADAM, SGD = torch.optim.AdamW, torch.optim.Adam, torch.optim.RAdam
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("renamed", [False, True])
 @pytest.mark.parametrize(
-    "saved, here, differ", [(ADAMW, SGD, True), (SGD, ADAMW, True), (ADAM, ADAMW, False), (RADAM, ADAM, False)]
+    "saved, here, differ",
+    [(ADAMW, SGD, True), (SGD, ADAMW, True), (ADAM, ADAMW, False), (RADAM, ADAM, False)],
 )
-def test_state_of_another_kind_of_optimizer_is_refused_or_left_out(tmp_path, saved, here, differ, renamed, strict):
+def test_another_kind_of_optimizer_is_refused_or_left_as_it_is(tmp_path, saved, here, differ, renamed, strict):
     models = {"a": filled(nn.Linear(3, 2), "truth"), "b": filled(nn.Linear(2, 2), "truth")}
     optimizers = {"a": stepped(models["a"], saved, lr=0.5), "b": stepped(models["b"], ADAMW, lr=0.25)}
-    torch.optim.lr_scheduler.StepLR(optimizers["a"], 5)  # adds an option of its own, initial_lr, which tells nothing
+    torch.optim.lr_scheduler.StepLR(optimizers["a"], 5)  # adds an option of its own, initial_lr
     checkpoint = opened(tmp_path)
     checkpoint.save(models, optimizers, to())
     others = {"a": filled(nn.Linear(3, 2), "mine"), "b": filled(nn.Linear(2, 2), "mine")}
-    mine = {"c" if renamed else "a": stepped(others["a"], here, lr=0.125), "b": stepped(others["b"], ADAMW, lr=0.75)}
+    mine = {"c" if renamed else "a": stepped(others["a"], here, lr=0.125)}
+    mine["b"] = stepped(others["b"], ADAMW, lr=0.75)
     first, before = list(mine.values())[0], state_of(nn.ModuleDict(others))
     state = copy.deepcopy(first.state_dict())
     if differ and strict:
@@ -2444,7 +2446,8 @@ def test_state_of_another_kind_of_optimizer_is_refused_or_left_out(tmp_path, sav
         return
     (*warnings,) = checkpoint.load(others, mine, at(strict_mode=strict)).warnings
     assert [("betas" in w, "momentum" in w) for w in warnings] == [(True, True)] * differ
-    assert identical(first.state_dict()["state"], (state if differ else optimizers["a"].state_dict())["state"])
+    expected = state if differ else optimizers["a"].state_dict()
+    assert identical(first.state_dict()["state"], expected["state"])
     assert first.param_groups[0]["lr"] == (0.125 if differ else 0.5)
     assert mine["b"].param_groups[0]["lr"] == 0.25
     assert identical(state_of(nn.ModuleDict(others)), state_of(nn.ModuleDict(models)))
@@ -2878,25 +2881,27 @@ def save_data_place(rank, world_size, tmp, save):
 
 
 class PerRank:
-    """A training job of which every part tells the rank that it belongs to: by DDP or for itself, each rank has its own."""
+    """A training job in which every part of the state contains the number of its rank."""
 
     def __init__(self, rank):
-        net = DistributedDataParallel(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), broadcast_buffers=False)
+        net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        net = DistributedDataParallel(net, broadcast_buffers=False)
         self.norm, expert = net.module[1], nn.Linear(2, 2, bias=False)
         self.model = {"net": net, "expert": expert, "config": Bag(value=50.0 + rank)}
-        self.optimizer = stepped(expert, torch.optim.SGD, lr=10.0 + rank, momentum=0.5)
-        self.momentum = self.optimizer.state[expert.weight]["momentum_buffer"]
+        sgd = stepped(expert, torch.optim.SGD, lr=10.0 + rank, momentum=0.5)
+        self.optimizer = {"sgd": sgd, "other": Bag(value=55.0 + rank)}
+        self.momentum = sgd.state[expert.weight]["momentum_buffer"]
         for number, tensor in enumerate((self.norm.running_mean, expert.weight.data, self.momentum)):
             tensor.fill_(20.0 + 10 * number + rank)
-        # What tells it: a value, a value and a tensor in it, and a tensor in a value that is the same on all ranks.
+        # A value; a value with a tensor in it; a value that all ranks have alike, with a tensor that differs.
         seen, state = torch.full((2, 1), 60.0 + rank), torch.full((3,), 70 + rank, dtype=torch.bfloat16)
         self.extra = {"place": rank, "loader": Bag(at=[rank, 5], seen=seen), "sampler": Bag(state=state)}
         torch.manual_seed(80 + rank)
 
     def numbers(self):
         tensors = (self.norm.running_mean, self.model["expert"].weight, self.momentum)
-        (group,) = self.optimizer.param_groups
-        return [group["lr"], *(t.unique().item() for t in tensors), self.model["config"].state["value"]]
+        values = (part.state["value"] for part in (self.model["config"], self.optimizer["other"]))
+        return [self.optimizer["sgd"].param_groups[0]["lr"], *(t.unique().item() for t in tensors), *values]
 
     def values(self):
         return {key: value.state if isinstance(value, Bag) else value for key, value in self.extra.items()}
@@ -2916,11 +2921,14 @@ def load_per_rank(rank, world_size, tmp, strategy):
     job, own, checkpoint = PerRank(-1 - rank), PerRank(rank), opened(tmp)
     kept, drawn = job.values(), {who: torch.manual_seed(who).get_state() for who in (80 + rank, 79 - rank)}
     torch.manual_seed(79 - rank)
-    result = checkpoint.load(job.model, job.optimizer, at(resharding_strategy=strategy), extra_state=job.extra)
-    assert identical(torch.get_rng_state(), drawn[80 + rank if rank < result.source_world_size else 79 - rank])
+    options = at(resharding_strategy=strategy)
+    result = checkpoint.load(job.model, job.optimizer, options, extra_state=job.extra)
+    generator = 80 + rank if rank < result.source_world_size else 79 - rank
+    assert identical(torch.get_rng_state(), drawn[generator])
     assert result.extra_state.pop("epoch") == 7
     if rank < result.source_world_size:
-        assert identical(result.extra_state, own.values()) and identical(job.values() | {"place": rank}, own.values())
+        assert identical(result.extra_state, own.values())
+        assert identical(job.values() | {"place": rank}, own.values())
     else:
         assert result.extra_state == {} and identical(job.values(), kept)
     everything = {} if world_size == result.source_world_size else {key: {} for key in kept}
@@ -2939,8 +2947,8 @@ EXTRA_PER_RANK = ["extra/place", "extra/loader", "extra/sampler"]
 
 @pytest.mark.parametrize(
     "saved, here, form, strategy",
-    [(2, 3, "multi_shard", "parallel"), (3, 2, "single_file", "broadcast"), (2, 1, "consolidated", "parallel"),
-     (2, 2, "multi_shard", "sequential")],
+    [(2, 3, "multi_shard", "parallel"), (3, 2, "single_file", "broadcast"),
+     (2, 1, "consolidated", "parallel"), (2, 2, "multi_shard", "sequential")],
 )  # fmt: skip
 def test_what_is_kept_per_rank_goes_to_its_rank_or_from_the_lowest_one_and_what_does_not_is_named(
     tmp_path, saved, here, form, strategy
@@ -2951,8 +2959,8 @@ def test_what_is_kept_per_rank_goes_to_its_rank_or_from_the_lowest_one_and_what_
     assert "rng" not in log and "optimizer/state" not in log and "epoch" not in log
     for rank, (numbers, told) in enumerate(run(here, load_per_rank, tmp_path, strategy)):
         own, text = rank if rank < saved else 0, "\n".join(told)
-        assert numbers == [10.0 + own, 20.0 + own, 30.0 + own, 40.0 + own, 50.0 + own]
-        for name in PER_RANK:
+        assert numbers == [number + own for number in (10.0, 20.0, 30.0, 40.0, 50.0, 55.0)]
+        for name in [*PER_RANK, "optimizer/other", "optimizer/expert.weight,"]:
             assert bool(re.search(f"rank 0's copy.*{re.escape(name)}", text)) == (rank >= saved), text
         for name in [*EXTRA_PER_RANK, "rng/state"]:
             assert (f"{name}: kept for" in text) == (rank >= saved), text
