@@ -260,7 +260,12 @@ class Given(Generic[Options]):
 
 @dataclass(frozen=True)
 class CheckpointLoadResult:
-    """What was loaded. `extra_state` has every entry that was saved; `warnings` also what strict mode refuses."""
+    """What was loaded; `warnings` also has what strict mode refuses.
+
+    `extra_state` has every entry, but for those kept per rank that have no copy for this rank.
+    If world sizes differ, `extra_state_per_rank` has every copy of what is kept per rank: by key and saved
+    rank, the same on all ranks.
+    """
 
     metadata: CheckpointMetadata = field(repr=False)
     model_state: dict[str, object] = field(repr=False)
@@ -271,6 +276,7 @@ class CheckpointLoadResult:
     extra_state: dict[str, object] = field(default_factory=dict, repr=False)
     prefix: str = ""
     warnings: list[str] = field(default_factory=list, repr=False)
+    extra_state_per_rank: dict[str, dict[int, object]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -339,7 +345,7 @@ class DistributedCheckpoint:
         self.default_timeout = CheckpointOptions.default_timeout
         self.keep_last: int | None = None
         self.staging_budget_bytes: int | None = None
-        self._warned: set[frozenset[str]] = set()  # what a warning has said that ranks differ in
+        self._warned: set[tuple[str, ...]] = set()  # sets of names, as `CheckpointCoordinator` has them
         self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
         self._pending: PendingSave | None = None
 
@@ -974,6 +980,57 @@ class ModelState:
         return result
 
 
+class SavedParameter(NamedTuple):
+    """What "optimizer/state" holds for a parameter, encoded."""
+
+    part: str  # the optimizer that had it
+    options: dict[str, object]  # of its group
+    state: object  # None: it had none
+
+
+class SavedOptimizer(NamedTuple):
+    """What "optimizer/state" holds, of all ranks together."""
+
+    parameters: dict[str, SavedParameter]
+    empty: dict[str, list[dict[str, object]]]  # by part, the options of its groups without parameters
+    others: dict[str, object]
+    defaults: dict[str, object]  # by part, their names
+
+
+def _saved_optimizer(restore: Restore) -> SavedOptimizer:
+    """Read it, of all ranks, as pipeline ranks hold different parameters. The own wins, else the lowest rank's."""
+    reader, name, own = restore.reader, "optimizer/state", restore.op.rank
+    saved, differing, source = SavedOptimizer({}, {}, {}, {}), set[str](), dict[str, int]()
+    for rank in sorted(reader.ranks(name), key=lambda rank: (rank == own, -rank)) or [own]:
+        if (index := reader.find(name, rank)) is None:
+            continue
+        value, parameters = st.Fields(reader.read_value(index)), dict[str, SavedParameter]()
+        states, others = value.child("states").all, value.child("others").all
+        saved.empty.clear()
+        for group in map(st.Fields, value.array("groups")):
+            part, options = str(group.all.get("part", "")), group.child("options").all
+            if not (names := group.texts("params")):
+                saved.empty.setdefault(part, []).append(options)
+            parameters |= {param: SavedParameter(part, options, states.get(param)) for param in names}
+        for known, new in ((saved.parameters, parameters), (saved.others, others)):
+            differing |= {key for key in new if key in known and known[key] != new[key]}
+            source |= dict.fromkeys(new, rank)
+        saved.parameters.update(parameters)
+        saved.others.update(others)
+        saved.defaults.update(value.child("defaults").all if "defaults" in value.all else {})
+    for key in differing:
+        if source[key] != own:
+            restore.lent.setdefault(source[key], set()).add(f"optimizer/{key}")
+    restore.unexpected |= {f"optimizer/{param}" for param in saved.parameters}
+    return saved
+
+
+def _defaults(optimizer: Stateful) -> set[str]:
+    """The names of an optimizer's options, which tell its kind; none where it does not say."""
+    defaults = getattr(optimizer, "defaults", None)
+    return set(map(str, defaults)) if isinstance(defaults, Mapping) else set()
+
+
 # The parameter groups of a torch optimizer: each as in the state_dict, and of its parameters name, tensor and key in "state".
 _Groups = list[tuple[dict[str, object], list[tuple[str, torch.Tensor, object]]]]
 
@@ -984,7 +1041,7 @@ class OptimizerState:
     So it survives another order of parameters, other groups and another parallelism. A parameter outside of the model is
     keyed by its position, one that several optimizers hold by their names too.
     Any other Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its
-    `params` by name and its `options`; `states` by parameter; `others` by part.
+    `part`, its `params` by name and its `options`; `states` by parameter; `others` and `defaults` by part.
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
@@ -992,6 +1049,7 @@ class OptimizerState:
         held = (id(p) for part in optimizer.values() for g in getattr(part, "param_groups", ()) for p in g["params"])
         self._contested = {key for key, count in Counter(held).items() if count > 1}
         self.outside: list[str] = []
+        self._saved = SavedOptimizer({}, {}, {}, {})
         self._states: dict[str, dict[str, object]] = {}
         self._kept: list[tuple[Stateful, torch.Tensor, dict[str, object]]] = []
 
@@ -1017,6 +1075,7 @@ class OptimizerState:
     def collect(self, into: Collecting) -> None:
         """S2."""
         groups, states, others = list[object](), dict[str, object](), dict[str, object]()
+        defaults = {part_name: sorted(_defaults(part)) for part_name, part in self._parts.items()}
         for part_name, part in self._parts.items():
             state = part.state_dict()
             if (apart := self._apart(part_name, state)) is None:
@@ -1026,7 +1085,8 @@ class OptimizerState:
             for packed, params in packed_groups:
                 options = {key: value for key, value in packed.items() if key not in ("params", "param_names")}
                 encoded = into.encode(options, "optimizer/param_groups")
-                groups.append({"params": [name for name, _, _ in params], "options": encoded})
+                names = [name for name, _, _ in params]
+                groups.append({"part": part_name, "params": names, "options": encoded})
                 for name, _, key in params:
                     if key in by_key:
                         states[name] = into.encode(by_key[key], "", f"optimizer/{name}/")
@@ -1034,50 +1094,66 @@ class OptimizerState:
                     step = own["step"] if isinstance(own, dict) and "step" in own else options.get("step")
                     if isinstance(step, (int, float)):
                         into.steps[name] = step
-        node = {"groups": groups, "states": states, "others": others}
+        node = {"groups": groups, "states": states, "others": others, "defaults": defaults}
         into.data.values["optimizer/state"] = (st.dump_json(node), False)
 
     def fill(self, restore: Restore) -> None:
-        """L3: state tensors are filled in place where they exist and fit, else made, sharded as their parameter."""
-        options, states, others = self._saved(restore)
+        """L3: state tensors are filled in place where they exist, else made, sharded as their parameter.
+
+        An optimizer of another kind than the saved one is a problem; it stays as it is in loose mode.
+        """
+        saved = self._saved = _saved_optimizer(restore)
         for part_name, part in self._parts.items():
             state = part.state_dict()
-            if (apart := self._apart(part_name, state)) is None:
-                whole = restore.decode(others.get(part_name), state)
-                if isinstance(whole, dict):
-                    self._states[part_name] = whole
-                else:
-                    restore.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
-                continue
-            by_key, new_groups = dict(apart[0]), []
-            for packed, params in apart[1]:
-                found = _group_options([name for name, _, _ in params], packed, options, restore)
-                new_groups.append({**packed, **found})
-                for name, parameter, key in params:
-                    live = by_key.pop(key, None)
-                    if name in states:
-                        by_key[key] = value = restore.decode(states[name], live, parameter)
-                        if isinstance(value, dict):
-                            self._kept.append((part, parameter, value))
-                    restore.unexpected.discard(f"optimizer/{name}")
-            self._states[part_name] = {"state": by_key, "param_groups": new_groups}
+            apart = self._apart(part_name, state)
+            names = [name for _, params in (apart[1] if apart else ()) for name, _, _ in params]
+            restore.unexpected -= {f"optimizer/{name}" for name in names}
+            if difference := self._other_kind(part_name, names):
+                what = f"optimizer {part_name!r}: another kind was saved"
+                advice = "give one of that kind, or load_optimizer=False; strict_mode=False keeps it as it is"
+                restore.problems.append(f"{what}: {difference}; {advice}")
+            elif apart is not None:
+                self._fill_torch(part_name, apart, restore)
+            elif isinstance(whole := restore.decode(saved.others.get(part_name), state), dict):
+                self._states[part_name] = whole
+            else:
+                restore.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
 
-    def _saved(self, restore: Restore) -> tuple[dict[str, dict[str, object]], dict[str, object], dict[str, object]]:
-        """What is stored: the options that each parameter had; states; others.
+    def _other_kind(self, part_name: str, names: Iterable[str]) -> str:
+        """How the saved optimizer is of another kind: each side has options that the other lacks. Else "".
 
-        Pipeline ranks hold different parameters: then the values of all ranks are put together, and the own one wins.
+        Options that one side alone adds decide nothing: another version of torch may have them.
         """
-        name = "optimizer/state"
-        options, states, others = dict[str, dict[str, object]](), dict[str, object](), dict[str, object]()
-        for rank in [*(r for r in restore.reader.ranks(name) if r != restore.op.rank), restore.op.rank]:
-            if (index := restore.reader.find(name, rank)) is not None:
-                value = st.Fields(restore.reader.read_value(index))
-                for group in map(st.Fields, value.array("groups")):
-                    options |= dict.fromkeys(group.texts("params"), group.child("options").all)
-                states |= value.child("states").all
-                others |= value.child("others").all
-        restore.unexpected |= {f"optimizer/{param}" for param in options}
-        return options, states, others
+        here, known = _defaults(self._parts[part_name]), self._saved.parameters
+        for saved_part in {known[name].part for name in names if name in known} or {part_name}:
+            defaults = self._saved.defaults.get(saved_part)
+            there = set(map(str, defaults)) if isinstance(defaults, list) else set[str]()
+            if (lacking := sorted(there - here)) and (added := sorted(here - there)):
+                return f"that has the options {', '.join(lacking)}, the one here {', '.join(added)}"
+        return ""
+
+    def _fill_torch(self, part_name: str, apart: tuple[dict[object, object], _Groups], restore: Restore) -> None:
+        """L3 of a torch optimizer."""
+        saved, by_key, new_groups = self._saved, dict(apart[0]), []
+        empty = saved.empty.get(part_name, [])
+        if len(empty) != (count := sum(not params for _, params in apart[1])):
+            what = f"{len(empty)} group(s) without parameters in the checkpoint, {count} here"
+            restore.warnings.append(f"optimizer {part_name!r}: {what}, which keep their options")
+            empty = [{}] * count
+        in_order = iter(empty)
+        for packed, params in apart[1]:
+            if params:
+                found = _group_options([name for name, _, _ in params], packed, saved.parameters, restore)
+            else:
+                found = {key: restore.decode(node, packed.get(key)) for key, node in next(in_order).items()}
+            new_groups.append({**packed, **found})
+            for name, parameter, key in params:
+                live = by_key.pop(key, None)
+                if name in saved.parameters and (node := saved.parameters[name].state) is not None:
+                    by_key[key] = value = restore.decode(node, live, parameter)
+                    if isinstance(value, dict):
+                        self._kept.append((self._parts[part_name], parameter, value))
+        self._states[part_name] = {"state": by_key, "param_groups": new_groups}
 
     def apply(self) -> dict[str, object]:
         """L5: hand over to `load_state_dict`, then put back the tensors whose dtype it changed."""
@@ -1094,11 +1170,12 @@ class OptimizerState:
 
 
 def _group_options(
-    names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, dict[str, object]], restore: Restore
+    names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, SavedParameter], restore: Restore
 ) -> dict[str, object]:
     """The saved options of a group; where its parameters were saved with different ones, it keeps its own."""
     restore.problems += [f"optimizer/{name}: missing from the checkpoint" for name in names if name not in saved]
-    found = list({id(saved[name]): saved[name] for name in names if name in saved}.values())
+    saved_options = [saved[name].options for name in names if name in saved]
+    found = list({id(one): one for one in saved_options}.values())
     options: dict[str, object] = {}
     for key, node in (found[0] if found else {}).items():
         if any(other.get(key) != node for other in found):
@@ -1155,6 +1232,13 @@ def _match(node: object, live: object) -> Iterator[tuple[str, torch.Tensor]]:
                 yield from _match(item, live.get(st.decode_value(key, str) if keyed else key))
 
 
+def _tensors_in(node: object) -> list[str]:
+    """The names of the tensors in an encoded value."""
+    names: list[str] = []
+    st.decode_value(node, names.append)
+    return names
+
+
 def _allocate(name: str, shape: st.Shape, dtype: torch.dtype, param: torch.Tensor | None) -> torch.Tensor:
     """An empty tensor for optimizer state, laid out as its parameter: sharded alike where the shapes are equal."""
     if param is None or name.endswith("/step"):  # torch keeps a step on the CPU; load_state_dict moves it where it must
@@ -1187,10 +1271,14 @@ class Restore:
         self.problems: list[str] = []  # errors in strict mode, else warnings
         self.errors: list[str] = []  # errors in any mode
         self.warnings: list[str] = []
+        self.lent: dict[int, set[str]] = {}  # by saved rank: names whose copy this rank takes, as it has none
+        self._sought: set[str] = set()  # stored names that this rank asked for
+        self._taken: set[int] = set()  # the indices of the copies that it takes, of what is kept per rank
         self.unexpected: set[str] = set()  # stored names that nothing here has claimed yet
         self._made: dict[tuple[object, ...], torch.Tensor] = {}  # copies, where one live tensor has two stored ones
         self._model, self._optimizer = ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
+        self._extra_per_rank: dict[str, dict[int, object]] = {}
         self._rng: object = None
 
     def claim(self) -> dict[str, object]:
@@ -1227,7 +1315,10 @@ class Restore:
         self.unexpected |= {t.name for t in stored if t.name.startswith("model/")} | set(filter(coord.in_model, values))
         self._model = ModelState(given.model)
         self._model.fill(self)
-        if given.optimizer is not None and options.load_optimizer:
+        if given.optimizer is None and options.load_optimizer and "optimizer/state" in values:
+            what = "the checkpoint has optimizer state, and load was given no optimizer"
+            self.warnings.append(f"{what}: give it, or load_optimizer=False")
+        elif given.optimizer is not None and options.load_optimizer:
             if "optimizer/state" in values:
                 self._optimizer = OptimizerState(given.optimizer, self._model.parameters())
                 self._optimizer.fill(self)
@@ -1235,34 +1326,93 @@ class Restore:
                 self.problems.append("the checkpoint has no optimizer state (load with load_optimizer=False)")
         extra = {name for name in values if name.startswith("extra/")}
         for name in sorted(extra | {f"extra/{key}" for key in given.extra_state}):
-            key = name.removeprefix("extra/")
             if name not in values:
                 self.problems.append(f"{name}: missing from the checkpoint")
-            elif (index := self.find(name)) is not None:
-                live = given.extra_state.get(key)
-                self._extra[key] = self.value(index, live.state_dict() if isinstance(live, Stateful) else None)
-        if options.load_rng_state:
-            if (index := reader.find("rng/state", self.op.rank)) is not None:
-                self._rng = self.value(index, None)
             else:
-                message = f"rng/state: the checkpoint has no RNG state for rank {self.op.rank}: it keeps its own"
-                self.warnings.append(message)
+                live = given.extra_state.get(key := name.removeprefix("extra/"))
+                for value in self._own_value(name, live.state_dict() if isinstance(live, Stateful) else None):
+                    self._extra[key] = value
+        self._extra_per_rank = self._read_extra_per_rank()
+        if options.load_rng_state:
+            if "rng/state" not in values:
+                self.warnings.append("rng/state: missing from the checkpoint, so that it stays as it is")
+            else:
+                self._rng = next(iter(self._own_value("rng/state", None)), None)
         self._judge()
         return list(self.targets.values())
 
-    def find(self, name: str, live: torch.Tensor | None = None) -> int | None:
-        """The index of what is stored under a name, or None after noting the problem. `live`: what it is to fill.
+    def _own(self, live: torch.Tensor | None) -> int:
+        """The rank under which a copy for `live` is kept: of a DTensor the lowest of its mesh, else this one."""
+        return min(() if live is None else self.op.own_ranks(coord.mesh_ranks(live)), default=self.op.rank)
 
-        A tensor that is kept per mesh is stored under the mesh's lowest rank.
-        """
+    def find(self, name: str, live: torch.Tensor | None = None) -> int | None:
+        """The index of the copy of `name` that this rank takes, for `live`, or None after noting the problem."""
         self.unexpected.discard(name)
-        mesh = [] if live is None else self.op.own_ranks(coord.mesh_ranks(live))
-        index = self.reader.find(name, min(mesh, default=self.op.rank))
-        if index is None:
-            kept = self.reader.ranks(name)
-            why = f"saved per rank, for ranks {kept}, none for rank {self.op.rank}"
-            self.problems.append(f"{name}: {why if kept else 'missing from the checkpoint'}")
+        self._sought.add(name)
+        if (index := self.reader.find(name, self._own(live))) is None:
+            self.problems.append(f"{name}: missing from the checkpoint")
+        elif (rank := self.reader.metadata.tensors[index].rank) is not None:
+            self._taken.add(index)
+            if rank != self._own(live):
+                self.lent.setdefault(rank, set()).add(name)
         return index
+
+    def _own_value(self, name: str, live: object) -> list[object]:
+        """The stored value; [] after a warning if it, or a tensor in it, is kept for other ranks only."""
+        reader, kept = self.reader, self.reader.ranks(name)
+        self._sought.add(name)
+        if not kept or self.op.rank in kept:
+            index = reader.find(name, self.op.rank)
+            node = None if index is None else reader.read_value(index)
+            known = dict(_match(node, live))
+            within = [(known.get(inner), ranks) for inner in _tensors_in(node) if (ranks := reader.ranks(inner))]
+            if all(self._own(tensor) in ranks for tensor, ranks in within):
+                self.find(name)
+                return [self.decode(node, live)]
+            kept = within[0][1]
+        what = f"kept for rank(s) {st.some(kept, 20)}, not for rank {self.op.rank}, where it stays as it is"
+        others = "; see result.extra_state_per_rank" if name.startswith("extra/") else ""
+        self.warnings.append(f"{name}: {what}{others}")
+        return []
+
+    def _read_extra_per_rank(self) -> dict[str, dict[int, object]]:
+        """If world sizes differ: all copies of `extra_state` values that are kept per rank, or in part."""
+        reader, meta = self.reader, self.reader.metadata
+        extra = [(index, t) for index, t in enumerate(meta.tensors) if t.name.startswith("extra/")]
+        if meta.world_size == self.op.world_size or all(t.rank is None for _, t in extra):
+            return {}
+        rows = {index: t for index, t in extra if t.dtype == "JSON"}
+        texts, copies = self._hand_out(rows), list[tuple[str, int, object]]()
+        for index, t in rows.items():
+            node = st.parse_json(texts[index].numpy().tobytes(), t.name)
+            within = {rank for name in _tensors_in(node) for rank in reader.ranks(name)}
+            for rank in sorted(within) if t.rank is None else [t.rank]:
+                copies.append((t.name.removeprefix("extra/"), rank, node))
+        places: dict[tuple[str, int], int] = {}
+        for name, rank in ((name, rank) for _, rank, node in copies for name in _tensors_in(node)):
+            if (place := reader.find(name, rank)) is None:
+                raise st.corrupted(f"{name}: a stored value has this tensor in it, the record does not")
+            places[name, rank] = place
+        tensors = self._hand_out(set(places.values()))
+        found: dict[str, dict[int, object]] = {}
+        for key, rank, node in copies:
+            value = st.decode_value(node, lambda name: tensors[places[name, rank]].clone())
+            found.setdefault(key, {})[rank] = value
+        return found
+
+    def _hand_out(self, indices: Iterable[int]) -> dict[int, torch.Tensor]:
+        """Stored tensors, whole, by index, on all ranks: rank 0 reads them, and broadcasts their bytes."""
+        metas = {index: self.reader.metadata.tensors[index] for index in sorted(indices)}
+        tensors = {i: torch.empty(t.shape, dtype=st.DTYPES[t.dtype], device="cpu") for i, t in metas.items()}
+        views = [view for tensor in tensors.values() if (view := st.byte_view(tensor)) is not None]
+        if self.op.rank == 0:
+            boxes = ((i, coord.whole_box(t.shape)) for i, t in metas.items())
+            tasks = self.reader.plan(coord.Target(i, box, tensors[i]) for i, box in boxes)
+            st.in_parallel(tasks, self.reader.run, len(tasks), self.op.poll)
+        read = self.op.broadcast([view.tobytes() for view in views] if self.op.rank == 0 else None)
+        for view, data in zip(views, read if self.op.rank and isinstance(read, list) else ()):
+            view[:] = np.frombuffer(data, np.uint8)
+        return tensors
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Arrange for `tensor` to be filled in place with what is stored as `name`."""
@@ -1303,6 +1453,8 @@ class Restore:
             if (index := self.find(name, param if found is None else found)) is None:
                 return torch.empty(0) if found is None else found
             shape, dtype = (meta := self.reader.metadata.tensors[index]).shape, st.DTYPES[meta.dtype]
+            if found is not None and param is not None and tuple(found.shape) != shape:
+                self.errors.append(f"{name}: shape {list(shape)} in the checkpoint, {list(found.shape)} here")
             if found is None or tuple(found.shape) != shape or found.dtype != dtype:
                 found = _allocate(name, shape, dtype, param)
             local = coord.local_tensor(name, found)
@@ -1317,8 +1469,12 @@ class Restore:
 
     def _judge(self) -> None:
         """Errors, or in loose mode warnings, for misfits; a name that no rank claims is unexpected."""
-        told = self.op.gather(sorted(self.unexpected))
-        unwanted = set.intersection(*(set(t) for t in told if isinstance(t, list)))
+        taken = np.array(sorted(self._taken), np.int64)  # consecutive ones, where ranks have the same layout
+        told = self.op.gather([sorted(self.unexpected), len(taken), st.encode_runs(taken)])
+        rows = [row for row in told if isinstance(row, list)]
+        unwanted = set.intersection(*(set(names) for names, _, _ in rows))
+        everywhere = (st.decode_runs(runs, count).tolist() for _, count, runs in rows)
+        self._warn_of_kept(set(itertools.chain(*everywhere)))
         self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
         if self.given.options.strict_mode:
             self.errors += self.problems
@@ -1328,6 +1484,20 @@ class Restore:
             what = f"checkpoint {self.reader.metadata.prefix!r} does not fit ({len(self.errors)} problem(s))"
             message = f"{what}:\n  " + st.some(self.errors, 20, "\n  ")
             raise CheckpointException(message, type=ExceptionType.VALIDATION_FAILED)
+
+    def _warn_of_kept(self, taken: set[int]) -> None:
+        """Of what is kept per rank, name what this rank takes of another one, and what no rank takes."""
+        for rank, names in sorted(self.lent.items()):
+            which = f"kept per rank, not for rank {self.op.rank}, which gets rank {rank}'s copy"
+            self.warnings.append(f"{which}: {st.some(sorted(names), 20)}")
+        tensors, left = self.reader.metadata.tensors, dict[tuple[int, ...], list[str]]()
+        for name in sorted(self._sought | {tensors[index].name for index in taken}):
+            copies = {rank: self.reader.find(name, rank) for rank in self.reader.ranks(name)}
+            if ranks := tuple(rank for rank, index in copies.items() if index not in taken):
+                left.setdefault(ranks, []).append(name)
+        for ranks, names_left in left.items():
+            which = f"kept for rank(s) {st.some(ranks, 20)}, and taken by no rank here"
+            self.warnings.append(f"{which}: {st.some(names_left, 20)}")
 
     def apply(self) -> None:
         """L5: hand the filled states over."""
@@ -1340,7 +1510,7 @@ class Restore:
         meta, here = self.reader.metadata, self.op.world_size
         self.result = CheckpointLoadResult(
             meta, model_state, optimizer_state, meta.world_size, here, meta.world_size != here, self._extra, meta.prefix,
-            self.warnings,
+            self.warnings, self._extra_per_rank,
         )  # fmt: skip
 
 

@@ -148,11 +148,11 @@ class SaveResult(NamedTuple):
 
 
 class CheckpointCoordinator:
-    """Runs S1 to S7 on one rank. `warned`: the sets of tensors of which a warning has said that ranks differ in them."""
+    """Runs S1 to S7 on one rank. `warned`: sets of names that a warning has said to be kept per rank."""
 
     def __init__(
         self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage, keep_last: int | None = None,
-        warned: set[frozenset[str]] | None = None,
+        warned: set[tuple[str, ...]] | None = None,
     ) -> None:  # fmt: skip
         self.coordinator, self.storage, self.keep_last = coordinator, storage, keep_last
         self.warned = set() if warned is None else warned
@@ -287,12 +287,6 @@ class _Attempt:
                 holdings.keep_differing(asked, np.fromiter(found, np.uint64, len(asked)), self.warnings)
         if holdings:
             holdings.check_steps()
-            names = holdings.told_apart()
-            if names and names not in self._warned:
-                self._warned.add(names)
-                self.warnings.append(
-                    f"kept per rank, or per mesh of ranks, since they differ: {st.some(sorted(names), 20)}"
-                )
 
     def _lay_out(self, holdings: Holdings) -> list[bytes]:
         """Plan, raise the fence, make the files that ranks share; what each rank needs to know to write its bytes."""
@@ -399,6 +393,7 @@ class _Attempt:
                 old = st.committed_id(self.storage, self.ticket.prefix)
                 self._superseded = [name for name in files if st.save_of(name) == old]
                 self._rename()
+                self._warn_of_kept()
 
     def _rename(self) -> None:
         """The instant of commit. A rename that reports an error may have happened: the record tells."""
@@ -416,6 +411,15 @@ class _Attempt:
         except OSError as error:
             self._superseded = []  # the rename may not be durable: the old checkpoint must stay whole
             self.warnings.append(f"committed, but its directory could not be synced: {error}")
+
+    def _warn_of_kept(self) -> None:
+        """Name what is kept per rank because ranks differ; once for the same names."""
+        kept = {t.name for t in self._plan.tensors if t.rank is not None} - {"rng/state", "optimizer/state"}
+        if kept and (names := tuple(sorted(kept))) not in self._warned:
+            self._warned.add(names)
+            self.warnings.append(
+                f"differ between ranks, or meshes of ranks, and are kept for each: {st.some(names, 20)}"
+            )
 
     def _is_recorded(self, doubt: OSError) -> bool:
         prefix = self.ticket.prefix
@@ -795,7 +799,7 @@ class Operation:
             kind, text = "value_error" if self.step_name[:2] in ("S1", "L1") else kind, str(error)
         if kind == ExceptionType.TIMEOUT.value and rank != self.rank and self.step_name[:2] in ("S1", "L1"):
             text += f"; {self._verb} is collective: every rank must call it"
-        if self.step_name == "L4 read":
+        if self.step_name[:2] in ("L4", "L5"):
             text += "; tensors being loaded are undefined now: load again, or restart"
         message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
         return {
@@ -1658,10 +1662,6 @@ class Holdings:
                 "all ranks to the same step, by loading the last checkpoint or restarting, before you save"
             )
 
-    def told_apart(self) -> frozenset[str]:
-        """The names kept apart since ranks differ: not those that every rank has for itself, nor the optimizer's groups."""
-        return frozenset(name for name in self.apart if not self.known[name].kept and name != "optimizer/state")
-
     def nbytes(self, rows: Rows) -> Ints:
         """Logical bytes of each row."""
         sizes: Ints = rows.box[:, 1].prod(axis=1) * self.itemsize[rows.tensor]
@@ -2253,10 +2253,11 @@ class CheckpointReader:
             file.close()
 
     def find(self, name: str, rank: int) -> int | None:
-        """The index of what is stored as `name` for `rank`: shared by all, or its own; None where it has none."""
-        held = self.stored.get(name, {})
-        if (index := held.get(None, held.get(rank))) is None:
+        """The index of the copy of `name` that `rank` gets: the shared, its own, or the lowest rank's; None: none."""
+        if not (held := self.stored.get(name)):
             return None
+        if (index := held.get(None, held.get(rank))) is None:
+            index = held[self.ranks(name)[0]]
         alias = self.metadata.tensors[index].alias_of
         return index if alias is None else alias
 

@@ -678,6 +678,17 @@ def test_load_optimizer_false_leaves_the_optimizer_as_it_is(tmp_path):
     assert identical(state_of(other_optimizer)[0], before[1]) and identical(state_of(other)[0], state_of(model)[0])
 
 
+def test_a_forgotten_optimizer_is_a_warning_unless_it_is_left_out_on_purpose(tmp_path):
+    model, optimizer = small()
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizer, to("both"))
+    checkpoint.save(model, None, to("model"))
+    (warning,) = checkpoint.load(model, None, at("both")).warnings
+    assert "load_optimizer=False" in warning
+    assert not checkpoint.load(model, None, at("both", load_optimizer=False)).warnings
+    assert not checkpoint.load(model, None, at("model")).warnings
+
+
 def draws():
     return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
 
@@ -2533,8 +2544,8 @@ def test_reshard_reports_what_it_did(saved):
 def describe_a_load(rank, world_size, tmp):
     model, optimizer = the_truth("fsdp2")
     result = opened(tmp).load(model, optimizer, at("fsdp4/MULTI_SHARD"))
-    rng = any("rng" in warning.lower() for warning in result.warnings)  # ranks 0 and 1 have theirs
-    return result.source_world_size, result.target_world_size, result.was_resharded, not rng
+    (rng,) = [warning for warning in result.warnings if "rng" in warning]  # ranks 0 and 1 have theirs
+    return result.source_world_size, result.target_world_size, result.was_resharded, "rank(s) 2, 3," in rng
 
 
 def test_a_rank_without_saved_rng_keeps_its_own_and_says_so(saved):
@@ -2600,6 +2611,99 @@ def test_optimizer_state_follows_names_through_another_order_and_other_groups(tm
     single_optimizer = torch.optim.AdamW(reversed(list(single.parameters())))
     checkpoint.load(single, single_optimizer, at(strict_mode=False))
     assert identical(by_name(single, single_optimizer), by_name(model, optimizer))
+
+
+def test_options_of_groups_without_parameters_come_back_by_their_order_among_those(tmp_path):
+    def start(*groups, **lr):
+        models = {name: nn.Linear(2, 2) for name in ("a", "b")}
+        groups = [{"params": [], "lr": lr} if lr else {"params": models["a"].parameters()} for lr in groups]
+        b = [{"params": [], "lr": 0.3}, {"params": models["b"].parameters()}]
+        return models, {"a": torch.optim.SGD(groups, lr=0.2), "b": torch.optim.SGD(b, lr=0.4)}
+
+    def rates(optimizers):
+        return [[g["lr"] for g in optimizers[name].param_groups] for name in ("a", "b")]
+
+    checkpoint = opened(tmp_path)
+    checkpoint.save(*start(0.05, None, 0.07), to())
+    models, optimizers = start(None, 0.9, 0.8)
+    optimizers["b"].param_groups[0]["lr"] = 0.7
+    mixed = {"b": optimizers["b"], "a": optimizers["a"]}  # parts in another order
+    assert not checkpoint.load(models, mixed, at()).warnings
+    assert rates(optimizers) == [[0.2, 0.05, 0.07], [0.3, 0.4]]
+    models, optimizers = start(0.9, None)  # one fewer: which one it is, nobody can tell
+    (warning,) = checkpoint.load(models, optimizers, at()).warnings
+    assert "optimizer 'a': 2 group(s)" in warning and rates(optimizers) == [[0.9, 0.2], [0.3, 0.4]]
+
+
+class WithoutDefaults:
+    """An optimizer as a wrapper may show it."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
+
+
+ADAMW, ADAM, RADAM, SGD = torch.optim.AdamW, torch.optim.Adam, torch.optim.RAdam, torch.optim.SGD
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize(
+    "saved, here, differ",
+    [(ADAMW, SGD, True), (SGD, ADAMW, True), (ADAM, ADAMW, False), (RADAM, ADAM, False)],
+)
+def test_another_kind_of_optimizer_is_refused_or_left_as_it_is(tmp_path, saved, here, differ, renamed, strict):
+    models = {"a": filled(nn.Linear(3, 2), "truth"), "b": filled(nn.Linear(2, 2), "truth")}
+    optimizers = {"a": stepped(models["a"], saved, lr=0.5), "b": stepped(models["b"], ADAMW, lr=0.25)}
+    torch.optim.lr_scheduler.StepLR(optimizers["a"], 5)  # adds an option of its own, initial_lr
+    checkpoint = opened(tmp_path)
+    checkpoint.save(models, optimizers, to())
+    others = {"a": filled(nn.Linear(3, 2), "mine"), "b": filled(nn.Linear(2, 2), "mine")}
+    mine = {"c" if renamed else "a": stepped(others["a"], here, lr=0.125)}
+    mine["b"] = stepped(others["b"], ADAMW, lr=0.75)
+    first, before = list(mine.values())[0], state_of(nn.ModuleDict(others))
+    state = copy.deepcopy(first.state_dict())
+    if differ and strict:
+        message = refusal(lambda: checkpoint.load(others, mine, at()), ExceptionType.VALIDATION_FAILED)
+        assert "betas" in message and "momentum" in message and "initial_lr" not in message
+        assert identical(state_of(nn.ModuleDict(others)), before) and mine["b"].param_groups[0]["lr"] == 0.75
+        assert identical(first.state_dict(), state)
+        return
+    (*warnings,) = checkpoint.load(others, mine, at(strict_mode=strict)).warnings
+    assert [("betas" in w, "momentum" in w) for w in warnings] == [(True, True)] * differ
+    expected = state if differ else optimizers["a"].state_dict()
+    assert identical(first.state_dict()["state"], expected["state"])
+    assert first.param_groups[0]["lr"] == (0.125 if differ else 0.5)
+    assert mine["b"].param_groups[0]["lr"] == 0.25
+    assert identical(state_of(nn.ModuleDict(others)), state_of(nn.ModuleDict(models)))
+    for p in (p for model in others.values() for p in model.parameters()):
+        p.grad = torch.ones_like(p)
+    first.step()
+
+
+@pytest.mark.parametrize("saver, loader", [(WithoutDefaults, lambda o: o), (lambda o: o, WithoutDefaults)])
+def test_an_optimizer_that_does_not_tell_its_options_is_of_no_other_kind(tmp_path, saver, loader):
+    (model, optimizer), (other, other_optimizer) = small(), small("other")
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, saver(optimizer), to())
+    assert not checkpoint.load(other, loader(other_optimizer), at()).warnings
+    assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_optimizer_state_of_another_shape_is_always_an_error_that_names_both(tmp_path, strict):
+    model, other = filled(nn.Linear(3, 2), "truth"), filled(nn.Linear(3, 2), "mine")
+    optimizer, mine = (stepped(m, SGD, lr=0.5, momentum=0.9) for m in (model, other))
+    checkpoint = opened(tmp_path)
+    checkpoint.save(model, optimizer, to())
+    mine.state[other.weight]["momentum_buffer"] = torch.ones(6)
+    before = state_of(other, mine)
+    message = refusal(lambda: checkpoint.load(other, mine, at(strict_mode=strict)), ExceptionType.VALIDATION_FAILED)
+    assert "optimizer/weight/momentum_buffer: shape [2, 3] in the checkpoint, [6] here" in message
+    assert identical(state_of(other, mine), before)
+    del mine.state[other.weight]["momentum_buffer"]  # nothing here to compare with: as it was stored
+    checkpoint.load(other, mine, at(strict_mode=strict))
+    assert identical(state_of(other, mine), state_of(model, optimizer))
 
 
 OPTIMIZERS = {
@@ -3151,9 +3255,99 @@ def save_data_place(rank, world_size, tmp, save):
     if save:
         checkpoint.save(model, None, to(), extra_state={"loader": Bag(at=rank), "epoch": 5})
     loader = Bag(at=-1)
-    options = at(strict_mode=False, load_rng_state=False)
+    options = at(load_rng_state=False)
     result = checkpoint.load(model, None, options, extra_state={"loader": loader})
     return loader.state, result.extra_state["epoch"], any("loader" in warning for warning in result.warnings)
+
+
+class PerRank:
+    """A training job in which every part of the state contains the number of its rank."""
+
+    def __init__(self, rank):
+        net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        net = DistributedDataParallel(net, broadcast_buffers=False)
+        self.norm, expert = net.module[1], nn.Linear(2, 2, bias=False)
+        self.model = {"net": net, "expert": expert, "config": Bag(value=50.0 + rank)}
+        sgd = stepped(expert, torch.optim.SGD, lr=10.0 + rank, momentum=0.5)
+        self.optimizer = {"sgd": sgd, "other": Bag(value=55.0 + rank)}
+        self.momentum = sgd.state[expert.weight]["momentum_buffer"]
+        for number, tensor in enumerate((self.norm.running_mean, expert.weight.data, self.momentum)):
+            tensor.fill_(20.0 + 10 * number + rank)
+        # A value; a value with a tensor in it; a value that all ranks have alike, with a tensor that differs.
+        seen, state = torch.full((2, 1), 60.0 + rank), torch.full((3,), 70 + rank, dtype=torch.bfloat16)
+        self.extra = {"place": rank, "loader": Bag(at=[rank, 5], seen=seen), "sampler": Bag(state=state)}
+        torch.manual_seed(80 + rank)
+
+    def numbers(self):
+        tensors = (self.norm.running_mean, self.model["expert"].weight, self.momentum)
+        values = (part.state["value"] for part in (self.model["config"], self.optimizer["other"]))
+        return [self.optimizer["sgd"].param_groups[0]["lr"], *(t.unique().item() for t in tensors), *values]
+
+    def values(self):
+        return {key: value.state if isinstance(value, Bag) else value for key, value in self.extra.items()}
+
+
+def save_per_rank(rank, world_size, tmp, form):
+    log = io.StringIO()
+    logging.getLogger().addHandler(logging.StreamHandler(log))
+    job, checkpoint = PerRank(rank), opened(tmp)
+    for _ in range(2):
+        extra = {**job.extra, "epoch": 7}
+        checkpoint.save(job.model, job.optimizer, to(format=form), extra_state=extra)
+    return log.getvalue()
+
+
+def load_per_rank(rank, world_size, tmp, strategy):
+    job, own, checkpoint = PerRank(-1 - rank), PerRank(rank), opened(tmp)
+    kept, drawn = job.values(), {who: torch.manual_seed(who).get_state() for who in (80 + rank, 79 - rank)}
+    torch.manual_seed(79 - rank)
+    options = at(resharding_strategy=strategy)
+    result = checkpoint.load(job.model, job.optimizer, options, extra_state=job.extra)
+    generator = 80 + rank if rank < result.source_world_size else 79 - rank
+    assert identical(torch.get_rng_state(), drawn[generator])
+    assert result.extra_state.pop("epoch") == 7
+    if rank < result.source_world_size:
+        assert identical(result.extra_state, own.values())
+        assert identical(job.values() | {"place": rank}, own.values())
+    else:
+        assert result.extra_state == {} and identical(job.values(), kept)
+    everything = {} if world_size == result.source_world_size else {key: {} for key in kept}
+    for saved in range(result.source_world_size):
+        for key, value in PerRank(saved).values().items():
+            everything.get(key, {})[saved] = value
+    assert identical({key: result.extra_state_per_rank[key] for key in everything}, everything)
+    assert result.extra_state_per_rank.keys() == everything.keys()
+    return job.numbers(), result.warnings
+
+
+PER_RANK = ["model/net.1.running_mean", "model/expert.weight", "model-values/config.value"]
+PER_RANK += ["optimizer/expert.weight/momentum_buffer"]
+EXTRA_PER_RANK = ["extra/place", "extra/loader", "extra/sampler"]
+
+
+@pytest.mark.parametrize(
+    "saved, here, form, strategy",
+    [(2, 3, "multi_shard", "parallel"), (3, 2, "single_file", "broadcast"),
+     (2, 1, "consolidated", "parallel"), (2, 2, "multi_shard", "sequential")],
+)  # fmt: skip
+def test_what_is_kept_per_rank_goes_to_its_rank_or_from_the_lowest_one_and_what_does_not_is_named(
+    tmp_path, saved, here, form, strategy
+):
+    log, *_ = run(saved, save_per_rank, tmp_path, CheckpointFormat(form))
+    for name in (*PER_RANK, "extra/place", "extra/loader", "extra/loader.seen", "extra/sampler.state"):
+        assert len(re.findall(re.escape(name) + r"(?![\w.])", log)) == 1, (name, log)
+    assert "rng" not in log and "optimizer/state" not in log and "epoch" not in log
+    for rank, (numbers, told) in enumerate(run(here, load_per_rank, tmp_path, strategy)):
+        own, text = rank if rank < saved else 0, "\n".join(told)
+        assert numbers == [number + own for number in (10.0, 20.0, 30.0, 40.0, 50.0, 55.0)]
+        for name in [*PER_RANK, "optimizer/other", "optimizer/expert.weight,"]:
+            assert bool(re.search(f"rank 0's copy.*{re.escape(name)}", text)) == (rank >= saved), text
+        for name in [*EXTRA_PER_RANK, "rng/state"]:
+            assert (f"{name}: kept for" in text) == (rank >= saved), text
+        for name in [*PER_RANK, *EXTRA_PER_RANK, "rng/state"]:
+            lost = f"{here}, and taken by no rank here.*{re.escape(name)}"
+            assert bool(re.search(lost, text)) == (here < saved), text
+        assert bool(told) == (rank >= saved or here < saved), text
 
 
 def test_mappings_of_models_and_optimizers_are_saved_under_their_names(tmp_path):
@@ -3193,7 +3387,7 @@ def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_
     held, checkpoint = dict(tensors), opened(tmp_path)
     result = checkpoint.load(types.MappingProxyType(tensors), tuple(optimizers), "p")
     names = {t.name for t in result.metadata.tensors if not t.name.startswith(("optimizer/", "rng/"))}
-    assert names == {"model/weight", "model/bias"} and not result.warnings
+    assert names == {"model/weight", "model/bias"} and all("rng/state" in w for w in result.warnings)
     for name, tensor in tensors.items():
         assert tensor is held[name] and identical(tensor.detach(), truth[name].detach())
         assert identical(result.model_state[name], truth[name].detach())
@@ -3556,6 +3750,18 @@ def test_a_failure_after_bytes_began_to_land_says_that_tensors_are_undefined(tmp
     flip(path, Shard(path).place(Shard(path).find("model/b"))[1] - 1)
     message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
     assert "undefined" in message
+
+
+def test_an_error_of_load_state_dict_says_that_tensors_are_undefined(tmp_path):
+    class Broken(Bag):
+        def load_state_dict(self, state):
+            raise KeyError("step")
+
+    checkpoint = opened(tmp_path)
+    checkpoint.save(Bag(a=torch.ones(2)), None, to())
+    target = Broken(a=torch.zeros(2))
+    message = refusal(lambda: checkpoint.load(target, None, at()), ExceptionType.LOAD_FAILED)
+    assert "KeyError" in message and "undefined" in message and target.state["a"].all()
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
