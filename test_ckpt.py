@@ -4213,11 +4213,35 @@ def test_lightning_saves_keeps_the_best_and_resumes_by_way_of_the_readmes_plugin
     assert len(kept) == 3 and "last.ckpt" in kept
 
 
-@pytest.fixture
-def bucket(tmp_path):
-    """An object store of the README's recipe, in the memory of this process."""
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    """A bucket of a real S3 server: a process of its own, which `timeout` ends if nobody does."""
+    why = "needs moto[server] and s3fs, which .ci/run installs"
+    s3fs, _ = (pytest.importorskip(name, reason=why) for name in ("s3fs", "moto.server"))
+    log, deadline = tmp_path_factory.mktemp("s3") / "log", time.monotonic() + 60
+    with log.open("wb") as told, pytest.MonkeyPatch.context() as patch:
+        line = ["timeout", "300", sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        server = subprocess.Popen(line, stdout=told, stderr=told)
+        try:
+            while (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+            patch.setenv("AWS_ENDPOINT_URL", found[0])
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                patch.setenv(name, "testing")
+            s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+            yield "s3://bucket"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def bucket(request, tmp_path):
+    """An object store of the README's recipe: in the memory of this process, and on a server."""
     fsspec = pytest.importorskip("fsspec")
-    url = f"memory://{tmp_path.name}"
+    base = "memory:/" if request.param == "memory" else request.getfixturevalue("s3")
+    url = f"{base}/{tmp_path.name}"
     storage = recipe("ObjectStorage")["ObjectStorage"](url)
     yield storage
     with contextlib.suppress(FileNotFoundError):
