@@ -382,7 +382,7 @@ class DistributedCheckpoint:
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """Committed checkpoints, oldest first. Local."""
         with _typed(""):
-            return [CheckpointInfo.of(meta) for meta in st.list_committed(self.storage)]
+            return [CheckpointInfo.of(meta) for meta in st.list_committed(self.storage, self.logger.warning)]
 
     def latest_checkpoint(self) -> CheckpointInfo | None:
         """The newest committed checkpoint, by the order of saves. Local."""
@@ -488,7 +488,7 @@ class DistributedCheckpoint:
 
         saver = CheckpointCoordinator(self.coordinator, self.storage, self.keep_last, self._suspects)
         result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
-        for warning in result.warnings:
+        for warning in dict.fromkeys(result.warnings):
             self.logger.warning("%s: %s", result.prefix, warning)
         own, whole = result.bytes_written, result.size_bytes
         self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, started, op)
@@ -588,7 +588,8 @@ class DistributedCheckpoint:
                 if op.rank == 0:
                     heads = filter(None, (st.record_head(self.storage, prefix, sound=False) for prefix in tried))
                     limit = min((sequence for _, sequence in heads), default=math.inf)
-                    older = [m.prefix for m in st.list_committed(self.storage) if m.sequence < limit]
+                    found = st.list_committed(self.storage, self.logger.warning)
+                    older = [m.prefix for m in found if m.sequence < limit]
                     choice = next((prefix for prefix in reversed(older) if prefix not in tried), None)
                 return op.broadcast(choice)
 

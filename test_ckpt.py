@@ -35,7 +35,8 @@ error where nothing was ever committed; once `save` has returned, only the new o
     18  | decompression bomb                               | a_decompression_bomb_...
     19  | names: '..', absolute, NUL, backslash, long      | a_bad_name_in_a_record_..., a_bad_path_..., a_bad_prefix_...,
         |                                                  | files_with_names_that_no_checkpoint_can_have_...
-    20  | a link, FIFO, device, directory instead of ours  | what_replaces_a_file_or_directory_of_ours_...
+    20  | a link, FIFO, device, directory instead of ours  | what_replaces_a_file_or_directory_of_ours_...,
+        |                                                  | a_link_below_the_base_path_...
     21  | pickle payload in any file                       | a_pickle_in_any_file_..., no_pickle_is_ever_loaded
     22  | two jobs, one prefix                             | two_jobs_on_one_prefix_..., two_jobs_in_lockstep_...
     23  | reader during overwrite, delete, retention       | a_reader_between_any_two_operations_...,
@@ -49,6 +50,7 @@ error where nothing was ever committed; once `save` has returned, only the new o
     27  | the clock is ten years off                       | a_clock_that_is_ten_years_off_...
     28  | clean-up races a live writer                     | clean_up_at_any_operation_of_a_live_save_...
     29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
+    37  | a record that cannot be read beside good ones    | an_unreadable_record_...
     -   | a job of two ranks is killed again and again     | a_training_job_killed_twenty_times_...
     -   | twelve mutants of the library                    | each_mutant_of_the_library_is_caught
 
@@ -6162,6 +6164,35 @@ def meet_impostor(tmp, victim, kind):
     return found
 
 
+@pytest.mark.parametrize("victim", ["runs", "runs/p", "runs/p/*", "runs/p.metadata.json"])
+def test_a_link_below_the_base_path_is_a_storage_error_that_says_so_and_is_never_followed(ram, victim, capsys, caplog):
+    base = ram / "base"
+    put(base, "old", "before")
+    put(base, "new", "runs/p")
+    (path,) = base.glob(victim)
+    shutil.move(path, ram / "outside")
+    path.symlink_to(ram / "outside")
+    says, before = f"{path.relative_to(base)}: a symbolic link", listing(ram / "outside") or listing(ram)["outside"]
+    for fallback in (False, True):
+        load = functools.partial(over(base).load, value("old"), None, at("runs/p", fallback=fallback))
+        assert says in refusal(load, ExceptionType.STORAGE_ERROR)
+    assert says in over(base).validate_checkpoint("runs/p").errors[0]
+    code, text, _ = command(capsys, "verify", base, "runs/p")
+    assert code == 1 and says in text
+    assert [info.prefix for info in over(base).list_checkpoints()] == ["before"] and says in caplog.text
+    caplog.clear()
+    assert over(base).latest_checkpoint().prefix == "before" and says in caplog.text
+    code, text, _ = command(capsys, "ls", base)
+    assert code == 0 and says in text and "before" in text
+    put(base, "next", "after", keep_last=1)
+    assert seen(ckpt.LocalStorage(base), "after") == "next" and seen(ckpt.LocalStorage(base), "before") == "absent"
+    assert st.collect_garbage(ckpt.LocalStorage(base)) == []
+    for call in (lambda: put(base, "new", "runs/p"), lambda: over(base).delete_checkpoint("runs/p")):
+        kind, _, message = told(call)
+        assert kind == "returned" or (kind == "STORAGE_ERROR" and says in message)
+    assert (listing(ram / "outside") or listing(ram)["outside"]) == before
+
+
 # Row 21: pickles
 
 
@@ -6274,6 +6305,58 @@ def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_latest_nor_what
     put(ram, "new", names[0], keep_last=2)
     assert [info.prefix for info in checkpoint.list_checkpoints()] == [names[-1], names[0]]
     assert seen(ckpt.LocalStorage(ram), names[0]) == "new"
+
+
+# Row 37: a record that cannot be read, beside good ones
+
+UNREADABLE = {
+    "a record that may not be opened": lambda op: op.call == "open" and op.path.endswith("/q.metadata.json"),
+    "a record on a bad sector": lambda op: op.call == "pread" and op.path.endswith("/q.metadata.json"),
+    "a directory that may not be listed": lambda op: op.call == "listdir" and op.path.endswith("/theirs"),
+}
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_an_unreadable_record_stops_only_who_asks_for_it_and_is_else_skipped_with_a_warning(ram, what, code, caplog):
+    put(ram, "old")
+    put(ram, "other", "theirs/q")
+    orphan = ram / "theirs" / "q" / "0badf00d-00000-of-00001.safetensors"
+    orphan.write_bytes(b"")
+    whole, theirs = ckpt.LocalStorage(ram), {k: v for k, v in listing(ram).items() if k.startswith("theirs")}
+    storage = ckpt.LocalStorage(ram, Seam(lambda op: fail(code)(op) if UNREADABLE[what](op) else None))
+
+    def warned(result):
+        (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "theirs" in r.getMessage()]
+        caplog.clear()
+        assert os.strerror(code) in line and "skipped theirs" in line
+        return result
+
+    assert [info.prefix for info in warned(over(storage).list_checkpoints())] == ["p"]
+    assert warned(over(storage).latest_checkpoint()).prefix == "p"
+    warned(put(storage, "new", "r", keep_last=2))
+    warned(put(storage, "next", "s", keep_last=2))
+    assert [seen(whole, prefix) for prefix in ("p", "r", "s", "theirs/q")] == ["absent", "new", "next", "other"]
+    assert [info.prefix for info in warned(over(storage).list_checkpoints())] == ["r", "s"]
+    if "directory" not in what:
+        calls = [
+            lambda: put(storage, "new", "theirs/q"),
+            lambda: over(storage).load(value("old"), None, at("theirs/q")),
+        ]
+        for call in calls:
+            assert os.strerror(code) in refusal(call, ExceptionType.STORAGE_ERROR)
+        assert os.strerror(code) in over(storage).validate_checkpoint("theirs/q").errors[0]
+    caplog.clear()
+    assert st.collect_garbage(storage) == [] and os.strerror(code) in caplog.text and "theirs" in caplog.text
+    caplog.clear()
+    assert {k: v for k, v in listing(ram).items() if k.startswith("theirs")} == theirs
+    (path,) = shards(ram, "s")
+    flip(path, path.stat().st_size - 1)
+    load = at("s", fallback=True, load_rng_state=False)
+    found = over(storage).load(target := value("old"), None, load)
+    assert found.prefix == "r" and identical(target.state, value("new").state) and "skipped theirs" in caplog.text
+    orphan.unlink()
+    assert {info.prefix for info in over(whole).list_checkpoints()} == {"r", "s", "theirs/q"}
 
 
 # Row 2, more of it: every kind of save and of delete
