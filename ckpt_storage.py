@@ -147,6 +147,15 @@ _SHARD_PATH = re.compile(f"(.+)/{_SHARD.pattern}")
 _FENCE = re.compile(r"(.+)\.metadata\.json\.([0-9a-f]{8})\.tmp")
 
 
+def check_name(name: str) -> None:
+    """ValueError for the name of a tensor, value or file that other programs could not write or read."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        what = "holds half of a surrogate pair, which UTF-8 cannot encode: rename it"
+        raise ValueError(f"the name {name!a} {what}") from None
+
+
 def check_prefix(prefix: str) -> str:
     """Return `prefix` if it is a legal checkpoint name, else raise ValueError; touches no file."""
     if not isinstance(prefix, str) or not _is_prefix(prefix):
@@ -730,7 +739,13 @@ def _pack_datetime(value: datetime.datetime) -> str | None:
 _TORCH_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 _MAPPINGS = {"$dict": dict, "$OrderedDict": OrderedDict, "$Counter": Counter}  # as lists of pairs
 _SEQUENCES = {"$tuple": tuple, "$Size": torch.Size, "$set": set, "$frozenset": frozenset}  # as lists
+_TORN_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two characters of Python, which JSON reads as one
 _LEAVES: dict[str, tuple[type, Callable[..., object], Callable[..., object]]] = {  # type, to JSON (or None), and back
+    "$str": (
+        str,
+        lambda text: _base64(text.encode("utf-8", "surrogatepass")),
+        lambda data: base64.b64decode(data).decode("utf-8", "surrogatepass"),
+    ),
     "$int": (int, hex, lambda text: int(text, 16)),
     "$float": (float, lambda x: struct.pack(">d", x).hex(), lambda text: struct.unpack(">d", bytes.fromhex(text))[0]),
     "$bytes": (bytes, _base64, base64.b64decode),
@@ -748,7 +763,7 @@ def encode_value(value: object, path: str, on_tensor: Callable[[str, torch.Tenso
     Raises ValueError, naming `path` and the type, for anything that could not be restored exactly.
     """
     kind = type(value)
-    if value is None or kind in (bool, str):
+    if value is None or kind is bool or (type(value) is str and not _TORN_PAIR.search(value)):
         return value
     if isinstance(value, torch.Tensor):
         if on_tensor is None:
@@ -757,7 +772,7 @@ def encode_value(value: object, path: str, on_tensor: Callable[[str, torch.Tenso
     if (type(value) is int and abs(value) < 1 << 53) or (type(value) is float and math.isfinite(value)):
         return value
     if isinstance(value, dict) and kind in _MAPPINGS.values():
-        if kind is dict and all(type(k) is str and not k.startswith("$") for k in value):
+        if kind is dict and all(type(k) is str and k[:1] != "$" and not _TORN_PAIR.search(k) for k in value):
             return {k: encode_value(v, f"{path}.{k}", on_tensor) for k, v in value.items()}
         pairs = [[encode_value(k, path), encode_value(v, f"{path}.{k}", on_tensor)] for k, v in value.items()]
         return {f"${kind.__name__}": pairs}
@@ -1154,8 +1169,12 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
     for entry in entries:
         if (gap := entry.begin - position) > 0:
             table[f"pad/{position}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [position, entry.begin]}
-        if entry.name in table or entry.name == "__metadata__":
-            raise ValueError(f"two entries of one file are named {entry.name!r}")
+        if entry.name == "__metadata__":
+            raise ValueError(
+                "a safetensors file cannot hold a tensor named '__metadata__', a name that it uses itself: "
+                "rename it, or save with CheckpointFormat.MULTI_SHARD, which names it 'model/__metadata__'"
+            )
+        _require(entry.name not in table, f"two entries of one file are named {entry.name!r}")
         table[entry.name], more = entry.described()
         if more:
             pieces[entry.name] = more
