@@ -29,6 +29,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import enum
+import errno
 import io
 import itertools
 import json
@@ -38,6 +39,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -48,7 +50,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TextIO, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -457,7 +459,7 @@ class DistributedCheckpoint:
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """Committed checkpoints, oldest first. Local."""
         with _typed(""):
-            return [CheckpointInfo.of(meta) for meta in st.list_committed(self.storage)]
+            return [CheckpointInfo.of(meta) for meta in st.list_committed(self.storage, self.logger.warning)]
 
     def latest_checkpoint(self) -> CheckpointInfo | None:
         """The newest committed checkpoint, by the order of saves. Local."""
@@ -585,7 +587,7 @@ class DistributedCheckpoint:
 
         saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, self._warned)
         result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
-        for warning in result.warnings:
+        for warning in dict.fromkeys(result.warnings):
             self.logger.warning("%s: %s", result.prefix, warning)
         own, whole = result.bytes_written, result.size_bytes
         self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, started, op)
@@ -686,7 +688,8 @@ class DistributedCheckpoint:
                 if op.rank == 0:
                     heads = filter(None, (st.record_head(self.storage, prefix, sound=False) for prefix in tried))
                     limit = min((sequence for _, sequence in heads), default=math.inf)
-                    older = [m.prefix for m in st.list_committed(self.storage) if m.sequence < limit]
+                    found = st.list_committed(self.storage, self.logger.warning)
+                    older = [m.prefix for m in found if m.sequence < limit]
                     choice = next((prefix for prefix in reversed(older) if prefix not in tried), None)
                 return op.broadcast(choice)
 
@@ -889,6 +892,11 @@ class Collecting:
         """All of it: the tensors inside values get their names now, so that none takes that of a value to come."""
         for name, (value, per_rank) in self._values.items():
             self.data.values[name] = st.dump_json(self.encode(value, name)), per_rank
+        try:
+            for name in self._names:
+                st.check_name(name)
+        except ValueError as error:
+            raise CheckpointException(str(error), type=ExceptionType.SAVE_FAILED) from error
         return self.data
 
 
@@ -1752,8 +1760,10 @@ def export_checkpoint(
     """
     storage = StorageFactory.create(storage)
     folder, name = os.path.split(os.path.abspath(out))
-    if os.path.splitext(name)[1] != ".safetensors" or max_shard_bytes < 1:
-        raise ValueError(f"an export is named *.safetensors, and its files hold bytes: not {out}, {max_shard_bytes}")
+    if os.path.splitext(name)[1] != ".safetensors":
+        raise ValueError(f"the name of an export must end in .safetensors: {os.fspath(out)!r} does not")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
     _check_member(dtype, (None, *(st.DTYPES[code] for code in _FLOATS)), "export dtype")
     with _typed(prefix, f"export to {out}: "), CheckpointReader(storage, coord.committed(storage, prefix)[1]) as reader:
         files = _lay_out(name, _select(reader.metadata, model_only, dtype), max_shard_bytes)
@@ -1799,10 +1809,18 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
         if st.stored_form(entry.dtype, ())[0] != entry.dtype:
             told["complex, exported as pairs of floats (see torch.view_as_complex)"].append(entry.name)
         chosen.append((number, entry))
-    if len({"__metadata__", *(entry.name for _, entry in chosen)}) <= len(chosen):
-        raise ValueError("two tensors of the export would have one name, or one would be named __metadata__")
-    for what, names in told.items():
-        log.warning("%s: %s: %s", meta.prefix, what, st.some(names))
+    names = Counter(entry.name for _, entry in chosen)
+    if "__metadata__" in names or len(names) < len(chosen):
+        wrong = [name for name, count in names.items() if count > 1 or name == "__metadata__"]
+        raise ValueError(
+            f"an export cannot hold {st.some(wrong)}: safetensors uses the name __metadata__ itself, and has "
+            "every other name once; save the checkpoint again with other names in the model"
+        )
+    with _well_formed(meta.prefix):
+        for name in names:
+            st.check_name(name)
+    for what, which in told.items():
+        log.warning("%s: %s: %s", meta.prefix, what, st.some(which))
     return chosen
 
 
@@ -1895,7 +1913,7 @@ def import_checkpoint(
     DCP's metadata is a pickle, which may run any code: import such a directory only if you trust where it comes from.
     ValueError for a misuse; CheckpointException for a damaged source, a failing disk, or a checkpoint that is there already.
     """
-    with _typed(os.fspath(source)):
+    with _typed(os.fspath(source), f"{os.fspath(source)}: "):
         model, extra = _split(_read_source(os.fspath(source)))
     options = SaveOptions(prefix, include_rng_state=False, overwrite=False, progress=progress)
     with DistributedCheckpoint(LocalCoordinator(), storage) as checkpoint:
@@ -1936,9 +1954,13 @@ def _read_source(path: str) -> dict[str, object]:
         raise ValueError(f"{path}: name one file to import; safetensors files here: {st.some(files) or 'none'}")
     listed: Iterable[str] = ()
     for index in indices:
-        with open(index, "rb") as file, _well_formed(index):
+        with open(_regular(index), "rb") as file, _well_formed(index):
             weights = st.Fields(st.parse_json(file.read(), index)).child("weight_map")
-            parts = {os.path.basename(weights.text(name)) for name in weights.all}
+            parts = {weights.text(name) for name in weights.all}
+            for part in sorted(parts):
+                st.check_name(part)
+                if os.path.basename(part) != part:
+                    raise ValueError(f"{part!r} is not the plain name of a file beside the index")
         files, listed = [os.path.join(os.path.dirname(index), part) for part in sorted(parts)], weights.all
     state: dict[str, object] = {}
     for tensors in map(_read_file, files):
@@ -1952,6 +1974,7 @@ def _read_source(path: str) -> dict[str, object]:
 
 def _read_file(path: str) -> dict[str, object]:
     """The contents of a safetensors file, which must keep their rules, or of one of torch.save."""
+    _regular(path)
     if path.endswith(".safetensors"):
         with _well_formed(path):
             data = np.asarray(np.memmap(path, np.uint8, "c"))  # "c": private, since torch wants it writable
@@ -1964,18 +1987,39 @@ def _read_file(path: str) -> dict[str, object]:
         return {e.name: part.view(st.DTYPES[e.dtype]).view(e.shape) for e, part in parts}
     try:
         state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # told without torch's advice to turn checks off
-        why = str(error).partition("WeightsUnpickler error: ")[2] or f"{type(error).__name__}: {error}"
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that: torch seeks where a damaged file says
+            raise
         raise CheckpointException(
-            f"{path}: not *.safetensors, and torch.load(weights_only=True) refuses it: {why.strip().splitlines()[0]}. If you "
-            "trust the file, load it yourself, and give what you want of it to DistributedCheckpoint.save",
-            path, ExceptionType.LOAD_FAILED,
-        ) from error  # fmt: skip
+            f"{path}: not *.safetensors, and torch.load(weights_only=True) refuses it: {_reason(error)}. "
+            "Import takes tensors, numbers, strings, and lists, tuples and dicts of them: where the file "
+            "comes from, save these alone, with torch.save or as safetensors, and import that",
+            path,
+            ExceptionType.LOAD_FAILED,
+        ) from None  # a traceback would show torch's advice to turn its checks off
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}; expected a dict of tensors, or of dicts of them")
     return {str(key): value for key, value in state.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Why torch has refused a file: the sentence that says so, without its advice to turn checks off."""
+    text = str(error)
+    found = re.search(r"GLOBAL (\S+?)[.,;]?(\s|$)", text)
+    if found is not None:
+        return f"it holds {found[1]}, which is not plain data"
+    if isinstance(error, OSError) or "PytorchStreamReader" in text:
+        return "it is cut short or damaged"
+    sentence = text.partition("WeightsUnpickler error: ")[2] or text
+    return f"{type(error).__name__}: {sentence.strip()}".splitlines()[0].partition(". ")[0].rstrip(".: ")
+
+
+def _regular(path: str) -> str:
+    """`path`, if it is a regular file or a link to one: opening a FIFO or a device could block for ever."""
+    if not stat.S_ISREG(mode := os.stat(path).st_mode):
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise ValueError(f"{path}: expected a file, found {kinds.get(stat.S_IFMT(mode), 'a device')}")
+    return path
 
 
 @contextlib.contextmanager
@@ -1992,6 +2036,9 @@ def _read_dcp(path: str) -> dict[str, object]:
     from torch.distributed.checkpoint.api import CheckpointException as DcpException  # a BaseException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _regular(os.path.join(folder, name))
     state: dict[str, object] = {}
     planner = getattr(default_planner, "_EmptyStateDictLoadPlanner")()
     try:  # as torch's own dcp_to_torch_save does it
@@ -2102,17 +2149,38 @@ def _human(count: float, unit: str = "B") -> str:
     return f"{number} {' kMGT'[power].strip()}{unit}".rstrip()
 
 
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+def _escaped(text: str) -> str:
+    """One printable line: control and bidi characters, line ends and lone surrogates become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines. All that a command prints goes this way, so no stored name can control a terminal."""
+    file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
+    text = "\n".join(map(_escaped, lines))
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+class _Warnings(logging.Handler):
+    """What the library logs while a command runs, on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(f"ckpt.py: {record.getMessage()}", file=sys.stderr)
+
+
+def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Aligned columns, those in `right` to the right. Where a terminal is too narrow, long names lose their middle."""
+    rows = [[_escaped(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     if columns is not None:
         needed = widths[1:] if rows[0][-1] else widths[1:-1]  # a column without a head may be cut off
         widths[0] = min(widths[0], max(20, columns - sum(needed) - 2 * len(needed)))
         cut, tail = widths[0] // 2, widths[0] - widths[0] // 2 - 1
-        rows = [(r[0] if len(r[0]) <= widths[0] else f"{r[0][:cut]}…{r[0][-tail:]}", *r[1:]) for r in rows]
+        rows = [[r[0] if len(r[0]) <= widths[0] else f"{r[0][:cut]}…{r[0][-tail:]}", *r[1:]] for r in rows]
     form = "  ".join(f"{{:{'>' if i in right else ''}{width}}}" for i, width in enumerate(widths))
-    return "\n".join(form.format(*row).rstrip()[:columns] for row in rows)
+    return [form.format(*row).rstrip()[:columns] for row in rows]
 
 
 @contextlib.contextmanager
@@ -2141,7 +2209,7 @@ def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """List the committed checkpoints below DIR."""
     infos = [CheckpointInfo.of(meta) for meta in st.list_committed(storage)]
     rows = [(i.prefix, str(i.timestamp)[:19], str(i.world_size), _human(i.size_bytes), i.format) for i in infos]
-    print(_table([("PREFIX", "SAVED (UTC)", "RANKS", "SIZE", "FORMAT"), *rows], right=(2, 3)))
+    _say(*_table([("PREFIX", "SAVED (UTC)", "RANKS", "SIZE", "FORMAT"), *rows], right=(2, 3)))
     return 0, [{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]
 
 
@@ -2180,10 +2248,10 @@ def _show(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     head = {key: vars(meta)[key] for key in keys.split()} | {"size_bytes": meta.size_bytes()}
     head["custom_metadata"] = st.encode_value(dict(meta.custom_metadata), "custom_metadata")
     for key, value in head.items():
-        print(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
-    print("\n" + _table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
+        _say(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
+    _say("", *_table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
     columns = ("NAME", "DTYPE", "SHAPE", "PARAMETERS", "SIZE", "PIECES", "")
-    print("\n" + _table([columns, *_tree(leaves, args.depth)], right=(3, 4, 5)))
+    _say("", *_table([columns, *_tree(leaves, args.depth)], right=(3, 4, 5)))
     return 0, {**head, "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards], "tensors": tensors}
 
 
@@ -2194,7 +2262,8 @@ def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
         with _bar(f"verify {prefix}") as show:
             result = validator.validate_checkpoint(prefix, show)
         report[prefix] = {"valid": result.is_valid, **vars(result)}
-        print(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}", *result.errors, *result.warnings, sep="\n  ")
+        problems = (f"  {problem}" for problem in (*result.errors, *result.warnings))
+        _say(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}", *problems)
     return 0 if all(found["valid"] for found in report.values()) else 1, report
 
 
@@ -2206,7 +2275,7 @@ def _export(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
             storage, args.prefix, args.out, model_only=args.model_only, dtype=dtype,
             max_shard_bytes=args.max_shard_size, progress=show,
         )  # fmt: skip
-    print(_table([(file, _human(os.path.getsize(file))) for file in files], right=(1,)))
+    _say(*_table([(file, _human(os.path.getsize(file))) for file in files], right=(1,)))
     return 0, {"files": files}
 
 
@@ -2219,7 +2288,7 @@ def _import(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     meta = st.read_committed(storage, prefix)
     extra = sorted(t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON")
     size = f"{_human(meta.size_bytes())}, {sum(t.name.startswith('model/') for t in meta.tensors)} tensors of the model"
-    print(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {st.some(extra)}" if extra else ""))
+    _say(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {st.some(extra)}" if extra else ""))
     return 0, {"imported": prefix}
 
 
@@ -2229,21 +2298,21 @@ def _diff(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     signs = {"removed": "-", "added": "+", "changed": "~"}
     largest = ["" if d.largest_change is None else f"largest change {d.largest_change:.3g}" for d in found]
     if found:
-        print(_table([(f"{signs[d.kind]} {d.name}", d.what, size) for d, size in zip(found, largest)]))
+        _say(*_table([(f"{signs[d.kind]} {d.name}", d.what, size) for d, size in zip(found, largest)]))
     return 1 if found else 0, [d._asdict() for d in found]
 
 
 def _rm(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Delete a checkpoint."""
     st.delete_committed(storage, args.prefix)
-    print(f"deleted {args.prefix}")
+    _say(f"deleted {args.prefix}")
     return 0, {"deleted": args.prefix}
 
 
 def _gc(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Remove what crashed saves left behind."""
     removed = st.collect_garbage(storage)
-    print(*removed, f"{len(removed)} file(s) removed", sep="\n")
+    _say(*removed, f"{len(removed)} file(s) removed")
     return 0, {"removed": removed}
 
 
@@ -2284,8 +2353,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 good, 1 damage or failure, 2 misuse."""
     args = _parser().parse_args(argv)
-    told = logging.StreamHandler()  # warnings, on standard error
-    told.setFormatter(logging.Formatter("ckpt.py: %(message)s"))
+    told = _Warnings(logging.WARNING)
     log.addHandler(told)
     try:
         if args.command != "import" and not os.path.isdir(args.dir):
@@ -2300,7 +2368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, CheckpointException, OSError) as error:
-        print(f"ckpt.py: {error}", file=sys.stderr)
+        _say(f"ckpt.py: {error}", file=sys.stderr)
         return 2 if args.command == "diff" or isinstance(error, ValueError) else 1
     finally:
         log.removeHandler(told)

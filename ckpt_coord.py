@@ -50,7 +50,7 @@ import types
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -221,8 +221,12 @@ class _Attempt:
             self.ticket = Ticket(drawn.text("prefix"), drawn.text("save_id"), drawn.number("sequence"))
 
     def _draw_ticket(self) -> Ticket:
-        taken, prefix = st.recorded_prefixes(self.storage), self.request.prefix
-        heads = [st.record_head(self.storage, other) for other in taken]
+        warn, prefix, heads = self.warnings.append, self.request.prefix, list[tuple[str, int] | None]()
+        taken = st.recorded_prefixes(self.storage, warn)
+        for other in taken:
+            with nullcontext() if other == prefix else st.skipping(other, warn):
+                heads.append(st.record_head(self.storage, other))
+        # An unreadable record may have this number or a higher one: readable again, it may count as newer.
         sequence = max((head[1] for head in heads if head is not None), default=0)
         if prefix is None:
             now = datetime.datetime.now(datetime.timezone.utc).strftime("checkpoint_%Y%m%d_%H%M%S")
@@ -425,7 +429,7 @@ class _Attempt:
         prefix = self.ticket.prefix
         try:
             return st.committed_id(self.storage, prefix) == self.ticket.save_id
-        except OSError:
+        except (OSError, CheckpointException):
             message = f"{doubt}; the record cannot be read back either, so {prefix!r} may have been committed"
             raise OSError(message) from doubt
 
@@ -477,7 +481,8 @@ class _Attempt:
 
     def _retain(self) -> None:
         if self.keep_last is not None:
-            others = [m for m in st.list_committed(self.storage) if m.prefix != self.ticket.prefix]
+            found = st.list_committed(self.storage, self.warnings.append)
+            others = [m for m in found if m.prefix != self.ticket.prefix]
             for meta in others[: max(0, len(others) + 1 - self.keep_last)]:
                 st.delete_committed(self.storage, meta.prefix)
 
@@ -494,7 +499,7 @@ class _Attempt:
             if st.committed_id(self.storage, prefix) == save_id:
                 return True
             st.delete_files(self.storage, prefix, self._created)
-        except OSError as error:  # the failure that brought us here matters more; `gc` finds what is left
+        except (OSError, CheckpointException) as error:  # the first failure matters more; `gc` finds the rest
             self.warnings.append(f"could not clean up after the failed save: {error}")
         return False
 

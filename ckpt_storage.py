@@ -44,6 +44,7 @@ import fcntl
 import functools
 import importlib
 import json
+import logging
 import math
 import mmap
 import os
@@ -70,6 +71,8 @@ __all__ = [
 ]  # fmt: skip
 
 T = TypeVar("T")
+Warn = Callable[[str], object]  # is told what was left out, and why
+_WARN: Warn = logging.getLogger("ckpt").warning
 
 FORMAT_VERSION = 1
 BLOCK_BYTES = 4 << 20  # the unit of checksums, of I/O and of who writes what
@@ -142,6 +145,15 @@ _PART = re.compile(r"[A-Za-z0-9._=+-]{1,200}")
 _SHARD = re.compile(r"([0-9a-f]{8})(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors")
 _SHARD_PATH = re.compile(f"(.+)/{_SHARD.pattern}")
 _FENCE = re.compile(r"(.+)\.metadata\.json\.([0-9a-f]{8})\.tmp")
+
+
+def check_name(name: str) -> None:
+    """ValueError for the name of a tensor, value or file that other programs could not write or read."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        what = "holds half of a surrogate pair, which UTF-8 cannot encode: rename it"
+        raise ValueError(f"the name {name!a} {what}") from None
 
 
 def check_prefix(prefix: str) -> str:
@@ -301,10 +313,14 @@ class CheckpointStorage(Protocol):
         """Open an existing regular file; FileNotFoundError if there is none."""
 
     def length(self, name: str) -> int | None:
-        """Bytes in the regular file `name`, or None where there is none."""
+        """Bytes in the regular file `name`, or None where nothing is."""
 
     def names(self, directory: str = "") -> list[str]:
-        """Every regular file below `directory`, sorted."""
+        """Every regular file below `directory`, sorted.
+
+        A link, which is never followed, and a directory that cannot be listed come with a `/` at the end; as
+        `directory` itself they are an error.
+        """
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
         """Atomically give `temporary` its final name, in the same directory. FileExistsError unless `overwrite`."""
@@ -422,6 +438,14 @@ def _aligned(memory: memoryview) -> int:
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
+def _refusal(name: str, mode: int) -> CheckpointException:
+    """The exception for something else where a file or directory of ours should be."""
+    if stat.S_ISLNK(mode):
+        what = "a symbolic link, and none is followed below the base path; replace it by what it points to"
+        return CheckpointException(f"{name}: {what}", name, ExceptionType.STORAGE_ERROR)
+    return corrupted(f"{name}: not a regular file", name)
+
+
 class LocalStorage:
     """Plain files below `base_path`. No path component below it is ever followed through a symbolic link."""
 
@@ -469,16 +493,17 @@ class LocalStorage:
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
-                raise corrupted(f"{name}: a symbolic link, not a regular file", name) from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise _refusal(name, stat.S_IFLNK) from error
+        if not stat.S_ISREG(mode := os.fstat(fd).st_mode):
             self.files.close(fd)
-            raise corrupted(f"{name}: not a regular file", name)
+            raise _refusal(name, mode)
         return LocalFile(self.files, fd, name, flags)
 
     def length(self, name: str) -> int | None:
         with contextlib.suppress(*_ABSENT), self._parent(name) as (directory, leaf):
-            status = self.files.stat(leaf, directory)
-            return status.st_size if stat.S_ISREG(status.st_mode) else None
+            if stat.S_ISREG((status := self.files.stat(leaf, directory)).st_mode):
+                return status.st_size
+            raise _refusal(name, status.st_mode)
         return None
 
     def names(self, directory: str = "") -> list[str]:
@@ -489,10 +514,13 @@ class LocalStorage:
                     mode = self.files.stat(name, fd).st_mode
                     if stat.S_ISDIR(mode):
                         below.append(above + name)
-                    elif stat.S_ISREG(mode):
-                        found.append(above + name)
+                    elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
+                        found.append(above + name + "/" * stat.S_ISLNK(mode))
         for inner in below:  # with this one closed: no more than one chain of directories is open at a time
-            found += self.names(inner)
+            try:
+                found += self.names(inner)
+            except (OSError, CheckpointException):  # somebody else's: the rest can be listed
+                found.append(f"{inner}/")
         return sorted(found)
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
@@ -548,8 +576,13 @@ class LocalStorage:
         with contextlib.ExitStack() as opened:
             # The base path itself may be, or lie behind, a link of the user's own making.
             directory = opened.enter_context(self._opened(os.path.realpath(self.base_path), make=make))
-            for part in parts[:-1]:
-                directory = opened.enter_context(self._opened(part, directory, make=make))
+            for depth, part in enumerate(parts[:-1], 1):
+                try:
+                    directory = opened.enter_context(self._opened(part, directory, make=make))
+                except NotADirectoryError as error:
+                    if not stat.S_ISLNK(mode := self.files.stat(part, directory).st_mode):
+                        raise
+                    raise _refusal("/".join(parts[:depth]), mode) from error
             yield directory, parts[-1]
 
     @contextlib.contextmanager
@@ -718,7 +751,13 @@ def _pack_datetime(value: datetime.datetime) -> str | None:
 _TORCH_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 _MAPPINGS = {"$dict": dict, "$OrderedDict": OrderedDict, "$Counter": Counter}  # as lists of pairs
 _SEQUENCES = {"$tuple": tuple, "$Size": torch.Size, "$set": set, "$frozenset": frozenset}  # as lists
+_TORN_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two characters of Python, which JSON reads as one
 _LEAVES: dict[str, tuple[type, Callable[..., object], Callable[..., object]]] = {  # type, to JSON (or None), and back
+    "$str": (
+        str,
+        lambda text: _base64(text.encode("utf-8", "surrogatepass")),
+        lambda data: base64.b64decode(data).decode("utf-8", "surrogatepass"),
+    ),
     "$int": (int, hex, lambda text: int(text, 16)),
     "$float": (float, lambda x: struct.pack(">d", x).hex(), lambda text: struct.unpack(">d", bytes.fromhex(text))[0]),
     "$bytes": (bytes, _base64, base64.b64decode),
@@ -736,7 +775,7 @@ def encode_value(value: object, path: str, on_tensor: Callable[[str, torch.Tenso
     Raises ValueError, naming `path` and the type, for anything that could not be restored exactly.
     """
     kind = type(value)
-    if value is None or kind in (bool, str):
+    if value is None or kind is bool or (type(value) is str and not _TORN_PAIR.search(value)):
         return value
     if isinstance(value, torch.Tensor):
         if on_tensor is None:
@@ -745,7 +784,7 @@ def encode_value(value: object, path: str, on_tensor: Callable[[str, torch.Tenso
     if (type(value) is int and abs(value) < 1 << 53) or (type(value) is float and math.isfinite(value)):
         return value
     if isinstance(value, dict) and kind in _MAPPINGS.values():
-        if kind is dict and all(type(k) is str and not k.startswith("$") for k in value):
+        if kind is dict and all(type(k) is str and k[:1] != "$" and not _TORN_PAIR.search(k) for k in value):
             return {k: encode_value(v, f"{path}.{k}", on_tensor) for k, v in value.items()}
         pairs = [[encode_value(k, path), encode_value(v, f"{path}.{k}", on_tensor)] for k, v in value.items()]
         return {f"${kind.__name__}": pairs}
@@ -1206,8 +1245,12 @@ def encode_header(entries: Sequence[Entry], block_crcs: Sequence[int], reserve: 
     for entry in entries:
         if (gap := entry.begin - position) > 0:
             table[f"pad/{position}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [position, entry.begin]}
-        if entry.name in table or entry.name == "__metadata__":
-            raise ValueError(f"two entries of one file are named {entry.name!r}")
+        if entry.name == "__metadata__":
+            raise ValueError(
+                "a safetensors file cannot hold a tensor named '__metadata__', a name that it uses itself: "
+                "rename it, or save with CheckpointFormat.MULTI_SHARD, which names it 'model/__metadata__'"
+            )
+        _require(entry.name not in table, f"two entries of one file are named {entry.name!r}")
         table[entry.name], more = entry.described()
         if more:
             pieces[entry.name] = more
@@ -1639,45 +1682,71 @@ _RECORD_HEAD = re.compile(rb'\{"format_version":[0-9]+,"save_id":"([0-9a-f]{8})"
 def record_head(storage: CheckpointStorage, prefix: str, sound: bool = True) -> tuple[str, int] | None:
     """Save id and sequence number of the record of `prefix`, without parsing it whole; None where C1 does not hold.
 
-    Not `sound`: also of a record that does not hold its CRC32, as far as they can be read.
+    Not `sound`: also of a record that does not hold its CRC32, as far as they can be read. An OSError, or a
+    STORAGE_ERROR for a link, where nobody can tell.
     """
-    with contextlib.suppress(FileNotFoundError, CheckpointException):
-        text = read_file(storage, record_name(prefix))
-        if head := _RECORD_HEAD.match(_unseal(text, prefix) if sound else text):
-            return head[1].decode(), int(head[2])
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            text = read_file(storage, record_name(prefix))
+            if head := _RECORD_HEAD.match(_unseal(text, prefix) if sound else text):
+                return head[1].decode(), int(head[2])
+        except CheckpointException as error:
+            if error.type is ExceptionType.STORAGE_ERROR:
+                raise
     return None
 
 
 def committed_id(storage: CheckpointStorage, prefix: str) -> str | None:
-    """The save id in the record of `prefix`, None where there is no sound record."""
+    """The save id in the record of `prefix`, None without a sound record; raises as `record_head` does."""
     return head[0] if (head := record_head(storage, prefix)) else None
 
 
-def recorded_prefixes(storage: CheckpointStorage) -> list[str]:
+@contextlib.contextmanager
+def skipping(what: str, warn: Warn) -> Iterator[None]:
+    """Turn what is wrong with one checkpoint among several into a warning: it must not stop the rest."""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        if not isinstance(error, FileNotFoundError):  # gone meanwhile
+            warn(f"skipped {what}: {error}")
+
+
+def _walk(storage: CheckpointStorage, warn: Warn, directory: str = "") -> Iterator[str]:
+    """Every file, and links in place of records; `warn` is told of other links and unreadable directories."""
+    for name in storage.names(directory):
+        path = name.removesuffix("/")
+        if path == name or path.endswith(RECORD_SUFFIX):
+            yield path
+        elif _is_prefix(path):
+            with skipping(path, warn):
+                yield from _walk(storage, warn, path)
+
+
+def recorded_prefixes(storage: CheckpointStorage, warn: Warn = _WARN) -> list[str]:
     """Every prefix that has a record, intact or not."""
-    names = [name.removesuffix(RECORD_SUFFIX) for name in storage.names() if name.endswith(RECORD_SUFFIX)]
-    return [name for name in names if _is_prefix(name)]
+    names = [name for name in _walk(storage, warn) if name.endswith(RECORD_SUFFIX)]
+    return [name for name in (name.removesuffix(RECORD_SUFFIX) for name in names) if _is_prefix(name)]
 
 
-def list_committed(storage: CheckpointStorage) -> list[CheckpointMetadata]:
-    """Every committed checkpoint, oldest first."""
+def list_committed(storage: CheckpointStorage, warn: Warn = _WARN) -> list[CheckpointMetadata]:
+    """Every committed checkpoint, oldest first; `warn` is told of those that are damaged or unreadable."""
     found = []
-    for prefix in recorded_prefixes(storage):
-        with contextlib.suppress(FileNotFoundError, CheckpointException):  # gone meanwhile, or not intact
+    for prefix in recorded_prefixes(storage, warn):
+        with skipping(prefix, warn):
             found.append(read_committed(storage, prefix))
     return sorted(found, key=lambda meta: (meta.sequence, meta.timestamp, meta.prefix))
 
 
-def _files(storage: CheckpointStorage, directory: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every shard and fence below `directory`: its prefix, its save id, its name."""
-    for name in storage.names(directory):
+def _files(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """The shards and fences among these files: prefix, save id, name."""
+    for name in names:
         if (m := _SHARD_PATH.fullmatch(name) or _FENCE.fullmatch(name)) and _is_prefix(m[1]):
             yield m[1], m[2], name
 
 
 def shard_files(storage: CheckpointStorage, prefix: str) -> list[str]:
     """The tensor files that lie directly in the directory of `prefix`."""
-    return [name for owner, _, name in _files(storage, prefix) if owner == prefix]
+    return [name for owner, _, name in _files(storage.names(prefix)) if owner == prefix]
 
 
 def delete_files(storage: CheckpointStorage, prefix: str, files: Iterable[str]) -> None:
@@ -1704,18 +1773,19 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
 
 def live_saves(storage: CheckpointStorage, prefix: str, reap: bool = False) -> set[str]:
     """Ids of saves to `prefix` whose fence a living process holds; `reap` removes the fences of dead ones."""
-    ours = (file[1:] for file in _files(storage, prefix.rpartition("/")[0]) if file[0] == prefix)
+    ours = (file[1:] for file in _files(storage.names(prefix.rpartition("/")[0])) if file[0] == prefix)
     return {i for i, name in ours if name.endswith(".tmp") and not storage.reap(name, only_look=not reap)}
 
 
-def collect_garbage(storage: CheckpointStorage) -> list[str]:
+def collect_garbage(storage: CheckpointStorage, warn: Warn = _WARN) -> list[str]:
     """Remove what crashed saves and deletes left behind, and return its names. Any process, at any time.
 
     Never touches a committed checkpoint, a save whose fence is locked by a living process, or anything under a prefix
-    whose record cannot be read. The order (files, then fences, then records) lets a save commit at any moment.
+    whose record cannot be read; `warn` is told of these. The order (files, then fences, then records) lets a
+    save commit at any moment.
     """
     found: dict[str, list[tuple[str, str]]] = {}  # prefix -> the save id and the name of each shard and fence
-    for prefix, save_id, name in _files(storage):
+    for prefix, save_id, name in _files(_walk(storage, warn)):
         found.setdefault(prefix, []).append((save_id, name))
     removed: list[str] = []
     for prefix, files in sorted(found.items()):
@@ -1723,7 +1793,8 @@ def collect_garbage(storage: CheckpointStorage) -> list[str]:
             recorded_id(storage, prefix)
             live = live_saves(storage, prefix, reap=True)
             keep = {*live, recorded_id(storage, prefix)}
-        except CheckpointException:
+        except (OSError, CheckpointException) as error:
+            warn(f"left {prefix} as it is: {error}")
             continue
         dead = [name for save_id, name in files if save_id not in (live if name.endswith(".tmp") else keep)]
         # Not fences: those went under their lock, and one of the same name may be a new, living one.
@@ -1733,7 +1804,7 @@ def collect_garbage(storage: CheckpointStorage) -> list[str]:
 
 
 def recorded_id(storage: CheckpointStorage, prefix: str) -> str | None:
-    """The save id in the record of `prefix`, None without one; CheckpointException for one that cannot be read."""
+    """The save id in the record of `prefix`, None without one; an exception where it cannot be read."""
     try:
         return decode_record(read_file(storage, record_name(prefix)), prefix).save_id
     except FileNotFoundError:

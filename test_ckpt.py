@@ -35,7 +35,8 @@ error where nothing was ever committed; once `save` has returned, only the new o
     18  | decompression bomb                               | a_decompression_bomb_...
     19  | names: '..', absolute, NUL, backslash, long      | a_bad_name_in_a_record_..., a_bad_path_..., a_bad_prefix_...,
         |                                                  | files_with_names_that_no_checkpoint_can_have_...
-    20  | a link, FIFO, device, directory instead of ours  | what_replaces_a_file_or_directory_of_ours_...
+    20  | a link, FIFO, device, directory instead of ours  | what_replaces_a_file_or_directory_of_ours_...,
+        |                                                  | a_link_below_the_base_path_...
     21  | pickle payload in any file                       | a_pickle_in_any_file_..., no_pickle_is_ever_loaded
     22  | two jobs, one prefix                             | two_jobs_on_one_prefix_..., two_jobs_in_lockstep_...
     23  | reader during overwrite, delete, retention       | a_reader_between_any_two_operations_...,
@@ -49,6 +50,10 @@ error where nothing was ever committed; once `save` has returned, only the new o
     27  | the clock is ten years off                       | a_clock_that_is_ten_years_off_...
     28  | clean-up races a live writer                     | clean_up_at_any_operation_of_a_live_save_...
     29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
+    35  | names: control, bidi characters, lone surrogates | a_name_that_utf_8_cannot_encode_..., no_stored_name_...,
+        |                                                  | a_lone_surrogate_in_a_record_...
+    36  | a FIFO, device, directory as source of an import | what_is_no_regular_file_...
+    37  | a record that cannot be read beside good ones    | an_unreadable_record_...
     -   | a job of two ranks is killed again and again     | a_training_job_killed_twenty_times_...
     -   | twelve mutants of the library                    | each_mutant_of_the_library_is_caught
 
@@ -84,9 +89,11 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import termios
 import threading
@@ -1441,6 +1448,21 @@ def test_what_safetensors_cannot_name_goes_to_the_second_consolidated_file(tmp_p
     assert set(model.header) == {"w"} and any("z" in name for name in rest.header)
 
 
+def test_a_tensor_named_metadata_is_kept_where_a_file_can_hold_it_and_else_refused_by_name(tmp_path):
+    checkpoint, state = opened(tmp_path), Bag(__metadata__=torch.ones(3), w=torch.zeros(2))
+    message = refusal(
+        lambda: checkpoint.save(state, None, to(format=CheckpointFormat.CONSOLIDATED)), ExceptionType.SAVE_FAILED
+    )
+    assert "'__metadata__'" in message and "MULTI_SHARD" in message and listing(tmp_path) == {}
+    for form in (CheckpointFormat.MULTI_SHARD, CheckpointFormat.SINGLE_FILE):
+        checkpoint.save(state, None, to(format=form))
+        target = Bag(__metadata__=torch.zeros(3), w=torch.ones(2))
+        checkpoint.load(target, None, at())
+        assert identical(target.state, state.state)
+    with pytest.raises(ValueError, match=r"cannot hold __metadata__: safetensors uses the name"):
+        ckpt.export_checkpoint(checkpoint.storage, "p", tmp_path / "m.safetensors")
+
+
 def test_a_consolidated_model_file_is_never_compressed_and_the_save_says_so(tmp_path, caplog):
     options = to(format=CheckpointFormat.CONSOLIDATED, compression_level=CompressionLevel.FAST)
     opened(tmp_path).save(Bag(w=torch.zeros(MiB)), None, options)
@@ -1545,6 +1567,7 @@ EXTRA = {
     "dates": [datetime.datetime(2024, 2, 29, 1, 2, 3, 4), datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)],
     "tensor": torch.arange(5.0),
     "nested": {"deep": [torch.ones(2, dtype=torch.float64), {"x": torch.tensor(3)}]},
+    "surrogates": ["\ud800", "\ud83d\ude00", "\udc00\ud800", {"\ud83d\ude00": 1, "\U0001f600": 2, "\udfff": 3}],
     "like a tag": {"$tensor": "x", "$": {}, "@": [], "a/b": {"$int": "0x1"}},
 }
 
@@ -4067,6 +4090,14 @@ def test_an_export_of_a_damaged_checkpoint_exits_1_naming_it_and_leaves_what_was
         assert contents(tmp_path / "out/model.safetensors") == before
 
 
+@pytest.mark.parametrize(
+    "name, limit, why", [("m.pt", 1, "must end in .safetensors: .*m.pt"), ("m.safetensors", 0, "at least 1, not 0")]
+)
+def test_an_export_that_cannot_be_says_which_argument_is_wrong(tmp_path, name, limit, why):
+    with pytest.raises(ValueError, match=why):
+        ckpt.export_checkpoint(ckpt.LocalStorage(tmp_path), "p", tmp_path / name, max_shard_bytes=limit)
+
+
 def test_an_export_that_the_disk_cannot_take_leaves_nothing(tmp_path):
     opened(tmp_path).save(Bag(w=torch.ones(MiB)), None, to())
     kind, _, message = run(1, export_to_little_room, tmp_path, group=False)[0]
@@ -4173,6 +4204,14 @@ def save_dcp(rank, world_size, tmp, state):
     dcp.save(state, checkpoint_id=tmp / "dcp")
 
 
+def as_links(source):
+    """A directory of links to the files of another one, as Hugging Face's cache has them."""
+    (source.parent / "links").mkdir()
+    for path in [path for path in source.parent.iterdir() if path.is_file()]:
+        (source.parent / "links" / path.name).symlink_to(f"../{path.name}")
+    return source.parent / "links"
+
+
 SOURCES = {
     "safetensors": lambda tmp, state: safetensors_file(tmp / "m.safetensors", state),
     "misaligned safetensors": lambda tmp, state: safetensors_file(tmp / "m.safetensors", state, pad=3),
@@ -4182,6 +4221,7 @@ SOURCES = {
     ),
     "directory with an index": lambda tmp, state: as_index(tmp, state).parent,
     "directory of safetensors": lambda tmp, state: safetensors_file(tmp / "any.safetensors", state).parent,
+    "directory of links": lambda tmp, state: as_links(as_index(tmp, state)),
     "torch": as_torch,
     "torch, of before zip": lambda tmp, state: as_torch(tmp, state, _use_new_zipfile_serialization=False),
     "torch, from DDP": lambda tmp, state: as_torch(tmp, {f"module.{name}": t for name, t in state.items()}),
@@ -4310,6 +4350,8 @@ def bad_sources(tmp):
     shutil.copy(tmp / "good.safetensors", beside / "m.safetensors")
     short = shutil.copytree(index.parent, tmp / "short") / index.name
     short.write_text(index.read_text().replace('"a":', '"x":'))
+    path = shutil.copytree(index.parent, tmp / "path") / index.name
+    path.write_text(index.read_text().replace('"m-1.', '"../index/m-1.'))
     gone = shutil.copytree(index.parent, tmp / "gone") / index.name
     (gone.parent / "m-1.safetensors").unlink()
     torch.save({"w": Bomb()}, tmp / "bomb.pt")
@@ -4321,6 +4363,7 @@ def bad_sources(tmp):
     return [
         ("nothing", tmp / "nothing", 1, "nothing"), ("empty directory", folder("empty"), 2, "empty"),
         ("two files", both, 2, "w"), ("index beside a file", beside, 2, "m.safetensors"), ("wrong index", short, 1, "x"),
+        ("path in an index", path, 1, "'../index/m-1.safetensors' is not the plain name"),
         ("missing part", gone, 1, "m-1.safetensors"), ("no index", file("i.index.json", b"{}"), 1, "weight_map"),
         ("empty file", file("0.safetensors", b""), 1, "0.safetensors"), ("cut", file("c.safetensors", good[:-1]), 1, "c.safet"),
         ("longer", file("l.safetensors", good + b"\0"), 1, "l.safetensors"), ("7", file("7.safetensors", good[:7]), 1, "7."),
@@ -4341,6 +4384,36 @@ def test_an_import_of_what_is_damaged_or_unclear_says_so_and_saves_nothing(tmp_p
         code, text, _ = command(capsys, "import", source, tmp_path / "c", "p")
         assert code == wanted and word in text and "Traceback" not in text, (what, code, text)
         assert not (tmp_path / "exploded").exists() and not listing(tmp_path / "c"), what
+
+
+def refused_by_torch(tmp):
+    """Files that torch.load refuses, each for another reason, and what is to be said of them."""
+    torch.jit.script(nn.Linear(2, 2)).save(tmp / "script.pt")
+    torch.save({"w": torch.ones(1000)}, tmp / "cut.pt")
+    (tmp / "cut.pt").write_bytes((tmp / "cut.pt").read_bytes()[:-50])
+    torch.save({"w": torch.ones(2), "x": Point()}, tmp / "class.pt")
+    torch.save(nn.Linear(2, 2), tmp / "module.pt")
+    for name, zipped in (("bomb.pt", True), ("legacy.pt", False)):
+        torch.save({"w": Bomb()}, tmp / name, _use_new_zipfile_serialization=zipped)
+    with tarfile.open(tmp / "tar.pt", "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name))
+    (tmp / "text.pt").write_text("hello")
+    names = {"class.pt": "it holds test_ckpt.Point", "bomb.pt": "posix.mkdir", "legacy.pt": "posix.mkdir"}
+    names |= {"module.pt": "torch.nn.modules.linear.Linear", "script.pt": "TorchScript", "tar.pt": ".tar format"}
+    return names | {"cut.pt": "it is cut short or damaged", "text.pt": "KeyError"}
+
+
+def test_a_refused_torch_file_says_why_and_what_to_do_without_torchs_advice_to_turn_checks_off(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, word in refused_by_torch(tmp_path).items():
+        with pytest.raises(CheckpointException, match=re.escape(word)) as caught:
+            ckpt.import_checkpoint(tmp_path / name, ckpt.LocalStorage(tmp_path / "c"), "p")
+        text = "".join(traceback.format_exception(caught.value))
+        assert caught.value.type is ExceptionType.LOAD_FAILED and "save these alone" in text, name
+        assert not re.search("False|safe_globals|likely succeed|trust", str(caught.value)), (name, text)
+        assert not re.search("safe_globals|likely succeed", text), (name, text)
+    assert not (tmp_path / "exploded").exists()
 
 
 # What differs between two checkpoints
@@ -4632,6 +4705,7 @@ class Stranger:
             "$int": lambda: int(body, 16),
             "$float": lambda: struct.unpack(">d", bytes.fromhex(body))[0],
             "$bytes": lambda: base64.b64decode(body),
+            "$str": lambda: base64.b64decode(body).decode("utf-8", "surrogatepass"),
             "$ndarray": lambda: ("array", body[0], body[1], base64.b64decode(body[2])),
             "$scalar": lambda: ("scalar", body[0], body[1], base64.b64decode(body[2])),
         }
@@ -4651,8 +4725,8 @@ def documented_state(rank):
     }  # fmt: skip
     extra = {
         "plain": [1, -2.5, "x", None, True], "tuple": (1, (2,)), "large": -(2**70), "odd": [math.inf, -math.inf],
-        "set": {3, 1}, "bytes": b"\0\xff", "keys": {(1, 2): "a"}, "counter": Counter("aab"), "place": {"rank": rank},
-        "array": np.arange(3, dtype=">i2"), "size": torch.Size([2, 3]), "dtype": torch.bfloat16,
+        "set": {3, 1}, "bytes": b"\0\xff", "torn": "\ud83d\ude00", "keys": {(1, 2): "a"}, "counter": Counter("aab"),
+        "place": {"rank": rank}, "array": np.arange(3, dtype=">i2"), "size": torch.Size([2, 3]), "dtype": torch.bfloat16,
         "nested": {"deep": [torch.arange(3)]}, "frozen": frozenset("a"),
     }  # fmt: skip
     return model, extra
@@ -4707,7 +4781,7 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
     group = values["optimizer/state", None]["groups"][0]
     assert group["params"] == [f"layers.{name}" for name, _ in layers.named_parameters()]
     assert group["options"]["betas"] == (0.9, 0.999)
-    for key in ("plain", "tuple", "large", "odd", "set", "bytes", "keys", "counter", "frozen"):
+    for key in ("plain", "tuple", "large", "odd", "set", "bytes", "torn", "keys", "counter", "frozen"):
         assert identical(values[f"extra/{key}", None], dict(extra[key]) if key == "counter" else extra[key])
     assert values["extra/array", None] == ("array", ">i2", [3], np.arange(3, dtype=">i2").tobytes())
     assert values["extra/size", None] == (2, 3) and values["extra/dtype", None] == ("$dtype", "bfloat16")
@@ -4855,11 +4929,35 @@ def test_lightning_saves_keeps_the_best_and_resumes_by_way_of_the_readmes_plugin
     assert len(kept) == 3 and "last.ckpt" in kept and sum("epoch=" in prefix for prefix in kept) == 2
 
 
-@pytest.fixture
-def bucket(tmp_path):
-    """An object store of the README's recipe, in the memory of this process."""
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    """A bucket of a real S3 server: a process of its own, which `timeout` ends if nobody does."""
+    why = "needs moto[server] and s3fs, which .ci/run installs"
+    s3fs, _ = (pytest.importorskip(name, reason=why) for name in ("s3fs", "moto.server"))
+    log, deadline = tmp_path_factory.mktemp("s3") / "log", time.monotonic() + 60
+    with log.open("wb") as told, pytest.MonkeyPatch.context() as patch:
+        line = ["timeout", "300", sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+        server = subprocess.Popen(line, stdout=told, stderr=told)
+        try:
+            while (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+            patch.setenv("AWS_ENDPOINT_URL", found[0])
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                patch.setenv(name, "testing")
+            s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+            yield "s3://bucket"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def bucket(request, tmp_path):
+    """An object store of the README's recipe: in the memory of this process, and on a server."""
     fsspec = pytest.importorskip("fsspec")
-    url = f"memory://{tmp_path.name}"
+    base = "memory:/" if request.param == "memory" else request.getfixturevalue("s3")
+    url = f"{base}/{tmp_path.name}"
     storage = recipe("ObjectStorage")["ObjectStorage"](url)
     yield storage
     with contextlib.suppress(FileNotFoundError):
@@ -6267,7 +6365,7 @@ NASTY = [
     '{"$tensor":"x"}', '{"$tensor":[]}', '{"$dict":[[[],1]]}', '{"$dict":[1]}', '{"$set":[[]]}', '{"$ndarray":["<f4",[-1],""]}',
     '{"$ndarray":["|O",[1],"gASVAA=="]}', '{"$scalar":["<f4",[1000000000,1000000000],""]}', '{"$int":"zz"}', '{"$int":""}',
     '{"$device":"moon:1"}', '{"$dtype":"nn"}', '{"$float":"00"}', '{"$datetime":"now"}', '{"$Size":[-1]}', '{"$Size":["x"]}',
-    '{"$Counter":[[1,"x"]]}', '{"$bytes":"="}', '{"$eval":"1"}', '{"$":1}',
+    '{"$Counter":[[1,"x"]]}', '{"$bytes":"="}', '{"$str":"gA=="}', '{"$str":5}', '{"$eval":"1"}', '{"$":1}',
 ]  # fmt: skip
 
 
@@ -6780,6 +6878,35 @@ def meet_impostor(tmp, victim, kind):
     return found
 
 
+@pytest.mark.parametrize("victim", ["runs", "runs/p", "runs/p/*", "runs/p.metadata.json"])
+def test_a_link_below_the_base_path_is_a_storage_error_that_says_so_and_is_never_followed(ram, victim, capsys, caplog):
+    base = ram / "base"
+    put(base, "old", "before")
+    put(base, "new", "runs/p")
+    (path,) = base.glob(victim)
+    shutil.move(path, ram / "outside")
+    path.symlink_to(ram / "outside")
+    says, before = f"{path.relative_to(base)}: a symbolic link", listing(ram / "outside") or listing(ram)["outside"]
+    for fallback in (False, True):
+        load = functools.partial(over(base).load, value("old"), None, at("runs/p", fallback=fallback))
+        assert says in refusal(load, ExceptionType.STORAGE_ERROR)
+    assert says in over(base).validate_checkpoint("runs/p").errors[0]
+    code, text, _ = command(capsys, "verify", base, "runs/p")
+    assert code == 1 and says in text
+    assert [info.prefix for info in over(base).list_checkpoints()] == ["before"] and says in caplog.text
+    caplog.clear()
+    assert over(base).latest_checkpoint().prefix == "before" and says in caplog.text
+    code, text, _ = command(capsys, "ls", base)
+    assert code == 0 and says in text and "before" in text
+    put(base, "next", "after", keep_last=1)
+    assert seen(ckpt.LocalStorage(base), "after") == "next" and seen(ckpt.LocalStorage(base), "before") == "absent"
+    assert st.collect_garbage(ckpt.LocalStorage(base)) == []
+    for call in (lambda: put(base, "new", "runs/p"), lambda: over(base).delete_checkpoint("runs/p")):
+        kind, _, message = told(call)
+        assert kind == "returned" or (kind == "STORAGE_ERROR" and says in message)
+    assert (listing(ram / "outside") or listing(ram)["outside"]) == before
+
+
 # Row 21: pickles
 
 
@@ -6892,6 +7019,201 @@ def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_latest_nor_what
     put(ram, "new", names[0], keep_last=2)
     assert [info.prefix for info in checkpoint.list_checkpoints()] == [names[-1], names[0]]
     assert seen(ckpt.LocalStorage(ram), names[0]) == "new"
+
+
+# Row 35: names that a terminal obeys, or that UTF-8 cannot encode
+
+ORDERS = ["\x1b[31m", "\r\n", "\x7f", "\x9b2J", "\u202egpj", "\u2066", "\u200f", "\u061c", "\u2028", "\x00", "\ufeff"]
+
+
+def check_printed(capsys, *words):
+    """The exit code and what a command prints, which holds nothing that a terminal obeys."""
+    code, text, _ = command(capsys, *words)
+    assert all(c.isprintable() or c == "\n" for c in text), (words, text)
+    return code, text
+
+
+def test_no_stored_name_and_no_metadata_reaches_a_terminal_unescaped_and_json_is_exact(tmp_path, capsys):
+    names = [f"{n}.a{order}b" for n, order in enumerate(ORDERS)]
+    for prefix, number in (("p", 1.0), ("q", 2.0)):
+        extra, custom = {name: number for name in names}, {"".join(ORDERS): "".join(ORDERS)}
+        bag = Bag(**{name: torch.tensor([number, 1j], dtype=torch.complex128) for name in names})
+        opened(tmp_path).save(bag, None, to(prefix, custom_metadata=custom), extra_state=extra)
+    reseal(tmp_path / "q.metadata.json", lambda record: record.update(format="\x1b[2J", torch_version="2\u202e"))
+    printed = {}
+    export = ["export", tmp_path, "p", tmp_path / "m.safetensors"]
+    for words in (
+        ["ls", tmp_path],
+        ["show", tmp_path, "q"],
+        ["diff", tmp_path, "p", "q"],
+        ["verify", tmp_path],
+        export,
+    ):
+        printed[words[0]] = check_printed(capsys, *words)
+    assert [code for code, _ in printed.values()] == [0, 0, 1, 0, 0]
+    assert "\\x1b[2J" in printed["ls"][1] and "2\\u202e" in printed["show"][1]
+    for name in names:
+        escaped = name.encode("unicode_escape").decode()
+        assert escaped in printed["show"][1] and f"~ model/{escaped} " in printed["diff"][1]
+    assert "complex" in printed["export"][1] and "0.a\\x1b[31mb" in printed["export"][1], "a warning names some"
+    assert set(contents(tmp_path / "m.safetensors")) == set(names)
+    torch.save({"w": torch.ones(1), **{name: "x" for name in names}}, tmp_path / "m.pt")
+    code, text = check_printed(capsys, "import", tmp_path / "m.pt", tmp_path, "r")
+    assert code == 0 and "extra/0.a\\x1b[31mb" in text
+    shown = json.loads(command(capsys, "show", tmp_path, "p", "--json")[2])
+    assert {f"model/{name}" for name in names} < {tensor["name"] for tensor in shown["tensors"]}
+    assert shown["custom_metadata"] == custom
+    flip(shards(tmp_path)[0], shards(tmp_path)[0].stat().st_size - 1)
+    code, text = check_printed(capsys, "verify", tmp_path, "p")
+    assert code == 1 and "\\x" in text, "it names what is damaged"
+    assert check_printed(capsys, *export)[0] == 1
+
+
+REFUSED_NAMES = {
+    "model/a\ud800": lambda c, name: c.save(Bag(**{name: torch.ones(1)}), None, to()),
+    "model-values/a\ud800": lambda c, name: c.save(Bag(**{name: 5}), None, to()),
+    "model/a\ud800.w": lambda c, name: c.save({name: Bag(w=torch.ones(1))}, None, to()),
+    "extra/a\ud800": lambda c, name: c.save(Bag(), None, to(), extra_state={name: 1}),
+    "extra/k.a\ud800": lambda c, name: c.save(Bag(), None, to(), extra_state={"k": {name: torch.ones(1)}}),
+}
+
+
+@pytest.mark.parametrize("path", REFUSED_NAMES, ids=ascii)
+def test_a_name_that_utf_8_cannot_encode_is_refused_at_save_with_its_path(tmp_path, path):
+    message = refusal(lambda: REFUSED_NAMES[path](opened(tmp_path), "a\ud800"), ExceptionType.SAVE_FAILED)
+    assert path.encode("ascii", "backslashreplace").decode() in message and message.isascii()
+    assert listing(tmp_path) == {}
+
+
+def test_a_lone_surrogate_in_a_record_is_shown_escaped_and_is_never_an_encoding_error(tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(st, "check_name", lambda name: None)  # as if somebody else had written it
+        for prefix, number in (("p", 1.0), ("q", 2.0)):
+            custom = {"\udcff": "\ud800"}
+            opened(tmp_path).save(Bag(**{"a\ud800": torch.tensor([number])}), None, to(prefix, custom_metadata=custom))
+    wanted = {
+        "ls": 0,
+        "show p": 0,
+        "verify": 0,
+        "diff p q --values": 1,
+        "export p {}/m.safetensors": 1,
+        "gc": 0,
+        "rm q": 0,
+    }
+    printed = {}
+    for line, code in wanted.items():
+        word, *more = line.format(tmp_path).split()
+        found, printed[word] = check_printed(capsys, word, tmp_path, *more)
+        assert found == code and "codec" not in printed[word], (line, printed[word])
+    for word in ("show", "diff", "export"):
+        assert "a\\ud800" in printed[word]
+    assert "UTF-8" in printed["export"] and "\\udcff" in printed["show"]
+    shown = json.loads(command(capsys, "show", tmp_path, "p", "--json")[2])
+    assert shown["custom_metadata"] == custom and "model/a\ud800" in [tensor["name"] for tensor in shown["tensors"]]
+    target = Bag(**{"a\ud800": torch.zeros(1)})
+    opened(tmp_path).load(target, None, at())
+    assert target.state["a\ud800"].item() == 1.0
+
+
+# Row 36: something else than a file as the source of an import
+
+
+def _socket(path, outside):
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as bound:
+        bound.bind(str(path))
+
+
+def places_of_files(tmp):
+    """Sources of an import, each with one of its files."""
+    state = {"a": torch.ones(1), "b": torch.ones(2)}
+    for name in ("folder", "index", "dcp"):
+        (tmp / name).mkdir(parents=True)
+    yield (safetensors_file(tmp / "m.safetensors", state),) * 2
+    yield (as_torch(tmp, state),) * 2
+    index = as_index(tmp / "index", state)
+    yield index, index.parent / "m-1.safetensors"
+    yield index.parent, index
+    yield tmp / "folder", safetensors_file(tmp / "folder" / "m.safetensors", state)
+    dcp.save(dict(state), checkpoint_id=tmp / "dcp", no_dist=True)
+    yield tmp / "dcp", tmp / "dcp" / "__0_0.distcp"
+    yield tmp / "dcp", tmp / "dcp" / ".metadata"
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
+def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram, kind):
+    for source, path, (outcome, _, message), files in apart(import_impostors, ram, kind, limit_s=60.0):
+        if kind == "a directory" and (source == path or "dcp" in path):
+            assert outcome in ("ValueError", "LOAD_FAILED"), (path, outcome, message)
+        else:
+            assert (outcome, message) == ("ValueError", f"{path}: expected a file, found {kind}"), (
+                path,
+                outcome,
+                message,
+            )
+        assert files == {}
+
+
+def import_impostors(tmp, kind):
+    found = []
+    for number in range(len([*places_of_files(tmp / "all")])):
+        source, path = [*places_of_files(tmp / str(number))][number]
+        path.unlink()
+        {**IMPOSTORS, "a socket": _socket}[kind](path, tmp)
+        answer = told(lambda: ckpt.import_checkpoint(source, ckpt.LocalStorage(tmp / "c"), "p"))
+        found.append((str(source), str(path), answer, listing(tmp / "c")))
+    return found
+
+
+# Row 37: a record that cannot be read, beside good ones
+
+UNREADABLE = {
+    "a record that may not be opened": lambda op: op.call == "open" and op.path.endswith("/q.metadata.json"),
+    "a record on a bad sector": lambda op: op.call == "pread" and op.path.endswith("/q.metadata.json"),
+    "a directory that may not be listed": lambda op: op.call == "listdir" and op.path.endswith("/theirs"),
+}
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_an_unreadable_record_stops_only_who_asks_for_it_and_is_else_skipped_with_a_warning(ram, what, code, caplog):
+    put(ram, "old")
+    put(ram, "other", "theirs/q")
+    orphan = ram / "theirs" / "q" / "0badf00d-00000-of-00001.safetensors"
+    orphan.write_bytes(b"")
+    whole, theirs = ckpt.LocalStorage(ram), {k: v for k, v in listing(ram).items() if k.startswith("theirs")}
+    storage = ckpt.LocalStorage(ram, Seam(lambda op: fail(code)(op) if UNREADABLE[what](op) else None))
+
+    def warned(result):
+        (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "theirs" in r.getMessage()]
+        caplog.clear()
+        assert os.strerror(code) in line and "skipped theirs" in line
+        return result
+
+    assert [info.prefix for info in warned(over(storage).list_checkpoints())] == ["p"]
+    assert warned(over(storage).latest_checkpoint()).prefix == "p"
+    warned(put(storage, "new", "r", keep_last=2))
+    warned(put(storage, "next", "s", keep_last=2))
+    assert [seen(whole, prefix) for prefix in ("p", "r", "s", "theirs/q")] == ["absent", "new", "next", "other"]
+    assert [info.prefix for info in warned(over(storage).list_checkpoints())] == ["r", "s"]
+    if "directory" not in what:
+        calls = [
+            lambda: put(storage, "new", "theirs/q"),
+            lambda: over(storage).load(value("old"), None, at("theirs/q")),
+        ]
+        for call in calls:
+            assert os.strerror(code) in refusal(call, ExceptionType.STORAGE_ERROR)
+        assert os.strerror(code) in over(storage).validate_checkpoint("theirs/q").errors[0]
+    caplog.clear()
+    assert st.collect_garbage(storage) == [] and os.strerror(code) in caplog.text and "theirs" in caplog.text
+    caplog.clear()
+    assert {k: v for k, v in listing(ram).items() if k.startswith("theirs")} == theirs
+    (path,) = shards(ram, "s")
+    flip(path, path.stat().st_size - 1)
+    load = at("s", fallback=True, load_rng_state=False)
+    found = over(storage).load(target := value("old"), None, load)
+    assert found.prefix == "r" and identical(target.state, value("new").state) and "skipped theirs" in caplog.text
+    orphan.unlink()
+    assert {info.prefix for info in over(whole).list_checkpoints()} == {"r", "s", "theirs/q"}
 
 
 # Row 2, more of it: every kind of save and of delete
