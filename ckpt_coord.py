@@ -1260,8 +1260,11 @@ def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
 def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Placement]) -> None:
     problem = ""
     if type(tensor).__name__ == "ShardedTensor":
-        problem = "is an FSDP1 ShardedTensor; use FSDP2 (torch.distributed.fsdp.fully_shard), which holds DTensors"
-    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        problem = "is an FSDP1 ShardedTensor; use fully_shard, or FSDP(..., device_mesh=mesh), for DTensors"
+    elif torch.nn.parameter.is_lazy(tensor):
+        problem = "is not initialised: run its lazy module on a batch first, which makes it"
+    # A subclass over plain memory is a plain tensor once it is detached, as nn.Parameter is.
+    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter) and type(tensor.detach()) is not torch.Tensor:
         problem = (
             f"is a {type(tensor).__name__}, a tensor subclass without a known layout; convert it to a plain tensor"
         )
@@ -1278,7 +1281,7 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Pl
     elif any(placement.is_partial() for placement in placements):
         problem = "has a Partial() placement, a sum not yet taken: redistribute it to Replicate() or Shard() first"
     if problem:
-        raise CheckpointException(f"{name} {problem}", type=ExceptionType.SAVE_FAILED)
+        raise CheckpointException(f"{name} {problem}")  # of the type that fits the call
 
 
 def _shard_box(name: str, tensor: DTensor, size: Shape) -> Box | None:
@@ -1291,8 +1294,7 @@ def _shard_box(name: str, tensor: DTensor, size: Shape) -> Box | None:
         box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
         if len(chunks) != 1 or box.size != size:
             raise CheckpointException(
-                f"{name}: its local shape {list(size)} is not what placements {tensor.placements} imply",
-                type=ExceptionType.SAVE_FAILED,
+                f"{name}: its local shape {list(size)} is not what placements {tensor.placements} imply"
             )
     return box
 
@@ -1352,7 +1354,7 @@ class ShardData(NamedTuple):
 
 
 def in_model(name: str) -> bool:
-    """Whether a stored name belongs to the model: such entries come first in a file."""
+    """Whether a stored name is that of an entry of the model's state."""
     return name.startswith(("model/", "model-values/"))
 
 
@@ -1685,7 +1687,7 @@ def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> 
         for index, *_ in model_entries:
             todo[index], tensors[index] = False, tensors[index]._replace(alias_of=None)
     rows = assign_writers(holdings, todo[holdings.groups.rows.tensor], world_size)
-    section = np.array([not in_model(t.name) for t in tensors], np.int64)[rows.tensor]
+    section = np.array([not t.name.startswith("model") for t in tensors], np.int64)[rows.tensor]
     nbytes = holdings.nbytes(rows)
     place = (*rows.box[:, 0].T[::-1], rows.tensor)
     order = np.lexsort((*place, nbytes < SMALL_BYTES, -holdings.itemsize[rows.tensor], section, rows.rank))
