@@ -793,10 +793,10 @@ class Collecting:
         return self.data
 
 
-def _is_torchs(thing: object, module: str, name: str) -> bool:
-    """Whether `thing` is an instance of this class of torch. Imports nothing: whoever made `thing` has."""
+def _torchs(module: str, name: str) -> tuple[type, ...]:
+    """A class of torch, for `isinstance`. Imports nothing: a class not yet imported has no instances."""
     kind = getattr(sys.modules.get(module), name, None)
-    return isinstance(kind, type) and isinstance(thing, kind)
+    return (kind,) if isinstance(kind, type) else ()
 
 
 # Activation checkpointing leaves its attribute out of the keys of a state dict, but not out of `_metadata`.
@@ -809,25 +809,29 @@ _WRAPPERS = {  # class -> the attribute that holds the wrapped module
 }
 
 
-def _wrapped(module: Stateful) -> str | None:
+_Wrappers = list[tuple[tuple[type, ...], str]]  # the same as classes
+
+
+def _wrapped(module: Stateful, wrappers: _Wrappers) -> str | None:
     """The attribute in which a wrapper holds its module; None if `module` is not a wrapper."""
-    return next((attribute for kind, attribute in _WRAPPERS.items() if _is_torchs(module, *kind)), None)
+    return next((attribute for kind, attribute in wrappers if isinstance(module, kind)), None)
 
 
 def _walk(
-    module: torch.nn.Module, name: str, live: str = "", key: str = ""
+    module: torch.nn.Module, wrappers: _Wrappers, name: str, live: str = "", key: str = ""
 ) -> Iterator[tuple[torch.nn.Module, str, str, str]]:
     """Every module inside `module`, itself first: with its canonical name, live name, and prefix of keys.
 
     Each is "" or ends in a dot. Canonical names leave out the attributes of wrappers.
     """
     yield module, name, live, key
-    attribute = _wrapped(module)
+    attribute = _wrapped(module, wrappers)
     for child_name, child in module._modules.items():
         if child is not None:
             part = f"{child_name}."
             child_key = key if child_name == attribute == _ACTIVATIONS else key + part
-            yield from _walk(child, name if child_name == attribute else name + part, live + part, child_key)
+            child_of = name if child_name == attribute else name + part
+            yield from _walk(child, wrappers, child_of, live + part, child_key)
 
 
 def _canonical(key: str, prefixes: Mapping[str, str]) -> str:
@@ -842,35 +846,39 @@ def _canonical(key: str, prefixes: Mapping[str, str]) -> str:
 class ModelState:
     """The state of a model, or of several by name, under canonical names.
 
-    CheckpointException for FSDP1. Each part comes with two maps to canonical names of modules: from their prefixes
-    of keys and, without final dots, from their live names.
+    CheckpointException for FSDP1. Each part comes with two maps to canonical names of modules: from prefixes of
+    keys and, without final dots, from live names.
     """
 
     def __init__(self, model: Parts) -> None:
         self._parts: list[tuple[Stateful, dict[str, str], dict[str, str]]] = []
         self._states: list[dict[str, object]] = []
+        self._modules: list[tuple[torch.nn.Module, str]] = []
+        wrappers = [(_torchs(*path), attribute) for path, attribute in _WRAPPERS.items()]
+        fsdp1 = _torchs("torch.distributed.fsdp", "FullyShardedDataParallel")
         for part_name, part in model.items():
-            while (attribute := _wrapped(part)) is not None:
+            while (attribute := _wrapped(part, wrappers)) is not None:
                 part = getattr(part, attribute)
             prefix = f"{part_name}." if part_name else ""
             keys, modules = {"": prefix}, {"": part_name}
-            for module, name, live, key in _walk(part, prefix) if isinstance(part, torch.nn.Module) else ():
-                if _is_torchs(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+            walk = _walk(part, wrappers, prefix) if isinstance(part, torch.nn.Module) else ()
+            for module, name, live, key in walk:
+                if isinstance(module, fsdp1):
                     raise CheckpointException(
                         f"{name[:-1] or 'the model'} is FSDP1 (FullyShardedDataParallel), whose state fits "
-                        "no other number of ranks: use FSDP2 (fully_shard); or FSDP(..., device_mesh=mesh), and "
+                        "no other number of ranks: use FSDP2 (fully_shard); or FSDP(..., device_mesh=mesh) and "
                         "get_state_dict(model, optimizer) in a Stateful in extra_state, as the README shows"
                     )
                 keys[key], modules[live[:-1]] = name, name[:-1]
+                self._modules.append((module, name))
             self._parts.append((part, keys, modules))
 
     def parameters(self) -> dict[int, str]:
         """id -> name of every parameter; of tied ones the first name."""
         names: dict[int, str] = {}
-        for part, keys, _ in self._parts:
-            for module, name, *_ in _walk(part, keys[""]) if isinstance(part, torch.nn.Module) else ():
-                for key, parameter in module._parameters.items():
-                    names.setdefault(id(parameter), name + key)
+        for module, name in self._modules:
+            for key, parameter in module._parameters.items():
+                names.setdefault(id(parameter), name + key)
         return names
 
     def _entries(self) -> Iterator[tuple[str, dict[str, object], str, torch.Tensor | None]]:
@@ -972,12 +980,12 @@ class OptimizerState:
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
-        zero = "torch.distributed.optim", "ZeroRedundancyOptimizer"
-        if any(_is_torchs(part, *zero) for part in optimizer.values()):
+        zero = _torchs("torch.distributed.optim", "ZeroRedundancyOptimizer")
+        if any(isinstance(part, zero) for part in optimizer.values()):
             raise CheckpointException(
-                "optimizer: a ZeroRedundancyOptimizer gathers its state on one rank at a time, but all of them "
-                "save: use FSDP2 (fully_shard) with an ordinary optimizer; or pass its `optim`, this rank's part, and "
-                "after a load copy the options (lr, ...) of `optim.param_groups` into its own `param_groups`"
+                "optimizer: a ZeroRedundancyOptimizer gathers its state on one rank at a time, but all ranks "
+                "save: use FSDP2 (fully_shard) with an ordinary optimizer; or pass its `optim`, this rank's part, "
+                "and after a load copy the options (lr, ...) of `optim.param_groups` into its own `param_groups`"
             )
         self._parts, self._names = optimizer, names
         held = (id(p) for part in optimizer.values() for g in getattr(part, "param_groups", ()) for p in g["params"])
