@@ -846,8 +846,8 @@ def _canonical(key: str, prefixes: Mapping[str, str]) -> str:
 class ModelState:
     """The state of a model, or of several by name, under canonical names.
 
-    CheckpointException for FSDP1. Each part comes with two maps to canonical names of modules: from prefixes of
-    keys and, without final dots, from live names.
+    CheckpointException for FSDP1. Each part comes with two maps to canonical names of modules: from prefixes
+    of keys and, without final dots, from live names.
     """
 
     def __init__(self, model: Parts) -> None:
@@ -866,8 +866,8 @@ class ModelState:
                 if isinstance(module, fsdp1):
                     raise CheckpointException(
                         f"{name[:-1] or 'the model'} is FSDP1 (FullyShardedDataParallel), whose state fits "
-                        "no other number of ranks: use FSDP2 (fully_shard); or FSDP(..., device_mesh=mesh) and "
-                        "get_state_dict(model, optimizer) in a Stateful in extra_state, as the README shows"
+                        "no other number of ranks: use FSDP2 (fully_shard), or FSDP(..., device_mesh=mesh) "
+                        "and get_state_dict(model, optimizer) in a Stateful in extra_state, as the README shows"
                     )
                 keys[key], modules[live[:-1]] = name, name[:-1]
                 self._modules.append((module, name))
@@ -984,8 +984,8 @@ class OptimizerState:
         if any(isinstance(part, zero) for part in optimizer.values()):
             raise CheckpointException(
                 "optimizer: a ZeroRedundancyOptimizer gathers its state on one rank at a time, but all ranks "
-                "save: use FSDP2 (fully_shard) with an ordinary optimizer; or pass its `optim`, this rank's part, "
-                "and after a load copy the options (lr, ...) of `optim.param_groups` into its own `param_groups`"
+                "save: use FSDP2 (fully_shard) with an ordinary optimizer; or pass its `optim`, this rank's "
+                "part, and after a load copy the options (lr, ...) of `optim.param_groups` to its `param_groups`"
             )
         self._parts, self._names = optimizer, names
         held = (id(p) for part in optimizer.values() for g in getattr(part, "param_groups", ()) for p in g["params"])
