@@ -9,6 +9,7 @@
 Under these names a checkpoint keeps its tensors and values:
 
     model/<key>           a tensor of `model.state_dict()`; `model-values/<key>` is what is no tensor there
+    model-metadata/...    `model.state_dict()._metadata`: the versions of modules
     optimizer/<fqn>/...   a tensor of the optimizer's state, by the *name* of its parameter; `optimizer/state` the rest
     extra/<key>...        extra_state
     rng/state             random number generators, per rank
@@ -45,9 +46,10 @@ import threading
 import time
 import weakref
 import zipfile
-from collections import Counter, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from copy import copy as shallow_copy
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TextIO, TypeVar, runtime_checkable
@@ -877,11 +879,9 @@ class Collecting:
         try:
             return st.encode_value(value, path, lambda at, tensor: self.tensor(root + at.removeprefix("."), tensor))
         except ValueError as error:
-            message = root + str(error).removeprefix(".")
-            raise CheckpointException(message, type=ExceptionType.SAVE_FAILED) from error
+            raise CheckpointException(root + str(error).removeprefix(".")) from error
         except RecursionError as error:
-            message = f"{root or path}: nested too deeply, or contains itself"
-            raise CheckpointException(message, type=ExceptionType.SAVE_FAILED) from error
+            raise CheckpointException(f"{root or path}: nested too deeply, or contains itself") from error
 
     def value(self, name: str, value: object, per_rank: bool = False) -> None:
         """Add a value that is no tensor, with the tensors inside it."""
@@ -900,92 +900,180 @@ class Collecting:
         return self.data
 
 
-def _unwrap(module: Stateful) -> Stateful:
-    """The module inside DistributedDataParallel, DataParallel and torch.compile, whose prefixes must not matter."""
-    while True:
-        if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
-            module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), torch.nn.Module):
-            module = inner
-        else:
-            return module
+def _torchs(module: str, name: str) -> tuple[type, ...]:
+    """A class of torch, for `isinstance`. Imports nothing: a class not yet imported has no instances."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return (kind,) if isinstance(kind, type) else ()
 
 
-def _canonical(key: str) -> str:
-    """A parameter's fully qualified name, without what wrappers put inside it."""
-    return key.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+# Activation checkpointing leaves its attribute out of the keys of a state dict, but not out of `_metadata`.
+_ACTIVATIONS = "_checkpoint_wrapped_module"
+_WRAPPERS = {  # class -> the attribute that holds the wrapped module
+    ("torch.nn.parallel", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel", "DataParallel"): "module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): _ACTIVATIONS,
+}
+
+
+_Wrappers = list[tuple[tuple[type, ...], str]]  # the same as classes
+
+
+def _wrapped(module: Stateful, wrappers: _Wrappers) -> str | None:
+    """The attribute in which a wrapper holds its module; None if `module` is not a wrapper."""
+    return next((attribute for kind, attribute in wrappers if isinstance(module, kind)), None)
+
+
+def _walk(
+    module: torch.nn.Module, wrappers: _Wrappers, name: str, live: str = "", key: str = ""
+) -> Iterator[tuple[torch.nn.Module, str, str, str]]:
+    """Every module inside `module`, itself first: with its canonical name, live name, and prefix of keys.
+
+    Each is "" or ends in a dot. Canonical names leave out the attributes of wrappers.
+    """
+    yield module, name, live, key
+    attribute = _wrapped(module, wrappers)
+    for child_name, child in module._modules.items():
+        if child is not None:
+            part = f"{child_name}."
+            child_key = key if child_name == attribute == _ACTIVATIONS else key + part
+            child_of = name if child_name == attribute else name + part
+            yield from _walk(child, wrappers, child_of, live + part, child_key)
+
+
+def _canonical(key: str, prefixes: Mapping[str, str]) -> str:
+    """The canonical name of a key. `prefixes`: a map from prefixes of keys to canonical names of modules."""
+    end = len(key)
+    while (end := key.rfind(".", 0, end)) >= 0:
+        if (name := prefixes.get(key[: end + 1])) is not None:
+            return name + key[end + 1 :]
+    return prefixes[""] + key
 
 
 class ModelState:
-    """The state of a model, or of several by name, under canonical names."""
+    """The state of a model, or of several by name, under canonical names.
+
+    CheckpointException for FSDP1. Each part comes with two maps to canonical names of modules: from prefixes
+    of keys and, without final dots, from live names.
+    """
 
     def __init__(self, model: Parts) -> None:
-        self._parts = [(f"{name}." if name else "", _unwrap(part)) for name, part in model.items()]
+        self._parts: list[tuple[Stateful, dict[str, str], dict[str, str]]] = []
         self._states: list[dict[str, object]] = []
+        self._modules: list[tuple[torch.nn.Module, str]] = []
+        wrappers = [(_torchs(*path), attribute) for path, attribute in _WRAPPERS.items()]
+        fsdp1 = _torchs("torch.distributed.fsdp", "FullyShardedDataParallel")
+        for part_name, part in model.items():
+            while (attribute := _wrapped(part, wrappers)) is not None:
+                part = getattr(part, attribute)
+            prefix = f"{part_name}." if part_name else ""
+            keys, modules = {"": prefix}, {"": part_name}
+            walk = _walk(part, wrappers, prefix) if isinstance(part, torch.nn.Module) else ()
+            for module, name, live, key in walk:
+                if isinstance(module, fsdp1):
+                    raise CheckpointException(
+                        f"{name[:-1] or 'the model'} is FSDP1 (FullyShardedDataParallel), whose state fits "
+                        "no other number of ranks: use FSDP2 (fully_shard), or FSDP(..., device_mesh=mesh) "
+                        "and get_state_dict(model, optimizer) in a Stateful in extra_state, as the README shows"
+                    )
+                keys[key], modules[live[:-1]] = name, name[:-1]
+                self._modules.append((module, name))
+            self._parts.append((part, keys, modules))
 
     def parameters(self) -> dict[int, str]:
         """id -> name of every parameter, or tensor of a mapping; of tied ones the first name."""
         names: dict[int, str] = {}
-        for prefix, part in self._parts:
-            if isinstance(part, torch.nn.Module):
-                for key, parameter in part.named_parameters(remove_duplicate=False):
-                    names.setdefault(id(parameter), prefix + _canonical(key))
-            elif isinstance(part, _State):
-                for key, tensor in part.state.items():
-                    names.setdefault(id(tensor), prefix + _canonical(key))
+        for module, name in self._modules:
+            for key, parameter in module._parameters.items():
+                names.setdefault(id(parameter), name + key)
+        for part, keys, _ in self._parts:
+            for key, tensor in part.state.items() if isinstance(part, _State) else ():
+                names.setdefault(id(tensor), _canonical(key, keys))
         return names
 
-    def _entries(self, keep_vars: bool = False) -> Iterator[tuple[str, dict[str, object], str, torch.Tensor | None]]:
+    def _entries(self) -> Iterator[tuple[str, dict[str, object], str, torch.Tensor | None]]:
         """Name, state dict, key in it, and tensor of every entry: None for `_extra_state` and what is no tensor."""
-        self._states = []
-        for prefix, part in self._parts:
-            # With keep_vars these are the parameters themselves, and copying one onto itself costs nothing.
-            keep = {"keep_vars": True} if keep_vars and isinstance(part, torch.nn.Module) else {}
-            self._states.append(state := dict(part.state_dict(**keep)))
+        self._states, seen = [], set[str]()
+        for part, keys, _ in self._parts:
+            given = part.state_dict()
+            self._states.append(state := shallow_copy(given) if isinstance(given, dict) else dict(given))
             for key, value in state.items():
+                if (name := _canonical(key, keys)) in seen:
+                    raise CheckpointException(f"two entries of the model's state are named {name!r}")
+                seen.add(name)
                 tensor = value if isinstance(value, torch.Tensor) and not key.endswith("_extra_state") else None
-                yield prefix + _canonical(key), state, key, tensor
+                yield name, state, key, tensor
+
+    def _metadata(self) -> Iterator[tuple[dict[str, object], dict[str, object], dict[str, str]]]:
+        """Each state dict that has `_metadata`, with this, and the canonical names of its keys."""
+        for (_, keys, modules), state in zip(self._parts, self._states):
+            if isinstance(metadata := getattr(state, "_metadata", None), dict):
+                yield state, metadata, {live: modules.get(live, keys[""] + live) for live in metadata}
 
     def collect(self, into: Collecting) -> None:
         """S2."""
-        seen: set[str] = set()
         for name, state, key, tensor in self._entries():
-            if name in seen:
-                raise CheckpointException(f"two entries of the model's state are named {name!r}")
-            seen.add(name)
             if tensor is not None:
                 into.tensor(f"model/{name}", tensor)
             else:
                 into.value(f"model-values/{name}", state[key])
+        # A wrapper has the canonical name of its module, which comes after it.
+        found = {name: own[live] for _, own, names in self._metadata() for live, name in names.items()}
+        if found:
+            into.value("model-metadata/modules", {name: _shortened(own) for name, own in found.items()})
 
     def fill(self, restore: Restore) -> None:
         """L3: every tensor of the state is filled in place; values are decoded into it."""
-        tensors: list[tuple[str, torch.Tensor]] = []
+        tensors: list[coord.LocalTensor] = []
         values: list[tuple[str, dict[str, object], str]] = []
-        for name, state, key, tensor in self._entries(keep_vars=True):
+        for name, state, key, tensor in self._entries():
             if tensor is not None:
-                tensors.append((f"model/{name}", tensor))
+                tensors.append(coord.local_tensor(f"model/{name}", tensor))
             else:
                 values.append((f"model-values/{name}", state, key))
-        stored = {id(tensor) for name, tensor in tensors if name in restore.reader.stored}
-        for name, tensor in tensors:
-            if id(tensor) not in stored or name in restore.reader.stored:  # else a name that it is tied to fills it
-                restore.fill(name, tensor)
+        stored = restore.reader.stored
+        lacking = [t for t in tensors if t.name not in stored]
+        places = {coord.identity(v) for t in tensors if lacking and t.name in stored for _, v in t.pieces}
+        for t in tensors:
+            # Other names that it is tied to may fill its memory, or it may have none on this rank.
+            elsewhere = math.prod(t.shape) > 0 and all(coord.identity(view) in places for _, view in t.pieces)
+            if t.name in stored or not elsewhere:
+                restore.fill(t)
         for name, state, key in values:  # after the tensors: see `Restore.decode`
             if (index := restore.find(name)) is not None:
                 state[key] = restore.value(index, state[key])
+        self._fill_metadata(restore)
+
+    def _fill_metadata(self, restore: Restore) -> None:
+        """Put in the stored `_metadata`, under live names; where none is stored, the live one stays."""
+        known: dict[object, object] = {}
+        for index in restore.indices("model-metadata/modules"):
+            value = restore.value(index, None)
+            known |= value if isinstance(value, dict) else {}
+        for state, _, names in self._metadata():
+            found = [(live, known[name]) for live, name in names.items() if name in known]
+            both = {live: dict(own) if isinstance(own, dict) else {"version": own} for live, own in found}
+            if both:
+                vars(state)["_metadata"] = OrderedDict(both)
 
     def apply(self, strict: bool) -> dict[str, object]:
         """L5: hand the filled state to the model's own `load_state_dict`; returns it under canonical names."""
         result: dict[str, object] = {}
-        for (prefix, part), state in zip(self._parts, self._states):
-            if isinstance(part, torch.nn.Module):
-                part.load_state_dict(state, strict=strict)
-            else:
+        for (part, keys, _), state in zip(self._parts, self._states):
+            if isinstance(part, torch.nn.Module) and not strict:
+                part.load_state_dict(state, strict=False)
+            else:  # an override of it may not know `strict`
                 part.load_state_dict(state)
             for key, value in state.items():
-                result[prefix + _canonical(key)] = value.detach() if isinstance(value, torch.Tensor) else value
+                result[_canonical(key, keys)] = value.detach() if isinstance(value, torch.Tensor) else value
         return result
+
+
+def _shortened(metadata: object) -> object:
+    """A module's metadata as it is stored: {"version": n}, which nearly all have, as n."""
+    if isinstance(metadata, dict) and list(metadata) == ["version"] and type(metadata["version"]) is int:
+        return metadata["version"]
+    return metadata
 
 
 class SavedParameter(NamedTuple):
@@ -1053,6 +1141,13 @@ class OptimizerState:
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
+        zero = _torchs("torch.distributed.optim", "ZeroRedundancyOptimizer")
+        if any(isinstance(part, zero) for part in optimizer.values()):
+            raise CheckpointException(
+                "optimizer: a ZeroRedundancyOptimizer gathers its state on one rank at a time, but all ranks "
+                "save: use FSDP2 (fully_shard) with an ordinary optimizer; or pass its `optim`, this rank's "
+                "part, and after a load copy the options (lr, ...) of `optim.param_groups` to its `param_groups`"
+            )
         self._parts, self._names = optimizer, names
         held = (id(p) for part in optimizer.values() for g in getattr(part, "param_groups", ()) for p in g["params"])
         self._contested = {key for key, count in Counter(held).items() if count > 1}
@@ -1349,19 +1444,19 @@ class Restore:
         self._judge()
         return list(self.targets.values())
 
-    def _own(self, live: torch.Tensor | None) -> int:
-        """The rank under which a copy for `live` is kept: of a DTensor the lowest of its mesh, else this one."""
-        return min(() if live is None else self.op.own_ranks(coord.mesh_ranks(live)), default=self.op.rank)
+    def _own(self, mesh: st.Shape) -> int:
+        """The rank under which this rank's copy is kept: of a DTensor the lowest of its mesh, else itself."""
+        return min(self.op.own_ranks(mesh), default=self.op.rank)
 
-    def find(self, name: str, live: torch.Tensor | None = None) -> int | None:
-        """The index of the copy of `name` that this rank takes, for `live`, or None after noting the problem."""
+    def find(self, name: str, mesh: st.Shape = ()) -> int | None:
+        """The index of the copy of `name` that this rank takes, or None after noting the problem. `mesh`: of its DTensor."""
         self.unexpected.discard(name)
         self._sought.add(name)
-        if (index := self.reader.find(name, self._own(live))) is None:
+        if (index := self.reader.find(name, self._own(mesh))) is None:
             self.problems.append(f"{name}: missing from the checkpoint")
         elif (rank := self.reader.metadata.tensors[index].rank) is not None:
             self._taken.add(index)
-            if rank != self._own(live):
+            if rank != self._own(mesh):
                 self.lent.setdefault(rank, set()).add(name)
         return index
 
@@ -1374,7 +1469,7 @@ class Restore:
             node = None if index is None else reader.read_value(index)
             known = dict(_match(node, live))
             within = [(known.get(inner), ranks) for inner in _tensors_in(node) if (ranks := reader.ranks(inner))]
-            if all(self._own(tensor) in ranks for tensor, ranks in within):
+            if all(self._own(coord.mesh_ranks(tensor)) in ranks for tensor, ranks in within):
                 self.find(name)
                 return [self.decode(node, live)]
             kept = within[0][1]
@@ -1422,18 +1517,24 @@ class Restore:
             view[:] = np.frombuffer(data, np.uint8)
         return tensors
 
-    def fill(self, name: str, tensor: torch.Tensor) -> None:
-        """Arrange for `tensor` to be filled in place with what is stored as `name`."""
-        if (index := self.find(name, tensor)) is None:
+    def indices(self, name: str) -> Iterator[int]:
+        """The indices of all ranks' values of a name: last this rank's own, before it the lowest rank's."""
+        for rank in [*(r for r in reversed(self.reader.ranks(name)) if r != self.op.rank), self.op.rank]:
+            if (index := self.reader.find(name, rank)) is not None:
+                yield index
+
+    def fill(self, local: coord.LocalTensor) -> None:
+        """Arrange for a tensor of the model to be filled in place with what is stored under its name."""
+        if (index := self.find(local.name, local.mesh)) is None:
             return
         meta = self.reader.metadata.tensors[index]
-        if meta.shape != tuple(tensor.shape):
-            self.errors.append(f"{name}: shape {list(meta.shape)} in the checkpoint, {list(tensor.shape)} here")
+        if meta.shape != local.shape:
+            shapes = f"shape {list(meta.shape)} in the checkpoint, {list(local.shape)} here"
+            self.errors.append(f"{local.name}: {shapes}")
             return
-        if st.DTYPES[meta.dtype] != tensor.dtype:
-            here = st.CODES.get(tensor.dtype, tensor.dtype)
-            self.problems.append(f"{name}: dtype {meta.dtype} in the checkpoint, {here} here")
-        self._aim(index, coord.local_tensor(name, tensor))
+        if meta.dtype != local.dtype:
+            self.problems.append(f"{local.name}: dtype {meta.dtype} in the checkpoint, {local.dtype} here")
+        self._aim(index, local)
 
     def _aim(self, index: int, local: coord.LocalTensor) -> None:
         """Have what is here of a tensor filled with the stored one of that number; the last of several wins, as in torch."""
@@ -1458,7 +1559,7 @@ class Restore:
 
         def tensor(name: str) -> torch.Tensor:
             found = known.get(name)
-            if (index := self.find(name, param if found is None else found)) is None:
+            if (index := self.find(name, coord.mesh_ranks(param if found is None else found))) is None:
                 return torch.empty(0) if found is None else found
             shape, dtype = (meta := self.reader.metadata.tensors[index]).shape, st.DTYPES[meta.dtype]
             if found is not None and param is not None and tuple(found.shape) != shape:

@@ -1238,7 +1238,7 @@ def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     return LocalTensor(name, code, shape, pieces, mesh_ranks(sharded), any(p.is_replicate() for p in placements))
 
 
-def mesh_ranks(tensor: torch.Tensor) -> Shape:
+def mesh_ranks(tensor: object) -> Shape:
     """The global ranks of a DTensor's mesh, sorted: neither their order nor its shape matters. () for a plain tensor."""
     sharded = as_dtensor(tensor)
     return () if sharded is None else tuple(sorted(sharded.device_mesh.mesh.flatten().tolist()))
@@ -1247,8 +1247,11 @@ def mesh_ranks(tensor: torch.Tensor) -> Shape:
 def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Placement]) -> None:
     problem = ""
     if type(tensor).__name__ == "ShardedTensor":
-        problem = "is an FSDP1 ShardedTensor; use FSDP2 (torch.distributed.fsdp.fully_shard), which holds DTensors"
-    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        problem = "is an FSDP1 ShardedTensor; use fully_shard, or FSDP(..., device_mesh=mesh), for DTensors"
+    elif torch.nn.parameter.is_lazy(tensor):
+        problem = "is not initialised: run its lazy module on a batch first, which makes it"
+    # A subclass over plain memory is a plain tensor once it is detached, as nn.Parameter is.
+    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter) and type(tensor.detach()) is not torch.Tensor:
         problem = (
             f"is a {type(tensor).__name__}, a tensor subclass without a known layout; convert it to a plain tensor"
         )
@@ -1267,7 +1270,7 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Pl
     elif unknown := {type(p).__name__ for p in placements} - {"Shard", "_StridedShard", "Replicate"}:
         problem = f"has placements {sorted(unknown)}, whose layout is not known here: redistribute it to Shard()"
     if problem:
-        raise CheckpointException(f"{name} {problem}", type=ExceptionType.SAVE_FAILED)
+        raise CheckpointException(f"{name} {problem}")  # of the type that fits the call
 
 
 Runs = list[tuple[int, int]]  # parts [begin, end) of one dimension, one behind the other in the local tensor
@@ -1392,7 +1395,7 @@ class ShardData(NamedTuple):
 
 
 def in_model(name: str) -> bool:
-    """Whether a stored name belongs to the model: such entries come first in a file."""
+    """Whether a stored name is that of an entry of the model's state."""
     return name.startswith(("model/", "model-values/"))
 
 
@@ -1795,7 +1798,7 @@ def plan_layout(holdings: Holdings, form: CheckpointFormat, world_size: int) -> 
         for index, *_ in model_entries:
             todo[index], tensors[index] = False, tensors[index]._replace(alias_of=None)
     rows = assign_writers(holdings, todo[holdings.groups.rows.tensor], world_size)
-    section = np.array([not in_model(t.name) for t in tensors], np.int64)[rows.tensor]
+    section = np.array([not t.name.startswith("model") for t in tensors], np.int64)[rows.tensor]
     nbytes = holdings.nbytes(rows)
     place = (*rows.box[:, 0].T[::-1], rows.tensor)
     order = np.lexsort((*place, nbytes < SMALL_BYTES, -holdings.itemsize[rows.tensor], section, rows.rank))

@@ -787,7 +787,10 @@ def encode_value(value: object, path: str, on_tensor: Callable[[str, torch.Tenso
         if kind is dict and all(type(k) is str and k[:1] != "$" and not _TORN_PAIR.search(k) for k in value):
             return {k: encode_value(v, f"{path}.{k}", on_tensor) for k, v in value.items()}
         pairs = [[encode_value(k, path), encode_value(v, f"{path}.{k}", on_tensor)] for k, v in value.items()]
-        return {f"${kind.__name__}": pairs}
+        node: dict[str, object] = {f"${kind.__name__}": pairs}
+        if (metadata := getattr(value, "_metadata", None)) is not None:  # of a module's state dict: versions
+            node["metadata"] = encode_value(metadata, f"{path}._metadata", on_tensor)
+        return node
     if isinstance(value, (list, tuple, set, frozenset)) and (kind is list or kind in _SEQUENCES.values()):
         items = [encode_value(item, f"{path}.{index}", on_tensor) for index, item in enumerate(value)]
         if kind is list:
@@ -817,7 +820,11 @@ def decode_value(node: object, tensor: Callable[[str], object]) -> object:
         return tensor(body)
     try:
         if tag in _MAPPINGS and isinstance(body, list):
-            return _MAPPINGS[tag]({decode_value(key, tensor): decode_value(item, tensor) for key, item in body})
+            items = ((decode_value(key, tensor), decode_value(item, tensor)) for key, item in body)
+            made = _MAPPINGS[tag](dict(items))
+            if "metadata" in node:
+                vars(made)["_metadata"] = decode_value(node["metadata"], tensor)
+            return made
         if tag in _SEQUENCES and isinstance(body, list):
             return _SEQUENCES[tag]([decode_value(item, tensor) for item in body])
         return _LEAVES[tag][2](body)

@@ -117,8 +117,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardDim
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -282,6 +285,11 @@ def raw(tensor):
     """A tensor's elements as bytes, whatever its dtype."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def whole(tensor):
+    """The bytes of a tensor, those of all ranks if it is sharded."""
+    return raw(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 def listing(tmp):
@@ -1717,21 +1725,77 @@ UNSUITED = {
     "sparse": lambda: torch.eye(3).to_sparse(), "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
     "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "meta": lambda: torch.empty(3, device="meta"), "subclass": lambda: torch.ones(3).as_subclass(Wrapped),
+    "lazy": nn.UninitializedParameter,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", UNSUITED)
 def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_before_anything_is_written(tmp_path, kind):
     bag = Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[kind]()})
-    with pytest.raises((CheckpointException, ValueError), match=r"layer\.odd"):
-        opened(tmp_path).save(bag, None, to())
-    assert listing(tmp_path) == {}
+    message = refusal(lambda: opened(tmp_path).save(bag, None, to()), ExceptionType.SAVE_FAILED)
+    assert "layer.odd" in message and listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("kind", UNSUITED)
+def test_a_tensor_that_is_not_dense_and_real_is_refused_by_a_load_as_its_failure_before_anything_changes(
+    tmp_path, kind
+):
+    checkpoint = opened(tmp_path)
+    checkpoint.save(Bag(good=torch.zeros(3), **{"layer.odd": torch.zeros(3)}), None, to())
+    bag = Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[kind]()})
+    message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.LOAD_FAILED)
+    assert "layer.odd" in message and "undefined" not in message and identical(bag.state["good"], torch.ones(3))
+
+
+class Scale(nn.Parameter):
+    """A parameter of a class of its own, as FP8 and quantisation libraries have."""
+
+
+class Unusual(nn.Linear):
+    """Such a parameter, an `nn.Buffer`, and a state whose methods take no options."""
+
+    def __init__(self, number):
+        super().__init__(3, 2)
+        self.scale, self.offset = Scale(torch.zeros(3)), nn.Buffer(torch.zeros(3))
+        for tensor in self.state_dict().values():
+            tensor.fill_(number)
+
+    def state_dict(self):
+        return super().state_dict()
+
+    def load_state_dict(self, state):
+        return super().load_state_dict(state)
+
+
+def test_what_a_save_accepts_a_load_of_the_same_objects_accepts(tmp_path):
+    def start(number):
+        bag, extra = (
+            Bag(a=Scale(torch.full((2,), number)), b=torch.ones(2, requires_grad=True) * number) for _ in "12"
+        )
+        model = {"unusual": Unusual(number), "bag": bag}
+        optimizer = {
+            "adamw": stepped(model["unusual"], lr=number),
+            "own": Bag(momentum=Scale(torch.full((2,), number))),
+        }
+        return model, optimizer, {"extra": extra}
+
+    def values(model, optimizer, extra):
+        states = optimizer["adamw"].state_dict()["state"].values()
+        found = [*model["unusual"].state_dict().values(), *(t for state in states for t in state.values())]
+        found += [t for bag in (model["bag"], optimizer["own"], extra["extra"]) for t in bag.state.values()]
+        return [raw(tensor) for tensor in found]
+
+    (model, optimizer, extra), other, checkpoint = start(0.5), start(0.25), opened(tmp_path)
+    checkpoint.save(model, optimizer, to(), extra_state=extra)
+    assert values(*other) != values(model, optimizer, extra)
+    checkpoint.load(*other[:2], at(), extra_state=other[2])
+    assert values(*other) == values(model, optimizer, extra)
 
 
 def test_partial_placements_and_fsdp1_shards_are_refused_by_name(tmp_path):
     for message, nothing in run(2, save_the_unsaveable, tmp_path):
         assert "grad_sum" in message[0] and "Partial" in message[0]
-        assert "weight" in message[1] and "fully_shard" in message[1] and nothing
+        assert "weight" in message[1] and "device_mesh" in message[1] and nothing
 
 
 def save_the_unsaveable(rank, world_size, tmp):
@@ -1740,8 +1804,33 @@ def save_the_unsaveable(rank, world_size, tmp):
     old = FullyShardedDataParallel(nn.Linear(5, 7), device_id=torch.device("cpu"))
     FullyShardedDataParallel.set_state_dict_type(old, StateDictType.SHARDED_STATE_DICT)
     checkpoint = opened(tmp / "c")
-    messages = [told(functools.partial(checkpoint.save, model, None, to()))[2] for model in (partial, old)]
+    bags = (partial, Bag(**old.state_dict()))
+    messages = [told(functools.partial(checkpoint.save, model, None, to()))[2] for model in bags]
     return messages, not (tmp / "c").exists() or listing(tmp / "c") == {}
+
+
+def test_fsdp1_at_any_depth_is_refused_by_save_and_load_before_anything_changes_with_the_ways_out(tmp_path):
+    for told_of_save, told_of_load, unchanged in run(2, offer_fsdp1, tmp_path):
+        for (kind, _, message), expected in ((told_of_save, "SAVE_FAILED"), (told_of_load, "LOAD_FAILED")):
+            assert kind == expected and message.startswith("part.1.inner is FSDP1")
+            assert all(word in message for word in ("fully_shard", "get_state_dict", "device_mesh", "extra_state"))
+        assert unchanged
+
+
+def offer_fsdp1(rank, world_size, tmp):
+    def start():
+        return nn.Sequential(nn.Linear(3, 5), nn.ModuleDict({"inner": nn.Linear(5, 2)}))
+
+    plain, model, checkpoint = start(), start(), opened(tmp)
+    checkpoint.save({"part": plain}, None, to("plain"))
+    before = listing(tmp)
+    model[1]["inner"] = FullyShardedDataParallel(model[1]["inner"], device_id=torch.device("cpu"))
+    given, kept = {"part": DistributedDataParallel(model)}, state_of(model[0])
+    saved, loaded = (
+        told(lambda: checkpoint.save(given, None, to())),
+        told(lambda: checkpoint.load(given, None, at("plain"))),
+    )
+    return saved, loaded, listing(tmp) == before and identical(state_of(model[0]), kept)
 
 
 def test_no_pickle_is_ever_loaded(tmp_path):
@@ -2793,21 +2882,177 @@ def save_momentum(rank, world_size, tmp):
     opened(tmp).save(model, stepped(model, torch.optim.SGD, lr=0.01, momentum=0.9, foreach=False), to())
 
 
-@pytest.mark.parametrize("direction", ["from", "to"])
-def test_the_prefix_of_torch_compile_does_not_matter(tmp_path, direction):
-    def wrap(model):
-        model[0] = torch.compile(model[0])
-        return torch.compile(model)
+class Tenths(nn.Module):
+    """Divides what versions before 2 have stored; its attributes have the names that wrappers use."""
 
-    source, source_optimizer = small()
-    target, target_optimizer = small("other")
-    truth = state_of(source, source_optimizer)
-    checkpoint = opened(tmp_path)
-    checkpoint.save(wrap(source) if direction == "from" else source, source_optimizer, to())
-    assert not any("_orig_mod" in name for name in Shard(shards(tmp_path)[0]).header)
-    checkpoint.load(wrap(target) if direction == "to" else target, target_optimizer, at())
-    values = {name.replace("_orig_mod.", ""): tensor for name, tensor in target.state_dict().items()}
-    assert identical(values, dict(truth[0])) and identical(state_of(target_optimizer)[0], truth[1])
+    _version = 2
+
+    def __init__(self, value=0.0, old_key=False):
+        super().__init__()
+        self.value, self.heard = nn.Parameter(torch.full((4, 3), value)), []
+        self.module, self._orig_mod = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self._checkpoint_wrapped_module = nn.ModuleDict({"inner": nn.Linear(3, 3)})
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        self.heard.append(metadata.get("version"))
+        if (self.heard[-1] or 1) < 2:
+            state[prefix + "value"] = state[prefix + "value"] / 10
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def in_layers(*wrappers):
+    """Each layer wrapped by all of these, the last one outermost."""
+
+    def wrap(model):
+        for index, layer in enumerate(model):
+            for wrapper in wrappers:
+                layer = wrapper(layer)
+            model[index] = layer
+        return model
+
+    return wrap
+
+
+def in_children(wrapper):
+    def wrap(model):
+        layer = model[0]
+        layer.module, layer._orig_mod = wrapper(layer.module), wrapper(layer._orig_mod)
+        layer._checkpoint_wrapped_module["inner"] = wrapper(layer._checkpoint_wrapped_module["inner"])
+        return model
+
+    return wrap
+
+
+WRAPPINGS = {
+    "ddp": [DistributedDataParallel], "data parallel": [nn.DataParallel], "compile": [torch.compile],
+    "checkpoint": [checkpoint_wrapper], "layers in ddp": [in_layers(DistributedDataParallel)],
+    "layers in checkpoint of compile in compile": [in_layers(torch.compile, checkpoint_wrapper), torch.compile],
+    "layers in compile of checkpoint in ddp": [in_layers(checkpoint_wrapper, torch.compile), DistributedDataParallel],
+    "layers in two checkpoints": [in_layers(checkpoint_wrapper, offload_wrapper)],
+    "children in compile, layers in checkpoint": [in_children(torch.compile), in_layers(checkpoint_wrapper)],
+    "children in checkpoint, layers in data parallel": [in_children(checkpoint_wrapper), in_layers(nn.DataParallel)],
+    "layers in compile of checkpoint, in fsdp2": [in_layers(checkpoint_wrapper, torch.compile), fully_shard],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_names_and_module_versions_do_not_depend_on_wrappers_at_any_depth(tmp_path, wrapping):
+    names, heard, equal = run(1, load_through_wrappers, tmp_path, wrapping)[0]
+    assert names[0] == names[1] and names[0] > {"model/0.module.weight", "model/0._orig_mod.bias"}
+    assert "model/0._checkpoint_wrapped_module.inner.bias" in names[0]
+    assert heard == [[2], [2]] and equal == [True, True]
+
+
+def load_through_wrappers(rank, world_size, tmp, wrapping):
+    def start(salt, wrap):
+        model = inner = filled(nn.Sequential(Tenths(), nn.Linear(3, 2)), salt)
+        tenths = inner[0]
+        for wrapper in WRAPPINGS[wrapping] if wrap else ():
+            model = wrapper(model)
+        return model, stepped(model, lr=0.1 + wrap), tenths
+
+    def values(model, optimizer):
+        tensors = [*model.parameters(), *model.buffers()]
+        tensors += [tensor for state in optimizer.state_dict()["state"].values() for tensor in state.values()]
+        return [whole(tensor) for tensor in tensors]
+
+    names, heard, equal, checkpoint = [], [], [], opened(tmp)
+    for prefix, wrap in (("wrapped", True), ("plain", False)):
+        model, optimizer, _ = start("truth", wrap)
+        checkpoint.save(model, optimizer, to(prefix))
+        other, other_optimizer, tenths = start("other", not wrap)
+        found = checkpoint.load(other, other_optimizer, at(prefix))
+        names.append({t.name for t in found.metadata.tensors})
+        heard.append(tenths.heard)
+        equal.append(values(other, other_optimizer) == values(model, optimizer))
+    return names, heard, equal
+
+
+def test_two_entries_that_have_one_name_without_wrappers_are_an_error(tmp_path):
+    model, checkpoint = nn.Sequential(nn.DataParallel(nn.Linear(3, 2))), opened(tmp_path)
+    model[0].weight = nn.Parameter(torch.zeros(3))
+    checkpoint.save(Bag(**{"0.weight": torch.zeros(3), "0.bias": torch.zeros(2)}), None, to())
+    for call in (lambda: checkpoint.save(model, None, to("q")), lambda: checkpoint.load(model, None, at())):
+        assert "'0.weight'" in refusal(call)
+    checkpoint.save(bag := Bag(**{"module.a": torch.ones(1), "_orig_mod.a": torch.zeros(1)}), None, to("bag"))
+    result = checkpoint.load(bag, None, at("bag"))
+    assert list(result.model_state) == ["module.a", "_orig_mod.a"], "what is no module keeps its keys"
+
+
+class Renaming(nn.Module):
+    """Takes what versions before 2 call `old`."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.new = nn.Parameter(torch.zeros(1))
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version", 1) < 2:
+            state[prefix + "new"] = state.pop(prefix + "old")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_module_is_handed_the_version_that_was_saved_else_its_own(tmp_path):
+    checkpoint, saved = opened(tmp_path), {"now": Tenths(5.0), "before": Tenths(5.0), "renamed": Renaming()}
+    saved["before"]._version = 1
+    checkpoint.save(saved, None, to("mapping"))
+    checkpoint.save(nn.ModuleDict(saved), None, to("one"))
+    checkpoint.save(Bag(**nn.ModuleDict(saved).state_dict()), None, to("imported"))
+    for prefix, before in (("mapping", 0.5), ("one", 0.5), ("imported", 5.0)):
+        live = {"now": Tenths(), "before": Tenths(), "renamed": Renaming()}
+        checkpoint.load(nn.ModuleDict(live) if prefix == "mapping" else live, None, at(prefix))
+        assert [live[name].value.unique().item() for name in ("now", "before")] == [5.0, before]
+
+
+class Handed(nn.ModuleDict):
+    def load_state_dict(self, state, strict=True):
+        self.metadata = dict(state._metadata)
+        return super().load_state_dict(state, strict)
+
+
+def test_load_state_dict_is_handed_the_metadata_that_torch_load_would_hand_it(tmp_path):
+    saved, checkpoint = Handed({"a": Tenths(), "gone": nn.Linear(1, 1)}), opened(tmp_path)
+    saved["a"]._orig_mod._version = None
+    saved["a"].module.register_state_dict_post_hook(lambda *args: args[3].update(scheme=["int8", 4]))
+    checkpoint.save(saved, None, to())
+    torch.save(saved.state_dict(), tmp_path / "theirs")
+    ours, theirs = (Handed({"a": Tenths(), "added": nn.BatchNorm1d(2)}) for _ in "12")
+    checkpoint.load(ours, None, at(strict_mode=False))
+    theirs.load_state_dict(torch.load(tmp_path / "theirs"), strict=False)
+    assert theirs.metadata.pop("gone") == {"version": 1}
+    assert ours.metadata == theirs.metadata and ours.metadata["a._orig_mod"] == {"version": None}
+    assert ours.metadata["a.module"] == {"version": 1, "scheme": ["int8", 4]} and "added" not in ours.metadata
+
+
+def test_a_module_in_extra_state_gets_its_versions_too(tmp_path):
+    checkpoint, average, other = opened(tmp_path), nn.Sequential(Tenths(5.0)), nn.Sequential(Tenths())
+    state = {"ema": average, "nested": [average.state_dict()]}
+    checkpoint.save(nn.Module(), None, to(), extra_state=state)
+    result = checkpoint.load(nn.Module(), None, at(), extra_state={"ema": other})
+    assert other[0].value.unique().item() == 5.0
+    assert result.extra_state["nested"][0]._metadata == average.state_dict()._metadata
+
+
+def test_versions_of_modules_that_pipeline_ranks_hold_apart_come_together(tmp_path):
+    versions = [[("0", 1)], [("1", 2)], []]
+    assert run(2, save_versions, tmp_path) == versions[:2]
+    assert run(1, load_versions, tmp_path, [["0", "1"]]) == [{"0": 0.5, "1": 5.0}]
+    assert run(3, load_versions, tmp_path, [["1"], ["0", "1"], ["0"]]) == [{"1": 5.0}, {"0": 0.5, "1": 5.0}, {"0": 0.5}]
+
+
+def save_versions(rank, world_size, tmp):
+    stage = nn.ModuleDict({str(rank): Tenths(5.0)})
+    stage[str(rank)]._version = 1 + rank
+    opened(tmp).save(stage, None, to())
+    return [(name, module._version) for name, module in stage.items()]
+
+
+def load_versions(rank, world_size, tmp, held):
+    stage = nn.ModuleDict({name: Tenths() for name in held[rank]})
+    opened(tmp).load(stage, None, at(load_rng_state=False))
+    return {name: module.value.unique().item() for name, module in stage.items()}
 
 
 def test_only_the_models_bytes_are_read_for_only_the_model(tmp_path):
@@ -2816,7 +3061,8 @@ def test_only_the_models_bytes_are_read_for_only_the_model(tmp_path):
     files = Seam()
     other = nn.Linear(1024, 3072)
     ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(tmp_path, files)).load(other, None, at(load_rng_state=False))
-    assert 12 * MiB <= sum(op.size for op in files.log if op.call == "pread") < 12 * MiB + 2 * BLOCK
+    read = sum(op.size for op in files.log if op.call == "pread")
+    assert 12 * MiB <= read < 12 * MiB + 3 * BLOCK, "the block with the modules' versions is read twice"
     shard = Shard(shards(tmp_path)[0])
     last = max(shard.place(name) for name in shard.header if name.startswith("optimizer/") and "exp_avg" in name)
     flip(shard.path, last[1] - 1)
@@ -3422,6 +3668,52 @@ def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_
     before = copy.deepcopy(tensors)
     message = refusal(lambda: checkpoint.load({"weight": tensors["weight"], "b": tensors["bias"]}, None, "p"))
     assert "model/b:" in message and "model/bias" in message and identical(tensors, before)
+
+
+def test_a_zero_redundancy_optimizer_is_refused_with_a_way_that_works(tmp_path):
+    truth = run(2, save_zero, tmp_path)
+    assert run(2, load_zero, tmp_path) == truth and run(1, load_unsharded_zero, tmp_path) == truth[:1]
+
+
+def start_zero(kind=ZeroRedundancyOptimizer, lr=0.5):
+    model = DistributedDataParallel(filled(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), "truth"))
+    options = {"optimizer_class": torch.optim.AdamW} if kind is ZeroRedundancyOptimizer else {}
+    return model, kind(model.parameters(), lr=lr, **options)
+
+
+def go_on(model, optimizer):
+    for _ in range(2):
+        model(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [raw(parameter) for parameter in model.parameters()]
+
+
+def save_zero(rank, world_size, tmp):
+    (model, optimizer), checkpoint = start_zero(lr=0.125), opened(tmp)
+    go_on(model, optimizer)
+    for holder in (None, 0, 1):  # on no rank, and where torch itself says
+        if holder is not None:
+            optimizer.consolidate_state_dict(to=holder)
+        message = refusal(lambda: checkpoint.save(model, optimizer, to()), ExceptionType.SAVE_FAILED)
+        assert "`optim`" in message and "fully_shard" in message and "consolidate" not in message
+    checkpoint.save(model, optimizer.optim, to())
+    assert "`optim`" in refusal(lambda: checkpoint.load(model, optimizer, at()), ExceptionType.LOAD_FAILED)
+    return go_on(model, optimizer)
+
+
+def load_zero(rank, world_size, tmp):
+    model, optimizer = start_zero()
+    opened(tmp).load(model, optimizer.optim, at())
+    for group, own in zip(optimizer.param_groups, optimizer.optim.param_groups):
+        group.update({**own, "params": group["params"]})
+    return go_on(model, optimizer)
+
+
+def load_unsharded_zero(rank, world_size, tmp):
+    model, optimizer = start_zero(torch.optim.AdamW)
+    opened(tmp).load(model, optimizer, at())
+    return go_on(model, optimizer)
 
 
 def test_two_optimizers_may_share_one_model(tmp_path):
@@ -4847,6 +5139,47 @@ def follow_the_recipe(rank, world_size, tmp, layout, steps=3):
         dist.destroy_process_group()
     torch.manual_seed(0)
     return recipe("LAYOUTS")["train"](layout, steps)
+
+
+def test_fsdp1_goes_through_the_stateful_of_the_readme_to_any_number_of_ranks(tmp_path):
+    (lr, truth), again = run(2, save_fsdp1, tmp_path)
+    assert again == (lr, truth) and len(truth) == 4 * 3
+    for ranks in (2, 3, 1):
+        assert run(ranks, load_fsdp1, tmp_path) == [(0.125, truth)] * ranks
+
+
+def start_fsdp1(salt, lr):
+    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    cpu, policy = torch.device("cpu"), ModuleWrapPolicy({nn.Linear})
+    model = FullyShardedDataParallel(
+        filled(model, salt), device_mesh=mesh, device_id=cpu, auto_wrap_policy=policy, use_orig_params=True
+    )
+    return model, torch.optim.AdamW(model.parameters(), lr=lr)
+
+
+def whole_fsdp1(stateful, optimizer):
+    """The options that count, and all tensors whole, as bytes by name."""
+    state = stateful.state_dict()
+    tensors = {f"{key}.{slot}": t for key, slots in state["optimizer"]["state"].items() for slot, t in slots.items()}
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("step")} | state["model"]
+    return optimizer.param_groups[0]["lr"], {name: whole(t) for name, t in tensors.items()}
+
+
+def save_fsdp1(rank, world_size, tmp):
+    model, optimizer = start_fsdp1("truth", 0.125)
+    for _ in range(2):
+        model(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+    stateful = recipe("class FSDP1")["FSDP1"](model, optimizer)
+    opened(tmp).save(nn.Module(), None, to(), extra_state={"fsdp": stateful})
+    return whole_fsdp1(stateful, optimizer)
+
+
+def load_fsdp1(rank, world_size, tmp):
+    model, optimizer = start_fsdp1("other", 0.5)
+    stateful = recipe("class FSDP1")["FSDP1"](model, optimizer)
+    opened(tmp).load(nn.Module(), None, at(load_rng_state=False), extra_state={"fsdp": stateful})
+    return whole_fsdp1(stateful, optimizer)
 
 
 @contextlib.contextmanager
