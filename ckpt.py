@@ -1691,7 +1691,7 @@ class ChecksumIntegrityChecker:
 
         def check(block: int, buffer: st.Bytes) -> None:
             try:
-                reader.read(shard, block, block + 1, buffer, buffer)
+                reader.read(shard, block, block + 1, buffer, alone=True)
             except CheckpointException as error:
                 found.errors.append(str(error))
             reader.meter.add(st.block_span(header, block, block + 1))
@@ -1827,9 +1827,7 @@ def _stream(
 
     def read(task: coord.Task, buffer: st.Bytes) -> None:
         found, held = list[_Part](), 0
-        room = buffer if task.nbytes <= len(buffer) else np.empty(task.nbytes, np.uint8)
-        data = reader.read(task.shard, task.first, task.last, room, buffer if task.alone() else None)
-        for copy, part in reader.parts(task, data):
+        for copy, part in reader.parts(task, reader.read_task(task, buffer)):
             if (held := held + len(part)) > st.BLOCK_BYTES:  # a compressed block may expand to many times its size
                 take(found)
                 found, held = [], len(part)

@@ -690,16 +690,19 @@ def _relay(op: Operation, reader: CheckpointReader, tasks: list[Task]) -> None:
     order = sorted(needs)
     sender = {key: needs[key][n % len(needs[key])] for n, key in enumerate(order)}
     waiting, here = deque(tasks), dict[tuple[int, int], Bytes]()  # the blocks that have come and are needed yet
-    bounce = st.aligned_buffer(st.BLOCK_BYTES)
+
+    def read(key: tuple[int, int], _: Bytes) -> None:
+        here[key] = reader.read(*key, key[1] + 1, st.aligned_buffer(st.BLOCK_BYTES), alone=True)
+
     for at in range(0, len(order), RELAYED_BLOCKS):
         batch = order[at : at + RELAYED_BLOCKS]
         outgoing: dict[int, list[Bytes]] = {}
-        for shard, block in (key for key in batch if sender[key] == op.rank):
-            room = np.empty(st.BLOCK_BYTES, np.uint8)
-            data = here[shard, block] = reader.read(shard, block, block + 1, room, bounce)
-            for rank in needs[shard, block]:
+        mine = [key for key in batch if sender[key] == op.rank]
+        st.in_parallel(mine, read, len(mine), meter.tick)
+        for key in mine:
+            for rank in needs[key]:
                 if rank != op.rank:
-                    outgoing.setdefault(rank, []).append(data)
+                    outgoing.setdefault(rank, []).append(here[key])
         received = op.exchange({rank: np.concatenate(parts) for rank, parts in outgoing.items()})
         for shard, block in (key for key in batch if op.rank in needs[key] and sender[key] != op.rank):
             size, source = st.block_span(reader.header(shard), block, block + 1), sender[shard, block]
@@ -2143,7 +2146,7 @@ class Gathering:
             wait_for(finished, meter.tick)
         finally:
             stop.set()
-            wait([finished], 2.0)  # a thread stuck in the kernel must not hold up the error
+            wait([finished], st.STUCK_S)
         return crcs
 
     def _outgoing(self, turn: Sequence[Sequence[int]]) -> dict[int, Bytes]:
@@ -2238,7 +2241,8 @@ R = TypeVar("R", bound="CheckpointReader")
 class CheckpointReader:
     """Verified reads of one committed checkpoint: every byte that it hands out has passed its block's CRC32.
 
-    But for `run_part`, which leaves the proof to all ranks together.
+    But for `run_part`, which leaves the proof to all ranks together. Bytes are read into a buffer, and copied from there
+    into tensors only until the `with` block ends: a thread that is stuck in a read then changes no tensor when it returns.
     """
 
     def __init__(self, storage: st.CheckpointStorage, metadata: st.CheckpointMetadata) -> None:
@@ -2246,7 +2250,7 @@ class CheckpointReader:
         self._headers: dict[int, st.Header] = {}
         self._entries: dict[int, dict[int, st.Entry]] = {}
         self._files: dict[int, st.StoredFile] = {}
-        self._lock = threading.Lock()
+        self._lock, self._gate = threading.Lock(), st.Gate()
         self.meter = Meter()  # of long checks
         self._rows = np.searchsorted(metadata.pieces.tensor, np.arange(len(metadata.tensors) + 1)).tolist()
         self.stored: dict[str, dict[int | None, int]] = {}  # name -> rank that it is kept for, None: all -> its index
@@ -2257,7 +2261,8 @@ class CheckpointReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for file in self._files.values():
+        self._gate.close(wait=True)  # for copies from memory to memory, a block each
+        for file in list(self._files.values()):
             file.close()
 
     def find(self, name: str, rank: int) -> int | None:
@@ -2368,22 +2373,21 @@ class CheckpointReader:
             tasks.append(Task(shard, first, last, st.block_span(self.header(shard), first, last), copies))
         return tasks
 
-    def read(self, shard: int, first: int, last: int, buffer: Bytes, bounce: Bytes | None = None) -> Bytes:
-        """Blocks [first, last) of a shard, verified, in the beginning of `buffer`; `bounce` as in `st.StoredFile`."""
+    def read(self, shard: int, first: int, last: int, buffer: Bytes, alone: bool = False) -> Bytes:
+        """Blocks [first, last) of a shard, verified, in the beginning of `buffer`. `alone`: nobody else wants them."""
         header = self.header(shard)
         data = buffer[: st.block_span(header, first, last)]
-        st.read_blocks(self.file(shard), header, first, last, data, self.metadata.shard_path(shard), bounce)
+        st.read_blocks(self.file(shard), header, first, last, data, self.metadata.shard_path(shard), alone)
         return data
+
+    def read_task(self, task: Task, buffer: Bytes) -> Bytes:
+        """A task's bytes, verified, in `buffer` unless they are too many for it."""
+        room = buffer if task.nbytes <= len(buffer) else np.empty(task.nbytes, np.uint8)
+        return self.read(task.shard, task.first, task.last, room, task.alone())
 
     def run(self, task: Task, buffer: Bytes) -> None:
         """L4 for one task: read, verify, put into place."""
-        shard, first, last, nbytes, (copy, *others) = task
-        bounce = buffer if task.alone() else None
-        if copy.flat is not None and not copy.entry.frames and not others and copy.high - copy.low == nbytes:
-            self.read(shard, first, last, copy.flat[copy.start :], bounce)  # a block of one tensor: straight there
-        else:
-            room = buffer if nbytes <= len(buffer) else np.empty(nbytes, np.uint8)
-            self.place(task, self.read(shard, first, last, room, bounce))
+        self.place(task, self.read_task(task, buffer))
 
     def run_part(self, task: Task, buffer: Bytes) -> list[Claim]:
         """L4 for one task of which others read the rest: read what is wanted, and put it into place, on trust.
@@ -2406,13 +2410,14 @@ class CheckpointReader:
         return [Claim(task.shard, task.first, *part, crc, end - part[1], whole) for part, crc in zip(parts, crcs)]
 
     def place(self, task: Task, data: Bytes) -> None:
-        """Put the verified bytes of a task where they belong."""
+        """Put the bytes of a task where they belong; OSError, and nothing changes, once the reader is closed."""
         for copy, part in self.parts(task, data):
-            if copy.flat is not None:
-                copy.flat[copy.start : copy.start + len(part)] = part
-            else:
-                dtype, target = st.DTYPES[copy.entry.dtype], copy.target
-                st.copy_in(part, copy.start, dtype, copy.piece, target.box, target.view)
+            dtype, target = st.DTYPES[copy.entry.dtype], copy.target
+            with self._gate:
+                if copy.flat is not None:
+                    copy.flat[copy.start : copy.start + len(part)] = part
+                else:
+                    st.copy_in(part, copy.start, dtype, copy.piece, target.box, target.view)
 
     def parts(self, task: Task, data: Bytes) -> Iterator[tuple[Copy, Bytes]]:
         """What a task's verified bytes hold for each copy: bytes of its piece from `start` on, expanded."""

@@ -81,6 +81,7 @@ FRAME_BYTES = 4 << 20  # logical bytes behind one compressed frame
 ALIGN_BYTES = 4096  # data start: a multiple of the page, so that blocks can be read and written directly
 MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
 DIRECT_BYTES = 256 << 10  # smaller reads and writes go through the page cache
+STUCK_S = 2.0  # a thread that is stuck in the kernel holds up the end of a failed operation no longer
 COLD_BYTES = 64 << 20  # whether the page cache has a file's bytes is asked of such regions
 SLOW_TO_FREE_BYTES = 64 << 20
 HUGE_PAGE_BYTES = 2 << 20  # size and alignment of a huge page
@@ -289,7 +290,10 @@ class FileOps:
 
 @runtime_checkable
 class StoredFile(Protocol):
-    """An open file of a storage. Reads and writes are positioned and may come from several threads at once."""
+    """An open file of a storage. Reads and writes are positioned and may come from several threads at once.
+
+    `close` may come while a thread is stuck in one of them. What that thread does afterwards must touch no other file.
+    """
 
     def read(self, offset: int, buffer: memoryview, bounce: memoryview | None = None) -> None:
         """Fill `buffer`. `bounce`: given where nobody else wants these bytes soon, memory by way of which they may come;
@@ -300,6 +304,33 @@ class StoredFile(Protocol):
     def resize(self, length: int) -> None: ...
     def sync(self) -> None: ...
     def close(self) -> None: ...
+
+
+class Gate:
+    """Admits threads, `with gate:`, until it is closed: what a thread does inside ends before the gate counts as shut.
+
+    Afterwards a thread that outlives its operation (stuck in a read of a dead file server, say) gets an OSError here.
+    """
+
+    def __init__(self) -> None:
+        self._changed, self._inside, self._open = threading.Condition(), set[int](), True
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if not self._open:
+                raise OSError(errno.EBADF, "the operation that this belongs to is over")
+            self._inside.add(threading.get_ident())
+
+    def __exit__(self, *exc: object) -> None:
+        with self._changed:
+            self._inside.discard(threading.get_ident())
+            self._changed.notify_all()
+
+    def close(self, wait: bool) -> bool:
+        """Admit no thread any more. Whether no other thread is inside; `wait` until that is so."""
+        with self._changed:
+            self._open = False
+            return self._changed.wait_for(lambda: self._inside <= {threading.get_ident()}, None if wait else 0.0)
 
 
 @runtime_checkable
@@ -353,16 +384,19 @@ class LocalFile:
         self._files, self._fd, self._name, self._flags = files, fd, name, flags
         self._direct_fd: int | None = None  # -1 where there is none
         self._cold: dict[int, bool] = {}  # of regions of COLD_BYTES
-        self._lock = threading.Lock()
+        self._lock, self._gate = threading.Lock(), Gate()
 
     def read(self, offset: int, buffer: memoryview, bounce: memoryview | None = None) -> None:
-        alone = bounce is not None and len(buffer) >= DIRECT_BYTES and self._is_cold(offset)
-        done = self._move(self._files.pread, offset, buffer, bounce if alone else None)
+        with self._gate:
+            alone = bounce is not None and len(buffer) >= DIRECT_BYTES and self._is_cold(offset)
+            done = self._move(self._files.pread, offset, buffer, bounce if alone else None)
         if done < len(buffer):
             raise corrupted(f"{self._name}: ends at byte {offset + done}, {len(buffer) - done} bytes missing")
 
     def write(self, offset: int, data: memoryview) -> None:
-        if self._move(self._files.pwrite, offset, data, data) < len(data):
+        with self._gate:
+            done = self._move(self._files.pwrite, offset, data, data)
+        if done < len(data):
             raise OSError(errno.EIO, "the disk takes nothing more", self._name)
 
     def _move(
@@ -424,6 +458,12 @@ class LocalFile:
         self._files.fsync(self._fd)
 
     def close(self) -> None:
+        """Close, unless a thread is stuck in a read or write: then the descriptors stay open until the process ends.
+
+        Else the next file would get their numbers, and that thread's next call would land in it.
+        """
+        if not self._gate.close(wait=False):
+            return
         fds, self._fd, self._direct_fd = (self._direct_fd, self._fd), -1, -1
         for fd in fds:
             if fd is not None and fd >= 0:
@@ -1160,7 +1200,8 @@ def in_parallel(
     """Run `work(item, buffer)` for all `count` items (none is None) on `IO_THREADS`, each with its buffer of `BLOCK_BYTES`.
 
     `poll` runs in the calling thread a few times a second and may raise to stop. The first error of any thread is
-    raised here after the others have stopped: none vanishes.
+    raised here after the others have stopped: none vanishes. Or after `STUCK_S`, while some are stuck in `work`: so what
+    changes anything but its buffer passes a `Gate`, which the operation closes.
     """
     source, lock, stop, errors = iter(items), threading.Lock(), threading.Event(), list[BaseException]()
 
@@ -1182,14 +1223,15 @@ def in_parallel(
         for worker in workers:
             worker.start()
         for worker in workers:
-            while worker.is_alive():
+            while worker.is_alive() and not errors:
                 worker.join(0.05)
                 poll()
     finally:
         stop.set()
+        deadline = time.monotonic() + STUCK_S
         for worker in workers:
             if worker.ident is not None:
-                worker.join(2.0)  # a thread stuck in the kernel must not hold up the error
+                worker.join(max(0.0, deadline - time.monotonic()))
     if errors:
         raise errors[0]
 
@@ -1375,13 +1417,14 @@ def _parse_entry(name: str, item: Fields, info: Fields) -> Entry:
 
 
 def read_blocks(
-    file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str, bounce: Bytes | None = None
+    file: StoredFile, header: Header, first: int, last: int, out: Bytes, path: str, alone: bool = False
 ) -> None:
-    """Read blocks [first, last) into `out` and check each one's CRC32 before anybody uses it; `bounce` as in `StoredFile`.
+    """Read blocks [first, last) into `out` and check each one's CRC32 before anybody uses it. `alone`: nobody else wants them.
 
     CORRUPTED_CHECKPOINT names the file, the block and the tensors in it.
     """
-    file.read(header.data_start + first * BLOCK_BYTES, out.data, None if bounce is None else bounce.data)
+    memory = out.data
+    file.read(header.data_start + first * BLOCK_BYTES, memory, memory if alone else None)
     for block in range(first, last):
         low = (block - first) * BLOCK_BYTES
         found = crc32(out[low : low + BLOCK_BYTES])

@@ -50,6 +50,12 @@ error where nothing was ever committed; once `save` has returned, only the new o
     27  | the clock is ten years off                       | a_clock_that_is_ten_years_off_...
     28  | clean-up races a live writer                     | clean_up_at_any_operation_of_a_live_save_...
     29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
+    30  | a read or write hangs past its operation's end   | a_read_that_returns_after_..., however_a_load_ends_...,
+        |                                                  | a_load_ends_only_when_..., a_write_that_returns_after_...
+    31  | ranks at different steps of training             | ranks_at_different_optimizer_steps_...
+    32  | one name on disjoint meshes                      | a_name_on_disjoint_meshes_...
+    33  | copies drift apart outside of their mesh         | copies_that_drift_apart_outside_of_their_mesh_...
+    34  | layouts of several boxes, uneven, empty          | every_layout_of_a_tensor_..., a_shard_of_several_runs_...
     35  | names: control, bidi characters, lone surrogates | a_name_that_utf_8_cannot_encode_..., no_stored_name_...,
         |                                                  | a_lone_surrogate_in_a_record_...
     36  | a FIFO, device, directory as source of an import | what_is_no_regular_file_...
@@ -6337,6 +6343,207 @@ def check_thread_error(tmp, error, level=CompressionLevel.NONE, number=0):
         )
     assert failed and kind in ("STORAGE_ERROR", "SAVE_FAILED"), (kind, message)
     assert listing(tmp) == before and seen(storage) == "old"
+
+
+# Row 30: a worker outlives its operation
+
+
+class Hung(Seam):
+    """The first read or write (`call`) of data hangs until `opened`; if `failing`, another thread's next one fails, once."""
+
+    def __init__(self, call, failing=False, before=lambda op: None):
+        super().__init__(before)
+        self.call, self.failing, self.taking = call, failing, threading.Lock()
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self.worker, self.fd, self.numbers = None, -1, []
+
+    def hangs(self, call, fd, offset):
+        if call != self.call or offset < PAGE:  # headers and records are no worker's work
+            return False
+        with self.taking:
+            if self.worker is None:
+                self.worker, self.fd = threading.current_thread(), fd
+                self.reached.set()
+                return True
+            failing, self.failing = self.failing, False
+        return failing and fail(errno.EIO)(Op(call, self.paths[fd]))
+
+    def return_late(self):
+        self.opened.set()
+        self.worker.join(20)
+        assert not self.worker.is_alive()
+
+    def pread(self, fd, buffer, offset):
+        if not self.hangs("pread", fd, offset):
+            return super().pread(fd, buffer, offset)
+        kept = bytearray(len(buffer))  # the kernel holds on to the file, and to the memory
+        count = super().pread(fd, memoryview(kept), offset)
+        assert self.opened.wait(60)
+        buffer[:count] = kept[:count]
+        return count
+
+    def pwrite(self, fd, data, offset):
+        if self.hangs("pwrite", fd, offset):
+            assert self.opened.wait(60)
+            return FileOps.pwrite(self, fd, data[: len(data) // 2], offset)  # short: the writer goes on with the rest
+        return super().pwrite(fd, data, offset)
+
+    def open(self, name, flags, dir_fd=None):
+        self.numbers.append(super().open(name, flags, dir_fd))
+        return self.numbers[-1]
+
+
+@pytest.fixture
+def impatient(tiny_blocks, monkeypatch):
+    """Small blocks and frames, and failed operations that wait for stuck threads no longer than 0.05 s."""
+    monkeypatch.setattr(st, "FRAME_BYTES", PAGE)
+    monkeypatch.setattr(st, "STUCK_S", 0.05, raising=False)
+
+
+def numbered(salt, dtype=torch.float32):
+    """Eight tensors of two blocks of a page, no two blocks alike, that shrink only a little."""
+    generator = torch.Generator().manual_seed(salt)
+    return Bag(**{f"w{n}": torch.rand(2, PAGE // 4, generator=generator).to(dtype) for n in range(8)})
+
+
+TARGETS = {
+    "as saved": lambda: numbered(100).state,
+    "strided": lambda: {name: t.T.contiguous().T for name, t in numbered(100).state.items()},
+    "of another dtype": lambda: numbered(100, torch.float64).state,
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_read_that_returns_after_its_load_has_ended_changes_no_tensor(ram, impatient, form, level, target):
+    over(ram).save(numbered(0), None, to(format=form, compression_level=level, include_rng_state=False))
+    files, live, other = Hung("pread", failing=True), Bag(**TARGETS[target]()), numbered(200)
+    checkpoint, options = over(ckpt.LocalStorage(ram, files), attempts=2), at(load_rng_state=False, strict_mode=False)
+    tensors = live.state
+    checkpoint.load(live, None, options)  # the first attempt fails with a worker stuck, the second one succeeds
+    assert not files.failing and files.worker.is_alive()
+    assert all(torch.equal(tensors[name], t) for name, t in numbered(0).state.items())
+    for t in tensors.values():
+        t.mul_(3).add_(1)  # training goes on
+    checkpoint.load(other, None, options)
+    trained = copy.deepcopy(tensors)
+    files.return_late()
+    assert identical(tensors, trained) and identical(other.state, numbered(0).state)
+    assert files.fd not in files.numbers[files.numbers.index(files.fd) + 1 :]
+
+
+@pytest.mark.parametrize("end", ["cancel", "deadline", "interrupt"])
+def test_however_a_load_ends_a_read_that_returns_afterwards_changes_no_tensor(ram, impatient, end):
+    over(ram).save(numbered(0), None, to(include_rng_state=False))
+    files, live = Hung("pread"), numbered(100)
+
+    def interrupt(progress):
+        if files.reached.is_set():
+            raise KeyboardInterrupt
+
+    limits = {"deadline": {"timeout": 0.5}, "interrupt": {"progress": interrupt}}.get(end, {})
+    cancel, options = files.reached if end == "cancel" else None, at(load_rng_state=False, **limits)
+    with pytest.raises((CheckpointException, KeyboardInterrupt)) as caught:
+        over(ckpt.LocalStorage(ram, files)).load(live, None, options, cancel=cancel)
+    expected = {"cancel": ExceptionType.CANCELLED, "deadline": ExceptionType.TIMEOUT}
+    assert getattr(caught.value, "type", None) is expected.get(end)
+    for t in live.state.values():
+        t.fill_(7.0)
+    files.return_late()
+    assert all((t == 7.0).all() for t in live.state.values())
+
+
+def hung_load(rank, world_size, tmp, strategy, truth):
+    """A rank's read hangs, a worker of the other one (in turns: of the same) fails, both retry; what is live afterwards."""
+    st.BLOCK_BYTES, st.STUCK_S = 8 * PAGE, 0.05
+    coord.PART_BYTES = coord.LEAST_SPARED_BYTES = PAGE
+    events = dist.FileStore(str(tmp / "events"), world_size)
+    mesh = init_device_mesh("cpu", (world_size,))
+    place = [ShardDim(0)] if strategy == "parts" else [Replicate()]  # each rank reads half of each block
+    live = {name: distribute_tensor(torch.zeros_like(t), mesh, place) for name, t in truth.items()}
+
+    class Failing(Hung):
+        def hangs(self, call, fd, offset):
+            if rank == 1 and strategy != "sequential":
+                if call == "pread" and offset >= PAGE and self.failing:
+                    events.wait(["reached"], datetime.timedelta(seconds=20))
+                    self.failing = False
+                    fail(errno.EIO)(Op(call, self.paths[fd]))
+                return False
+            hangs = super().hangs(call, fd, offset) if rank == 0 else False
+            if hangs:
+                events.set("reached", "1")
+            return hangs
+
+    files = Failing("pread", failing=rank == (strategy != "sequential"))
+    checkpoint = over(ckpt.LocalStorage(tmp, files), coord.TorchCoordinator(), attempts=2)
+    options = at(load_rng_state=False, resharding_strategy=strategy if strategy in STRATEGIES else "parallel")
+    checkpoint.load(Bag(**live), None, options)
+    loaded = all(torch.equal(t.full_tensor(), truth[name]) for name, t in live.items())
+    local = {name: t.to_local().mul_(3).add_(1) for name, t in live.items()}
+    trained = copy.deepcopy(local)
+    if rank == 0:
+        files.return_late()
+    return loaded and not files.failing, identical(local, trained)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "parts"])
+def test_a_read_that_returns_after_another_rank_failed_and_all_retried_changes_nothing(tmp_path, monkeypatch, strategy):
+    truth = {f"w{n}": torch.arange(n, n + 2 * PAGE, dtype=torch.float32).view(2, -1) for n in range(8)}
+    monkeypatch.setattr(st, "BLOCK_BYTES", 8 * PAGE)
+    over(tmp_path).save(Bag(**truth), None, to(include_rng_state=False))
+    assert run(2, hung_load, tmp_path, strategy, truth) == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_write_that_returns_after_its_save_has_failed_lands_in_no_later_file(ram, impatient, form, level):
+    files = Hung("pwrite")
+    checkpoint, options = over(ckpt.LocalStorage(ram, files)), {"format": form, "compression_level": level}
+    refusal(lambda: checkpoint.save(numbered(0), None, to(**options), cancel=files.reached), ExceptionType.CANCELLED)
+    check_late_write(files, lambda: checkpoint.save(numbered(200), None, to(**options)))
+    assert checkpoint.validate_checkpoint("p").is_valid
+    checkpoint.load(loaded := numbered(100), None, at())
+    assert identical(loaded.state, numbered(200).state) and set(listing(ram)) == named_files(ram)
+
+
+def check_late_write(files, write):
+    """The hung write returns while `write()` has its own files open and written; no file of it got the number."""
+    before = len(files.numbers)
+    files.before = lambda op: op.call == "fsync" and files.worker.is_alive() and files.return_late()
+    write()
+    assert not files.worker.is_alive() and files.fd not in files.numbers[before:]
+
+
+def test_a_write_that_returns_after_its_export_has_failed_lands_in_no_later_file(ram, impatient, monkeypatch):
+    over(ram / "c").save(numbered(0), None, to(include_rng_state=False))
+    files, storage = Hung("pwrite", failing=True), ckpt.LocalStorage(ram / "c")
+    ckpt.export_checkpoint(storage, "p", ram / "reference.safetensors")
+    (ram / "out").mkdir()
+    monkeypatch.setattr(ckpt, "LocalStorage", lambda folder: st.LocalStorage(folder, files))
+    refusal(lambda: ckpt.export_checkpoint(storage, "p", ram / "out/x.safetensors"), ExceptionType.STORAGE_ERROR)
+    assert files.worker.is_alive() and not listing(ram / "out")
+    check_late_write(files, lambda: ckpt.export_checkpoint(storage, "p", ram / "out/y.safetensors"))
+    assert listing(ram / "out") == {"y.safetensors": (ram / "reference.safetensors").read_bytes()}
+
+
+def test_a_load_ends_only_when_no_thread_copies_into_a_tensor_any_more(ram, impatient, monkeypatch):
+    over(ram).save(numbered(0), None, to(include_rng_state=False))
+    live, (reached, closing, returned), late = Bag(**TARGETS["strided"]()), (threading.Event() for _ in range(3)), []
+    copy_in, close = st.copy_in, st.Gate.close
+
+    def slow(*args):
+        reached.set()
+        assert closing.wait(20)
+        late.append(returned.wait(0.2))
+        copy_in(*args)
+
+    monkeypatch.setattr(st, "copy_in", slow)
+    monkeypatch.setattr(st.Gate, "close", lambda self, wait: closing.set() or close(self, wait))
+    refusal(lambda: over(ram).load(live, None, at(load_rng_state=False), cancel=reached), ExceptionType.CANCELLED)
+    returned.set()
+    assert late and not any(late)
 
 
 # Row 22, 23, 28: others at work at the same time. An onlooker acts between any two operations of a writer
