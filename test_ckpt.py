@@ -7,7 +7,8 @@ Sections follow the README's promises: API, bytes, protocol, resharding, resume,
 faults, README.
 Nothing is mocked. Ranks are real processes that speak gloo (`run` below); files are reopened with a reader that
 shares no code with the library (`Shard` below, and the `safetensors` package where it is installed); the truth
-that a restored tensor is compared with never went through a checkpoint. A hang is a failure, never a wait.
+that a restored tensor is compared with never went through a checkpoint. A hang is a failure, never a wait; no test asserts
+a time on the wall clock: work is bounded by counts, processor time and memory.
 
 The fault matrix. At every fault a reader sees exactly the old or exactly the new checkpoint, bit for bit, or a typed
 error where nothing was ever committed; once `save` has returned, only the new one.
@@ -146,6 +147,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.g
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch is chatty
 torch.set_num_threads(1)
+gc.freeze()  # what torch has made is no garbage: a fifth of the time of the loops below would go into looking at it
 MiB = 1 << 20
 BLOCK = 4 * MiB
 PAGE = 4096
@@ -153,6 +155,9 @@ FORMATS = list(CheckpointFormat)
 LEVELS = list(CompressionLevel)
 STRATEGIES = ["parallel", "sequential", "broadcast"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# A wait that takes this long is a hang, however busy the machine. Less than the library's own default of 600 s, so that a
+# rank that waits for its deadline without need is one too. No test asserts how long something takes on the wall clock.
+HANG_S = 500.0
 
 
 # ---- the one multi-process helper ------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ def _rank_main(pipe, port, rank, world_size, body, tmp, args):
     pipe.recv()  # stay until every rank has reported: leaving early closes sockets that others still use
 
 
-def run(world_size, body, tmp, *args, limit_s=60.0, dies=(), group=True):
+def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
     """Run `body(rank, world_size, tmp, *args)` in `world_size` processes; return their results in the order of ranks.
 
     Without a `group`, the processes know nothing of each other, and have no threads: `body(tmp, *args)`.
@@ -207,7 +212,7 @@ def run(world_size, body, tmp, *args, limit_s=60.0, dies=(), group=True):
                     ok, results[rank] = rank in dies, "died"
                 if not ok:
                     failures.append(f"rank {rank}: {results[rank]}")
-                    deadline = min(deadline, time.monotonic() + 10)
+                    deadline = min(deadline, time.monotonic() + 30)
         if pending:
             failures.append(f"ranks {sorted(pending.values())} hang: still running at the limit of {limit_s} s")
     finally:
@@ -225,7 +230,7 @@ def run(world_size, body, tmp, *args, limit_s=60.0, dies=(), group=True):
 def opened(tmp, coordinator=None, **options):
     """The library, as a user opens it, on the directory `tmp`."""
     storage = ckpt.StorageOptions(connection_settings={"base_path": str(tmp)})
-    options = ckpt.CheckpointOptions(**{"storage": storage, "default_timeout": 30.0, **options})
+    options = ckpt.CheckpointOptions(**{"storage": storage, **options})
     return ckpt.DistributedCheckpointFactory.create(coordinator, options)
 
 
@@ -301,6 +306,16 @@ def whole(tensor):
 def listing(tmp):
     """Every file below `tmp`, with its bytes: a directory as a value."""
     return {str(p.relative_to(tmp)): p.read_bytes() for p in sorted(Path(tmp).rglob("*")) if p.is_file()}
+
+
+def save_id(tmp, prefix="p"):
+    """The id of the save that the record names."""
+    return json.loads((Path(tmp) / f"{prefix}.metadata.json").read_text())["save_id"]
+
+
+def aligned(length):
+    """Memory that begins at a page, for direct I/O."""
+    return np.frombuffer(mmap.mmap(-1, length), np.uint8)
 
 
 def shards(tmp, prefix="p"):
@@ -642,15 +657,17 @@ def test_list_gives_committed_checkpoints_oldest_first_whatever_the_clock_says(t
     model, optimizer = small()
     checkpoint = opened(tmp_path)
     assert checkpoint.list_checkpoints() == [] and checkpoint.latest_checkpoint() is None
+    moments = [datetime.datetime.now(datetime.timezone.utc)]
     for age, prefix in enumerate(["z", "deep/er/m", "a"]):
         checkpoint.save(model, optimizer, to(prefix, format=FORMATS[age]))
         os.utime(tmp_path / f"{prefix}.metadata.json", (1e9 - age, 1e9 - age))
+        moments.append(datetime.datetime.now(datetime.timezone.utc))
     infos = checkpoint.list_checkpoints()
     assert [info.prefix for info in infos] == ["z", "deep/er/m", "a"]
     assert checkpoint.latest_checkpoint() == infos[-1]
-    for info, form in zip(infos, FORMATS):
+    for info, form, before, after in zip(infos, FORMATS, moments, moments[1:]):
         assert info.format in (form, form.name, form.value) and info.world_size == 1 and info.version
-        assert abs((datetime.datetime.now(datetime.timezone.utc) - info.timestamp).total_seconds()) < 60
+        assert before <= info.timestamp <= after
         assert info.timestamp.utcoffset() == datetime.timedelta(0)
         stored = sum(path.stat().st_size for path in shards(tmp_path, info.prefix))
         assert stored <= info.size_bytes <= stored + (tmp_path / f"{info.prefix}.metadata.json").stat().st_size
@@ -981,8 +998,10 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
     with pytest.raises(OSError):
         handler.execute_with_retry(twice_in_vain)
     assert len(errors) == 1
-    refusal(lambda: handler.execute_with_timeout(lambda: time.sleep(5), 0.1), ExceptionType.TIMEOUT)
-    assert handler.execute_with_timeout(lambda: 7, 5.0) == 7
+    never = threading.Event()
+    refusal(lambda: handler.execute_with_timeout(lambda: never.wait(HANG_S), 0.1), ExceptionType.TIMEOUT)
+    never.set()
+    assert handler.execute_with_timeout(lambda: 7, HANG_S) == 7
     ckpt.DistributedCheckpoint(storage=storage).save(*small(), to())
     handler.rollback("p")
     assert listing(tmp_path) == {}
@@ -1012,17 +1031,23 @@ def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_pat
 
 def test_cancel_stops_a_validation_in_a_load_before_all_is_read(tmp_path):
     opened(tmp_path).save(Bag(w=torch.zeros(20 * MiB)), None, to())  # 20 blocks
-    cancel, read = threading.Event(), []
+    noticed, read = threading.Event(), []
 
-    class Slow(FileOps):
+    class Cancel(threading.Event):
+        def is_set(self):
+            if super().is_set():
+                noticed.set()
+            return super().is_set()
+
+    class Stopping(FileOps):
         def pread(self, fd, buffer, offset):
             if len(buffer) >= BLOCK:
                 cancel.set()
                 read.append(offset)
-                time.sleep(0.1)
+                noticed.wait(30.0)  # nothing more is read before the load has looked whether it is cancelled
             return super().pread(fd, buffer, offset)
 
-    storage = ckpt.LocalStorage(tmp_path, Slow())
+    cancel, storage = Cancel(), ckpt.LocalStorage(tmp_path, Stopping())
     validator = ckpt.CheckpointValidator(storage, [ckpt.ChecksumIntegrityChecker()])
     checkpoint = ckpt.DistributedCheckpoint(storage=storage, validator=validator)
     refusal(lambda: checkpoint.load(Bag(w=torch.zeros(20 * MiB)), None, at(), cancel=cancel), ExceptionType.CANCELLED)
@@ -1134,51 +1159,72 @@ def use_five_methods(rank, world_size, tmp, form):
     return outcome, failed, told(lambda: checkpoint.save(source, None, to("r")))[0]
 
 
+class Hands:
+    """The `time` module of a clock whose hands the test moves."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def hands(monkeypatch):
+    """Deadlines go by this clock from now on."""
+    monkeypatch.setattr(ckpt.coord, "time", Hands())
+    return ckpt.coord.time
+
+
 class Deserted:
     """Rank 0 of two over five methods, where rank 1 says nothing any more."""
 
     rank, world_size, broadcast = 0, 2, None
 
+    def __init__(self, hands):
+        self.hands = hands
+
     def barrier(self, timeout=600.0):
         self.all_gather(None, timeout)
 
     def all_gather(self, value, timeout=600.0):
-        time.sleep(min(timeout, 30.0))
+        self.hands.sleep(timeout)
         raise ckpt.CheckpointException("rank 1 is silent", type=ckpt.ExceptionType.TIMEOUT, rank=1)
 
 
-def test_with_a_coordinator_of_five_methods_too_the_deadline_ends_the_wait_for_a_silent_rank(tmp_path):
-    checkpoint = over(tmp_path, Deserted())
-    answer, seconds = told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
-    assert answer[:2] == ("TIMEOUT", 1) and seconds < LATEST_S
+def test_with_a_coordinator_of_five_methods_too_the_deadline_ends_the_wait_for_a_silent_rank(tmp_path, hands):
+    answer = told(lambda: save_word(over(tmp_path, Deserted(hands)), "new", timeout=100.0))
+    assert answer[:2] == ("TIMEOUT", 1) and 100 <= hands.now < 105
 
 
 def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_path):
     checkpoint, given, extra = opened(tmp_path), {"epoch": [1]}, {"step": 1}
     gate, storage = threading.Event(), checkpoint.storage
-    storage.files = Seam(lambda *_: gate.wait(20.0))
+    storage.files = Seam(lambda *_: gate.wait(HANG_S))
     options = to(custom_metadata=given)
     pending = checkpoint.save_async(small()[0], None, options, extra_state=extra)
     given["epoch"].append(2)
     extra["more"] = 2
     options.checkpoint_prefix = "q"
     gate.set()
-    assert pending.result(20.0) == "p"
+    assert pending.result(HANG_S) == "p"
     result = checkpoint.load(small()[0], None, at())
     assert result.metadata.custom_metadata == {"epoch": [1]} and result.extra_state == {"step": 1}
 
 
-def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path):
+def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path, hands):
     class Slow(ckpt.LocalStorage):
         made: ClassVar[list[str]] = []
 
         def create(self, name):
             self.made.append(name)
-            threading.Event().wait(0.4)  # longer than the save may take
+            hands.sleep(101)  # longer than the save may take
             return super().create(name)
 
-    checkpoint = over(Slow(tmp_path), timeout=0.2)
-    refusal(lambda: checkpoint.save(small()[0], None, to()), ExceptionType.TIMEOUT)
+    refusal(lambda: over(Slow(tmp_path)).save(small()[0], None, to(timeout=100.0)), ExceptionType.TIMEOUT)
     assert len(Slow.made) == 1 and Slow.made[0].endswith(".tmp") and listing(tmp_path) == {}
 
 
@@ -1208,7 +1254,7 @@ def test_the_three_files_work_inside_somebodys_package(vendored):
         assert (name, prefixes, same, code) == ("pkg.vendor.ckpt", ["p"], True, 0)
     command = [sys.executable, "-m", "pkg.vendor.ckpt", "verify", "c"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=vendored, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=vendored, env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0 and "p: ok" in done.stdout, done.stderr
 
 
@@ -1235,13 +1281,13 @@ def test_the_three_files_please_the_checkers_inside_somebodys_package(vendored, 
     pytest.importorskip(name)
     ours = ["--config", str(HERE / "pyproject.toml")] if name == "ruff" and "--isolated" not in arguments else []
     command = [sys.executable, "-m", name, *arguments, *ours, "pkg"]
-    done = subprocess.run(command, cwd=vendored, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=vendored, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
     script = "import sys, torch; before = set(sys.modules); import ckpt; print(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S, check=True)
     assert "ckpt" in done.stdout.split() and not [name for name in done.stdout.split() if name.startswith("torch")]
 
 
@@ -1251,6 +1297,13 @@ FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", 
 DTYPES = ["bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16"]
 DTYPES += ["float32", "float64", "complex64", "complex128", *FLOAT8, "float4_e2m1fn_x2"]
 DTYPES = [getattr(torch, name) for name in DTYPES if hasattr(torch, name)]
+
+
+def code_of(dtype):
+    """What safetensors calls a dtype: bfloat16 BF16, float8_e4m3fn F8_E4M3, complex64 C64."""
+    name = str(dtype).removeprefix("torch.").removesuffix("fnu").upper().replace("UINT", "U")
+    name = re.sub("^FLOAT4.*", "F4", re.sub("^FLOAT8_(E...)(FN$)?", r"F8_\1", name))
+    return re.sub("^(B?)(INT|FLOAT|COMPLEX)", lambda kind: kind[1] + kind[2][0], name)
 
 
 def pattern(dtype, salt=0):
@@ -1373,7 +1426,7 @@ def test_an_interpreter_that_exits_waits_for_a_save_in_any_format(tmp_path, form
         "saver.save_async(torch.nn.Linear(2000, 2000), None, ckpt.SaveOptions('p', form))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path, form.value], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, tmp_path, form.value], capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     assert opened(tmp_path).validate_checkpoint("p").is_valid
@@ -1516,11 +1569,11 @@ def save_replicas(rank, world_size, tmp):
 
 def test_twenty_thousand_small_tensors_cost_what_their_bytes_cost(tmp_path):
     bag = Bag(**{f"t{i}": torch.full((16,), i, dtype=torch.int32) for i in range(20_000)})
-    checkpoint = opened(tmp_path)
-    began = time.monotonic()
+    files = Seam()
+    checkpoint, began = over(ckpt.LocalStorage(tmp_path, files)), time.process_time()
     checkpoint.save(bag, None, to())
     checkpoint.load(Bag(**{name: torch.zeros(16, dtype=torch.int32) for name in bag.state}), None, at())
-    assert time.monotonic() - began < 20
+    assert len(files.log) < 100 and time.process_time() - began < 60
     shard = Shard(shards(tmp_path)[0])
     assert len(shard.bytes) - shard.data_at < 20_000 * 64 + 64 * 1024
 
@@ -1867,22 +1920,27 @@ def test_a_local_coordinator_is_rank_zero_of_one():
 def test_a_torch_coordinator_gathers_broadcasts_and_names_who_is_late(tmp_path):
     for rank, (gathered, sent, late, again) in enumerate(run(3, coordinate, tmp_path)):
         assert gathered == [{"rank": 0}, {"rank": 1}, {"rank": 2}] and sent == "from 1" and again == [0, 1, 2]
-        assert rank == 1 or (late[0] == "TIMEOUT" and re.search(r"\brank\D*1\b", late[2])), late
+        assert rank == 1 or (late[0] == "TIMEOUT" and 1 in named(late)), late
 
 
 def coordinate(rank, world_size, tmp):
     coordinator = ckpt.TorchCoordinator()
     assert isinstance(coordinator, ckpt.DistributedCoordinator)
-    gathered = coordinator.all_gather({"rank": rank}, timeout=20.0)
-    sent = coordinator.broadcast(f"from {rank}", src=1, timeout=20.0)
+    gathered = coordinator.all_gather({"rank": rank})
+    sent = coordinator.broadcast(f"from {rank}", src=1)
     late = None
     if rank == 1:
         await_file(tmp / "gave-up-0")
         await_file(tmp / "gave-up-2")
     late = told(lambda: coordinator.barrier(timeout=1.0))
     (tmp / f"gave-up-{rank}").touch()
-    ckpt.TorchCoordinator().barrier(timeout=20.0)
-    return gathered, sent, late, ckpt.TorchCoordinator().all_gather(rank, timeout=20.0)
+    ckpt.TorchCoordinator().barrier()
+    return gathered, sent, late, ckpt.TorchCoordinator().all_gather(rank)
+
+
+def named(answer):
+    """The ranks that a TIMEOUT names: whoever is silent, and on a busy machine also who came late to this wait."""
+    return [int(rank) for rank in re.search(r"rank\(s\) ([\d, ]+) of", answer[2])[1].split(", ")]
 
 
 def test_ranks_tell_each_other_values_of_any_size(tmp_path):
@@ -2046,52 +2104,47 @@ def misuse_on_rank_one(rank, world_size, tmp):
 
 @pytest.mark.parametrize("operation", ["save", "load"])
 def test_a_dead_rank_is_named_at_the_deadline(tmp_path, operation):
-    survivors = [answer for answer in run(3, outlive_rank_one, tmp_path, operation, dies={1}) if answer != "died"]
-    assert len(survivors) == 2
-    for (kind, _, message), seconds in survivors:
-        assert kind == "TIMEOUT" and re.search(r"\brank\D*1\b", message) and seconds < 2 + 5, (message, seconds)
+    first, _, third = run(3, outlive_rank_one, tmp_path, operation, dies={1})
+    assert first == third and first[0] == "TIMEOUT" and 1 in named(first), (first, third)
 
 
 def outlive_rank_one(rank, world_size, tmp, operation):
-    checkpoint = opened(tmp, default_timeout=2.0)
+    checkpoint = opened(tmp, default_timeout=DEADLINE_S)
     model, optimizer = small()
-    checkpoint.save(model, optimizer, to("before", timeout=20.0))
+    checkpoint.save(model, optimizer, to("before", timeout=600.0))
+    dist.barrier()
     if rank == 1:
         os._exit(9)
-    began = time.monotonic()
     if operation == "save":
         answer = told(lambda: checkpoint.save(model, optimizer, to()))
     else:
         answer = told(lambda: checkpoint.load(model, optimizer, at("before")))
     assert [info.prefix for info in checkpoint.list_checkpoints()] == ["before"]
-    return answer, time.monotonic() - began
+    return answer
 
 
 def test_a_straggler_is_named_cannot_commit_and_then_all_save_again(tmp_path):
     prompt, late = run(2, straggle, tmp_path)
-    (kind, _, message), seconds = prompt[0], prompt[1]
-    assert kind == "TIMEOUT" and re.search(r"\brank\D*1\b", message) and 1 < seconds < 1.5 + 5
-    assert late[0][0] in ("TIMEOUT", "SAVE_FAILED"), late
-    assert prompt[2] == late[2] == ["again"]
+    assert prompt[0][0] == "TIMEOUT" and named(prompt[0]) == [1], prompt
+    assert late[0] == prompt[0], late
+    assert prompt[1] == late[1] == ["again"]
 
 
 def straggle(rank, world_size, tmp):
-    checkpoint = opened(tmp, default_timeout=20.0)
+    checkpoint = opened(tmp)
     model, optimizer = small()
     gate = tmp / "gave-up"
     if rank == 1:
         await_file(gate)
-    began = time.monotonic()
-    answer = told(lambda: checkpoint.save(model, optimizer, to("late", timeout=1.5)))
-    seconds = time.monotonic() - began
+    answer = told(lambda: checkpoint.save(model, optimizer, to("late", timeout=600.0 if rank else 1.5)))
     gate.touch()
     checkpoint.save(model, optimizer, to("again"))
     checkpoint.load(model, optimizer, at("again"))
-    return answer, seconds, [info.prefix for info in checkpoint.list_checkpoints()]
+    return answer, [info.prefix for info in checkpoint.list_checkpoints()]
 
 
 def test_queries_and_deletes_are_local_and_never_wait_for_other_ranks(tmp_path):
-    assert run(2, ask_alone, tmp_path, limit_s=20)[0] == (["a", "b"], "b", True, ["b"])
+    assert run(2, ask_alone, tmp_path)[0] == (["a", "b"], "b", True, ["b"])
 
 
 def ask_alone(rank, world_size, tmp):
@@ -2110,7 +2163,7 @@ def ask_alone(rank, world_size, tmp):
 
 
 def test_a_process_group_of_some_ranks_saves_without_the_others(tmp_path):
-    answers = run(3, save_in_a_subset, tmp_path, limit_s=30)
+    answers = run(3, save_in_a_subset, tmp_path)
     assert answers == [None, (0, 2, True), (1, 2, True)]
     assert len(shards(tmp_path)) == 2
 
@@ -2582,7 +2635,7 @@ def save_random_meshes(rank, world_size, tmp, cases):
 
 def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_anything_is_written(tmp_path):
     cases = 60
-    for outcomes in run(4, save_random_meshes, tmp_path, cases, limit_s=180.0):
+    for outcomes in run(4, save_random_meshes, tmp_path, cases):
         assert not [outcome for outcome in outcomes if outcome[0] == "WRONG"]
         refused = [outcome for outcome in outcomes if outcome[0] != "exact"]
         assert len(refused) < cases // 10 and all("Strided" in placements for _, placements, _ in refused), refused
@@ -3143,7 +3196,7 @@ def test_only_what_fills_a_block_to_three_quarters_is_one_ranks_alone(tmp_path, 
         assert {task.alone() for task in tasks[1:-1]} == {alone}
         assert not any(task.alone() for task in reader.plan([ckpt.coord.Target(index, box, view)]))
         for task in tasks:
-            reader.run(task, st.aligned_buffer(BLOCK))
+            reader.run(task, aligned(BLOCK))
     assert torch.equal(view, weight[low:high, : box.size[1]])
 
 
@@ -3197,7 +3250,7 @@ def test_a_file_cut_short_while_it_is_open_is_damage_wherever_it_is_read(tmp_pat
         os.truncate(tmp_path / "file", left)
         for offset in (64 * MiB, 128 * MiB):
             with pytest.raises(ckpt.CheckpointException, match="bytes missing"):
-                file.read(offset, st.aligned_buffer(MiB).data, st.aligned_buffer(MiB).data)
+                file.read(offset, aligned(MiB).data, aligned(MiB).data)
 
 
 def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_yet(tmp_path):
@@ -3205,12 +3258,12 @@ def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_y
     os.close(free)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     (tmp_path / "file").write_bytes(bytes(2 * MiB))
-    with contextlib.closing(ckpt.LocalStorage(tmp_path).open("file")) as file:
+    with contextlib.closing(ckpt.LocalStorage(tmp_path).open("file")) as file, open(tmp_path / "file", "rb") as ours:
         resource.setrlimit(resource.RLIMIT_NOFILE, (2 * free, limits[1]))
         try:
             with pytest.raises(OSError, match="Too many open files"):
-                FileOps().open_direct(file._fd, os.O_RDONLY)
-            file.read(0, st.aligned_buffer(2 * MiB).data, st.aligned_buffer(2 * MiB).data)
+                FileOps().open_direct(ours.fileno(), os.O_RDONLY)
+            file.read(0, aligned(2 * MiB).data, aligned(2 * MiB).data)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -3228,15 +3281,14 @@ def test_a_read_by_way_of_another_buffer_gives_the_same_bytes_however_short_its_
 
     data = np.random.default_rng(1).integers(0, 256, PAGE + 4 * MiB, np.uint8)
     (tmp_path / "file").write_bytes(data)
-    into = st.aligned_buffer(length)
-    unaligned = st.aligned_buffer(4 * MiB)[1:]
-    others = {"as long": st.aligned_buffer(4 * MiB), "shorter": st.aligned_buffer(MiB + 5), "unaligned": unaligned}
+    into = aligned(length)
+    others = {"as long": aligned(4 * MiB), "shorter": aligned(MiB + 5), "unaligned": aligned(4 * MiB)[1:]}
     bounce = others.get(room, into)
     with contextlib.closing(ckpt.LocalStorage(tmp_path, Cold()).open("file")) as file:
         file.read(PAGE, into.data, bounce.data)
         assert np.array_equal(into, data[PAGE : PAGE + length])
         with pytest.raises(ckpt.CheckpointException, match="bytes missing"):
-            file.read(2 * PAGE, st.aligned_buffer(4 * MiB).data, bounce.data)
+            file.read(2 * PAGE, aligned(4 * MiB).data, bounce.data)
 
 
 def test_a_fork_finds_zeros_in_the_memory_for_io_not_its_parents_bytes():
@@ -4181,7 +4233,7 @@ def test_the_command_line_says_what_is_wrong_with_its_arguments(tmp_path, capsys
 def test_python_ckpt_py_is_the_command(two_checkpoints):
     def python(*words):
         command = [sys.executable, str(HERE / "ckpt.py"), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
 
     done = python("ls", two_checkpoints, "--json")
     assert done.returncode == 0 and "runs/one" in json.dumps(json.loads(done.stdout))
@@ -4206,7 +4258,7 @@ def contents(path):
 
 def as_stored(state):
     """What a file must hold of a state dict of plain tensors; of F4, two elements a byte."""
-    forms = {n: (st.CODES[t.dtype], list(t.shape), raw(t)) for n, t in state.items()}
+    forms = {n: (code_of(t.dtype), list(t.shape), raw(t)) for n, t in state.items()}
     return {n: (c, [*s[:-1], s[-1] * 2], data) if c == "F4" else (c, s, data) for n, (c, s, data) in forms.items()}
 
 
@@ -4310,18 +4362,18 @@ def test_an_export_cut_into_files_opens_with_safetensors(tmp_path, capsys):
     assert not truth
 
 
-@pytest.mark.parametrize("code", ["f16", "bf16", "f32", "f64"])
-def test_export_casts_the_floats_of_the_model_and_nothing_else(tmp_path, code, capsys):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=code_of)
+def test_export_casts_the_floats_of_the_model_and_nothing_else(tmp_path, dtype, capsys):
     model = nn.Linear(300, 5)
     model.register_buffer("narrow", torch.randn(7).half())
     model.register_buffer("tiny", torch.randn(7).to(torch.float8_e5m2))
     model.register_buffer("steps", torch.arange(7))
     optimizer = stepped(model)
-    checkpoint, dtype = opened(tmp_path), st.DTYPES[code.upper()]
+    checkpoint = opened(tmp_path)
     checkpoint.save(model, optimizer, to(compression_level=CompressionLevel.FAST))
     kept = {"tiny", "steps"}
     wanted = {name: t if name in kept else t.to(dtype) for name, t in model.state_dict().items()}
-    found = exported(capsys, tmp_path, "p", "--dtype", code)
+    found = exported(capsys, tmp_path, "p", "--dtype", code_of(dtype).lower())
     assert {name: found[name] for name in wanted} == as_stored(wanted)
     assert {found[name][0] for name in found.keys() - wanted.keys()} == {"F32"}, "moments and steps of the optimizer"
     with pytest.raises(ValueError, match="bfloat16"):
@@ -4422,7 +4474,7 @@ def test_an_export_replaces_what_a_dead_one_has_left_but_not_what_a_live_one_wri
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_transformers_model_goes_through_fsdp2_and_safetensors_to_from_pretrained(tmp_path, kind, capsys):
     transformers = pytest.importorskip("transformers")
-    logits = run(2, save_transformer, tmp_path, kind, limit_s=150)
+    logits = run(2, save_transformer, tmp_path, kind)
     for number, words in enumerate(([], ["--max-shard-size", "20kB"])):
         out = tmp_path / f"hf{number}" / "model.safetensors"
         assert command(capsys, "export", tmp_path, "p", out, "--model-only", *words)[0] == 0
@@ -4564,10 +4616,10 @@ def test_dicts_of_dicts_of_tensors_are_imported_by_dotted_names_and_tied_tensors
     source = as_torch(tmp_path, {"a": {"w": shared, "b": {"0": torch.ones(2)}}, "c": shared, "lr": 0.1})
     assert command(capsys, "import", source, tmp_path, "p")[0] == 0
     state = Bag(**{"a.w": torch.zeros(1000), "a.b.0": torch.zeros(2), "c": torch.zeros(1000)})
-    assert opened(tmp_path).load(state, None, at()).extra_state == {"lr": 0.1}
+    result = opened(tmp_path).load(state, None, at())
+    assert result.extra_state == {"lr": 0.1}
     assert identical(state.state["c"], shared) and identical(state.state["a.w"], shared)
-    meta = st.read_committed(ckpt.LocalStorage(tmp_path), "p")
-    assert [t.name for t in meta.tensors if t.alias_of is not None] == ["model/c"]
+    assert [t.name for t in result.metadata.tensors if t.alias_of is not None] == ["model/c"]
 
 
 def test_a_tied_tensor_may_be_imported_under_one_of_its_names_alone(tmp_path, capsys):
@@ -4803,7 +4855,7 @@ def on_terminal(columns, *words):
         while data := os.read(ours, 1 << 16):
             text += data
     os.close(ours)
-    return process.wait(60), text.decode()
+    return process.wait(HANG_S), text.decode()
 
 
 def test_show_adds_up_modules_and_fits_the_terminal(two_checkpoints, capsys):
@@ -4854,7 +4906,7 @@ def test_a_reader_of_the_output_may_stop_early(two_checkpoints):
     line = [sys.executable, str(HERE / "ckpt.py"), "show", str(two_checkpoints), "runs/one"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
-    assert (process.stderr.read(), process.wait(60)) == (b"", 0)
+    assert (process.stderr.read(), process.wait(HANG_S)) == (b"", 0)
 
 
 MISUSE = [
@@ -5462,7 +5514,7 @@ def test_logging_is_silent_until_asked_for_and_then_says_what_the_readme_says(tm
     said = []
     for arguments in ([], ["loud"]):
         command = [sys.executable, "-c", script, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S, check=True)
         said.append(done.stdout + done.stderr)
     quiet, loud = said
     assert quiet == "" and "WARNING:ckpt:step_100" in loud
@@ -5558,13 +5610,13 @@ def value(word, tensors=2):
     return Bag(**{f"w{n}": torch.full((4 + n,), number) for n in range(tensors)})
 
 
-def over(storage, coordinator=None, attempts=1, keep_last=None, timeout=20.0):
+def over(storage, coordinator=None, attempts=1, keep_last=None):
     """The library on a storage (or a directory), trying `attempts` times without much delay."""
     storage = ckpt.LocalStorage(storage) if isinstance(storage, Path) else storage
     retry = ckpt.RetryPolicy(max_retries=attempts, initial_delay=0.001, max_delay=0.002)
     handler = ckpt.FaultToleranceHandler(storage, retry)
     checkpoint = ckpt.DistributedCheckpoint(coordinator or ckpt.LocalCoordinator(), storage, handler)
-    checkpoint.default_timeout, checkpoint.keep_last = timeout, keep_last
+    checkpoint.keep_last = keep_last
     return checkpoint
 
 
@@ -5664,12 +5716,12 @@ def check_oracle(storage, scene, returned, context):
 # Row 1, 3: a real process ends at operation k
 
 
-def apart(body, tmp, *args, limit_s=60.0):
+def apart(body, tmp, *args, limit_s=HANG_S):
     """`body(tmp, *args)` in a fresh process that has no other threads, so that it may fork; its result."""
     return run(1, body, tmp, *args, limit_s=limit_s, group=False)[0]
 
 
-def forked(act, limit_s=10.0):
+def forked(act, limit_s=HANG_S):
     """How a fork of this process ends that runs `act()` and then exits with code 0: its wait status."""
     pid = os.fork()
     if pid == 0:
@@ -5736,7 +5788,7 @@ CLEAN_UPS = {"gc": st.collect_garbage, "delete": lambda s: told(lambda: over(s).
 
 @pytest.mark.parametrize("clean_up", CLEAN_UPS)
 def test_a_crash_during_the_clean_up_after_a_crash_is_cleaned_up_next_time(ram, clean_up):
-    COUNTS["crash points"] += apart(crash_in_clean_up, ram, clean_up, limit_s=120)
+    COUNTS["crash points"] += apart(crash_in_clean_up, ram, clean_up)
 
 
 def crash_in_clean_up(tmp, clean_up):
@@ -5949,7 +6001,7 @@ class ThreadRank:
         return self.shared[2].get(self.operation)
 
 
-def together(world_size, body, limit_s=30.0):
+def together(world_size, body, limit_s=HANG_S):
     """`body(coordinator)` in a thread for each rank; the results in the order of ranks."""
     shared = threading.Condition(), {}, {}
     with ThreadPoolExecutor(world_size) as pool:
@@ -6010,7 +6062,7 @@ class MemoryFile:
     def read(self, offset, buffer, bounce=None):
         data = self.storage.files[self.name][offset : offset + len(buffer)]
         if len(data) < len(buffer):
-            raise st.corrupted(f"{self.name}: too short")
+            raise CheckpointException(f"{self.name}: too short", type=ExceptionType.CORRUPTED_CHECKPOINT)
         buffer[:] = data
 
     def write(self, offset, data):
@@ -6329,7 +6381,7 @@ def check_thread_error(tmp, error, level=CompressionLevel.NONE, number=0):
         thread = threading.current_thread().name
         if thread.startswith("ckpt-io") and thread not in came:
             came.add(thread)
-            met.wait(10)
+            met.wait(HANG_S)
             if thread == f"ckpt-io-{number}":
                 failed.append(thread)
                 raise error
@@ -6684,7 +6736,7 @@ def interleaved(rng, jobs):
             with turn:
                 waiting[number] = False
                 turn.notify_all()
-                assert turn.wait_for(lambda: waiting.get(number), 20)
+                assert turn.wait_for(lambda: waiting.get(number), HANG_S)
                 del waiting[number]
 
         return wait
@@ -6702,11 +6754,13 @@ def interleaved(rng, jobs):
         with turn:
             while len(done) < len(jobs):
                 # every job waits for its turn, or is done, or is busy in memory
-                assert turn.wait_for(lambda: len(waiting) + len(done) >= len(jobs) and not any(waiting.values()), 20)
+                assert turn.wait_for(
+                    lambda: len(waiting) + len(done) >= len(jobs) and not any(waiting.values()), HANG_S
+                )
                 if waiting:
                     waiting[rng.choice(sorted(waiting))] = True
                     turn.notify_all()
-        return [future.result(20) for future in futures]
+        return [future.result(HANG_S) for future in futures]
 
 
 CLEANERS = {
@@ -6813,7 +6867,7 @@ def check_all(ram, monkeypatch, damage, form, level):
     monkeypatch.setattr(st, "BLOCK_BYTES", SMALL_BLOCK)
     files = specimen(ram / "s", form, level)
     assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
-    return sum(run(CORES, check_share, ram, damage, files, limit_s=240))
+    return sum(run(CORES, check_share, ram, damage, files))
 
 
 def check_share(rank, world_size, tmp, damage, files):
@@ -7006,16 +7060,20 @@ def fuzzed_header(rng, files):
 FUZZERS = {"record": fuzzed_record, "header": fuzzed_header}
 
 
-def check_bad_input(files, context="", seconds=1.0):
-    """Nothing but typed refusals come out of damaged or lying files, soon."""
-    started = time.monotonic()
+def check_bad_input(files, context="", seconds=1.0, save=True):
+    """Nothing but typed refusals come out of damaged or lying files, with little work; nor do they stop a save.
+
+    `seconds` are of this process, in all its threads, whatever else the machine does.
+    """
+    started = time.process_time()
     outcome = load_specimen(files)
     assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
     checkpoint = over(Memory(files))
     checkpoint.list_checkpoints()
     checkpoint.validate_checkpoint("p").get_summary()
-    st.record_head(checkpoint.storage, "p")
-    assert time.monotonic() - started < seconds, (time.monotonic() - started, context)
+    assert not save or save_word(checkpoint, "new", "q") == "q", context
+    took = time.process_time() - started
+    assert took < seconds, (took, context)
     return outcome
 
 
@@ -7053,7 +7111,7 @@ def most_memory():
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("what", FUZZERS)
 def test_fuzz_of_headers_and_records_raises_only_what_is_documented_in_little_time_and_memory(ram, form, what):
-    count, outcomes = apart(fuzz, ram, what, form, limit_s=60.0 * ROUNDS)
+    count, outcomes = apart(fuzz, ram, what, form, limit_s=HANG_S * ROUNDS)
     COUNTS["fuzz cases"] += count
     assert outcomes["CORRUPTED_CHECKPOINT"] > count // 2, outcomes  # the fuzz reaches the checks
 
@@ -7067,7 +7125,7 @@ def fuzz(tmp, what, form):
         files = FUZZERS[what](rng, bases[seed % len(bases)])
         if number == 0:
             started = most_memory()
-        outcome = check_bad_input(files, (what, form, seed))
+        outcome = check_bad_input(files, (what, form, seed), save=seed % 8 == 0)
         if number >= 0:
             outcomes[outcome if isinstance(outcome, str) else outcome[0]] += 1
     assert most_memory() - started < 64 * MiB, "memory"
@@ -7386,8 +7444,8 @@ IMPOSED = {
 @pytest.mark.parametrize("kind", IMPOSTORS)
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_nobody(ram, victim, kind):
-    """Each call in turn, on a fresh copy: it comes back in time, and nothing outside has changed."""
-    for name, outcome, whole in apart(meet_impostor, ram, victim, kind, limit_s=40.0):
+    """Each call in turn, on a fresh copy: it comes back, and nothing outside has changed."""
+    for name, outcome, whole in apart(meet_impostor, ram, victim, kind):
         assert whole, f"{name} changed what is outside: {outcome}"
         if name == "load" and victim != "temporary" and (kind, victim) not in HARMLESS:
             assert outcome not in WORDS, (name, outcome)
@@ -7406,12 +7464,10 @@ def meet_impostor(tmp, victim, kind):
     for number, (name, call) in enumerate(IMPOSED.items()):
         here = tmp / str(number)
         base, _, before = impostor(here, victim, kind)
-        started = time.monotonic()
         try:
             outcome = call(ckpt.LocalStorage(base))
         except Exception as error:
             outcome = f"raw {type(error).__name__} {error}"
-        assert time.monotonic() - started < 3, (name, "slow")
         after = {k: v for k, v in listing(here).items() if k.startswith("outside")}
         found.append((name, outcome if isinstance(outcome, (str, bool, tuple)) else str(outcome), after == before))
         shutil.rmtree(here)
@@ -7681,7 +7737,7 @@ def places_of_files(tmp):
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
 def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram, kind):
-    for source, path, (outcome, _, message), files in apart(import_impostors, ram, kind, limit_s=60.0):
+    for source, path, (outcome, _, message), files in apart(import_impostors, ram, kind):
         if kind == "a directory" and (source == path or "dcp" in path):
             assert outcome in ("ValueError", "LOAD_FAILED"), (path, outcome, message)
         else:
@@ -7842,53 +7898,55 @@ def test_a_power_loss_during_any_kind_of_save_or_delete_leaves_old_or_new(ram, t
     )
 
 
-# The harness itself: twelve mutants of the library, each of which a checker above must catch
+# The harness itself: twelve mutants of the library, each of which a checker above must catch. Those of its file
+# operations are made at the seam, which does, and logs, something else than what it is asked for.
 
 
 def _no_file_sync(patch):
-    patch.setattr(st.LocalFile, "sync", lambda self: None)
+    patch.setattr(Seam, "fsync", lambda self, fd: None)
 
 
 def _no_directory_sync(patch):
-    patch.setattr(st.LocalStorage, "sync_directory", lambda self, name: None)
+    patch.setattr(Seam, "fsync_dir", lambda self, fd: None)
+
+
+def _instead_of(patch, call, act):
+    """Where the library asks for `call`, `act(real, seam, *args)` is done."""
+    real = getattr(Seam, call)
+    patch.setattr(Seam, call, lambda self, *args: act(functools.partial(real, self), self, *args))
 
 
 def _unlink_before_rename(patch):
-    real = st.LocalStorage.publish
+    def act(rename, seam, source, target, dir_fd):
+        with contextlib.suppress(FileNotFoundError):
+            seam.unlink(target, dir_fd)
+        rename(source, target, dir_fd)
 
-    def publish(self, temporary, name, overwrite):
-        self.delete(name)
-        real(self, temporary, name, overwrite)
-
-    patch.setattr(st.LocalStorage, "publish", publish)
+    _instead_of(patch, "rename", act)
 
 
 def _overwrite_in_place(patch):
-    real = st.LocalStorage.publish
+    def act(rename, seam, source, target, dir_fd):
+        if not Path(seam._path(target, dir_fd)).exists():
+            return rename(source, target, dir_fd)
+        record, fd = Path(seam._path(source, dir_fd)).read_bytes(), seam.open(target, os.O_RDWR, dir_fd)
+        seam.truncate(fd, len(record))
+        seam.pwrite(fd, record, 0)
+        seam.fsync(fd)
+        seam.close(fd)
+        seam.unlink(source, dir_fd)
 
-    def publish(self, temporary, name, overwrite):
-        if self.length(name) is None:
-            return real(self, temporary, name, overwrite)
-        record, file = st.read_file(self, temporary), self.open(name, write=True)
-        file.resize(len(record))
-        file.write(0, memoryview(record))
-        file.sync()
-        file.close()
-        self.delete(temporary)
-
-    patch.setattr(st.LocalStorage, "publish", publish)
+    _instead_of(patch, "rename", act)
 
 
 def _sync_again(patch):
-    real = st.LocalFile.sync
-
-    def sync(self):
+    def act(fsync, seam, fd):
         try:
-            real(self)
+            fsync(fd)
         except OSError:
-            real(self)
+            fsync(fd)
 
-    patch.setattr(st.LocalFile, "sync", sync)
+    _instead_of(patch, "fsync", act)
 
 
 def _swallow_thread_errors(patch):
@@ -7905,44 +7963,47 @@ def _swallow_thread_errors(patch):
 
 
 def _commit_before_all_have_written(patch):
-    """The other ranks report what they are going to write, and write it once they hear of the commit."""
-    write, announce = ckpt.coord._Attempt.write, ckpt.coord._Attempt.announce
+    """Rank 1 reports what it is going to write, and writes it after the commit."""
+    late = []
 
-    def promise(self):
-        if self.op.rank == 0:
-            return write(self)
-        storage, self.storage = self.storage, Memory({})
-        write(self)
-        self.storage = storage
+    def promise(pwrite, seam, fd, data, offset):
+        if "-00001-of-" not in seam.paths[fd]:
+            return pwrite(fd, data, offset)
+        late.append((pwrite, seam.paths[fd], bytes(data), offset))
+        return len(data)
 
-    def keep_it(self):
-        announce(self)
-        if self.op.rank != 0:
-            write(self)
+    def keep_it(rename, seam, source, target, dir_fd):
+        rename(source, target, dir_fd)
+        while late:
+            pwrite, path, data, offset = late.pop()
+            fd = seam.open(path, os.O_RDWR)
+            pwrite(fd, data, offset)
+            seam.fsync(fd)
+            seam.close(fd)
 
-    patch.setattr(ckpt.coord._Attempt, "write", promise)
-    patch.setattr(ckpt.coord._Attempt, "announce", keep_it)
+    _instead_of(patch, "pwrite", promise)
+    _instead_of(patch, "rename", keep_it)
 
 
 def _record_before_shards(patch):
     """Shards are synced, but after the rename."""
-    sync, publish, late = st.LocalFile.sync, st.LocalStorage.publish, []
+    late = []
 
-    def sync_later(self):
-        if self._name.endswith(".tmp"):
-            sync(self)
+    def sync_later(fsync, seam, fd):
+        if seam.paths[fd].endswith(".tmp"):
+            fsync(fd)
         else:
-            late.append(self._name)
+            late.append((fsync, seam.paths[fd]))
 
-    def publish_first(self, temporary, name, overwrite):
-        publish(self, temporary, name, overwrite)
+    def rename_first(rename, seam, source, target, dir_fd):
+        rename(source, target, dir_fd)
         while late:
-            file = self.open(late.pop(), write=True)
-            sync(file)
-            file.close()
+            fsync, path = late.pop()
+            fsync(fd := seam.open(path, os.O_RDWR))
+            seam.close(fd)
 
-    patch.setattr(st.LocalFile, "sync", sync_later)
-    patch.setattr(st.LocalStorage, "publish", publish_first)
+    _instead_of(patch, "fsync", sync_later)
+    _instead_of(patch, "rename", rename_first)
 
 
 def _crc_not_checked(patch):
@@ -7953,7 +8014,7 @@ def _crc_not_checked(patch):
 
 
 def _duplicate_keys(patch):
-    patch.setattr(st, "parse_json", lambda text, path: json.loads(text))
+    patch.setattr(st, "json", types.SimpleNamespace(**vars(json) | {"loads": lambda text, **_: json.loads(text)}))
 
 
 def _unchecked_join(patch):
@@ -7975,13 +8036,14 @@ def _unchecked_join(patch):
 
 
 def _clean_up_before_the_commit(patch):
-    real = ckpt.coord._Attempt._rename
+    def act(rename, seam, source, target, dir_fd):
+        save, directory = source.split(".")[-2], seam._path(target, dir_fd).removesuffix(".metadata.json")
+        for name in os.listdir(directory):
+            if not name.startswith(save):
+                seam.unlink(f"{directory}/{name}")
+        rename(source, target, dir_fd)
 
-    def rename(self):
-        st.delete_files(self.storage, self.ticket.prefix, self._superseded)
-        real(self)
-
-    patch.setattr(ckpt.coord._Attempt, "_rename", rename)
+    _instead_of(patch, "rename", act)
 
 
 def check_duplicate_keys(files):
@@ -8054,8 +8116,7 @@ def test_each_mutant_of_the_library_is_caught(ram, tiny_blocks, mutant):
 # ---- faults of several ranks: killed, raising, stopped, cancelled, signalled -------------------------------------------
 
 STEPS = ("S1", "S2", "S3", "S4", "S5", "S6", "S7")
-DEADLINE_S = 2.0
-LATEST_S = DEADLINE_S + 5.0
+DEADLINE_S = 3.0  # one that is to pass; everywhere else the library's own, at which `run` has lost its patience
 
 
 def entering(step, act):
@@ -8091,15 +8152,34 @@ def room_for(base, *names):
     return path
 
 
-def told_in_time(call):
-    """What `call()` told, and after how many seconds."""
-    began = time.monotonic()
-    return told(call), time.monotonic() - began
+class Halted:
+    """The `time` module of a clock that stands still until there is a file at `path`: deadlines count from then on."""
+
+    sleep = staticmethod(time.sleep)
+
+    def __init__(self, path):
+        self.path, self.started = path, None
+
+    def monotonic(self):
+        if self.started is None and self.path.exists():
+            self.started = time.monotonic()
+        return 0.0 if self.started is None else time.monotonic() - self.started
 
 
-def save_word(checkpoint, word, **options):
+def strike_in(step, tmp, here, number):
+    """From now on this process gets a signal in each save's `step`, if it is to be `here`; deadlines count from then."""
+    ckpt.coord.time = Halted(tmp / "struck")
+
+    def act():
+        (tmp / "struck").touch()
+        os.kill(os.getpid(), number)
+
+    return entering(step, act) if here else lambda: None
+
+
+def save_word(checkpoint, word, prefix="p", **options):
     """Save a word by an object that exists already."""
-    return checkpoint.save(value(word), None, to(include_rng_state=False, **options))
+    return checkpoint.save(value(word), None, to(prefix, include_rng_state=False, **options))
 
 
 def names_rank(answer, rank):
@@ -8137,22 +8217,21 @@ def check_kill(base, world_size, step, victim):
     answers = run(world_size, killed_in_step, tmp, step, victim, dies={victim})
     assert answers[victim] == "died", case
     committed = is_committed_without(step, victim)
-    for answer, seconds in (a for rank, a in enumerate(answers) if rank != victim):
-        assert seconds < LATEST_S, (case, seconds)
+    for answer in (a for rank, a in enumerate(answers) if rank != victim):
         if committed:
             assert answer == ("returned", None, "p"), (case, answer)
         else:
             assert answer[0] == "TIMEOUT" and names_rank(answer, victim), (case, answer)
     assert seen(tmp) == ("new" if committed else "old"), case
+    (tmp / "struck").unlink()
     check_recovery(tmp, context=case)
 
 
 def killed_in_step(rank, world_size, tmp, step, victim):
     checkpoint = over(tmp, ckpt.TorchCoordinator())
     save_word(checkpoint, "old")
-    if rank == victim:
-        entering(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    return told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+    strike_in(step, tmp, rank == victim, signal.SIGKILL)
+    return told(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
 
 
 # Row 10: a rank raises on entry of a step; every process lives on, so one set of them tries all
@@ -8168,7 +8247,6 @@ def test_a_rank_that_raises_in_any_step_stops_all_alike_or_warns_once_it_is_comm
         words = {told["seen"] for told in told_by_rank}
         warned = [line for told in told_by_rank for line in told["warned"]]
         case = f"rank {victim} of {world_size} raised in {step}: {answers}"
-        assert max(told["seconds"] for told in told_by_rank) < LATEST_S, case
         may_commit, may_fail = step == "S7" or (step == "S6" and victim != 0), step != "S7"
         if answers[0][0] == "returned":
             assert may_commit and set(answers) == {("returned", None, "p")} and words == {"new"}, case
@@ -8188,23 +8266,23 @@ def raise_in_each_step(rank, world_size, tmp, form):
     for step, victim in itertools.product(STEPS, range(world_size)):
         save_word(checkpoint, "old", format=form)
         dist.barrier()
-        before = st.committed_id(checkpoint.storage, "p")
+        before = save_id(tmp)
         files = set(listing(tmp))
         dist.barrier()
 
         def boom(step=step, before=before):
-            while step == "S7" and st.committed_id(checkpoint.storage, "p") == before:
+            while step == "S7" and save_id(tmp) == before:
                 time.sleep(0.001)  # S7 is after the rename
             raise RuntimeError("boom")
 
         undo = entering(step, boom) if rank == victim else lambda: None
         del warned[:]
-        answer, seconds = told_in_time(lambda: save_word(checkpoint, "new", format=form, timeout=DEADLINE_S))
+        answer = told(lambda: save_word(checkpoint, "new", format=form))
         undo()
         dist.barrier()
         word = seen(tmp)
         left = set(listing(tmp)) - files if word == "old" else set()  # an error in S7 may leave the superseded files
-        told_here = {"case": (step, victim), "answer": answer, "seconds": seconds, "seen": word}
+        told_here = {"case": (step, victim), "answer": answer, "seen": word}
         found.append(told_here | {"left": sorted(left), "warned": list(warned)})
         dist.barrier()
     return found
@@ -8225,7 +8303,7 @@ def check_stop(base, world_size, step, victim):
     case = f"rank {victim} of {world_size} stopped in {step}"
     answers = run(world_size, stopped_in_step, tmp, step, victim)
     committed = is_committed_without(step, victim)
-    for rank, (answer, seconds, word, again) in enumerate(answers):
+    for rank, (answer, word, again) in enumerate(answers):
         assert word == ("new" if committed else "old"), (case, rank, answer, word)
         assert again == "next", (case, rank, again)
         if committed:
@@ -8233,20 +8311,18 @@ def check_stop(base, world_size, step, victim):
         else:
             assert answer[0] == "TIMEOUT", (case, rank, answer)
         if rank != victim:
-            assert seconds < LATEST_S, (case, rank, seconds)
             assert committed or names_rank(answer, victim), (case, rank, answer)
-    assert set(listing(tmp)) - {"pid", "gave-up-0", "gave-up-1", "gave-up-2"} == named_files(tmp), case
+    assert set(listing(tmp)) - {"struck", "pid", "gave-up-0", "gave-up-1", "gave-up-2"} == named_files(tmp), case
 
 
 def stopped_in_step(rank, world_size, tmp, step, victim):
     checkpoint = over(tmp, ckpt.TorchCoordinator())
     save_word(checkpoint, "old")
-    undo = lambda: None  # noqa: E731
     if rank == victim:
         (tmp / "pid").write_text(str(os.getpid()))
-        undo = entering(step, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    undo = strike_in(step, tmp, rank == victim, signal.SIGSTOP)
     dist.barrier()
-    answer, seconds = told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+    answer = told(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
     undo()
     if rank != victim:
         (tmp / f"gave-up-{rank}").touch()
@@ -8265,7 +8341,7 @@ def stopped_in_step(rank, world_size, tmp, step, victim):
     save_word(checkpoint, "next")
     target = value("old")
     checkpoint.load(target, None, at(load_rng_state=False))
-    return answer, seconds, word, "next" if identical(target.state, value("next").state) else "not what was saved"
+    return answer, word, "next" if identical(target.state, value("next").state) else "not what was saved"
 
 
 # Row 12: the process that hosts the store dies
@@ -8282,8 +8358,7 @@ def check_store_death(base, step, world_size):
     case = f"the host of the store, rank 0 of {world_size}, dies in {step}"
     answers = run(world_size, host_the_store_and_die, tmp, step, dies={0})
     assert answers[0] == "died", case
-    for answer, seconds in answers[1:]:
-        assert seconds < LATEST_S, (case, seconds)
+    for answer in answers[1:]:
         if step == "S7":  # after the rename
             assert answer == ("returned", None, "p"), (case, answer)
         else:
@@ -8308,7 +8383,7 @@ def host_the_store_and_die(rank, world_size, tmp, step):
     save_word(checkpoint, "old")
     if rank == 0:
         entering(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    return told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+    return told(lambda: save_word(checkpoint, "new"))
 
 
 def test_a_store_that_died_before_the_first_save_is_told_of_at_the_deadline_of_the_save(tmp_path):
@@ -8341,7 +8416,7 @@ def save_after_the_store(rank, world_size, tmp):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("scene", ["overwrite", "overwrite a single file", "delete"])
 def test_a_signal_at_any_operation_ends_the_process_at_once_as_it_should_and_leaves_old_or_new(ram, number, scene):
-    COUNTS["signals"] += apart(signal_everywhere, ram, number, scene, limit_s=100)
+    COUNTS["signals"] += apart(signal_everywhere, ram, number, scene)
 
 
 INTERRUPTED = 130
@@ -8370,13 +8445,12 @@ def signal_everywhere(tmp, number, name):
             fired.touch()
             os.kill(os.getpid(), number)
 
-        began = time.monotonic()
         code = forked(functools.partial(interrupted, ckpt.LocalStorage(left, Seam(Strike(k, send, when)))))
-        seconds, context = time.monotonic() - began, f"{name}, {number.name} at operation {k}: exit code {code}"
+        context = f"{name}, {number.name} at operation {k}: exit code {code}"
         if not fired.exists():
             assert code == 0, context
             return k
-        assert code == expected and seconds < 2, (context, seconds)
+        assert code == expected, context
         check_oracle(ckpt.LocalStorage(left), scene, False, context)
         check_recovery(left, PREFIXES, context)
         shutil.rmtree(left)
@@ -8384,8 +8458,8 @@ def signal_everywhere(tmp, number, name):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_an_interrupt_on_one_rank_ends_the_save_on_all_and_leaves_old_or_new(ram, step):
-    (first, seconds, _), (_, _, caught) = run(2, interrupt_rank_one, ram, step)
-    assert caught and seconds < LATEST_S
+    first, second = run(2, interrupt_rank_one, ram, step)
+    assert second == "interrupted"
     if first[0] == "returned":
         assert step in ("S6", "S7") and seen(ram) == "new"
     else:
@@ -8397,22 +8471,22 @@ def test_an_interrupt_on_one_rank_ends_the_save_on_all_and_leaves_old_or_new(ram
 def interrupt_rank_one(rank, world_size, tmp, step):
     checkpoint = over(tmp, ckpt.TorchCoordinator())
     save_word(checkpoint, "old")
-    before = st.committed_id(checkpoint.storage, "p")
+    before = save_id(tmp)
     dist.barrier()
 
     def interrupt():
-        while step == "S7" and st.committed_id(checkpoint.storage, "p") == before:
+        while step == "S7" and save_id(tmp) == before:
             time.sleep(0.001)
         raise KeyboardInterrupt
 
     if rank == 1:
         entering(step, interrupt)
     try:
-        answer, seconds = told_in_time(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
+        answer = told(lambda: save_word(checkpoint, "new"))
     except KeyboardInterrupt:
-        answer, seconds = None, 0.0
+        answer = "interrupted"
     dist.barrier()
-    return answer, seconds, answer is None
+    return answer
 
 
 SCRIPT = """
@@ -8427,7 +8501,8 @@ def act(op):
     print(op.call, flush=True)
     if how in ("SIGINT", "SIGTERM"):
         os.kill(os.getpid(), getattr(signal, how))
-    time.sleep(1.0)
+    while threading.main_thread().is_alive():  # the interpreter has begun to exit: it waits for this thread
+        time.sleep(0.01)
 
 storage = ckpt.LocalStorage(tmp, Seam(Strike(1, act, lambda op: op.call in ("pwrite", "fsync"))))
 checkpoint = over(storage)
@@ -8446,7 +8521,7 @@ def test_an_interpreter_that_exits_with_a_save_in_flight_ends_soon_with_its_code
 
 def check_exit(base, how):
     tmp = room_for(base, "exit", how)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp, how], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp, how], capture_output=True, text=True, timeout=HANG_S)
     code, words = ENDINGS[how]
     assert done.returncode == code and seen(tmp) in words, (how, done.returncode, seen(tmp), done.stderr)
     assert ("main is done" in done.stdout) == (how == "exit"), done.stdout
@@ -8459,7 +8534,7 @@ def test_a_failed_pending_save_that_nobody_asked_about_is_told_when_the_interpre
         "saver = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(sys.argv[1]))\n"
         "saver.save_async(torch.nn.Linear(2, 2), None, extra_state={'odd': object()})\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=HANG_S)
     assert "extra/odd" in done.stderr and "nobody asked" in done.stderr
 
 
@@ -8477,8 +8552,8 @@ def test_a_failed_pending_save_is_not_kept_once_somebody_has_asked(tmp_path, mon
 def test_an_exit_with_a_save_in_flight_whose_other_rank_is_dead_is_bounded_by_the_deadline(ram):
     (exited, _) = run(2, exit_beside_a_dead_rank, ram, dies={0, 1})
     assert exited == "died"
-    code, seconds = json.loads((ram / "ended").read_text())
-    assert code == 5 and 1.5 < seconds < LATEST_S, (code, seconds)
+    kind, _, message = json.loads((ram / "ended").read_text())
+    assert kind == "TIMEOUT" and "deadline" in message, message
     (ram / "ended").unlink()
     assert seen(ram) == "old"
     check_recovery(ram)
@@ -8490,17 +8565,17 @@ def exit_beside_a_dead_rank(rank, world_size, tmp):
     dist.barrier()
     if rank == 1:
         os._exit(9)
-    began = time.monotonic()
-    checkpoint.save_async(value("new"), None, to(include_rng_state=False, timeout=DEADLINE_S))
+    pending = checkpoint.save_async(value("new"), None, to(include_rng_state=False, timeout=DEADLINE_S))
     threading._shutdown()  # what the interpreter does first when it exits: wait for its threads
-    (tmp / "ended").write_text(json.dumps([5, time.monotonic() - began]))
+    assert pending.done()
+    (tmp / "ended").write_text(json.dumps(told(pending.result)))
     os._exit(5)
 
 
 # Row 25: cancel in each step
 
 
-def test_cancel_in_any_step_on_any_rank_stops_all_within_a_second_and_the_next_save_succeeds(ram):
+def test_cancel_in_any_step_on_any_rank_stops_all_and_the_next_save_succeeds(ram):
     cases, extra = run(2, cancel_in_each_step, ram), []
     for told_by_rank in zip(*cases):
         (case, asynchronous), answers = told_by_rank[0][0], [told[1] for told in told_by_rank]
@@ -8515,8 +8590,8 @@ def test_cancel_in_any_step_on_any_rank_stops_all_within_a_second_and_the_next_s
             assert not any(files for *_, files, _ in told_by_rank), context
             assert may_fail and {answer[0] for answer in answers} == {"CANCELLED"}, context
             assert all(names_rank(answer, victim) for answer in answers), context
-        for _, answer, seconds, word, _, after in told_by_rank:
-            assert seconds < 2.5 and after == "next", context
+        for _, answer, word, _, after in told_by_rank:
+            assert after == "next", context
             assert word == ("new" if answer[0] == "returned" else "old"), context
         COUNTS["cancels"] += 1
     assert not extra, f"(step, rank, files that no record names) of cancels that came after the commit: {extra}"
@@ -8529,10 +8604,10 @@ def cancel_in_each_step(rank, world_size, tmp):
         if rank == 0:
             st.collect_garbage(checkpoint.storage)
         dist.barrier()
-        cancel, before = threading.Event(), st.committed_id(checkpoint.storage, "p")
+        cancel, before = threading.Event(), save_id(tmp)
 
         def act(step=step, before=before, cancel=cancel):
-            while step == "S7" and st.committed_id(checkpoint.storage, "p") == before:
+            while step == "S7" and save_id(tmp) == before:
                 time.sleep(0.001)
             cancel.set()
 
@@ -8541,44 +8616,44 @@ def cancel_in_each_step(rank, world_size, tmp):
         dist.barrier()
         if asynchronous:
             pending = checkpoint.save_async(value("new"), None, options, cancel=cancel)
-            answer, seconds = told_in_time(pending.result)
+            answer = told(pending.result)
         else:
-            save = functools.partial(checkpoint.save, value("new"), None, options, cancel=cancel)
-            answer, seconds = told_in_time(save)
+            answer = told(functools.partial(checkpoint.save, value("new"), None, options, cancel=cancel))
         undo()
         dist.barrier()
         word, left = seen(tmp), sorted(set(listing(tmp)) - named_files(tmp))
         dist.barrier()
         save_word(checkpoint, "next")
-        found.append((((step, victim), asynchronous), answer, seconds, word, left, seen(tmp)))
+        found.append((((step, victim), asynchronous), answer, word, left, seen(tmp)))
         dist.barrier()
     return found
 
 
-def test_the_cancel_of_a_pending_save_stops_a_slow_write_on_all_ranks_within_a_second(ram):
-    for kind, seconds, left in run(2, cancel_a_slow_write, ram):
-        assert kind == "CANCELLED" and seconds < 2.5 and left == []
+def test_the_cancel_of_a_pending_save_stops_the_writes_on_all_ranks_long_before_they_are_done(ram):
+    for kind, written, left in run(2, cancel_a_slow_write, ram):
+        assert kind == "CANCELLED" and written < 32 and left == []
 
 
 def cancel_a_slow_write(rank, world_size, tmp):
-    began = tmp / f"began-{rank}"
+    began, files = tmp / f"began-{rank}", Seam()
 
     def slow(op):
         if op.call == "pwrite":
             began.touch()
-            time.sleep(0.2)
+            time.sleep(0.5)
 
-    checkpoint = over(ckpt.LocalStorage(tmp / "c", Seam(slow)), ckpt.TorchCoordinator())
-    model = Bag(**{f"w{n}": torch.full((BLOCK,), n, dtype=torch.uint8) for n in range(32)})
+    files.before = slow
+    checkpoint = over(ckpt.LocalStorage(tmp / "c", files), ckpt.TorchCoordinator())
+    model = Bag(**{f"w{n}": torch.full((BLOCK,), n, dtype=torch.uint8) for n in range(64)})
     pending = checkpoint.save_async(model, None, to())
     for other in range(world_size):
         await_file(tmp / f"began-{other}")
     if rank == 1:
         assert pending.cancel()
-    (kind, _, _), seconds = told_in_time(pending.result)
+    kind, _, _ = told(pending.result)
     dist.barrier()
     assert not pending.cancel()
-    return kind, seconds, sorted(listing(tmp / "c"))
+    return kind, sum(op.call == "pwrite" for op in files.log), sorted(listing(tmp / "c"))
 
 
 # Row 26 and the promises of save_async
@@ -8592,27 +8667,28 @@ class Gate:
 
     def wait(self):
         self.reached.set()
-        assert self.opened.wait(30.0), "the gate was never opened"
+        assert self.opened.wait(HANG_S), "the gate was never opened"
 
     def __call__(self, op):
         if op.call in self.calls:
             self.wait()
 
     def before_the_copy(self):
-        """The copies of overlapped staging wait here."""
-        copy_staged = ckpt._copy_staged
+        """The thread of a save in the background waits here before it does anything, such as the copies of staging."""
+        run = threading.Thread.run
 
-        def gated(copies):
-            self.wait()
-            copy_staged(copies)
+        def gated(thread):
+            if thread.name == "ckpt-save":
+                self.wait()
+            run(thread)
 
-        ckpt._copy_staged = gated
+        threading.Thread.run = gated
         return self
 
 
 @pytest.fixture
 def copy_gate(monkeypatch):
-    monkeypatch.setattr(ckpt, "_copy_staged", ckpt._copy_staged)  # put back when the test is over
+    monkeypatch.setattr(threading.Thread, "run", threading.Thread.run)  # put back when the test is over
     gate = Gate().before_the_copy()
     yield gate
     gate.opened.set()
@@ -8640,13 +8716,13 @@ def test_tensors_changed_after_wait_staged_do_not_change_the_snapshot(ram, stagi
     checkpoint, (model, optimizer) = over(ckpt.LocalStorage(ram, Seam(gate))), normed("truth")
     truth, extra = state_of(model, optimizer), {"step": 7, "t": torch.zeros(3)}
     pending = checkpoint.save_async(model, optimizer, to(staging=staging), extra_state=extra)
-    pending.wait_staged(10.0)
+    pending.wait_staged(HANG_S)
     spoil(model, optimizer)
     extra["t"].add_(1)
     extra["step"] = 8
-    assert gate.reached.wait(10.0) and not pending.done()
+    assert gate.reached.wait(HANG_S) and not pending.done()
     gate.opened.set()
-    assert pending.result(10.0) == "p"
+    assert pending.result(HANG_S) == "p"
     again = normed("other")
     result = over(ram).load(*again, at(), extra_state={"step": 0, "t": torch.ones(3)})
     assert identical(state_of(*again), truth)
@@ -8659,11 +8735,11 @@ def test_a_tensor_changed_during_overlapped_staging_fails_the_save_and_is_named(
     save_word(checkpoint, "old")
     files = listing(ram)
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
-    assert copy_gate.reached.wait(10.0)
+    assert copy_gate.reached.wait(HANG_S)
     with torch.no_grad():
         (model[0].weight if what == "weight" else optimizer.state[model[0].weight]["exp_avg"]).mul_(2)
     copy_gate.opened.set()
-    message = refusal(lambda: pending.result(10.0), ExceptionType.SAVE_FAILED)
+    message = refusal(lambda: pending.result(HANG_S), ExceptionType.SAVE_FAILED)
     assert name in message and "changed" in message
     assert listing(ram) == files and seen(ram) == "old"
     optimizer.step()  # nothing waits any more
@@ -8681,12 +8757,12 @@ def change_while_staging(rank, world_size, tmp):
     save_word(checkpoint, "old")
     gate = Gate().before_the_copy()
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
-    assert gate.reached.wait(10.0)
+    assert gate.reached.wait(HANG_S)
     if rank == 1:
         with torch.no_grad():
             model[1].weight.zero_()
     gate.opened.set()
-    answer = told(lambda: pending.result(20.0))
+    answer = told(lambda: pending.result(HANG_S))
     dist.barrier()
     return *answer, seen(tmp)
 
@@ -8694,21 +8770,24 @@ def change_while_staging(rank, world_size, tmp):
 def test_the_optimizers_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_not(ram, copy_gate):
     checkpoint, (model, optimizer) = over(ram), normed("truth")
     truth = state_of(model, optimizer)
+    stepping, entered = threading.Thread(target=optimizer.step), threading.Event()
+    optimizer.register_step_pre_hook(lambda *_: entered.set())  # the last thing before the hook of the save
+    hooks = len(optimizer._optimizer_step_pre_hooks)
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
-    assert copy_gate.reached.wait(10.0)
+    assert copy_gate.reached.wait(HANG_S)
     with pytest.raises(TimeoutError):
         pending.wait_staged(0.01)
     model.train()
     model(torch.ones(4, 3)).sum().backward()  # changes the statistics of the batch norm, which were copied already
     assert not identical(state_of(model)[0], truth[0])
-    stepping = threading.Thread(target=optimizer.step)
     stepping.start()
-    stepping.join(0.3)
+    assert entered.wait(HANG_S)
+    stepping.join(0.3)  # time enough to go on, if nothing stopped it
     assert stepping.is_alive() and identical(optimizer.state_dict()["state"], truth[1]["state"])
     copy_gate.opened.set()
-    stepping.join(10.0)
+    stepping.join(HANG_S)
     assert not stepping.is_alive() and not identical(optimizer.state_dict()["state"], truth[1]["state"])
-    assert pending.result(10.0) == "p" and not optimizer._optimizer_step_pre_hooks
+    assert pending.result(HANG_S) == "p" and len(optimizer._optimizer_step_pre_hooks) == hooks
     again = normed("other")
     checkpoint.load(*again, at())
     assert identical(state_of(*again), truth)
@@ -8729,7 +8808,7 @@ def test_without_an_optimizer_to_hook_overlapped_staging_copies_before_it_return
     pending.wait_staged(0.0)
     model.state["w"].fill_(1)
     gate.opened.set()
-    pending.result(10.0)
+    pending.result(HANG_S)
     target = Bag(w=torch.ones(100))
     over(ram).load(target, None, at())
     assert identical(target.state["w"], torch.zeros(100))
@@ -8748,7 +8827,7 @@ def test_a_failed_pending_save_raises_at_result_and_then_not_again(ram):
     checkpoint.close()
     assert seen(ram) == "next"
     checkpoint = broken(ram)
-    assert isinstance(checkpoint.save_async(value("new"), None, to()).exception(10.0), CheckpointException)
+    assert isinstance(checkpoint.save_async(value("new"), None, to()).exception(HANG_S), CheckpointException)
     checkpoint.close()
 
 
@@ -8776,8 +8855,7 @@ def test_a_failed_pending_save_that_nobody_asked_about_raises_at_the_next_call(r
 @pytest.mark.parametrize("call", ["save", "save_async"])
 def test_a_failed_pending_save_that_one_rank_alone_asked_about_keeps_no_rank_waiting(ram, call):
     answers = run(2, ask_on_rank_zero, ram, call)
-    for _, seconds, after in answers:
-        assert seconds < 2.0, answers  # nobody waits for the deadline
+    for _, after in answers:
         assert after == ("returned", None, "p"), answers
     assert answers[1][0][0] == "STORAGE_ERROR" and answers[0][0][0] == "STORAGE_ERROR", answers
     assert seen(ram) == "next"
@@ -8785,23 +8863,22 @@ def test_a_failed_pending_save_that_one_rank_alone_asked_about_keeps_no_rank_wai
 
 def ask_on_rank_zero(rank, world_size, tmp, call):
     checkpoint = broken(tmp, ckpt.TorchCoordinator(), until=FOREVER)
-    checkpoint.default_timeout = 3.0
     put(ckpt.LocalStorage(tmp / "good"), "old")
     pending = checkpoint.save_async(value("new"), None, to())
     if rank == 0:
         assert told(pending.result)[0] == "STORAGE_ERROR"
-    assert not concurrent.futures.wait([pending], 10.0).not_done
+    assert not concurrent.futures.wait([pending], HANG_S).not_done
     checkpoint.storage.files = Seam()  # the disk is whole again
     dist.barrier()
     calls = {
         "save": lambda: save_word(checkpoint, "next"),
         "save_async": lambda: checkpoint.save_async(value("next"), None, to()).result(),
     }
-    answer, seconds = told_in_time(calls[call])
+    answer = told(calls[call])
     dist.barrier()
     after = told(lambda: save_word(checkpoint, "next"))
     dist.barrier()
-    return answer[:3] if isinstance(answer[2], str) else answer[:2], seconds, after
+    return answer[:3] if isinstance(answer[2], str) else answer[:2], after
 
 
 @pytest.mark.parametrize("call", ["save_async", "save", "close"])
@@ -8809,7 +8886,7 @@ def test_one_save_is_in_flight_at_a_time_and_the_next_call_waits_for_it(ram, cal
     gate = Gate()
     checkpoint = over(ckpt.LocalStorage(ram, Seam(gate)))
     first = checkpoint.save_async(value("old"), None, to("first"))
-    assert gate.reached.wait(10.0)
+    assert gate.reached.wait(HANG_S)
     calls = {
         "save_async": lambda: checkpoint.save_async(value("new"), None, to("second")).result(),
         "save": lambda: checkpoint.save(value("new"), None, to("second")),
@@ -8821,7 +8898,7 @@ def test_one_save_is_in_flight_at_a_time_and_the_next_call_waits_for_it(ram, cal
             second.result(0.3)
         assert not first.done()
         gate.opened.set()
-        second.result(10.0)
+        second.result(HANG_S)
     assert first.done() and first.result() == "first"
     prefixes = ["first"] if call == "close" else ["first", "second"]
     assert [info.prefix for info in checkpoint.list_checkpoints()] == prefixes
@@ -8844,7 +8921,7 @@ def stage_over_budget(rank, world_size, tmp):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_training_goes_on_during_two_hundred_background_saves_as_without_them_and_each_is_right(ram, kind):
-    for right, overlapped, disturbed, alone in run(2, train_and_save, ram, kind, limit_s=150):
+    for right, overlapped, disturbed, alone in run(2, train_and_save, ram, kind):
         assert right == [True] * 200 and overlapped > 0 and disturbed == alone and len(set(alone[0])) > 200
     COUNTS["background saves"] += 200
 
@@ -8892,7 +8969,7 @@ def train_and_save(rank, world_size, tmp, kind):
 
 
 def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store_keys_flat(ram):
-    for counts in run(2, count_resources, ram, limit_s=120):
+    for counts in run(2, count_resources, ram):
         room = Resources(resident=8 * MiB, threads=2, descriptors=4, groups=0, keys=10, files=0)
         first, *later = counts
         for number, after in enumerate(later, 2):
@@ -8915,11 +8992,11 @@ class Resources(NamedTuple):
 def count_resources(rank, world_size, tmp):
     model = filled(nn.Linear(512, 512), "truth")  # with its optimizer 3 MiB, so that keeping any of it would show
     optimizer = stepped(model, lr=0.1)
-    checkpoint, counts, made = over(tmp, ckpt.TorchCoordinator(), keep_last=2), [], []
+    checkpoint, counts, made, gloo = over(tmp, ckpt.TorchCoordinator(), keep_last=2), [], [], dist.ProcessGroupGloo
+    dist.ProcessGroupGloo = lambda *args: made.append(args[1:]) or gloo(*args)
     for number in range(200):
         staging = "overlapped" if number % 2 else "eager"
         checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging))
-        made += [group for group in [checkpoint.coordinator._group] if not any(group is other for other in made)]
         if number % 40 == 39:
             checkpoint.close()
             dist.barrier()
@@ -9006,7 +9083,7 @@ def readme_blocks():
 
 def test_the_ten_line_example_of_the_readme_runs(tmp_path):
     (tmp_path / "example.py").write_text(readme_blocks()[0])
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("*.metadata.json"))
 
@@ -9030,17 +9107,17 @@ def test_the_torchrun_example_of_the_readme_trains_stops_on_sigterm_and_resumes(
     (tmp_path / "train.py").write_text(training_script(steps=1_000_000))
     job = subprocess.Popen(torchrun, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_S
         while not newest_step(tmp_path) and time.monotonic() < deadline and job.poll() is None:
             time.sleep(0.01)
         job.send_signal(signal.SIGTERM)
-        said, errors = job.communicate(timeout=60)
+        said, errors = job.communicate(timeout=HANG_S)
     finally:
         job.kill()
     stopped = newest_step(tmp_path)
     assert stopped and f"stopped at step {stopped}\n" in said, errors
     (tmp_path / "train.py").write_text(training_script(steps=stopped + 7))
-    done = subprocess.run(torchrun, **options, capture_output=True, timeout=120)
+    done = subprocess.run(torchrun, **options, capture_output=True, timeout=HANG_S)
     assert done.returncode == 0 and f"stopped at step {stopped + 7}\n" in done.stdout, done.stderr
     assert newest_step(tmp_path) == (stopped + 7) // 5 * 5
 
