@@ -903,11 +903,11 @@ def test_a_path_means_local_storage_there_and_a_string_means_options_with_that_p
         assert checkpoint.load(other, other_optimizer, "lr=1e+3/step=1").prefix == "lr=1e+3/step=1"
         assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
         stored = checkpoint.load(other, None, "only").metadata.tensors
-        assert {tensor.name.partition("/")[0] for tensor in stored} == {"model"}
+        assert {tensor.name.partition("/")[0] for tensor in stored} == {"model", "model-metadata"}
         assert ckpt.diff_checkpoints(directory, "late", "lr=1e+3/step=1") == []
         (exported,) = ckpt.export_checkpoint(directory, "only", tmp_path / "out.safetensors")
         assert ckpt.import_checkpoint(exported, directory, "again") == "again"
-        assert {d.kind for d in ckpt.diff_checkpoints(directory, "only", "again")} == set()
+        assert {d.name for d in ckpt.diff_checkpoints(directory, "only", "again")} == {"model-metadata/modules"}
     with pytest.raises(ValueError, match="s3://bucket/ckpts"):
         ckpt.DistributedCheckpoint(storage="s3://bucket/ckpts")
 
@@ -1476,7 +1476,9 @@ def test_every_file_is_a_valid_safetensors_file_with_aligned_data(tmp_path, worl
         kinds = [name.split("/")[0] for name in sorted(shard.header, key=shard.place)]
         if form is CheckpointFormat.MULTI_SHARD:
             kinds = [kind for kind in kinds if kind != "pad"]
-            assert kinds == sorted(kinds, key=["model", "optimizer", "extra", "rng"].index), "model entries come first"
+            assert kinds == sorted(kinds, key=["model", "model-metadata", "optimizer", "extra", "rng"].index), (
+                "model entries come first"
+            )
     safe_open = pytest.importorskip("safetensors").safe_open
     for path in shards(tmp_path):
         with safe_open(path, framework="pt") as file:
@@ -2642,15 +2644,18 @@ def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_
 
 
 def save_packed_rows(rank, world_size, tmp):
+    """Two packed matrices, each cut by rows: what `distribute_tensor(x, mesh, [Shard(1)]).flatten(0, 1)` makes of them."""
     mesh = init_device_mesh("cpu", (2,))
-    packed = distribute_tensor(torch.arange(24.0).view(2, 4, 3), mesh, [ShardDim(1)]).flatten(0, 1)
-    assert "Strided" in str(packed.placements)
-    opened(tmp).save(Bag(w=packed), None, to())
-    target = distribute_tensor(torch.zeros(2, 4, 3), mesh, [ShardDim(1)]).flatten(0, 1)
+
+    def packed(whole):
+        local, kind = whole.view(2, 4, 3).chunk(2, 1)[rank].reshape(4, 3), StridedShard(0, split_factor=2)
+        return DTensor.from_local(local, mesh, [kind], run_check=False, shape=whole.shape, stride=whole.stride())
+
+    truth, target, plain = packed(torch.arange(24.0).view(8, 3)), packed(torch.zeros(8, 3)), Bag(w=torch.zeros(8, 3))
+    opened(tmp).save(Bag(w=truth), None, to())
     opened(tmp).load(Bag(w=target), None, at())
-    plain = Bag(w=torch.zeros(8, 3))
     opened(tmp).load(plain, None, at())
-    return plain.state["w"].tolist(), torch.equal(target.to_local(), packed.to_local())
+    return plain.state["w"].tolist(), torch.equal(target.to_local(), truth.to_local())
 
 
 def test_a_shard_of_several_runs_of_rows_is_stored_in_the_order_of_the_whole(tmp_path):
