@@ -147,7 +147,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.g
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch is chatty
 torch.set_num_threads(1)
-gc.freeze()  # what torch has made is no garbage: a fifth of the time of the loops below would go into looking at it
+gc.freeze()  # collections skip the objects that torch made at import: a fifth of the time of the long loops below
 MiB = 1 << 20
 BLOCK = 4 * MiB
 PAGE = 4096
@@ -155,8 +155,8 @@ FORMATS = list(CheckpointFormat)
 LEVELS = list(CompressionLevel)
 STRATEGIES = ["parallel", "sequential", "broadcast"]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# A wait that takes this long is a hang, however busy the machine. Less than the library's own default of 600 s, so that a
-# rank that waits for its deadline without need is one too. No test asserts how long something takes on the wall clock.
+# A wait of this length is a hang, however busy the machine. It is shorter than the library's default deadline of 600 s, so
+# that a rank that waits for that deadline hangs too. No test asserts how long something takes on the wall clock.
 HANG_S = 500.0
 
 
@@ -1159,8 +1159,8 @@ def use_five_methods(rank, world_size, tmp, form):
     return outcome, failed, told(lambda: checkpoint.save(source, None, to("r")))[0]
 
 
-class Hands:
-    """The `time` module of a clock whose hands the test moves."""
+class ManualTime:
+    """In the place of the module `time`: a clock that goes on only when somebody sleeps, and then at once."""
 
     def __init__(self):
         self.now = 0.0
@@ -1173,9 +1173,9 @@ class Hands:
 
 
 @pytest.fixture
-def hands(monkeypatch):
-    """Deadlines go by this clock from now on."""
-    monkeypatch.setattr(ckpt.coord, "time", Hands())
+def manual_time(monkeypatch):
+    """The deadlines of the library use this clock."""
+    monkeypatch.setattr(ckpt.coord, "time", ManualTime())
     return ckpt.coord.time
 
 
@@ -1184,20 +1184,20 @@ class Deserted:
 
     rank, world_size, broadcast = 0, 2, None
 
-    def __init__(self, hands):
-        self.hands = hands
+    def __init__(self, time):
+        self.time = time
 
     def barrier(self, timeout=600.0):
         self.all_gather(None, timeout)
 
     def all_gather(self, value, timeout=600.0):
-        self.hands.sleep(timeout)
+        self.time.sleep(timeout)
         raise ckpt.CheckpointException("rank 1 is silent", type=ckpt.ExceptionType.TIMEOUT, rank=1)
 
 
-def test_with_a_coordinator_of_five_methods_too_the_deadline_ends_the_wait_for_a_silent_rank(tmp_path, hands):
-    answer = told(lambda: save_word(over(tmp_path, Deserted(hands)), "new", timeout=100.0))
-    assert answer[:2] == ("TIMEOUT", 1) and 100 <= hands.now < 105
+def test_with_a_coordinator_of_five_methods_too_the_deadline_ends_the_wait_for_a_silent_rank(tmp_path, manual_time):
+    answer = told(lambda: save_word(over(tmp_path, Deserted(manual_time)), "new", timeout=100.0))
+    assert answer[:2] == ("TIMEOUT", 1) and 100 <= manual_time.now < 105
 
 
 def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_path):
@@ -1215,13 +1215,13 @@ def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_
     assert result.metadata.custom_metadata == {"epoch": [1]} and result.extra_state == {"step": 1}
 
 
-def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path, hands):
+def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path, manual_time):
     class Slow(ckpt.LocalStorage):
         made: ClassVar[list[str]] = []
 
         def create(self, name):
             self.made.append(name)
-            hands.sleep(101)  # longer than the save may take
+            manual_time.sleep(101)  # longer than the save may take
             return super().create(name)
 
     refusal(lambda: over(Slow(tmp_path)).save(small()[0], None, to(timeout=100.0)), ExceptionType.TIMEOUT)
@@ -5793,7 +5793,7 @@ CLEAN_UPS = {"gc": st.collect_garbage, "delete": lambda s: told(lambda: over(s).
 
 @pytest.mark.parametrize("clean_up", CLEAN_UPS)
 def test_a_crash_during_the_clean_up_after_a_crash_is_cleaned_up_next_time(ram, clean_up):
-    COUNTS["crash points"] += apart(crash_in_clean_up, ram, clean_up)
+    COUNTS["crash points"] += apart(crash_in_clean_up, ram, clean_up, limit_s=3 * HANG_S)
 
 
 def crash_in_clean_up(tmp, clean_up):
@@ -6872,7 +6872,7 @@ def check_all(ram, monkeypatch, damage, form, level):
     monkeypatch.setattr(st, "BLOCK_BYTES", SMALL_BLOCK)
     files = specimen(ram / "s", form, level)
     assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
-    return sum(run(CORES, check_share, ram, damage, files))
+    return sum(run(CORES, check_share, ram, damage, files, limit_s=6 * HANG_S))  # minutes of work
 
 
 def check_share(rank, world_size, tmp, damage, files):
@@ -6917,7 +6917,7 @@ def test_shards_swapped_duplicated_missing_or_replayed_from_another_save_are_rej
         check_damage(broken, number)
 
 
-# Row 15, 16: fuzz, seeded. Only what is documented comes out, in no time, and in little memory
+# Row 15, 16: fuzz, seeded. Only what is documented comes out, with little work and in little memory
 
 ROUNDS = int(os.environ.get("CKPT_FUZZ_ROUNDS", "1"))  # more of them: more cases of the same kinds
 
@@ -8121,7 +8121,7 @@ def test_each_mutant_of_the_library_is_caught(ram, tiny_blocks, mutant):
 # ---- faults of several ranks: killed, raising, stopped, cancelled, signalled -------------------------------------------
 
 STEPS = ("S1", "S2", "S3", "S4", "S5", "S6", "S7")
-DEADLINE_S = 3.0  # one that is to pass; everywhere else the library's own, at which `run` has lost its patience
+DEADLINE_S = 3.0  # of operations that are to fail by it; all others have the library's default, which is over HANG_S
 
 
 def entering(step, act):
@@ -8157,8 +8157,8 @@ def room_for(base, *names):
     return path
 
 
-class Halted:
-    """The `time` module of a clock that stands still until there is a file at `path`: deadlines count from then on."""
+class TimeSinceFile:
+    """In the place of the module `time`: a clock that stands still until there is a file at `path`."""
 
     sleep = staticmethod(time.sleep)
 
@@ -8171,15 +8171,15 @@ class Halted:
         return 0.0 if self.started is None else time.monotonic() - self.started
 
 
-def strike_in(step, tmp, here, number):
-    """From now on this process gets a signal in each save's `step`, if it is to be `here`; deadlines count from then."""
-    ckpt.coord.time = Halted(tmp / "struck")
+def strike_in(step, tmp, is_victim, number):
+    """From now on the victim gets a signal in each save's `step`; on all ranks the deadline counts from that moment."""
+    ckpt.coord.time = TimeSinceFile(tmp / "struck")
 
     def act():
         (tmp / "struck").touch()
         os.kill(os.getpid(), number)
 
-    return entering(step, act) if here else lambda: None
+    return entering(step, act) if is_victim else lambda: None
 
 
 def save_word(checkpoint, word, prefix="p", **options):
@@ -8421,7 +8421,7 @@ def save_after_the_store(rank, world_size, tmp):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("scene", ["overwrite", "overwrite a single file", "delete"])
 def test_a_signal_at_any_operation_ends_the_process_at_once_as_it_should_and_leaves_old_or_new(ram, number, scene):
-    COUNTS["signals"] += apart(signal_everywhere, ram, number, scene)
+    COUNTS["signals"] += apart(signal_everywhere, ram, number, scene, limit_s=3 * HANG_S)
 
 
 INTERRUPTED = 130
@@ -8926,7 +8926,7 @@ def stage_over_budget(rank, world_size, tmp):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_training_goes_on_during_two_hundred_background_saves_as_without_them_and_each_is_right(ram, kind):
-    for right, overlapped, disturbed, alone in run(2, train_and_save, ram, kind):
+    for right, overlapped, disturbed, alone in run(2, train_and_save, ram, kind, limit_s=3 * HANG_S):
         assert right == [True] * 200 and overlapped > 0 and disturbed == alone and len(set(alone[0])) > 200
     COUNTS["background saves"] += 200
 
@@ -8974,7 +8974,7 @@ def train_and_save(rank, world_size, tmp, kind):
 
 
 def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store_keys_flat(ram):
-    for counts in run(2, count_resources, ram):
+    for counts in run(2, count_resources, ram, limit_s=3 * HANG_S):
         room = Resources(resident=8 * MiB, threads=2, descriptors=4, groups=0, keys=10, files=0)
         first, *later = counts
         for number, after in enumerate(later, 2):
