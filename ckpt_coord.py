@@ -2412,11 +2412,11 @@ class CheckpointReader:
     def place(self, task: Task, data: Bytes) -> None:
         """Put the bytes of a task where they belong; OSError, and nothing changes, once the reader is closed."""
         for copy, part in self.parts(task, data):
-            dtype, target = st.DTYPES[copy.entry.dtype], copy.target
             with self._gate:
                 if copy.flat is not None:
                     copy.flat[copy.start : copy.start + len(part)] = part
                 else:
+                    dtype, target = st.DTYPES[copy.entry.dtype], copy.target
                     st.copy_in(part, copy.start, dtype, copy.piece, target.box, target.view)
 
     def parts(self, task: Task, data: Bytes) -> Iterator[tuple[Copy, Bytes]]:
