@@ -150,7 +150,10 @@ class Line:
 
 @dataclass
 class Row:
-    """One question of the benchmark: its lines, what limits it, and the targets `(family, factor)` it is held to."""
+    """One question of the benchmark.
+
+    Its lines, what limits it, and the targets `(family, factor)` it is held to.
+    """
 
     name: str
     limit: str
@@ -219,9 +222,14 @@ def gpt2_bytes(width: int, layers: int) -> int:
 
 
 def gpt2_shape(size_bytes: int) -> tuple[int, int]:
-    """The (width, layers) nearest to `size_bytes` with parameters and AdamW, of about 12 layers; small: (768, 12)."""
+    """The (width, layers) nearest to `size_bytes` with parameters and AdamW, of about 12 layers; small.
+
+    (768, 12).
+    """
     widths = (64, 128, 256, 512, 768, 1024, 1280, 1600, 2048, 3072, 4096, 6144, 8192)
-    layers = {width: (size_bytes / 12 - 51_283 * width) / (12 * width * width + 13 * width) for width in widths}
+    layers = {
+        width: (size_bytes / 12 - 51_283 * width) / (12 * width * width + 13 * width) for width in widths
+    }
     best = min(widths, key=lambda width: abs(math.log(max(layers[width], 0.01) / 12)))
     return best, max(1, round(layers[best]))
 
@@ -261,7 +269,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def build_state(world: World, layout: str, seed: int, size_bytes: int) -> State:
     """A GPT-2 with random weights in `layout` (plain | ddp | fsdp | fsdp-columns) after one real AdamW step.
 
-    With another seed than 1 it is only to be loaded into: AdamW's state is there, but zero and never stepped."""
+    With another seed than 1 it is only to be loaded into: AdamW's state is there, but zero and never stepped.
+    """
     device = world.device
     torch.set_num_threads(world.threads)
     with torch.device("meta"):
@@ -272,7 +281,9 @@ def build_state(world: World, layout: str, seed: int, size_bytes: int) -> State:
             place = (lambda p: Shard(1) if p.ndim > 1 else Shard(0)) if by_columns else None
             fully_shard(module, mesh=world.mesh, shard_placement_fn=place)
     model.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed * 1000 + (world.rank if layout.startswith("fsdp") else 0))
+    generator = torch.Generator(device).manual_seed(
+        seed * 1000 + (world.rank if layout.startswith("fsdp") else 0)
+    )
     for parameter in model.parameters():
         local(parameter.detach()).normal_(0.0, 0.02, generator=generator)
     if layout == "ddp":
@@ -288,7 +299,9 @@ def build_state(world: World, layout: str, seed: int, size_bytes: int) -> State:
     return state
 
 
-def train_step(state: State, tokens: torch.Tensor, guard: AbstractContextManager[object] | None = None) -> None:
+def train_step(
+    state: State, tokens: torch.Tensor, guard: AbstractContextManager[object] | None = None
+) -> None:
     """One forward, backward and optimizer step; `guard` is held around the step."""
     state.model(tokens).backward()
     with guard or nullcontext():
@@ -300,7 +313,10 @@ def train_step(state: State, tokens: torch.Tensor, guard: AbstractContextManager
 
 
 class World:
-    """Ranks 0..size-1 of the job as a group of their own; creating one is collective over all ranks of the job."""
+    """Ranks 0..size-1 of the job as a group of their own.
+
+    Creating one is collective over all ranks of the job.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
@@ -324,7 +340,9 @@ class World:
                 torch.cuda.synchronize()
         except Exception as error:
             failure = error
-        outcome = torch.tensor([0.0 if failure is None else 1.0, time.perf_counter() - start], dtype=torch.float64)
+        outcome = torch.tensor(
+            [0.0 if failure is None else 1.0, time.perf_counter() - start], dtype=torch.float64
+        )
         dist.all_reduce(outcome, dist.ReduceOp.MAX, group=self.group)
         if failure is not None:
             raise failure
@@ -354,13 +372,19 @@ class Bench:
         worlds = {size: World(size, self.device) for size in sorted({1, main, other})}
         self.single, self.main, self.other = worlds[1], worlds[main], worlds[other]
         self.rows: list[Row] = []
-        self.machine, self.doubts = machine(settings.directory), doubts(settings)  # before this run shows in the load
+        self.machine, self.doubts = (
+            machine(settings.directory),
+            doubts(settings),
+        )  # before this run shows in the load
         self._states: dict[tuple[int, str, int], State] = {}
         self.stored = ""  # what the directories LOADED hold
         self._started, self._shown = time.perf_counter(), ""
 
     def progress(self, text: str, detail: str = "") -> None:
-        """Show on rank 0's standard error what is going on; the detail only on a terminal, where lines are reused."""
+        """Show on rank 0's standard error what is going on.
+
+        The detail only on a terminal, where lines are reused.
+        """
         if self.rank:
             return
         line = f"[{time.perf_counter() - self._started:6.1f} s] {text}"
@@ -400,11 +424,18 @@ class Bench:
 
         Called by rank 0 alone; the child starts from a fresh heap and its threads inherit the pinning."""
         answer = self.path(f"child-{job}.json")
-        request = {"job": job, "answer": str(answer), "parameters": parameters, "size": self.settings.size_bytes}
+        request = {
+            "job": job,
+            "answer": str(answer),
+            "parameters": parameters,
+            "size": self.settings.size_bytes,
+        }
         environment = {"CKPT_BENCH_CHILD": json.dumps(request), "CKPT_BENCH_DIR": str(self.scratch)}
         log = self.path(f"child-{job}.log")  # DCP's writer process logs every save
         with open(log, "wb") as errors:
-            code = launch(ranks, sys.argv[1:], environment, cpu=cpu, own_session=False, errors=errors.fileno())
+            code = launch(
+                ranks, sys.argv[1:], environment, cpu=cpu, own_session=False, errors=errors.fileno()
+            )
         if code:
             raise RuntimeError(f"{job} {parameters} failed with code {code}:\n{log.read_text()[-4000:]}")
         return {key: list(values) for key, values in json.loads(answer.read_text()).items()}
@@ -413,7 +444,9 @@ class Bench:
 def world_sizes(processes: int, nproc: int) -> tuple[int, int]:
     """(main, other): the ranks that save, and those that it is resharded to.
 
-    N and 2N where this file started 2 x --nproc ranks on a machine without GPUs; else all ranks, and half of them."""
+    N and 2N where this file started 2 x --nproc ranks on a machine without GPUs; else all ranks, and half of
+    them.
+    """
     return (nproc, processes) if processes == 2 * nproc else (processes, max(1, processes // 2))
 
 
@@ -425,7 +458,9 @@ def cores() -> int:
 def same_bits(saved: State | None, source: World, loaded: State | None, target: World) -> bool:
     """Gather every tensor of both states on rank 0 and compare the bytes; called by all ranks of both worlds.
 
-    A rank outside one of the worlds passes None for its state. Only rank 0's answer counts; the others say True."""
+    A rank outside one of the worlds passes None for its state. Only rank 0's answer counts; the others say
+    True.
+    """
     ours = loaded.tensors() if loaded is not None else {}
     truth = saved.tensors() if saved is not None else {}
     equal = True
@@ -464,7 +499,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Setting:
-    """How raw I/O is done: threads of one rank, each over blocks of its own, past the page cache or through it."""
+    """How raw I/O is done.
+
+    Threads of one rank, each over blocks of its own, past the page cache or through it.
+    """
 
     direct: bool
     threads: int
@@ -505,7 +543,8 @@ class RawFile:
         self.nbytes = -(-nbytes // PAGE) * PAGE
         self._pool = ThreadPoolExecutor(4)
         self._memory = numpy.empty(0, numpy.uint8)
-        # As good as they get: aligned, and in huge pages, which direct I/O on a virtual disk is much faster with.
+        # As good as they get: aligned, and in huge pages, which direct I/O on a virtual disk is much faster
+        # with.
         self._buffers = [ckpt_storage.aligned_buffer(16 * MIB) for _ in range(4)]
         for buffer in self._buffers:
             buffer.reshape(16, MIB)[:] = numpy.frombuffer(os.urandom(MIB), numpy.uint8)  # warm
@@ -519,7 +558,10 @@ class RawFile:
         return hasattr(os, "O_DIRECT")
 
     def write(self, setting: Setting, checked: bool = False) -> None:
-        """Write the bytes to a new, preallocated file and fsync it; `checked`: each block copied from memory, with its CRC32."""
+        """Write the bytes to a new, preallocated file and fsync it; `checked`.
+
+        Each block copied from memory, with its CRC32.
+        """
         self.path.unlink(missing_ok=True)
         fd = self._open(setting, os.O_RDWR | os.O_CREAT)
         memory = self.memory(self.nbytes) if checked else None
@@ -539,7 +581,12 @@ class RawFile:
             os.close(fd)
 
     def read(
-        self, setting: Setting, files: Sequence[Path], world: World, checksum: bool = False, copied: bool = False
+        self,
+        setting: Setting,
+        files: Sequence[Path],
+        world: World,
+        checksum: bool = False,
+        copied: bool = False,
     ) -> None:
         """Read this rank's share of `files` into buffers used again and again.
 
@@ -569,10 +616,15 @@ class RawFile:
         return self._memory.data
 
     def _open(self, setting: Setting, flags: int, path: Path | None = None) -> int:
-        return os.open(path or self.path, flags | (getattr(os, "O_DIRECT", 0) if setting.direct else 0), 0o600)
+        return os.open(
+            path or self.path, flags | (getattr(os, "O_DIRECT", 0) if setting.direct else 0), 0o600
+        )
 
     def _each(
-        self, setting: Setting, blocks: Sequence[tuple[int, int]], work: Callable[[memoryview, int, int], object]
+        self,
+        setting: Setting,
+        blocks: Sequence[tuple[int, int]],
+        work: Callable[[memoryview, int, int], object],
     ) -> None:
         """Call `work(buffer, fd, offset)` for all blocks, every thread taking each `threads`-th."""
 
@@ -609,7 +661,10 @@ def raw_write(bench: Bench, world: World, nbytes: int) -> list[Candidate]:
 
 
 def raw_read(bench: Bench, world: World, cold: bool) -> list[Candidate]:
-    """The ceiling of a load: every rank reads its share of the files that ours loads; from a warm cache also its CRC32."""
+    """The ceiling of a load: every rank reads its share of the files that ours loads.
+
+    From a warm cache also its CRC32.
+    """
     raw = RawFile(bench.path(f"raw-{bench.rank}"), 0)
     settings = usable(raw, world, QUICK_READ_SETTINGS if bench.settings.quick else READ_SETTINGS)
     files = [path for path in files_below([bench.path(LOADED["ours"])]) if path.suffix == ".safetensors"]
@@ -619,7 +674,11 @@ def raw_read(bench: Bench, world: World, cold: bool) -> list[Candidate]:
     if cold:
         kinds = {"raw read": (False, False, does)}
         if not bench.settings.quick:
-            kinds["raw, CRC32 + copy"] = True, True, does + ", CRC32 of every block, and a copy to ordinary memory"
+            kinds["raw, CRC32 + copy"] = (
+                True,
+                True,
+                does + ", CRC32 of every block, and a copy to ordinary memory",
+            )
             kinds[PAGE_CACHE] = True, True, "the same without O_DIRECT: the limit of whatever ranks share"
     return [
         Candidate(
@@ -662,19 +721,21 @@ def fill_cache(paths: Sequence[Path]) -> None:
 
 def files_below(paths: Sequence[Path]) -> list[Path]:
     """All regular files at or below these paths."""
-    return [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    return [
+        file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()
+    ]
 
 
 # --------------------------------------------------------------------------------------------- ours and the peers
 
 
-class NoSync(ckpt_storage.FileOps):
-    """The file operations of ours with fsync left out, for the line that shows what fsync costs."""
+class NoSync:
+    """The operating system without fsync, for the line that shows what fsync costs."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(os, name)
 
     def fsync(self, fd: int) -> None:
-        """Do nothing."""
-
-    def fsync_dir(self, fd: int) -> None:
         """Do nothing."""
 
 
@@ -685,19 +746,25 @@ def save_options(
 ) -> ckpt.SaveOptions:
     """Save as "x", without the generators' state, which the peers do not save either."""
     return ckpt.SaveOptions(
-        checkpoint_prefix="x", format=layout, compression_level=level, include_rng_state=False, staging=staging
+        checkpoint_prefix="x",
+        format=layout,
+        compression_level=level,
+        include_rng_state=False,
+        staging=staging,
     )
 
 
 class Ours:
-    """The library under test over the ranks of one world, with its checkpoints in a directory of the scratch one."""
+    """The library under test over the ranks of one world, with its checkpoints in a directory of the scratch
+    one.
+    """
 
     def __init__(self, bench: Bench, world: World, name: str, fsync: bool = True) -> None:
         logger = logging.getLogger("bench_ckpt.ours")
         logger.setLevel(logging.ERROR)
         coordinator = ckpt.TorchCoordinator(process_group=world.group)
-        storage = ckpt.LocalStorage(bench.path(name), files=ckpt_storage.FileOps() if fsync else NoSync())
-        self.library = ckpt.DistributedCheckpoint(coordinator, storage, logger=logger)
+        self.library = ckpt.DistributedCheckpoint(coordinator, bench.path(name), logger=logger)
+        self._os = os if fsync else NoSync()
 
     def save(
         self,
@@ -707,7 +774,11 @@ class Ours:
         level: ckpt.CompressionLevel = ckpt.CompressionLevel.NONE,
     ) -> None:
         """Save as "x"."""
-        self.library.save(model, optimizer, save_options(layout, level))
+        ckpt_storage.os = self._os  # the seam through which all of its file calls go
+        try:
+            self.library.save(model, optimizer, save_options(layout, level))
+        finally:
+            ckpt_storage.os = os
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         """Load "x" in place."""
@@ -724,7 +795,10 @@ def dcp_save(path: Path, world: World, state: State, threads: int, sync: bool = 
     writer = FileSystemWriter(path, thread_count=threads, sync_files=sync)
     group = world.group if world.size > 1 else None
     state_dict_saver.save(
-        {"model": model, "optim": optimizer}, storage_writer=writer, process_group=group, no_dist=world.size == 1
+        {"model": model, "optim": optimizer},
+        storage_writer=writer,
+        process_group=group,
+        no_dist=world.size == 1,
     )
 
 
@@ -733,7 +807,9 @@ def dcp_load(path: Path, world: World, state: State) -> None:
     model, optimizer = get_state_dict(state.model, state.optimizer)
     wanted = {"model": model, "optim": optimizer}
     group = world.group if world.size > 1 else None
-    state_dict_loader.load(wanted, storage_reader=FileSystemReader(path), process_group=group, no_dist=world.size == 1)
+    state_dict_loader.load(
+        wanted, storage_reader=FileSystemReader(path), process_group=group, no_dist=world.size == 1
+    )
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
 
@@ -755,7 +831,10 @@ def dcp_savers(bench: Bench, world: World, state: State, sync: bool = True) -> l
 def our_savers(bench: Bench, world: World, state: State) -> list[Candidate]:
     """Our save, and (not in --quick) the same without fsync."""
     found = []
-    for name, family, does in [("ours", "ours", OURS_DOES), ("nosync", "ours, no fsync", "CRC32, nothing durable")]:
+    for name, family, does in [
+        ("ours", "ours", OURS_DOES),
+        ("nosync", "ours, no fsync", "CRC32, nothing durable"),
+    ]:
         if name == "ours" or not bench.settings.quick:
             library = Ours(bench, world, name, fsync=name == "ours")
             run, after = partial(library.save, state.model, state.optimizer), partial(bench.remove, name)
@@ -776,7 +855,11 @@ def also_with_zlib(bench: Bench, ours: Candidate) -> list[Candidate]:
         finally:
             ckpt_storage.crc32 = fast
 
-    return [replace(ours, family="ours, zlib", run=run, kind="peer", does="the same, without the package for CRC32")]
+    return [
+        replace(
+            ours, family="ours, zlib", run=run, kind="peer", does="the same, without the package for CRC32"
+        )
+    ]
 
 
 def file_savers(bench: Bench, state: State) -> list[Candidate]:
@@ -800,7 +883,9 @@ def file_savers(bench: Bench, state: State) -> list[Candidate]:
     def remove() -> None:
         path.unlink(missing_ok=True)
 
-    candidates = [Candidate("torch.save + fsync", plain, after=remove, does="CRC32 in the zip, not checked on load")]
+    candidates = [
+        Candidate("torch.save + fsync", plain, after=remove, does="CRC32 in the zip, not checked on load")
+    ]
     if importlib.util.find_spec("safetensors"):
         candidates.append(Candidate("safetensors + fsync", safe, after=remove, does="save_file, no checksum"))
     return candidates
@@ -810,9 +895,13 @@ def file_savers(bench: Bench, state: State) -> list[Candidate]:
 
 
 def measure(bench: Bench, world: World, row: Row, nbytes: int, candidates: Sequence[Candidate]) -> Row:
-    """Run all candidates in turns and add the best setting of each family to `row` (GB/s); kept on every rank.
+    """Run all candidates in turns and add the best setting of each family to `row` (GB/s).
 
-    Called by all ranks; those outside `world` wait. A peer that fails in the warm-up round is left out with a note."""
+    Kept on every rank.
+
+    Called by all ranks; those outside `world` wait. A peer that fails in the warm-up round is left out with a
+    note.
+    """
     if world.member:
         row.nbytes = nbytes
         torch.set_num_threads(world.threads)
@@ -837,7 +926,10 @@ def measure(bench: Bench, world: World, row: Row, nbytes: int, candidates: Seque
 
 
 def _warm_up(bench: Bench, world: World, row: Row, candidates: Sequence[Candidate]) -> dict[str, list[float]]:
-    """Run everything once; returns an empty list of timings for each of the KEEP best settings of each family."""
+    """Run everything once.
+
+    Returns an empty list of timings for each of the KEEP best settings of each family.
+    """
     seconds: dict[str, dict[str, float]] = {}
     for candidate in candidates:
         bench.progress(f"{row.name}: warm-up", f"{candidate.family} {candidate.setting}")
@@ -846,7 +938,9 @@ def _warm_up(bench: Bench, world: World, row: Row, candidates: Sequence[Candidat
         except Exception as error:
             if candidate.kind == "ours":
                 raise
-            row.notes.append(f"{candidate.family} {candidate.setting}: failed, {type(error).__name__}: {error}"[:200])
+            row.notes.append(
+                f"{candidate.family} {candidate.setting}: failed, {type(error).__name__}: {error}"[:200]
+            )
             continue
         seconds.setdefault(candidate.family, {})[_key(candidate)] = once
     best = [sorted(family, key=lambda key: family[key])[:KEEP] for family in seconds.values()]
@@ -881,7 +975,9 @@ def bench_save_one(bench: Bench) -> None:
         candidates += dcp_savers(bench, world, state) + dcp_savers(bench, world, state, sync=False)
         candidates += file_savers(bench, state)
     targets = (("ceiling", 0.9), ("DCP", 2.0), ("safetensors + fsync", 1.0))
-    row = Row("save, 1 process", "the disk's sequential writes, then one core's copy + CRC32", targets=targets)
+    row = Row(
+        "save, 1 process", "the disk's sequential writes, then one core's copy + CRC32", targets=targets
+    )
     measure(bench, world, row, state.nbytes() if state else 0, candidates)
 
 
@@ -954,7 +1050,10 @@ def bench_reshard_columns(bench: Bench) -> None:
 
 
 def _load(bench: Bench, source: World, layout: str, target: World, wanted: str, cold: bool) -> None:
-    """One load row: save with ours and with DCP on `source`, load both in turns on `target`, compare the bits."""
+    """One load row.
+
+    Save with ours and with DCP on `source`, load both in turns on `target`, compare the bits.
+    """
     same = source is target and layout == wanted
     compare = not (same and bench.settings.quick)
     saved = bench.state(source, layout) if source.member else None
@@ -1005,7 +1104,9 @@ def _load_limit(cold: bool, same: bool) -> str:
 
 
 def _loader(bench: Bench, family: str, load: Callable[[], object], cold: bool) -> Candidate:
-    """The candidate that loads with `load` from the directory of `family`, its files made cold or warm before."""
+    """The candidate that loads with `load` from the directory of `family`, its files made cold or warm
+    before.
+    """
     files = [bench.path(LOADED[family])]
     return Candidate(
         family,
@@ -1105,7 +1206,9 @@ def _small(bench: Bench, world: World, model: Tensors, action: str) -> list[Cand
         raw_write(bench, world, nbytes)
         + [ours]
         + [
-            Candidate("DCP", partial(save, n), f"thread_count={n}", after=lambda: bench.remove("dcp"), does=DCP_DOES)
+            Candidate(
+                "DCP", partial(save, n), f"thread_count={n}", after=lambda: bench.remove("dcp"), does=DCP_DOES
+            )
             for n in DCP_THREADS[: 1 if bench.settings.quick else 3]
         ]
     )
@@ -1121,18 +1224,26 @@ def bench_consolidated(bench: Bench) -> None:
         nbytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         library = Ours(bench, world, "ours")
         candidates = raw_write(bench, world, nbytes)
-        candidates += [Candidate("gloo exchange", lambda: _exchange(world, nbytes), kind="peer", does=EXCHANGE_DOES)]
+        candidates += [
+            Candidate("gloo exchange", lambda: _exchange(world, nbytes), kind="peer", does=EXCHANGE_DOES)
+        ]
         run = partial(library.save, model, None, ckpt.CheckpointFormat.CONSOLIDATED)
         ours = Candidate("ours", run, after=lambda: bench.remove("ours"), kind="ours", does=OURS_DOES)
         candidates += [ours, *_hugging_face(bench, world, model)]
     limit = "the disk's writes, and the exchange of pieces between ranks over gloo"
-    row = Row(f"consolidated save, FSDP2 x{world.size}, model only", limit, targets=(("DCP HuggingFace", 2.0),))
+    row = Row(
+        f"consolidated save, FSDP2 x{world.size}, model only", limit, targets=(("DCP HuggingFace", 2.0),)
+    )
     measure(bench, world, row, nbytes, candidates)
     share = 1 - 1 / world.size
-    row.notes.append(f"exchanged: at most {share * nbytes / 1e6:.0f} MB, all that is not on its writer already")
+    row.notes.append(
+        f"exchanged: at most {share * nbytes / 1e6:.0f} MB, all that is not on its writer already"
+    )
 
 
-EXCHANGE_DOES = "the exchange alone, at most: each rank sends all but 1/N of its share in 4 MiB blocks, nothing stored"
+EXCHANGE_DOES = (
+    "the exchange alone, at most: each rank sends all but 1/N of its share in 4 MiB blocks, nothing stored"
+)
 
 
 def _exchange(world: World, nbytes: int) -> None:
@@ -1183,7 +1294,10 @@ PLAN_RANKS = (64, 512, 4096)
 
 
 def _simulated(rank: int, ranks: int) -> ckpt.ShardData:
-    """What one of many FSDP ranks holds: 1,000 tensors cut along their first dimension, which does not always divide."""
+    """What one of many FSDP ranks holds.
+
+    1,000 tensors cut along their first dimension, which does not always divide.
+    """
     empty, tensors = torch.empty(0), []
     for index in range(PLAN_TENSORS):
         shape = (4096 + index % 7 * 13, 1024)
@@ -1194,30 +1308,31 @@ def _simulated(rank: int, ranks: int) -> ckpt.ShardData:
         pieces = [(box, empty)] if size else []
         name, mesh = f"model/layers.{index}.weight", tuple(range(ranks))
         tensors.append(ckpt_coord.LocalTensor(name, "BF16", shape, pieces, mesh, replicated=False))
-    return ckpt.ShardData(tensors, {"rng/state": (b"%d" % rank, True), "optimizer/state": (b"{}", False)})
+    values = [("rng/state", b"%d" % rank, True), ("optimizer/state", b"{}", False)]
+    return ckpt.ShardData(tensors + [ckpt_coord.local_value(*value) for value in values])
 
 
 def _plan_ours(ranks: int) -> dict[str, float]:
     """Seconds and bytes of rank 0's plan, of the record, and of one rank's load plan at half the ranks."""
-    first, digest = ckpt_coord.describe(_simulated(0, ranks))
-    rest = (ckpt_coord.describe(_simulated(rank, ranks), digest)[0] for rank in range(1, ranks))
-    told = [ckpt_storage.dump_json(description) for description in (first, *rest)]
+    told = [
+        ckpt_storage.dump_json(ckpt_coord.describe(_simulated(rank, ranks), rank > 0))
+        for rank in range(ranks)
+    ]
+    tensors: tuple[ckpt.TensorMetadata, ...] = ()
+    nothing = ckpt_coord.NO_PIECES
+    ticket = ckpt.CheckpointMetadata(
+        "x", "01234567", 1, ranks, "multi_shard", "none", torch.__version__, "2026-01-01T00:00:00+00:00", {}, (),
+        tensors, nothing,
+    )  # fmt: skip
     started = time.perf_counter()
     with ckpt_coord.no_garbage_collection():
-        holdings = ckpt_coord.Holdings(told)
+        holdings = ckpt_coord.Holdings([ckpt_storage.Fields(json.loads(text)) for text in told])
         alone = time.perf_counter()
-        plan = ckpt_coord.plan_layout(holdings, ckpt.CheckpointFormat.MULTI_SHARD, ranks)
+        plan, sources = ckpt_coord.lay_out(holdings, ticket, ckpt.CheckpointFormat.MULTI_SHARD, ranks)
         alone = time.perf_counter() - alone
-        orders = [ckpt_storage.dump_json(plan.order(rank)) for rank in range(ranks)]
-        tensors, pieces = plan.record()
-        names = [ckpt_storage.shard_name("01234567", rank, ranks) for rank in range(ranks)]
-        shards = tuple(ckpt.ShardMetadata(name, 1 << 40, 0) for name in names)
-        record = ckpt_storage.encode_record(
-            ckpt.CheckpointMetadata(
-                "x", "01234567", 1, ranks, "multi_shard", "none", torch.__version__, "2026-01-01T00:00:00+00:00", {},
-                shards, tuple(tensors), pieces,
-            )
-        )  # fmt: skip
+        order = ckpt_storage.dump_json(ckpt_coord.pack_plan(plan, sources))
+        shards = tuple(shard._replace(length=1 << 40, header_bytes=100_000_000) for shard in plan.shards)
+        record = ckpt_storage.encode_record(replace(plan, shards=shards))
     saved = time.perf_counter() - started
     started = time.perf_counter()
     reader = ckpt.CheckpointReader(ckpt.LocalStorage(), ckpt_storage.decode_record(record, "x"))
@@ -1225,19 +1340,22 @@ def _plan_ours(ranks: int) -> dict[str, float]:
         for box, _ in tensor.pieces:
             reader.pieces(index, box)
     loaded = time.perf_counter() - started
-    exchanged = sum(map(len, told)) + sum(map(len, orders))
+    exchanged = sum(map(len, told)) + len(order) * ranks
     return {
         "save": saved,
         "alone": alone,
         "load": loaded,
         "record": len(record) / 1e6,
         "exchanged": exchanged / 1e6,
-        "pieces": len(plan.begin),
+        "pieces": len(plan.pieces.begin),
     }
 
 
 def _plan_dcp(ranks: int) -> float:
-    """Seconds of DCP's global planner on the same pieces, without its deduplication of replicas: there are none."""
+    """Seconds of DCP's global planner on the same pieces, without its deduplication of replicas.
+
+    There are none.
+    """
     from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
     from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
@@ -1249,9 +1367,13 @@ def _plan_dcp(ranks: int) -> float:
             for box, _ in tensor.pieces:
                 offset, size = torch.Size(box.offset), torch.Size(box.size)
                 data = TensorWriteData(
-                    ChunkStorageMetadata(offset, size), TensorProperties(torch.bfloat16), torch.Size(tensor.shape)
+                    ChunkStorageMetadata(offset, size),
+                    TensorProperties(torch.bfloat16),
+                    torch.Size(tensor.shape),
                 )
-                items.append(WriteItem(MetadataIndex(tensor.name, offset), WriteItemType.SHARD, tensor_data=data))
+                items.append(
+                    WriteItem(MetadataIndex(tensor.name, offset), WriteItemType.SHARD, tensor_data=data)
+                )
         plans.append(SavePlan(items))
     started = time.perf_counter()
     create_default_global_save_plan(plans)
@@ -1266,7 +1388,9 @@ def bench_plan(bench: Bench) -> None:
     largest = 0.0
     for ranks in PLAN_RANKS:
         bench.progress(f"planning for {ranks} ranks")
-        row = Row(f"plan for {ranks} ranks x {PLAN_TENSORS} tensors", "Python and numpy on rank 0; linear in pieces")
+        row = Row(
+            f"plan for {ranks} ranks x {PLAN_TENSORS} tensors", "Python and numpy on rank 0; linear in pieces"
+        )
         ours = _plan_ours(ranks)
         values = {
             "ours, save plan": [ours["save"]],
@@ -1290,7 +1414,9 @@ def bench_plan(bench: Bench) -> None:
 # ---------------------------------------------------------------------------------------------- rows: own process
 
 
-def add_values(bench: Bench, row: Row, unit: str, values: Mapping[str, list[float]], does: Mapping[str, str]) -> None:
+def add_values(
+    bench: Bench, row: Row, unit: str, values: Mapping[str, list[float]], does: Mapping[str, str]
+) -> None:
     """Lines of `unit` from {family: samples}; families named "ours" and "limit" are what they say."""
     for family, samples in values.items():
         kind = {"ours": "ours", "limit": "ceiling"}.get(family.split(",")[0].split(":")[0], "peer")
@@ -1303,7 +1429,9 @@ def at_most(row: Row, family: str, limit: float, why: str) -> None:
     line = row.line(family)
     if line is not None:
         verdict = "met" if line.median <= limit else "MISSED"
-        row.notes.append(f"target {family} at most {limit:.4g} {line.unit} ({why}): {line.median:.4g}, {verdict}")
+        row.notes.append(
+            f"target {family} at most {limit:.4g} {line.unit} ({why}): {line.median:.4g}, {verdict}"
+        )
 
 
 def at_least(row: Row, family: str, limit: float, why: str) -> None:
@@ -1311,7 +1439,9 @@ def at_least(row: Row, family: str, limit: float, why: str) -> None:
     line = row.line(family)
     if line is not None:
         verdict = "met" if line.median >= limit else "MISSED"
-        row.notes.append(f"target {family} at least {limit:.4g} {line.unit} ({why}): {line.median:.4g}, {verdict}")
+        row.notes.append(
+            f"target {family} at least {limit:.4g} {line.unit} ({why}): {line.median:.4g}, {verdict}"
+        )
 
 
 def bench_memory(bench: Bench) -> None:
@@ -1338,7 +1468,9 @@ def bench_memory(bench: Bench) -> None:
 
 
 def child_memory(bench: Bench, who: str, action: str, layout: str, size: int) -> dict[str, list[float]]:
-    """Largest growth over all ranks of the resident set (VmHWM) while `who` performs `action` for the first time."""
+    """Largest growth over all ranks of the resident set (VmHWM) while `who` performs `action` for the first
+    time.
+    """
     world = bench.main
     state = build_state(world, layout, 1, size)
     library = Ours(bench, world, "ours")
@@ -1347,8 +1479,12 @@ def child_memory(bench: Bench, who: str, action: str, layout: str, size: int) ->
         ("save", "DCP"): lambda: dcp_save(bench.path("dcp"), world, state, 2),
         ("load", "ours"): lambda: library.load(state.model, state.optimizer),
         ("load", "DCP"): lambda: dcp_load(bench.path("dcp"), world, state),
-        ("consolidated save", "ours"): lambda: library.save(state.model, None, ckpt.CheckpointFormat.CONSOLIDATED),
-        ("consolidated save", "DCP"): lambda: [save.run() for save in _hugging_face(bench, world, state.model)[:1]],
+        ("consolidated save", "ours"): lambda: library.save(
+            state.model, None, ckpt.CheckpointFormat.CONSOLIDATED
+        ),
+        ("consolidated save", "DCP"): lambda: [
+            save.run() for save in _hugging_face(bench, world, state.model)[:1]
+        ],
     }
     grown = torch.tensor([peak_growth(runs[action, who]) / MIB], dtype=torch.float64)
     dist.all_reduce(grown, dist.ReduceOp.MAX)
@@ -1358,7 +1494,9 @@ def child_memory(bench: Bench, who: str, action: str, layout: str, size: int) ->
 def peak_growth(run: Callable[[], object]) -> int:
     """Bytes by which the resident set of this process was larger at its peak during `run` than before it."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: give back what is free, or its reuse goes unseen
+    trim = getattr(
+        ctypes.CDLL(None), "malloc_trim", None
+    )  # glibc: give back what is free, or its reuse goes unseen
     if trim is not None:
         trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
@@ -1383,9 +1521,13 @@ def bench_compression(bench: Bench) -> None:
             bench.progress(f"compression of {dtype}")
             answer = bench.child("compression", 1, cpu=min(os.sched_getaffinity(0)), dtype=dtype)
             for unit in ("x", "MB/s"):
-                values = {key.split("|")[0]: found for key, found in answer.items() if key.endswith("|" + unit)}
+                values = {
+                    key.split("|")[0]: found for key, found in answer.items() if key.endswith("|" + unit)
+                }
                 what = "ratio" if unit == "x" else "MB/s of input, whole save"
-                row = Row(f"compression, {dtype}, one core: {what}", "zlib on the planes that are compressible")
+                row = Row(
+                    f"compression, {dtype}, one core: {what}", "zlib on the planes that are compressible"
+                )
                 add_values(bench, row, unit, values, {"zlib-9": "zlib.compress(bytes, 9), nothing written"})
                 if unit == "x":
                     at_least(row, "ours, MAXIMUM", values["zlib-9"][0], "zlib-9 without planes")
@@ -1395,7 +1537,10 @@ def bench_compression(bench: Bench) -> None:
 
 
 def child_compression(bench: Bench, dtype: str) -> dict[str, list[float]]:
-    """Ratio (x) and speed (MB/s) of each level, and of plain zlib-9; on the core that this process is pinned to."""
+    """Ratio (x) and speed (MB/s) of each level, and of plain zlib-9.
+
+    On the core that this process is pinned to.
+    """
     count = (4 if bench.settings.quick else 16) * (2 if dtype == "bfloat16" else 1)
     model = Tensors(count, MIB, getattr(torch, dtype))
     raw = b"".join(parameter.detach().view(torch.uint8).numpy().tobytes() for parameter in model.parameters())
@@ -1474,7 +1619,9 @@ def torch_checkpointing_async(bench: Bench, state: State) -> AsyncSaver:
     package = importlib.import_module("torch_checkpointing")
     storage = importlib.import_module("torch_checkpointing.storage.filesystem")
     settings = importlib.import_module("torch_checkpointing.config")
-    buffered = storage.LocalFileSystemStorageConfig(use_direct_io=False)  # its direct writes fail on ext4 (EINVAL)
+    buffered = storage.LocalFileSystemStorageConfig(
+        use_direct_io=False
+    )  # its direct writes fail on ext4 (EINVAL)
     manager = package.CheckpointManager(
         package.CheckpointManager.Config(save=settings.AsyncCheckpointSaverConfig(), storage_config=buffered)
     )
@@ -1522,7 +1669,10 @@ def bench_async(bench: Bench) -> None:
     if bench.rank == 0:
         bench.progress("async: time until return")
         answer = bench.child("async_return")
-        for what, limit in (("return", "one copy of the state in memory"), ("durable", "the copy, then the disk")):
+        for what, limit in (
+            ("return", "one copy of the state in memory"),
+            ("durable", "the copy, then the disk"),
+        ):
             row = Row(f"async, call to {what}", limit)
             values = {key.split("|")[0]: found for key, found in answer.items() if key.endswith("|" + what)}
             add_values(bench, row, "ms", values, ASYNC_DOES)
@@ -1530,7 +1680,12 @@ def bench_async(bench: Bench) -> None:
                 at_most(row, "ours, eager", 1.15 * statistics.median(values["limit: copy"]), "1.15 x a copy")
                 collect = statistics.median(values["collecting the state dicts"])
                 tensors = int(answer["tensors"][0])
-                at_most(row, "ours, overlapped", 5 + 0.02 * tensors + collect, f"5 ms + 20 us x {tensors} + collecting")
+                at_most(
+                    row,
+                    "ours, overlapped",
+                    5 + 0.02 * tensors + collect,
+                    f"5 ms + 20 us x {tensors} + collecting",
+                )
         bench.progress("async: training seconds lost, one core")
         answer = bench.child("async_train", 1, cpu=min(os.sched_getaffinity(0)))
         limit = "the core's copy, CRC32 and write, which training has to give up"
@@ -1575,7 +1730,10 @@ def child_async_return(bench: Bench) -> dict[str, list[float]]:
 
 
 def child_async_train(bench: Bench) -> dict[str, list[float]]:
-    """Milliseconds of training lost per save: a loop with a save in it, less its steps at their undisturbed pace."""
+    """Milliseconds of training lost per save.
+
+    A loop with a save in it, less its steps at their undisturbed pace.
+    """
     torch.set_num_threads(1)
     state = build_state(bench.single, "plain", 1, bench.settings.size_bytes)
     tokens = torch.randint(50257, (1, 64), device=bench.device)
@@ -1641,7 +1799,8 @@ def machine(directory: str) -> dict[str, str]:
     mount, kind, device = file_system(directory)
     gpus = torch.cuda.device_count()
     return {
-        "cpu": f"{cpu_name()}, {cores()} cores" + (f"; {gpus} x {torch.cuda.get_device_name(0)}" if gpus else ""),
+        "cpu": f"{cpu_name()}, {cores()} cores"
+        + (f"; {gpus} x {torch.cuda.get_device_name(0)}" if gpus else ""),
         "memory": f"{proc_bytes('/proc/meminfo', 'MemTotal') / GIB:.0f} GiB, "
         f"{proc_bytes('/proc/meminfo', 'MemAvailable') / GIB:.0f} GiB available",
         "file system": f"{kind} on {device} at {mount}, {shutil.disk_usage(directory).free / GIB:.0f} GiB free",
@@ -1708,7 +1867,9 @@ def show_header(bench: Bench) -> None:
     )
     for key, value in bench.machine.items():
         print(f"  {key:12} {value}")
-    print(f"  {'ranks':12} {bench.main.size}, resharded to and from {bench.other.size}; {settings.rounds} rounds")
+    print(
+        f"  {'ranks':12} {bench.main.size}, resharded to and from {bench.other.size}; {settings.rounds} rounds"
+    )
     print(f"  {'cold':12} fsync, then posix_fadvise(DONTNEED); caches below the operating system stay")
     for doubt in bench.doubts:
         print(f"  WARNING      {doubt}")
@@ -1786,13 +1947,17 @@ def plot(path: str, rows: Sequence[Row]) -> None:
     shown = [row for row in rows if row.of_kind("ours") and row.lines[0].unit == "GB/s"]
     figure, axes = pyplot.subplots(figsize=(2.0 + 1.3 * len(shown), 5.0))
     for place, row in enumerate(shown):
-        peers = [line.median for line in row.lines if line.kind == "peer" and not line.family.startswith("ours")]
+        peers = [
+            line.median for line in row.lines if line.kind == "peer" and not line.family.startswith("ours")
+        ]
         bars = [line.median for line in [row.of_kind("ours")] if line] + [max(peers, default=0.0)]
         axes.bar([place - 0.2, place + 0.2], bars, 0.38, color=["tab:blue", "tab:gray"])
         ceiling = row.of_kind("ceiling")
         if ceiling:
             axes.hlines(ceiling.median, place - 0.45, place + 0.45, color="tab:red")
-    axes.set_xticks(range(len(shown)), [row.name.replace(", ", "\n") for row in shown], rotation=30, ha="right")
+    axes.set_xticks(
+        range(len(shown)), [row.name.replace(", ", "\n") for row in shown], rotation=30, ha="right"
+    )
     axes.set_ylabel("GB/s")
     axes.set_title("ours (blue), best peer (gray), ceiling (red line)")
     figure.tight_layout()
@@ -1879,10 +2044,12 @@ def launch(
     own_session: bool = True,
     errors: int | None = None,
 ) -> int:
-    """Start this file once a rank, wait for all, and return the first exit code that is not 0 (then all are ended).
+    """Start this file once a rank, wait for all, and return the first exit code that is not 0 (then all are
+    ended).
 
-    The ranks meet at a store that this process hosts, as under torchrun. With `cpu`, all of them run on that core;
-    with `errors`, what they write to standard error goes to that file descriptor."""
+    The ranks meet at a store that this process hosts, as under torchrun. With `cpu`, all of them run on that
+    core; with `errors`, what they write to standard error goes to that file descriptor.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         **os.environ,
@@ -1897,11 +2064,15 @@ def launch(
     processes: list[subprocess.Popen[bytes]] = []
     allowed = os.sched_getaffinity(0)
     try:
-        os.sched_setaffinity(0, {cpu} if cpu >= 0 else allowed)  # a process inherits it from the thread that forks
+        os.sched_setaffinity(
+            0, {cpu} if cpu >= 0 else allowed
+        )  # a process inherits it from the thread that forks
         for rank in range(ranks):
             command = [sys.executable, os.path.abspath(__file__), *argv]
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=environment, stderr=errors, start_new_session=own_session))
+            processes.append(
+                subprocess.Popen(command, env=environment, stderr=errors, start_new_session=own_session)
+            )
         os.sched_setaffinity(0, allowed)
         while any(process.poll() is None for process in processes) and not any(p.poll() for p in processes):
             time.sleep(0.02)
@@ -1931,7 +2102,9 @@ def parse(argv: Sequence[str]) -> Settings:
     """The settings of a command line; exits with a message where they make no sense."""
     parser = argparse.ArgumentParser(description="Measure ckpt against the machine's limits and its peers.")
     parser.add_argument("--quick", action="store_true", help="three rows, three rounds, a minute or two")
-    parser.add_argument("--size", type=read_size, help="bytes of model and AdamW state (default: 3.6G, quick 1.49G)")
+    parser.add_argument(
+        "--size", type=read_size, help="bytes of model and AdamW state (default: 3.6G, quick 1.49G)"
+    )
     parser.add_argument("--dir", default=".", help="directory on the disk to measure (default: here)")
     parser.add_argument("--rounds", type=int, help="rounds after the warm-up (default: 5, quick 3)")
     parser.add_argument("--rows", help="names, comma separated; 'list' shows them")
@@ -1955,7 +2128,14 @@ def parse(argv: Sequence[str]) -> Settings:
     size = gpt2_bytes(*gpt2_shape(size))  # of a model that there is
     rounds = given.rounds or (3 if given.quick else 5)
     return Settings(
-        given.quick, size, os.path.abspath(given.dir), rounds, tuple(rows), given.json, given.plot, given.nproc
+        given.quick,
+        size,
+        os.path.abspath(given.dir),
+        rounds,
+        tuple(rows),
+        given.json,
+        given.plot,
+        given.nproc,
     )
 
 
@@ -1965,12 +2145,16 @@ def main(argv: Sequence[str]) -> int:
     if "RANK" in os.environ:  # a rank, started by launch() or by torchrun
         launched = "CKPT_BENCH_DIR" in os.environ
         if launched:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the one that started it
+            ctypes.CDLL(None).prctl(
+                1, signal.SIGKILL
+            )  # PR_SET_PDEATHSIG: no rank outlives the one that started it
         by_nproc = launched and "CKPT_BENCH_CHILD" not in os.environ and not torch.cuda.is_available()
         return work(settings if by_nproc else replace(settings, nproc=0))
     free, needed = shutil.disk_usage(settings.directory).free, disk_needed(settings)
     if free < needed + GIB:
-        print(f"{settings.directory} has {free / GIB:.1f} GiB free; this needs {needed / GIB:.1f} GiB and leaves one.")
+        print(
+            f"{settings.directory} has {free / GIB:.1f} GiB free; this needs {needed / GIB:.1f} GiB and leaves one."
+        )
         print("Choose a smaller --size or another --dir.")
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)

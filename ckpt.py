@@ -1,4 +1,4 @@
-"""Distributed checkpoints for PyTorch: save from any layout, load into any other, in plain files, without pickle.
+"""Distributed checkpoints for PyTorch: from any layout into any other, in plain files, without pickle.
 
     training code  ->  DistributedCheckpoint (here)  ->  ckpt_coord.py (ranks)  ->  ckpt_storage.py (bytes)
 
@@ -10,16 +10,19 @@ Under these names a checkpoint keeps its tensors and values:
 
     model/<key>           a tensor of `model.state_dict()`; `model-values/<key>` is what is no tensor there
     model-metadata/...    `model.state_dict()._metadata`: the versions of modules
-    optimizer/<fqn>/...   a tensor of the optimizer's state, by the *name* of its parameter; `optimizer/state` the rest
+    optimizer/<fqn>/...   a tensor of the optimizer's state, by the *name* of its parameter
+    optimizer/state       all else of the optimizer
     extra/<key>...        extra_state
     rng/state             random number generators, per rank
 
-The steps S1 to S7 of a save and L1 to L5 of a load are told in ckpt_coord.py, the bytes and "committed" in ckpt_storage.py.
-Guaranteed: after `save` returned the checkpoint is durable; until its commit the old one is whole; a bit that changed on disk
-is never loaded. Not guaranteed: protection against malicious edits, or against damage before the bytes reached `save`.
+The steps S1 to S7 of a save and L1 to L5 of a load stand in ckpt_coord.py, the bytes and "committed" in
+ckpt_storage.py. Guaranteed: after `save` has returned the checkpoint is durable; until its commit the old
+one is whole; a bit that changed on disk is never loaded. Not guaranteed: protection against malicious
+edits, or against damage before the bytes reached `save`.
 
-In this order below: options and results; `DistributedCheckpoint`; saves in the background; state (`ModelState`,
-`OptimizerState`, and for a load `Restore`); validation; export, import and diff; the command line. Read next: ckpt_coord.py.
+In this order below: options and results; `DistributedCheckpoint`; saves in the background; state
+(`ModelState`, `OptimizerState`, and for a load `Restore`); validation; export, import and diff; the command
+line. Read next: ckpt_coord.py.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ import math
 import os
 import random
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -81,27 +85,43 @@ CheckpointMetadata = st.CheckpointMetadata
 CheckpointStorage = st.CheckpointStorage
 CompressionLevel = st.CompressionLevel
 ExceptionType = st.ExceptionType
-FileOps = st.FileOps
 LocalStorage = st.LocalStorage
 ShardMetadata = st.ShardMetadata
 StorageFactory = st.StorageFactory
 StorageOptions = st.StorageOptions
 StoredFile = st.StoredFile
 TensorMetadata = st.TensorMetadata
+collect_garbage = st.collect_garbage
 
 __all__ = [
-    "CheckpointInfo", "CheckpointLoadResult", "CheckpointOptions", "CheckpointValidator", "ChecksumIntegrityChecker",
-    "CompatibilityChecker", "Difference", "DistributedCheckpoint", "DistributedCheckpointFactory",
-    "IntegrityChecker", "LoadOptions", "PendingSave", "SaveOptions", "SchemaCompatibilityChecker", "SizeIntegrityChecker",
-    "Stateful", "ValidationResult", "VersionCompatibilityChecker", "diff_checkpoints", "export_checkpoint",
+    "CheckpointInfo",
+    "CheckpointLoadResult",
+    "CheckpointOptions",
+    "CheckpointValidator",
+    "ChecksumIntegrityChecker",
+    "CompatibilityChecker",
+    "Difference",
+    "DistributedCheckpoint",
+    "DistributedCheckpointFactory",
+    "IntegrityChecker",
+    "LoadOptions",
+    "PendingSave",
+    "SaveOptions",
+    "SchemaCompatibilityChecker",
+    "SizeIntegrityChecker",
+    "Stateful",
+    "ValidationResult",
+    "VersionCompatibilityChecker",
+    "diff_checkpoints",
+    "export_checkpoint",
     "import_checkpoint",
-]  # fmt: skip
+]
 __all__ += coord.__all__ + st.__all__
 
 log = logging.getLogger("ckpt")
 log.addHandler(logging.NullHandler())
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Options and results
 
 
@@ -186,7 +206,9 @@ class LoadOptions:
     def check(self) -> None:
         """ValueError for a value that is not allowed."""
         if not self.checkpoint_prefix:
-            raise ValueError("LoadOptions.checkpoint_prefix is required; latest_checkpoint() knows the newest")
+            raise ValueError(
+                "LoadOptions.checkpoint_prefix is required; latest_checkpoint() knows the newest"
+            )
         st.check_prefix(self.checkpoint_prefix)
         _check_member(self.resharding_strategy, coord.RESHARDING_STRATEGIES, "resharding_strategy")
         _check_timeout(self.timeout)
@@ -251,14 +273,18 @@ class Given(Generic[Options]):
         return prefix if isinstance(prefix := self.options.checkpoint_prefix, str) else ""
 
     def check(self) -> None:
-        """ValueError for a misuse, or the earlier failure: in the first step, so that every rank hears of it."""
+        """ValueError for a misuse, or the earlier failure: in the first step, so that all ranks raise it."""
         if isinstance(self.problem, CheckpointException):
-            message = f"the save of {self.problem.checkpoint_path!r} in the background had failed: {self.problem}"
+            message = (
+                f"the save of {self.problem.checkpoint_path!r} in the background had failed: {self.problem}"
+            )
             raise CheckpointException(message, type=self.problem.type) from self.problem
         if self.problem is not None:
             raise self.problem
         self.options.check()
-        if not (isinstance(self.extra_state, Mapping) and all(isinstance(key, str) for key in self.extra_state)):
+        if not (
+            isinstance(self.extra_state, Mapping) and all(isinstance(key, str) for key in self.extra_state)
+        ):
             raise ValueError("extra_state must be a mapping of names to values")
 
 
@@ -293,12 +319,14 @@ class CheckpointInfo:
     world_size: int
     size_bytes: int
     format: str
+    custom_metadata: Mapping[str, object] = field(default_factory=dict)
 
     @staticmethod
     def of(meta: CheckpointMetadata) -> CheckpointInfo:
         """From its record."""
         when = datetime.datetime.fromisoformat(meta.timestamp)
-        return CheckpointInfo(meta.prefix, str(meta.version), when, meta.world_size, meta.size_bytes(), meta.format)
+        facts = (meta.prefix, str(meta.version), when, meta.world_size, meta.size_bytes(), meta.format)
+        return CheckpointInfo(*facts, custom_metadata=meta.custom_metadata)
 
 
 @dataclass
@@ -314,10 +342,10 @@ class CheckpointOptions:
     compatibility_checkers: Sequence[CompatibilityChecker] = ()
     default_timeout: float = 600.0
     keep_last: int | None = None
-    staging_budget_bytes: int | None = None  # host memory that save_async may hold a rank; None: what is available
+    retain: Callable[[Sequence[CheckpointInfo]], Iterable[str]] | None = None
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The checkpoint
 
 R = TypeVar("R")
@@ -335,10 +363,13 @@ class DistributedCheckpoint:
     """
 
     def __init__(
-        self, coordinator: DistributedCoordinator | None = None, storage: st.AnyStorage | None = None,
-        fault_handler: FaultToleranceHandler | None = None, validator: CheckpointValidator | None = None,
+        self,
+        coordinator: DistributedCoordinator | None = None,
+        storage: st.AnyStorage | None = None,
+        fault_handler: FaultToleranceHandler | None = None,
+        validator: CheckpointValidator | None = None,
         logger: logging.Logger | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._given_coordinator = coordinator
         self._made: tuple[weakref.ref[dist.ProcessGroup], Future[TorchCoordinator]] | None = None
         self._warned_alone = False
@@ -348,7 +379,7 @@ class DistributedCheckpoint:
         self.logger = logger or log
         self.default_timeout = CheckpointOptions.default_timeout
         self.keep_last: int | None = None
-        self.staging_budget_bytes: int | None = None
+        self.retain: Callable[[Sequence[CheckpointInfo]], Iterable[str]] | None = None
         self._warned: set[tuple[str, ...]] = set()  # sets of names, as `CheckpointCoordinator` has them
         self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
         self._pending: PendingSave | None = None
@@ -378,27 +409,40 @@ class DistributedCheckpoint:
             raise CheckpointException(message, type=ExceptionType.TIMEOUT) from error
 
     def save(
-        self, model: Model, optimizer: Optimizers | None = None, options: SaveOptions | str | None = None, *,
-        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
-    ) -> str:  # fmt: skip
+        self,
+        model: Model,
+        optimizer: Optimizers | None = None,
+        options: SaveOptions | str | None = None,
+        *,
+        extra_state: Mapping[str, object] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> str:
         """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
 
-        ValueError for a misuse, CheckpointException for a failure, on every rank alike; then nothing was committed, an
-        older checkpoint of this prefix is untouched, and this save's files are gone.
+        ValueError for a misuse, CheckpointException for a failure, on every rank alike; then nothing was
+        committed, an older checkpoint of this prefix is untouched, and this save's files are gone.
         """
         given = self._given(model, optimizer, options, SaveOptions, extra_state, cancel)
         return self._save(given, lambda: self._collect(given))
 
     def save_async(
-        self, model: Model, optimizer: Optimizers | None = None, options: SaveOptions | str | None = None, *,
-        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
-    ) -> PendingSave:  # fmt: skip
-        """Copy the state to host memory, and save it in the background. Collective; one save is in flight at a time.
+        self,
+        model: Model,
+        optimizer: Optimizers | None = None,
+        options: SaveOptions | str | None = None,
+        *,
+        extra_state: Mapping[str, object] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> PendingSave:
+        """Copy the state to host memory, and save it in the background. Collective.
 
-        With staging="eager" the copy is done on return. With "overlapped" parameters and optimizer state are copied while
-        forward and backward run: the optimizer's next step waits for it, and a change from elsewhere (an EMA, clipping in
-        place; not one through `.data`, which leaves no trace) fails the save with the tensor's name. Every failure is
-        raised by `result()`, or, if nobody asks, by the next save or `close`, and printed at exit.
+        One save is in flight at a time.
+
+        With staging="eager" the copy is done on return. With "overlapped" parameters and optimizer state are
+        copied while forward and backward run: the optimizer's next step waits for it, and a change from
+        elsewhere (an EMA, clipping in place; not one through `.data`, which leaves no trace) fails the save
+        with the tensor's name. Every failure is raised by `result()`, or, if nobody asks, by the next save or
+        `close`, and printed at exit.
         """
         pending = PendingSave(cancel)
         given = self._given(model, optimizer, options, SaveOptions, extra_state, pending.cancel_event)
@@ -418,10 +462,12 @@ class DistributedCheckpoint:
                 self.logger.error("background save failed: %s", error)
                 pending.fail(error)
             finally:
-                pending.data, pending.late = ShardData([], {}), []  # `pending` may be kept, the copy need not
+                pending.data, pending.late = ShardData([]), []  # `pending` may be kept, the copy need not
 
         self._pending = pending
-        threading.Thread(target=save, name="ckpt-save").start()  # no daemon: the interpreter's exit waits for it
+        threading.Thread(
+            target=save, name="ckpt-save"
+        ).start()  # no daemon: the interpreter's exit waits for it
         return pending
 
     def save_model_only(
@@ -433,14 +479,21 @@ class DistributedCheckpoint:
         return self._save(given, lambda: self._collect(given))
 
     def load(
-        self, model: Model, optimizer: Optimizers | None = None, options: LoadOptions | str | None = None, *,
-        extra_state: Mapping[str, object] | None = None, cancel: threading.Event | None = None,
-    ) -> CheckpointLoadResult:  # fmt: skip
-        """Restore a checkpoint in place, whatever layout it was saved from. Collective; blocks until every rank has its own.
+        self,
+        model: Model,
+        optimizer: Optimizers | None = None,
+        options: LoadOptions | str | None = None,
+        *,
+        extra_state: Mapping[str, object] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> CheckpointLoadResult:
+        """Restore a checkpoint in place, whatever layout it was saved from. Collective.
 
-        ValueError for a misuse, CheckpointException for a failure, on every rank alike. Before any byte was read into a tensor
-        nothing has changed; after that tensors are undefined, and the error says so. With `fallback`, the newest
-        older checkpoint that verifies is loaded instead of one that is corrupt.
+        Blocks until every rank has its own.
+
+        ValueError for a misuse, CheckpointException for a failure, on every rank alike. Before any byte was
+        read into a tensor nothing has changed; after that tensors are undefined, and the error says so. With
+        `fallback`, the newest older checkpoint that verifies is loaded instead of one that is corrupt.
         """
         given = self._given(model, optimizer, options, LoadOptions, extra_state, cancel)
         tried: list[str] = []
@@ -481,7 +534,7 @@ class DistributedCheckpoint:
         return self.validator.validate_checkpoint(checkpoint_prefix)
 
     def close(self) -> None:
-        """Wait for a pending save, raise its failure if nobody has asked for it, and free the staging memory."""
+        """Wait for a pending save, raise its failure if nobody has asked for it, free the staging memory."""
         try:
             self._wait(self.default_timeout)
             if (error := self._unasked()) is not None:
@@ -498,10 +551,18 @@ class DistributedCheckpoint:
     # ---- both
 
     def _given(
-        self, model: Model, optimizer: Optimizers | None, options: Options | str | None, kind: type[Options],
-        extra_state: Mapping[str, object] | None, cancel: threading.Event | None,
-    ) -> Given[Options]:  # fmt: skip
-        """Wait for the save in flight, and put together what was given. Nothing raises: S1 and L1 do, on all ranks."""
+        self,
+        model: Model,
+        optimizer: Optimizers | None,
+        options: Options | str | None,
+        kind: type[Options],
+        extra_state: Mapping[str, object] | None,
+        cancel: threading.Event | None,
+    ) -> Given[Options]:
+        """Wait for the save in flight, and put together what was given. Nothing raises.
+
+        S1 and L1 do, on all ranks.
+        """
         problem: BaseException | None = None
         parts: tuple[Parts, Parts | None] = {}, None
         try:
@@ -521,7 +582,13 @@ class DistributedCheckpoint:
         if kind is SaveOptions:  # a load has nothing to do with it
             problem = self._unasked() or problem
             self._warn_if_alone(coordinator)
-        extra = dict(extra_state) if isinstance(extra_state, Mapping) else {} if extra_state is None else extra_state
+        extra = (
+            dict(extra_state)
+            if isinstance(extra_state, Mapping)
+            else {}
+            if extra_state is None
+            else extra_state
+        )
         return Given(*parts, replace(options), extra, cancel, limit_s, coordinator, problem)
 
     def _warn_if_alone(self, coordinator: DistributedCoordinator) -> None:
@@ -532,21 +599,29 @@ class DistributedCheckpoint:
             self._warned_alone = True
             self.logger.warning(
                 "this process saves alone, though WORLD_SIZE is %s: call init_process_group first, or each "
-                "overwrites the others' checkpoints; if only one saves, say LocalCoordinator()", world_size,
-            )  # fmt: skip
+                "overwrites the others' checkpoints; if only one saves, say LocalCoordinator()",
+                world_size,
+            )
 
     def _wait(self, limit_s: float) -> None:
         """Wait for the save in flight."""
         if self._pending and concurrent.futures.wait([self._pending], limit_s + coord.GRACE_S).not_done:
-            raise CheckpointException(f"the save in flight is not done after {limit_s:g} s", type=ExceptionType.TIMEOUT)
+            raise CheckpointException(
+                f"the save in flight is not done after {limit_s:g} s", type=ExceptionType.TIMEOUT
+            )
 
     def _unasked(self) -> BaseException | None:
         """What the last save in the background failed with, if nobody here has asked for it."""
         pending, self._pending = self._pending, None
         return None if pending is None or pending.asked else pending.exception()
 
-    def _run(self, given: Given[Options], verb: str, body: Callable[[coord.Operation], R]) -> tuple[R, coord.Operation]:
-        """Run `body` on all ranks, again where they agree to; the failure that they agree on becomes the public exception."""
+    def _run(
+        self, given: Given[Options], verb: str, body: Callable[[coord.Operation], R]
+    ) -> tuple[R, coord.Operation]:
+        """Run `body` on all ranks, again where they agree to.
+
+        The failure that they agree on becomes the public exception.
+        """
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
 
         def attempt() -> tuple[R, coord.Operation]:
@@ -570,7 +645,9 @@ class DistributedCheckpoint:
     def _log(self, level: int, what: str, count: int, started: float, op: coord.Operation) -> None:
         seconds = time.monotonic() - started
         steps = " ".join(f"{name.split()[0]} {took:.3f}" for name, took in op.seconds.items())
-        self.logger.log(level, "%s in %.3f s, %.2f GB/s (%s)", what, seconds, count / 1e9 / max(seconds, 1e-9), steps)
+        self.logger.log(
+            level, "%s in %.3f s, %.2f GB/s (%s)", what, seconds, count / 1e9 / max(seconds, 1e-9), steps
+        )
 
     # ---- save
 
@@ -583,16 +660,25 @@ class DistributedCheckpoint:
             contents += ("rng",) * options.include_rng_state + tuple(sorted(given.extra_state))
             form, level = CheckpointFormat(options.format), CompressionLevel(options.compression_level)
             return coord.SaveRequest(
-                options.checkpoint_prefix, form, level, options.overwrite, options.replicas == "verify",
-                contents, options.custom_metadata,
-            )  # fmt: skip
+                options.checkpoint_prefix,
+                form,
+                level,
+                options.overwrite,
+                options.replicas == "verify",
+                contents,
+                options.custom_metadata,
+            )
 
-        saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, self._warned)
+        retain = self.retain
+        chosen = None if retain is None else lambda metas: retain([CheckpointInfo.of(meta) for meta in metas])
+        saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, chosen, self._warned)
         result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
         for warning in dict.fromkeys(result.warnings):
             self.logger.warning("%s: %s", result.prefix, warning)
         own, whole = result.bytes_written, result.size_bytes
-        self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, started, op)
+        self._log(
+            logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, started, op
+        )
         if op.rank == 0:
             what = f"saved {result.prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
             self._log(logging.INFO, what, whole, started, op)
@@ -615,16 +701,24 @@ class DistributedCheckpoint:
         return into.finish()
 
     def _stage(self, pending: PendingSave, given: Given[SaveOptions]) -> None:
-        """Collect, and copy to host memory all that the optimizer's next step, which will wait, does not change."""
+        """Collect, and copy to host memory all that the optimizer's next step, which will wait, does not
+        change.
+        """
         live = self._collect(given)
         copies = self._reserve(live)
         optimizers, guarded = list((given.optimizer or {}).values()), set[int]()
-        if given.options.staging == "overlapped" and all(hasattr(o, "register_step_pre_hook") for o in optimizers):
+        if given.options.staging == "overlapped" and all(
+            hasattr(o, "register_step_pre_hook") for o in optimizers
+        ):
             guarded = _optimizer_memory(optimizers)
             for optimizer in optimizers:
-                pending.hooks.append(getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged()))
+                pending.hooks.append(
+                    getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged())
+                )
         for copy in copies.values():
-            if copy.view.data_ptr() in guarded and copy.version >= 0:  # without a counter a change would go unseen
+            if (
+                copy.view.data_ptr() in guarded and copy.version >= 0
+            ):  # without a counter a change would go unseen
                 pending.late.append(copy)
             else:
                 copy.room.copy_(copy.view, non_blocking=True)
@@ -633,24 +727,20 @@ class DistributedCheckpoint:
         for t in live.tensors:
             pieces = [(box, copies[coord.identity(view)].room) for box, view in t.pieces]
             pending.data.tensors.append(t._replace(pieces=pieces))
-        pending.data.values.update(live.values)
         pending.data = pending.data._replace(steps=live.steps)
         if not pending.late:
             pending.staged()
 
     def _reserve(self, live: ShardData) -> dict[tuple[object, ...], StagedCopy]:
-        """Host memory for every piece, by `identity`, pinned where CUDA is in use. MemoryError where the budget forbids it."""
+        """Host memory for every piece, by `identity`, pinned where CUDA is in use."""
         views: dict[tuple[object, ...], tuple[str, torch.Tensor]] = {}
         for name, view in ((t.name, view) for t in live.tensors for _, view in t.pieces):
             views.setdefault(coord.identity(view), (name, view))
-        *starts, total = itertools.accumulate((-(-view.nbytes // 64) * 64 for _, view in views.values()), initial=0)
+        *starts, total = itertools.accumulate(
+            (-(-view.nbytes // 64) * 64 for _, view in views.values()), initial=0
+        )
         if total > len(self._staging):
             self._staging = np.empty(0, np.uint8)  # before the larger one comes
-            limit = _available_bytes() if self.staging_budget_bytes is None else self.staging_budget_bytes
-            if limit is not None and total > limit:
-                raise MemoryError(
-                    f"staging needs {total} bytes of host memory, {limit} are allowed: use save(), or raise staging_budget_bytes"
-                )
             self._staging = st.aligned_buffer(total)
         memory, copies = torch.from_numpy(self._staging), dict[tuple[object, ...], StagedCopy]()
         as_dtype = {dtype: memory.view(dtype) for dtype in {view.dtype for _, view in views.values()}}
@@ -676,8 +766,12 @@ class DistributedCheckpoint:
         result = replace(restored.result, warnings=[*warnings, *restored.warnings])
         for warning in result.warnings:
             self.logger.warning("%s: %s", result.prefix, warning)
-        own, whole = sum(target.view.nbytes for target in restored.targets.values()), result.metadata.size_bytes()
-        what = f"loaded {result.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB to rank {op.rank} of {op.world_size}"
+        own, whole = (
+            sum(target.view.nbytes for target in restored.targets.values()),
+            result.metadata.size_bytes(),
+        )
+        what = f"loaded {result.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB"
+        what += f" to rank {op.rank} of {op.world_size}"
         self._log(logging.DEBUG if op.rank else logging.INFO, what, own, started, op)
         return result
 
@@ -688,8 +782,10 @@ class DistributedCheckpoint:
             with op.step("L1 record"):
                 choice = None
                 if op.rank == 0:
-                    heads = filter(None, (st.record_head(self.storage, prefix, sound=False) for prefix in tried))
-                    limit = min((sequence for _, sequence in heads), default=math.inf)
+                    heads = filter(
+                        None, (st.record_head(self.storage, prefix, sound=False) for prefix in tried)
+                    )
+                    limit = min((head.sequence for head in heads), default=math.inf)
                     found = st.list_committed(self.storage, self.logger.warning)
                     older = [m.prefix for m in found if m.sequence < limit]
                     choice = next((prefix for prefix in reversed(older) if prefix not in tried), None)
@@ -721,6 +817,8 @@ class DistributedCheckpointFactory:
         _check_timeout(options.default_timeout)
         if options.keep_last is not None and options.keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, not {options.keep_last}")
+        if options.keep_last is not None and options.retain is not None:
+            raise ValueError("give keep_last or retain, not both")
         storage = StorageFactory.create(options.storage)
         made = DistributedCheckpoint(
             coordinator,
@@ -728,12 +826,15 @@ class DistributedCheckpointFactory:
             FaultToleranceHandler(storage, options.retry_policy),
             CheckpointValidator(storage, options.integrity_checkers, options.compatibility_checkers),
         )
-        made.default_timeout, made.keep_last = options.default_timeout, options.keep_last
-        made.staging_budget_bytes = options.staging_budget_bytes
+        made.default_timeout, made.keep_last, made.retain = (
+            options.default_timeout,
+            options.keep_last,
+            options.retain,
+        )
         return made
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Saves in the background
 
 
@@ -753,9 +854,11 @@ class PendingSave(Future[str]):
         super().__init__()
         self.cancel_event = cancel or threading.Event()
         self.asked = False  # whether somebody has seen the outcome
-        self.late: list[StagedCopy] = []  # what is copied in the background; `hooks` hold up the optimizer until then
+        self.late: list[
+            StagedCopy
+        ] = []  # what is copied in the background; `hooks` hold up the optimizer until then
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.data = ShardData([], {})
+        self.data = ShardData([])
         self._staging_error: Exception | None = None
         self._staged = threading.Event()
 
@@ -808,10 +911,12 @@ class PendingSave(Future[str]):
         self.set_exception(error)
 
     def _tell(self, why: str) -> None:
-        print(f"ckpt: a save in the background failed, and nobody asked for its result: {why}", file=sys.stderr)
+        print(
+            f"ckpt: a save in the background failed, and nobody asked for its result: {why}", file=sys.stderr
+        )
 
     def collect(self) -> ShardData:
-        """S2 of the background save: the copy; what went wrong with it is raised here, and so on all ranks."""
+        """S2 of the background save: the copy. An error of the copying is raised here, on all ranks."""
         if self._staging_error is not None:
             raise self._staging_error
         return self.data
@@ -823,7 +928,8 @@ def _copy_staged(copies: Sequence[StagedCopy]) -> None:
         room.copy_(view)
         if view._version != version:
             raise CheckpointException(
-                f"{name} was changed in place while it was being copied; wait_staged() first, or use staging='eager'",
+                f"{name} was changed in place while it was being copied; wait_staged() first, "
+                "or use staging='eager'",
                 type=ExceptionType.SAVE_FAILED,
             )
 
@@ -834,24 +940,16 @@ def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.Optimizer):
             tensors = [p for group in optimizer.param_groups for p in group["params"]]
-            tensors += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+            tensors += [
+                v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)
+            ]
             for tensor in tensors:
                 local = tensor if (sharded := coord.as_dtensor(tensor)) is None else sharded.to_local()
                 found.add(local.data_ptr())
     return found
 
 
-def _available_bytes() -> int | None:
-    """Host memory that can be had without swapping, where the system tells."""
-    try:
-        with open("/proc/meminfo") as table:
-            found = re.search(r"^MemAvailable: *(\d+) kB", table.read(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 * 9 // 10 if found else None
-
-
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # State: from state dicts to stored names, and back
 
 
@@ -860,7 +958,7 @@ class Collecting:
 
     def __init__(self) -> None:
         self.steps: dict[str, float] = {}
-        self.data = ShardData([], {}, self.steps)
+        self.data = ShardData([], self.steps)
         self._values: dict[str, tuple[object, bool]] = {}
         self._names: set[str] = set()
 
@@ -875,9 +973,13 @@ class Collecting:
         return unique
 
     def encode(self, value: object, path: str, root: str = "") -> object:
-        """`value` as JSON, its tensors added under `root` and the path that they have in it, which begins with `path`."""
+        """`value` as JSON, its tensors added under `root` and the path that they have in it, which begins
+        with `path`.
+        """
         try:
-            return st.encode_value(value, path, lambda at, tensor: self.tensor(root + at.removeprefix("."), tensor))
+            return st.encode_value(
+                value, path, lambda at, tensor: self.tensor(root + at.removeprefix("."), tensor)
+            )
         except ValueError as error:
             raise CheckpointException(root + str(error).removeprefix(".")) from error
         except RecursionError as error:
@@ -889,9 +991,13 @@ class Collecting:
         self._values[name] = value, per_rank
 
     def finish(self) -> ShardData:
-        """All of it: the tensors inside values get their names now, so that none takes that of a value to come."""
+        """All of it.
+
+        The tensors inside values get their names now, so that none takes that of a value to come.
+        """
         for name, (value, per_rank) in self._values.items():
-            self.data.values[name] = st.dump_json(self.encode(value, name)), per_rank
+            text = st.dump_json(self.encode(value, name))
+            self.data.tensors.append(coord.local_value(name, text, per_rank))
         try:
             for name in self._names:
                 st.check_name(name)
@@ -974,7 +1080,7 @@ class ModelState:
                     raise CheckpointException(
                         f"{name[:-1] or 'the model'} is FSDP1 (FullyShardedDataParallel), whose state fits "
                         "no other number of ranks: use FSDP2 (fully_shard), or FSDP(..., device_mesh=mesh) "
-                        "and get_state_dict(model, optimizer) in a Stateful in extra_state, as the README shows"
+                        "and get_state_dict(model, optimizer) in a Stateful in extra_state: see the README"
                     )
                 keys[key], modules[live[:-1]] = name, name[:-1]
                 self._modules.append((module, name))
@@ -992,7 +1098,10 @@ class ModelState:
         return names
 
     def _entries(self) -> Iterator[tuple[str, dict[str, object], str, torch.Tensor | None]]:
-        """Name, state dict, key in it, and tensor of every entry: None for `_extra_state` and what is no tensor."""
+        """Name, state dict, key in it, and tensor of every entry.
+
+        None for `_extra_state` and what is no tensor.
+        """
         self._states, seen = [], set[str]()
         for part, keys, _ in self._parts:
             given = part.state_dict()
@@ -1001,7 +1110,9 @@ class ModelState:
                 if (name := _canonical(key, keys)) in seen:
                     raise CheckpointException(f"two entries of the model's state are named {name!r}")
                 seen.add(name)
-                tensor = value if isinstance(value, torch.Tensor) and not key.endswith("_extra_state") else None
+                tensor = (
+                    value if isinstance(value, torch.Tensor) and not key.endswith("_extra_state") else None
+                )
                 yield name, state, key, tensor
 
     def _metadata(self) -> Iterator[tuple[dict[str, object], dict[str, object], dict[str, str]]]:
@@ -1057,7 +1168,7 @@ class ModelState:
                 vars(state)["_metadata"] = OrderedDict(both)
 
     def apply(self, strict: bool) -> dict[str, object]:
-        """L5: hand the filled state to the model's own `load_state_dict`; returns it under canonical names."""
+        """L5: hand the filled state to the model's `load_state_dict`; returns it under canonical names."""
         result: dict[str, object] = {}
         for (part, keys, _), state in zip(self._parts, self._states):
             if isinstance(part, torch.nn.Module) and not strict:
@@ -1094,7 +1205,10 @@ class SavedOptimizer(NamedTuple):
 
 
 def _saved_optimizer(restore: Restore) -> SavedOptimizer:
-    """Read it, of all ranks, as pipeline ranks hold different parameters. The own wins, else the lowest rank's."""
+    """Read it, of all ranks, as pipeline ranks hold different parameters.
+
+    The own wins, else the lowest rank's.
+    """
     reader, name, own = restore.reader, "optimizer/state", restore.op.rank
     saved, differing, source = SavedOptimizer({}, {}, {}, {}), set[str](), dict[str, int]()
     for rank in sorted(reader.ranks(name), key=lambda rank: (rank == own, -rank)) or [own]:
@@ -1127,17 +1241,18 @@ def _defaults(optimizer: Stateful) -> set[str]:
     return set(map(str, defaults)) if isinstance(defaults, Mapping) else set()
 
 
-# The parameter groups of a torch optimizer: each as in the state_dict, and of its parameters name, tensor and key in "state".
+# The parameter groups of a torch optimizer: each as in the state_dict, and of its parameters name, tensor and
+# key in "state".
 _Groups = list[tuple[dict[str, object], list[tuple[str, torch.Tensor, object]]]]
 
 
 class OptimizerState:
     """The state of one or several optimizers, keyed by the names of their parameters.
 
-    So it survives another order of parameters, other groups and another parallelism. A parameter outside of the model is
-    keyed by its position, one that several optimizers hold by their names too.
-    Any other Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its
-    `part`, its `params` by name and its `options`; `states` by parameter; `others` and `defaults` by part.
+    So it survives another order of parameters, other groups and another parallelism. A parameter outside of
+    the model is keyed by its position, one that several optimizers hold by their names too. Any other
+    Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its `part`, its
+    `params` by name and its `options`; `states` by parameter; `others` and `defaults` by part.
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
@@ -1146,18 +1261,25 @@ class OptimizerState:
             raise CheckpointException(
                 "optimizer: a ZeroRedundancyOptimizer gathers its state on one rank at a time, but all ranks "
                 "save: use FSDP2 (fully_shard) with an ordinary optimizer; or pass its `optim`, this rank's "
-                "part, and after a load copy the options (lr, ...) of `optim.param_groups` to its `param_groups`"
+                "part, and after a load copy the options (lr, ...) of `optim.param_groups` to its own"
             )
         self._parts, self._names = optimizer, names
-        held = (id(p) for part in optimizer.values() for g in getattr(part, "param_groups", ()) for p in g["params"])
+        held = (
+            id(p)
+            for part in optimizer.values()
+            for g in getattr(part, "param_groups", ())
+            for p in g["params"]
+        )
         self._contested = {key for key, count in Counter(held).items() if count > 1}
         self.outside: list[str] = []
         self._saved = SavedOptimizer({}, {}, {}, {})
         self._states: dict[str, dict[str, object]] = {}
         self._kept: list[tuple[Stateful, torch.Tensor, dict[str, object]]] = []
 
-    def _apart(self, part_name: str, state: Mapping[str, object]) -> tuple[dict[object, object], _Groups] | None:
-        """A torch optimizer's state_dict taken apart: state by key, and groups; None for any other Stateful."""
+    def _apart(
+        self, part_name: str, state: Mapping[str, object]
+    ) -> tuple[dict[object, object], _Groups] | None:
+        """A torch optimizer's state_dict taken apart: state by key, and groups; None for another Stateful."""
         live, by_key = getattr(self._parts[part_name], "param_groups", None), state.get("state")
         packed = state.get("param_groups")
         if live is None or len(state) > 2 or not isinstance(by_key, dict) or not isinstance(packed, list):
@@ -1186,7 +1308,9 @@ class OptimizerState:
                 continue
             by_key, packed_groups = apart
             for packed, params in packed_groups:
-                options = {key: value for key, value in packed.items() if key not in ("params", "param_names")}
+                options = {
+                    key: value for key, value in packed.items() if key not in ("params", "param_names")
+                }
                 encoded = into.encode(options, "optimizer/param_groups")
                 names = [name for name, _, _ in params]
                 groups.append({"part": part_name, "params": names, "options": encoded})
@@ -1198,7 +1322,7 @@ class OptimizerState:
                     if isinstance(step, (int, float)):
                         into.steps[name] = step
         node = {"groups": groups, "states": states, "others": others, "defaults": defaults}
-        into.data.values["optimizer/state"] = (st.dump_json(node), False)
+        into.data.tensors.append(coord.local_value("optimizer/state", st.dump_json(node)))
 
     def fill(self, restore: Restore) -> None:
         """L3: state tensors are filled in place where they exist, else made, sharded as their parameter.
@@ -1235,7 +1359,9 @@ class OptimizerState:
                 return f"that has the options {', '.join(lacking)}, the one here {', '.join(added)}"
         return ""
 
-    def _fill_torch(self, part_name: str, apart: tuple[dict[object, object], _Groups], restore: Restore) -> None:
+    def _fill_torch(
+        self, part_name: str, apart: tuple[dict[object, object], _Groups], restore: Restore
+    ) -> None:
         """L3 of a torch optimizer."""
         saved, by_key, new_groups = self._saved, dict(apart[0]), []
         empty = saved.empty.get(part_name, [])
@@ -1276,14 +1402,17 @@ def _group_options(
     names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, SavedParameter], restore: Restore
 ) -> dict[str, object]:
     """The saved options of a group; where its parameters were saved with different ones, it keeps its own."""
-    restore.problems += [f"optimizer/{name}: missing from the checkpoint" for name in names if name not in saved]
+    restore.problems += [
+        f"optimizer/{name}: missing from the checkpoint" for name in names if name not in saved
+    ]
     saved_options = [saved[name].options for name in names if name in saved]
     found = list({id(one): one for one in saved_options}.values())
     options: dict[str, object] = {}
     for key, node in (found[0] if found else {}).items():
         if any(other.get(key) != node for other in found):
             restore.warnings.append(
-                f"optimizer group of {names[0]}: its parameters were saved with different {key!r}; it keeps {packed.get(key)!r}"
+                f"optimizer group of {names[0]}: its parameters were saved with different {key!r}; "
+                f"it keeps {packed.get(key)!r}"
             )
         else:
             options[key] = restore.decode(node, packed.get(key))
@@ -1298,7 +1427,9 @@ def rng_state() -> dict[str, object]:
         "random": random.getstate(),
     }
     if st.cuda_in_use():
-        state["cuda"] = [torch.cuda.get_rng_state(d).numpy().tobytes() for d in range(torch.cuda.device_count())]
+        state["cuda"] = [
+            torch.cuda.get_rng_state(d).numpy().tobytes() for d in range(torch.cuda.device_count())
+        ]
     return state
 
 
@@ -1343,8 +1474,13 @@ def _tensors_in(node: object) -> list[str]:
 
 
 def _allocate(name: str, shape: st.Shape, dtype: torch.dtype, param: torch.Tensor | None) -> torch.Tensor:
-    """An empty tensor for optimizer state, laid out as its parameter: sharded alike where the shapes are equal."""
-    if param is None or name.endswith("/step"):  # torch keeps a step on the CPU; load_state_dict moves it where it must
+    """An empty tensor for optimizer state, laid out as its parameter.
+
+    Sharded alike where the shapes are equal.
+    """
+    if param is None or name.endswith(
+        "/step"
+    ):  # torch keeps a step on the CPU; load_state_dict moves it where it must
         return torch.empty(shape, dtype=dtype)
     if (sharded := coord.as_dtensor(param)) is not None and shape:
         if tuple(sharded.shape) == shape:
@@ -1358,7 +1494,10 @@ def _allocate(name: str, shape: st.Shape, dtype: torch.dtype, param: torch.Tenso
 
 
 class Restore:
-    """One load on one rank: what is validated, which tensors are filled, what does not fit, and handing it all over."""
+    """One load on one rank.
+
+    What is validated, which tensors are filled, what does not fit, and handing it all over.
+    """
 
     reader: CheckpointReader  # from L3 on
     result: CheckpointLoadResult  # from L5 on
@@ -1370,7 +1509,9 @@ class Restore:
         # With a LocalCoordinator in a job of several ranks, as likely as not each of them loads the same.
         local = local and dist.is_available() and dist.is_initialized()
         self._only_rank = op.world_size == 1 and not (local and dist.get_world_size() > 1)
-        self.targets: dict[tuple[object, ...], coord.Target] = {}  # by the memory that they fill, see `identity`
+        self.targets: dict[
+            tuple[object, ...], coord.Target
+        ] = {}  # by the memory that they fill, see `identity`
         self.problems: list[str] = []  # errors in strict mode, else warnings
         self.errors: list[str] = []  # errors in any mode
         self.warnings: list[str] = []
@@ -1378,7 +1519,9 @@ class Restore:
         self._sought: set[str] = set()  # stored names that this rank asked for
         self._taken: set[int] = set()  # the indices of the copies that it takes, of what is kept per rank
         self.unexpected: set[str] = set()  # stored names that nothing here has claimed yet
-        self._made: dict[tuple[object, ...], torch.Tensor] = {}  # copies, where one live tensor has two stored ones
+        self._made: dict[
+            tuple[object, ...], torch.Tensor
+        ] = {}  # copies, where one live tensor has two stored ones
         self._model, self._optimizer = ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
         self._extra_per_rank: dict[str, dict[int, object]] = {}
@@ -1390,10 +1533,13 @@ class Restore:
         options = self.given.options
         with_optimizer = options.load_optimizer and self.given.optimizer is not None
         return {
-            "verb": "load", "prefix": options.checkpoint_prefix, "strategy": options.resharding_strategy,
-            "fallback": options.fallback, "skip_validation": options.skip_validation,
+            "verb": "load",
+            "prefix": options.checkpoint_prefix,
+            "strategy": options.resharding_strategy,
+            "fallback": options.fallback,
+            "skip_validation": options.skip_validation,
             "optimizer, rng, strict": [with_optimizer, options.load_rng_state, options.strict_mode],
-        }  # fmt: skip
+        }
 
     def validate(self, reader: CheckpointReader) -> None:
         """L2: the record, and this rank's part of the shards."""
@@ -1403,19 +1549,21 @@ class Restore:
         if result.is_valid:
             mine = range(self.op.rank, len(reader.metadata.shards), self.op.world_size)
             for shard in mine:
-                reader.header(shard)  # raises CORRUPTED_CHECKPOINT, which is more than "not valid"
+                reader.unit_crcs(shard)  # raises CORRUPTED_CHECKPOINT, which is more than "not valid"
             result.add(self._validator.validate_shards(reader, mine))
         if not result.is_valid:
             message = f"validation failed: {result.get_summary()}"
             raise CheckpointException(message, type=ExceptionType.VALIDATION_FAILED)
         self.warnings += result.warnings
 
-    def prepare(self, reader: CheckpointReader) -> list[coord.Target]:
+    def match(self, reader: CheckpointReader) -> list[coord.Target]:
         """L3: match the state here with what is stored."""
         self.reader, given, options = reader, self.given, self.given.options
         stored = reader.metadata.tensors
         values = {t.name for t in stored if t.dtype == "JSON"}
-        self.unexpected |= {t.name for t in stored if t.name.startswith("model/")} | set(filter(coord.in_model, values))
+        self.unexpected |= {t.name for t in stored if t.name.startswith("model/")} | set(
+            filter(coord.in_model, values)
+        )
         self._model = ModelState(given.model)
         self._model.fill(self)
         if given.optimizer is None and options.load_optimizer and "optimizer/state" in values:
@@ -1449,7 +1597,10 @@ class Restore:
         return min(self.op.own_ranks(mesh), default=self.op.rank)
 
     def find(self, name: str, mesh: st.Shape = ()) -> int | None:
-        """The index of the copy of `name` that this rank takes, or None after noting the problem. `mesh`: of its DTensor."""
+        """The index of the copy of `name` that this rank takes, or None after noting the problem. `mesh`.
+
+        Of its DTensor.
+        """
         self.unexpected.discard(name)
         self._sought.add(name)
         if (index := self.reader.find(name, self._own(mesh))) is None:
@@ -1468,7 +1619,9 @@ class Restore:
             index = reader.find(name, self.op.rank)
             node = None if index is None else reader.read_value(index)
             known = dict(_match(node, live))
-            within = [(known.get(inner), ranks) for inner in _tensors_in(node) if (ranks := reader.ranks(inner))]
+            within = [
+                (known.get(inner), ranks) for inner in _tensors_in(node) if (ranks := reader.ranks(inner))
+            ]
             if all(self._own(coord.mesh_ranks(tensor)) in ranks for tensor, ranks in within):
                 self.find(name)
                 return [self.decode(node, live)]
@@ -1509,9 +1662,7 @@ class Restore:
         tensors = {i: torch.empty(t.shape, dtype=st.DTYPES[t.dtype], device="cpu") for i, t in metas.items()}
         views = [view for tensor in tensors.values() if (view := st.byte_view(tensor)) is not None]
         if self.op.rank == 0:
-            boxes = ((i, coord.whole_box(t.shape)) for i, t in metas.items())
-            tasks = self.reader.plan(coord.Target(i, box, tensors[i]) for i, box in boxes)
-            st.in_parallel(tasks, self.reader.run, len(tasks), self.op.poll)
+            self.reader.fill(coord.Target(i, st.whole_box(t.shape), tensors[i]) for i, t in metas.items())
         read = self.op.broadcast([view.tobytes() for view in views] if self.op.rank == 0 else None)
         for view, data in zip(views, read if self.op.rank and isinstance(read, list) else ()):
             view[:] = np.frombuffer(data, np.uint8)
@@ -1537,12 +1688,17 @@ class Restore:
         self._aim(index, local)
 
     def _aim(self, index: int, local: coord.LocalTensor) -> None:
-        """Have what is here of a tensor filled with the stored one of that number; the last of several wins, as in torch."""
+        """Have what is here of a tensor filled with the stored one of that number.
+
+        The last of several wins, as in torch.
+        """
         for box, view in local.pieces:  # tied tensors need one fill
             before = self.targets.get(place := coord.identity(view))
             if before is not None and before.tensor != index:
                 lost = self.reader.metadata.tensors[before.tensor].name
-                self.warnings.append(f"{lost}: is one tensor here with {local.name}, whose stored value it gets")
+                self.warnings.append(
+                    f"{lost}: is one tensor here with {local.name}, whose stored value it gets"
+                )
             alone = self._only_rank or (len(local.mesh) == self.op.world_size and not local.replicated)
             self.targets[place] = coord.Target(index, box, view, alone)
 
@@ -1551,7 +1707,9 @@ class Restore:
         return self.decode(self.reader.read_value(index), live)
 
     def decode(self, node: object, live: object, param: torch.Tensor | None = None) -> object:
-        """An encoded value; its tensors are those in the same place of `live` where they fit, else new, laid out as `param`.
+        """An encoded value.
+
+        Its tensors are those in the same place of `live` where they fit, else new, laid out as `param`.
 
         New too where another stored tensor fills the live one: an average may start as what it averages.
         """
@@ -1579,10 +1737,10 @@ class Restore:
     def _judge(self) -> None:
         """Errors, or in loose mode warnings, for misfits; a name that no rank claims is unexpected."""
         taken = np.array(sorted(self._taken), np.int64)  # consecutive ones, where ranks have the same layout
-        told = self.op.gather([sorted(self.unexpected), len(taken), st.encode_runs(taken)])
+        told = self.op.gather([sorted(self.unexpected), len(taken), st.pack_ints(taken)])
         rows = [row for row in told if isinstance(row, list)]
         unwanted = set.intersection(*(set(names) for names, _, _ in rows))
-        everywhere = (st.decode_runs(runs, count).tolist() for _, count, runs in rows)
+        everywhere = (st.unpack_ints(packed, count).tolist() for _, count, packed in rows)
         self._warn_of_kept(set(itertools.chain(*everywhere)))
         self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
         if self.given.options.strict_mode:
@@ -1610,7 +1768,10 @@ class Restore:
 
     def apply(self) -> None:
         """L5: hand the filled states over."""
-        model_state, optimizer_state = self._model.apply(self.given.options.strict_mode), self._optimizer.apply()
+        model_state, optimizer_state = (
+            self._model.apply(self.given.options.strict_mode),
+            self._optimizer.apply(),
+        )
         for key, value in self._extra.items():
             if isinstance(live := self.given.extra_state.get(key), Stateful) and isinstance(value, dict):
                 live.load_state_dict(value)
@@ -1618,12 +1779,20 @@ class Restore:
             set_rng_state(self._rng)
         meta, here = self.reader.metadata, self.op.world_size
         self.result = CheckpointLoadResult(
-            meta, model_state, optimizer_state, meta.world_size, here, meta.world_size != here, self._extra, meta.prefix,
-            self.warnings, self._extra_per_rank,
-        )  # fmt: skip
+            meta,
+            model_state,
+            optimizer_state,
+            meta.world_size,
+            here,
+            meta.world_size != here,
+            self._extra,
+            meta.prefix,
+            self.warnings,
+            self._extra_per_rank,
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Validation
 
 
@@ -1655,7 +1824,10 @@ class ValidationResult:
 
 @runtime_checkable
 class IntegrityChecker(Protocol):
-    """Judges one shard of a checkpoint. What it raises, but for CANCELLED and TIMEOUT, counts as an error that it found."""
+    """Judges one shard of a checkpoint.
+
+    What it raises, but for CANCELLED and TIMEOUT, counts as an error that it found.
+    """
 
     name: str
 
@@ -1672,32 +1844,35 @@ class CompatibilityChecker(Protocol):
 
 
 class SizeIntegrityChecker:
-    """The shard is as long as the record says, and its header, all that this reads, has the CRC32 that the record says."""
+    """The shard is as long as the record says, and its header, all that this reads, has the CRC32 that the
+    record says.
+    """
 
     name = "size"
 
     def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
-        reader.header(shard)
+        reader.unit_crcs(shard)
         return ValidationResult()
 
 
 class ChecksumIntegrityChecker:
-    """Every block of the shard has the CRC32 that its header says; an error for each that has not. Reads every byte."""
+    """Every unit of the shard has the CRC32 that its header says, and the header says what the record does.
+
+    An error for each that has not. Reads every byte.
+    """
 
     name = "checksum"
 
     def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
-        found, header = ValidationResult(), reader.header(shard)
+        found, info = ValidationResult(), reader.metadata.shards[shard]
+        reader.check_header(shard)
 
-        def check(block: int, buffer: st.Bytes) -> None:
-            try:
-                reader.read(shard, block, block + 1, buffer, alone=True)
-            except CheckpointException as error:
-                found.errors.append(str(error))
-            reader.meter.add(st.block_span(header, block, block + 1))
+        def check(low: int, buffer: st.Bytes, gate: st.Gate) -> None:
+            found.errors.extend(reader.check_block(shard, low, buffer))
+            reader.meter.add(min(st.BLOCK_BYTES, info.length - info.header_bytes - low))
 
-        blocks = range(st.block_count(header.data_length))
-        st.in_parallel(blocks, check, len(blocks), reader.meter.tick)
+        blocks = range(0, info.length - info.header_bytes, st.BLOCK_BYTES)
+        st.in_parallel(blocks, check, reader.meter.tick, len(blocks))
         return found
 
 
@@ -1716,7 +1891,10 @@ class VersionCompatibilityChecker:
 
 
 class SchemaCompatibilityChecker:
-    """Every tensor's pieces hold each of its elements once; an error for each (20 at most) of which they do not."""
+    """Every tensor's pieces hold each of its elements once.
+
+    An error for each (20 at most) of which they do not.
+    """
 
     name = "schema"
 
@@ -1724,16 +1902,20 @@ class SchemaCompatibilityChecker:
         shapes = [t.shape if t.alias_of is None else (0,) for t in metadata.tensors]
         wrong = st.not_covered_once(metadata.pieces.tensor, metadata.pieces.box, shapes)
         names = (metadata.tensors[index].name for index in wrong[:20])
-        return ValidationResult([f"{name}: its pieces do not hold each of its elements once" for name in names])
+        return ValidationResult(
+            [f"{name}: its pieces do not hold each of its elements once" for name in names]
+        )
 
 
 class CheckpointValidator:
     """Runs checkers; the built-in ones always, those given in addition."""
 
     def __init__(
-        self, storage: CheckpointStorage, integrity_checkers: Sequence[IntegrityChecker] = (),
+        self,
+        storage: CheckpointStorage,
+        integrity_checkers: Sequence[IntegrityChecker] = (),
         compatibility_checkers: Sequence[CompatibilityChecker] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.storage = storage
         self.integrity_checkers: list[IntegrityChecker] = [SizeIntegrityChecker(), *integrity_checkers]
         built_in: list[CompatibilityChecker] = [VersionCompatibilityChecker(), SchemaCompatibilityChecker()]
@@ -1742,7 +1924,10 @@ class CheckpointValidator:
     def validate_checkpoint(
         self, checkpoint_prefix: str, progress: Callable[[Progress], None] | None = None
     ) -> ValidationResult:
-        """Check the record and every byte of every shard. Any process; never raises for damage, but reports it."""
+        """Check the record and every byte of every shard. Any process.
+
+        Never raises for damage, but reports it.
+        """
         for _ in range(2):  # once more if it was replaced meanwhile
             try:
                 _, meta = coord.committed(self.storage, checkpoint_prefix)
@@ -1765,7 +1950,10 @@ class CheckpointValidator:
         return result
 
     def validate_shards(
-        self, reader: CheckpointReader, shards: Iterable[int] | None = None, extra: Sequence[IntegrityChecker] = ()
+        self,
+        reader: CheckpointReader,
+        shards: Iterable[int] | None = None,
+        extra: Sequence[IntegrityChecker] = (),
     ) -> ValidationResult:
         """Run the integrity checkers on some shards (default: all), and `extra` ones."""
         result = ValidationResult()
@@ -1783,79 +1971,85 @@ def _guarded(name: str, check: Callable[[], ValidationResult]) -> ValidationResu
         return check()
     except Exception as error:
         kind = error.type if isinstance(error, CheckpointException) else None
-        if isinstance(error, coord.OperationFailed) or kind in (ExceptionType.CANCELLED, ExceptionType.TIMEOUT):
+        if isinstance(error, coord.OperationFailed) or kind in (
+            ExceptionType.CANCELLED,
+            ExceptionType.TIMEOUT,
+        ):
             raise
-        return ValidationResult([str(error) if kind else f"checker {name!r} raised {type(error).__name__}: {error}"])
+        return ValidationResult(
+            [str(error) if kind else f"checker {name!r} raised {type(error).__name__}: {error}"]
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Out: safetensors files for everybody else
 
-_FLOATS = ("F16", "BF16", "F32", "F64")  # what an export may cast; 8-bit floats mean nothing without their scales
+_FLOATS = (
+    "F16",
+    "BF16",
+    "F32",
+    "F64",
+)  # what an export may cast; 8-bit floats mean nothing without their scales
 _WIDEST_FIRST = (  # the order of safetensors' own serializer
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0",
-    "F8_E4M3", "F8_E5M2", "I8", "U8", "F4", "BOOL",
-)  # fmt: skip
+    "U64",
+    "I64",
+    "F64",
+    "C64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E5M2FNUZ",
+    "F8_E4M3FNUZ",
+    "F8_E8M0",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "F4",
+    "BOOL",
+)
 
-_Entries = list[tuple[int, st.Entry]]  # tensors as entries of a file, each with the number under which it is stored
-_Files = dict[str, tuple[bytes, _Entries]]  # of an export: by name the first bytes, and the tensors behind them
-_Part = tuple[int, st.Box, torch.Tensor]  # the elements of a box of the tensor stored under that number
+
+class _Exported(NamedTuple):
+    """A tensor of an export: where it is stored, and what its file says of it."""
+
+    stored: int  # index
+    name: str
+    dtype: str
+    shape: st.Shape
+    begin: int = 0
+
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * st.itemsize(self.dtype)
 
 
-def _entries(meta: CheckpointMetadata) -> _Entries:
-    """All that is stored; the name says for which rank, where it is kept for one. Tied tensors have one number."""
-    whole = (coord.draft_entry(t, coord.whole_box(t.shape), 0, packed=False) for t in meta.tensors)
-    return [(n if t.alias_of is None else t.alias_of, entry) for n, (t, entry) in enumerate(zip(meta.tensors, whole))]
-
-
-def _plan(reader: CheckpointReader, tensors: Iterable[int]) -> list[coord.Task]:
-    """The tasks that read all of these tensors, to nowhere."""
-    whole = {number: coord.whole_box(reader.metadata.tensors[number].shape) for number in tensors}
-    return reader.plan(coord.Target(number, box, torch.empty(0), alone=True) for number, box in whole.items())
-
-
-def _stream(
-    reader: CheckpointReader, tensors: Iterable[int], take: Callable[[list[_Part]], None],
-    progress: Callable[[Progress], None] | None = None,
-) -> None:  # fmt: skip
-    """Read all of these tensors, and call `take`, on several threads, with the parts that each block has of them.
-
-    So each stored block is read and checked once, whatever the layout, and memory holds only the blocks in flight.
-    """
-    tasks = _plan(reader, tensors)
-    meter = coord.Meter("export", sum(task.nbytes for task in tasks), progress)
-
-    def read(task: coord.Task, buffer: st.Bytes) -> None:
-        found, held = list[_Part](), 0
-        for copy, part in reader.parts(task, reader.read_task(task, buffer)):
-            if (held := held + len(part)) > st.BLOCK_BYTES:  # a compressed block may expand to many times its size
-                take(found)
-                found, held = [], len(part)
-            elements = torch.from_numpy(part).view(st.DTYPES[copy.entry.dtype])
-            start = copy.start // elements.itemsize
-            for at, box in st.row_boxes(copy.piece.size, start, start + len(elements)):
-                here = st.Box(tuple(p + o for p, o in zip(copy.piece.offset, box.offset)), box.size)
-                run = elements[at - start : at - start + math.prod(box.size)]
-                found.append((copy.target.tensor, here, run.view(box.size)))
-        take(found)
-        meter.add(task.nbytes)
-
-    st.in_parallel(tasks, read, len(tasks), meter.tick)
-    meter.tick()
+_Files = dict[str, tuple[bytes, list[_Exported]]]  # by name the first bytes, and the tensors behind them
 
 
 def export_checkpoint(
-    storage: st.AnyStorage, prefix: str, out: str | os.PathLike[str], *, model_only: bool = False,
-    dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000,
+    storage: st.AnyStorage,
+    prefix: str,
+    out: str | os.PathLike[str],
+    *,
+    model_only: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[Progress], None] | None = None,
-) -> list[str]:  # fmt: skip
-    """Write a checkpoint, of whatever layout, as safetensors files named as Hugging Face's libraries expect. Local.
+) -> list[str]:
+    """Write a checkpoint, of whatever layout, as safetensors files named as Hugging Face's libraries expect.
 
-    Returns their names. `out` ends in ".safetensors"; more than `max_shard_bytes` become `<out>-00001-of-0000N` and an
-    index. The model's tensors have the names of `model.state_dict()`, tied ones a copy each; without `model_only` the
-    others follow, named as stored. `dtype` casts the model's floats of 16 bits and more. An older export to `out` is
-    replaced. ValueError for a misuse, CheckpointException for damage or a failing disk; then no file of it is left,
-    unless the disk failed while files got their final names, or while those of an older export went.
+    Local.
+
+    Returns their names. `out` ends in ".safetensors"; more than `max_shard_bytes` become
+    `<out>-00001-of-0000N` and an index. The model's tensors have the names of `model.state_dict()`, tied ones
+    a copy each; without `model_only` the others follow, named as stored. `dtype` casts the model's floats of
+    16 bits and more. An older export to `out` is replaced. ValueError for a misuse, CheckpointException for
+    damage or a failing disk; then no file of it is left, unless the disk failed while files got their final
+    names, or while those of an older export went.
     """
     storage = StorageFactory.create(storage)
     folder, name = os.path.split(os.path.abspath(out))
@@ -1864,153 +2058,206 @@ def export_checkpoint(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
     _check_member(dtype, (None, *(st.DTYPES[code] for code in _FLOATS)), "export dtype")
-    with _typed(prefix, f"export to {out}: "), CheckpointReader(storage, coord.committed(storage, prefix)[1]) as reader:
+    with (
+        _typed(prefix, f"export to {out}: "),
+        CheckpointReader(storage, coord.committed(storage, prefix)[1]) as reader,
+    ):
         files = _lay_out(name, _select(reader.metadata, model_only, dtype), max_shard_bytes)
         with _appearing(folder, name, files) as places:
 
-            def write(parts: list[_Part]) -> None:
-                for number, box, elements in parts:
-                    for file, begin, entry in places[number]:
-                        starts = _run_starts(entry.shape, box)
-                        runs = elements.to(st.DTYPES[entry.dtype]).view(len(starts), -1).view(torch.uint8).numpy()
-                        for start, run in zip(starts, runs):
-                            file.write(begin + start * st.itemsize(entry.dtype), run.data)
+            def write(index: int, box: st.Box, start: int, part: torch.Tensor) -> None:
+                for file, begin, to in places[index]:
+                    data = part.to(st.DTYPES[to.dtype]).reshape(-1).view(torch.uint8).numpy()
+                    file.write(begin + start * st.itemsize(to.dtype), data.data)
 
-            _stream(reader, places, write, progress)
+            _read_in_parts(reader, places, write, progress)
     return [os.path.join(folder, part) for part in files]
 
 
-def _run_starts(shape: st.Shape, box: st.Box) -> list[int]:
-    """In a row-major array of this shape, where each run of a box's elements begins that are contiguous in it."""
-    split = max((dim for dim, size in enumerate(shape) if box.size[dim] < size), default=0)
-    sides = [range(low, low + (size if dim < split else 1)) for dim, (low, size) in enumerate(zip(*box))]
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return [sum(i * stride for i, stride in zip(corner, strides)) for corner in itertools.product(*sides)]
+def _read_in_parts(
+    reader: CheckpointReader,
+    tensors: Iterable[int],
+    take: Callable[[int, st.Box, int, torch.Tensor], None],
+    progress: Callable[[Progress], None] | None = None,
+) -> None:
+    """Read stored tensors a few MiB at a time, and call `take(index, box, start, elements)`, on several
+    threads.
+
+    `start` is the position of the box's first element in the tensor; the elements are one behind the other.
+    """
+    meta, parts = reader.metadata, list[tuple[int, int, int]]()
+    for index in tensors:
+        t = meta.tensors[index]
+        count, step = math.prod(t.shape), st.BLOCK_BYTES // st.itemsize(t.dtype)
+        parts += [(index, low, min(count, low + step)) for low in range(0, count, step)]
+    total = sum((high - low) * st.itemsize(meta.tensors[index].dtype) for index, low, high in parts)
+    meter, own = coord.Meter("export", total, progress), threading.local()
+
+    def read(part: tuple[int, int, int], buffer: st.Bytes, gate: st.Gate) -> None:
+        index, low, high = part
+        dtype = st.DTYPES[meta.tensors[index].dtype]
+        if not hasattr(own, "memory"):  # of this thread: malloc would keep several times as much
+            own.memory = torch.from_numpy(st.aligned_buffer(st.BLOCK_BYTES))
+        for start, box in st.row_boxes(meta.tensors[index].shape, low, high):
+            elements = own.memory[: math.prod(box.size) * dtype.itemsize].view(dtype).view(box.size)
+            reader.fill([coord.Target(index, box, elements)], buffer)
+            take(index, box, start, elements)
+        meter.add((high - low) * st.itemsize(meta.tensors[index].dtype))
+
+    st.in_parallel(parts, read, meter.tick, len(parts))
+    meter.tick()
 
 
-def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | None) -> _Entries:
-    """The tensors to export, in the order of the record, which is the model's; logs what one might not expect."""
-    chosen, lowest, told = _Entries(), coord.lowest_ranks(meta.tensors), defaultdict[str, list[str]](list)
-    for t, (number, entry) in zip(meta.tensors, _entries(meta)):
-        model = t.name.startswith("model/")
+def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | None) -> list[_Exported]:
+    """The tensors to export, in the order of the record, which is the model's.
+
+    Logs what one might not expect.
+    """
+    lowest, told = st.lowest_ranks(meta.tensors), defaultdict[str, list[str]](list)
+    chosen = list[_Exported]()
+    for index, t in enumerate(meta.tensors):
+        model, name, code = t.name.startswith("model/"), st.entry_name(t, st.whole_box(t.shape)), t.dtype
         if t.dtype == "JSON":
-            if coord.in_model(t.name) or not model_only:
-                told["left out, being no tensors"].append(entry.name)
+            if t.name.startswith("model") or not model_only:
+                told["left out, being no tensors"].append(name)
             continue
         if model and t.rank == lowest[t.name]:
-            entry = entry._replace(name=t.name.removeprefix("model/"))
+            name = t.name.removeprefix("model/")
             if t.rank is not None:
-                told["kept per rank, exported as the lowest rank has it"].append(entry.name)
+                told["kept per rank, exported as the lowest rank has it"].append(name)
         elif model_only:
             continue
         if model and dtype is not None and t.dtype in _FLOATS:
-            entry = entry._replace(dtype=st.CODES[dtype])
-        if st.stored_form(entry.dtype, ())[0] != entry.dtype:
-            told["complex, exported as pairs of floats (see torch.view_as_complex)"].append(entry.name)
-        chosen.append((number, entry))
-    names = Counter(entry.name for _, entry in chosen)
-    if "__metadata__" in names or len(names) < len(chosen):
-        wrong = [name for name, count in names.items() if count > 1 or name == "__metadata__"]
+            code = st.CODES[dtype]
+        if st.stored_form(code, ())[0] != code:
+            told["complex, exported as pairs of floats (see torch.view_as_complex)"].append(name)
+        chosen.append(_Exported(index if t.alias_of is None else t.alias_of, name, code, t.shape))
+    names = Counter(exported.name for exported in chosen)
+    if "__metadata__" in names:
         raise ValueError(
-            f"an export cannot hold {st.some(wrong)}: safetensors uses the name __metadata__ itself, and has "
-            "every other name once; save the checkpoint again with other names in the model"
+            f"{meta.prefix}: a safetensors file cannot hold a tensor named '__metadata__': rename it"
         )
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{meta.prefix}: two tensors of the export would have one name: {st.some(twice)}")
     with _well_formed(meta.prefix):
         for name in names:
             st.check_name(name)
-    for what, which in told.items():
-        log.warning("%s: %s: %s", meta.prefix, what, st.some(which))
+    for what, found in told.items():
+        log.warning("%s: %s: %s", meta.prefix, what, st.some(found))
     return chosen
 
 
-def _lay_out(name: str, chosen: _Entries, limit_bytes: int) -> _Files:
+def _lay_out(name: str, chosen: Sequence[_Exported], limit_bytes: int) -> _Files:
     """The files of an export: one, or several and, last, their index."""
-    groups, room = [_Entries()], limit_bytes
-    for number, entry in chosen:
-        if groups[-1] and entry.nbytes() > room:
+    groups, room = [list[_Exported]()], limit_bytes
+    for exported in chosen:
+        if groups[-1] and exported.nbytes() > room:
             groups.append([])
             room = limit_bytes
-        groups[-1].append((number, entry))
-        room -= entry.nbytes()
+        groups[-1].append(exported)
+        room -= exported.nbytes()
     if len(groups) == 1:
         return {name: _with_header(chosen)}
     stem, many = name.removesuffix(".safetensors"), len(groups)
-    files = {f"{stem}-{n:05d}-of-{many:05d}.safetensors": _with_header(group) for n, group in enumerate(groups, 1)}
-    weights = {entry.name: part for part, (_, group) in files.items() for _, entry in group}
-    index = {"metadata": {"total_size": sum(entry.nbytes() for _, entry in chosen)}, "weight_map": weights}
+    files = {
+        f"{stem}-{n:05d}-of-{many:05d}.safetensors": _with_header(group) for n, group in enumerate(groups, 1)
+    }
+    weights = {exported.name: part for part, (_, group) in files.items() for exported in group}
+    index = {"metadata": {"total_size": sum(e.nbytes() for e in chosen)}, "weight_map": weights}
     return files | {f"{name}.index.json": (json.dumps(index, indent=2, sort_keys=True).encode() + b"\n", [])}
 
 
-def _with_header(entries: _Entries) -> tuple[bytes, _Entries]:
-    """The header of a safetensors file, byte for byte as their own serializer writes it, and its entries in their places."""
+def _with_header(chosen: Iterable[_Exported]) -> tuple[bytes, list[_Exported]]:
+    """The header of a safetensors file, byte for byte as their own serializer writes it, and its tensors in
+    place.
+    """
+
+    def rank(exported: _Exported) -> tuple[int, str]:  # widest first, so that every tensor is aligned
+        return _WIDEST_FIRST.index(st.stored_form(exported.dtype, ())[0]), exported.name
+
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    placed, begin = _Entries(), 0
-    # Widest first, so that every tensor is aligned.
-    for number, entry in sorted(
-        entries, key=lambda item: (_WIDEST_FIRST.index(st.stored_form(item[1].dtype, ())[0]), item[1].name)
-    ):
-        placed.append((number, entry._replace(begin=begin, end=begin + entry.nbytes())))
-        table[entry.name], _ = placed[-1][1].described()
-        begin += entry.nbytes()
+    placed, begin = list[_Exported](), 0
+    for exported in sorted(chosen, key=rank):
+        placed.append(exported._replace(begin=begin))
+        dtype, shape = st.stored_form(exported.dtype, exported.shape)
+        begin += exported.nbytes()
+        offsets = [placed[-1].begin, begin]
+        table[exported.name] = {"dtype": dtype, "shape": [*shape], "data_offsets": offsets}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > st.MAX_HEADER_BYTES:
-        raise ValueError(f"a header for {len(placed)} tensors is over the limit of safetensors; make smaller files")
+        raise ValueError(
+            f"a header for {len(placed)} tensors is over the limit of safetensors; make smaller files"
+        )
     return len(text).to_bytes(8, "little") + text, placed
 
 
-_Places = dict[int, list[tuple[StoredFile, int, st.Entry]]]  # by number: to which file, where in it, and in which form
+_Places = dict[
+    int, list[tuple[StoredFile, int, _Exported]]
+]  # by index: to which file, where in it, and in which form
 
 
 @contextlib.contextmanager
 def _appearing(folder: str, name: str, files: _Files) -> Iterator[_Places]:
-    """New files that appear in the end, durable, the last one last, or not at all. They replace the export `name`.
+    """New files that appear in the end, durable, the last one last, or not at all.
 
-    At no time does an index name files of another export.
+    They replace the export `name`.
+
+    At no time does an index name files of another export. What a process that died a day ago has left goes.
     """
     directory, written, places = LocalStorage(folder), dict[str, st.LocalFile](), _Places()
+    ending = f".{secrets.token_hex(4)}.tmp"  # of this export: another one to the same name may be under way
     try:
         for part, (head, entries) in files.items():
-            directory.reap(f"{part}.tmp")  # of a process that died; of one that lives, the next line fails
-            file = written[part] = directory.create(f"{part}.tmp")
-            file.resize(len(head) + sum(entry.nbytes() for _, entry in entries))
+            file = written[part] = directory.create(part + ending)
+            file.resize(len(head) + sum(exported.nbytes() for exported in entries))
             file.write(0, memoryview(head))
-            for number, entry in entries:
-                places.setdefault(number, []).append((file, len(head) + entry.begin, entry))
+            for exported in entries:
+                places.setdefault(exported.stored, []).append((file, len(head) + exported.begin, exported))
         yield places
         for file in written.values():
             file.sync()
         directory.delete(f"{name}.index.json")
         for part in written:
-            directory.publish(f"{part}.tmp", part, overwrite=True)
+            directory.publish(part + ending, part, overwrite=True)
         # What the older export had besides; its single file is what readers would prefer to an index.
-        old = re.compile(re.escape(name.removesuffix(".safetensors")) + r"(-\d{5}-of-\d{5})?\.safetensors")
-        for stale in [n for n in os.listdir(folder) if old.fullmatch(n) and n not in written]:
-            directory.delete(stale)
+        stem, part = re.escape(name.removesuffix(".safetensors")), r"(-\d{5}-of-\d{5})?\.safetensors"
+        old = re.compile(rf"{stem}{part}(\.[0-9a-f]{{8}}\.tmp)?")
+        for stale in [n for n in st.os.listdir(folder) if old.fullmatch(n) and n not in written]:
+            with contextlib.suppress(FileNotFoundError):
+                if not stale.endswith(".tmp") or directory.age_s(stale) > 86400:
+                    directory.delete(stale)
         directory.sync_directory(name)
     finally:
         for part, file in written.items():
             file.close()
-            directory.delete(f"{part}.tmp")
+            directory.delete(part + ending)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # In: checkpoints of other makes
 
 
 def import_checkpoint(
-    source: str | os.PathLike[str], storage: st.AnyStorage, prefix: str, *,
+    source: str | os.PathLike[str],
+    storage: st.AnyStorage,
+    prefix: str,
+    *,
     progress: Callable[[Progress], None] | None = None,
-) -> str:  # fmt: skip
-    """Save what others have saved, bit for bit, as a new checkpoint, which `load(model, None, ...)` takes. Local.
+) -> str:
+    """Save what others have saved, bit for bit, as a new checkpoint, which `load(model, None, ...)` takes.
 
-    `source` is a safetensors file, an index of several (`*.index.json`) or a directory with them: all of it is the model.
-    Or it is a file of torch.save, or a directory of torch.distributed.checkpoint (DCP): the model is what is under "model",
-    "state_dict" or "model_state_dict", and the rest `extra_state`; without such a key, the model is all tensors, by dotted
-    names, and `extra_state` the entries without any. Where all names begin with DDP's "module.", that is dropped.
+    Local.
 
-    DCP's metadata is a pickle, which may run any code: import such a directory only if you trust where it comes from.
-    ValueError for a misuse; CheckpointException for a damaged source, a failing disk, or a checkpoint that is there already.
+    `source` is a safetensors file, an index of several (`*.index.json`) or a directory with them: all of it
+    is the model. Or it is a file of torch.save, or a directory of torch.distributed.checkpoint (DCP): the
+    model is what is under "model", "state_dict" or "model_state_dict", and the rest `extra_state`; without
+    such a key, the model is all tensors, by dotted names, and `extra_state` the entries without any. Where
+    all names begin with DDP's "module.", that is dropped.
+
+    DCP's metadata is a pickle, which may run any code: import such a directory only if you trust where it
+    comes from. ValueError for a misuse; CheckpointException for a damaged source, a failing disk, or a
+    checkpoint that is there already.
     """
     with _typed(os.fspath(source), f"{os.fspath(source)}: "):
         model, extra = _split(_read_source(os.fspath(source)))
@@ -2021,9 +2268,13 @@ def import_checkpoint(
 
 def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """The model's state by dotted names, and the extra state, as `import_checkpoint` tells."""
-    chosen = next((k for k in ("model", "state_dict", "model_state_dict") if isinstance(state.get(k), Mapping)), None)
+    chosen = next(
+        (k for k in ("model", "state_dict", "model_state_dict") if isinstance(state.get(k), Mapping)), None
+    )
     leaves = {key: list(_leaves(value, "" if key == chosen else key)) for key, value in state.items()}
-    tensors = {key for key, found in leaves.items() if any(isinstance(leaf, torch.Tensor) for _, leaf in found)}
+    tensors = {
+        key for key, found in leaves.items() if any(isinstance(leaf, torch.Tensor) for _, leaf in found)
+    }
     ours = tensors if chosen is None else {chosen}
     found = [leaf for key in leaves if key in ours for leaf in leaves[key]]
     dropped = "module." if found and all(name.startswith("module.") for name, _ in found) else ""
@@ -2045,16 +2296,22 @@ def _read_source(path: str) -> dict[str, object]:
     """What a source holds, mapped into memory where that can be: nothing is read before it is saved."""
     files = [path]
     if os.path.isdir(path):
-        if ".metadata" in (names := sorted(os.listdir(path))):
+        if ".metadata" in (names := sorted(st.os.listdir(path))):
             return _read_dcp(path)
-        files = [os.path.join(path, n) for n in names if n.endswith((".safetensors", ".safetensors.index.json"))]
+        files = [
+            os.path.join(path, n) for n in names if n.endswith((".safetensors", ".safetensors.index.json"))
+        ]
     indices = [file for file in files if file.endswith(".index.json")]
     if not files or len(indices) > 1 or (indices and indices[0].removesuffix(".index.json") in files):
-        raise ValueError(f"{path}: name one file to import; safetensors files here: {st.some(files) or 'none'}")
+        raise ValueError(
+            f"{path}: name one file to import; safetensors files here: {st.some(files) or 'none'}"
+        )
     listed: Iterable[str] = ()
     for index in indices:
-        with open(_regular(index), "rb") as file, _well_formed(index):
-            weights = st.Fields(st.parse_json(file.read(), index)).child("weight_map")
+        folder, name = os.path.split(os.path.realpath(_regular(index)))  # in a cache of Hugging Face, a link
+        with _well_formed(index):
+            text = st.read_file(LocalStorage(folder), name)
+            weights = st.Fields(st.parse_json(text, index)).child("weight_map")
             parts = {weights.text(name) for name in weights.all}
             for part in sorted(parts):
                 st.check_name(part)
@@ -2081,13 +2338,15 @@ def _read_file(path: str) -> dict[str, object]:
             if not 10 <= start <= min(len(data), 8 + st.MAX_HEADER_BYTES):
                 raise ValueError(f"impossible header length {start - 8} in a file of {len(data)} bytes")
             table = st.Fields(st.parse_json(data[8:start].tobytes(), path))
-            entries = st.parse_entries(table, st.Fields({}), len(data) - start)
+            entries = st.parse_entries(table, len(data) - start)
         parts = ((e, torch.from_numpy(data[start + e.begin : start + e.end])) for e in entries)
         return {e.name: part.view(st.DTYPES[e.dtype]).view(e.shape) for e, part in parts}
     try:
         state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that: torch seeks where a damaged file says
+        if (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):  # that: torch seeks where a damaged file says
             raise
         raise CheckpointException(
             f"{path}: not *.safetensors, and torch.load(weights_only=True) refuses it: {_reason(error)}. "
@@ -2097,7 +2356,9 @@ def _read_file(path: str) -> dict[str, object]:
             ExceptionType.LOAD_FAILED,
         ) from None  # a traceback would show torch's advice to turn its checks off
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}; expected a dict of tensors, or of dicts of them")
+        raise ValueError(
+            f"{path}: holds a {type(state).__name__}; expected a dict of tensors, or of dicts of them"
+        )
     return {str(key): value for key, value in state.items()}
 
 
@@ -2115,7 +2376,7 @@ def _reason(error: Exception) -> str:
 
 def _regular(path: str) -> str:
     """`path`, if it is a regular file or a link to one: opening a FIFO or a device could block for ever."""
-    if not stat.S_ISREG(mode := os.stat(path).st_mode):
+    if not stat.S_ISREG(mode := st.os.stat(path).st_mode):
         kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         raise ValueError(f"{path}: expected a file, found {kinds.get(stat.S_IFMT(mode), 'a device')}")
     return path
@@ -2130,12 +2391,12 @@ def _well_formed(path: str) -> Iterator[None]:
 
 
 def _read_dcp(path: str) -> dict[str, object]:
-    """What torch.distributed.checkpoint has saved, nested as it was. This unpickles: the source is trusted."""
+    """What torch.distributed.checkpoint has saved, nested as it was. It unpickles: the source is trusted."""
     from torch.distributed.checkpoint import default_planner, state_dict_loader
     from torch.distributed.checkpoint.api import CheckpointException as DcpException  # a BaseException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    for folder, _, names in os.walk(path):
+    for folder, _, names in st.os.walk(path):
         for name in names:
             _regular(os.path.join(folder, name))
     state: dict[str, object] = {}
@@ -2149,7 +2410,7 @@ def _read_dcp(path: str) -> dict[str, object]:
     return state
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # What differs between two checkpoints
 
 
@@ -2163,10 +2424,13 @@ class Difference(NamedTuple):
 
 
 def diff_checkpoints(storage: st.AnyStorage, a: str, b: str, *, values: bool = False) -> list[Difference]:
-    """What differs between checkpoints `a` and `b`, by stored name; [] where every tensor and value has the same bits. Local.
+    """What differs between checkpoints `a` and `b`, by stored name.
 
-    Where both have a tensor at the same places of their blocks, the CRC32s of these blocks tell, and no data are read; else,
-    and for `values`, the largest absolute change of each tensor, it is read and checked. CheckpointException for damage.
+    [] where every tensor and value has the same bits. Local.
+
+    Where both have a tensor at the same places of their blocks, the CRC32s of these blocks tell, and no data
+    are read; else, and for `values`, the largest absolute change of each tensor, it is read and checked.
+    CheckpointException for damage.
     """
     storage = StorageFactory.create(storage)
     with (
@@ -2174,69 +2438,81 @@ def diff_checkpoints(storage: st.AnyStorage, a: str, b: str, *, values: bool = F
         CheckpointReader(storage, coord.committed(storage, a)[1]) as old,
         CheckpointReader(storage, coord.committed(storage, b)[1]) as new,
     ):
-        sides = (_entries(reader.metadata) for reader in (old, new))
-        before, after = ({e.name: (number, f"{e.dtype} {list(e.shape)}") for number, e in side} for side in sides)
-        both = [(name, *before[name], *after[name]) for name in before if name in after]
-        changed, unsure = dict[tuple[int, int], float | None](), dict[int, set[int]]()
-        x, y = _checksums(old), _checksums(new)
-        for _, s, was, t, now in both:
-            unlike = [place for place, crcs in x[s].items() if y[t].get(place) != crcs]
-            if was != now or any(place[0] and place in y[t] for place in unlike):
-                changed[s, t] = None
-            # Or it has moved, or lies beside something that changed.
-            alike = old.metadata.tensors[s].shape == new.metadata.tensors[t].shape
-            if alike and (was != now or unlike) and (values or (s, t) not in changed):
-                unsure.setdefault(s, set()).add(t)
-        changed |= _read_changes(old, new, unsure, values)
-    found = [Difference(name, "removed", was) for name, (_, was) in before.items() if name not in after]
-    found += [Difference(name, "added", now) for name, (_, now) in after.items() if name not in before]
-    for name, s, was, t, now in both:
-        if (s, t) in changed:
-            what = "value" if was == now or was[:4] == now[:4] == "JSON" else f"{was} -> {now}"
-            found.append(Difference(name, "changed", what, changed[s, t]))
+        before, after = _by_name(old.metadata), _by_name(new.metadata)
+        found = [Difference(name, "removed", what) for name, (_, what) in before.items() if name not in after]
+        found += [Difference(name, "added", what) for name, (_, what) in after.items() if name not in before]
+        pairs = {name: (before[name], after[name]) for name in before if name in after}
+        changes, unsure = dict[tuple[int, int], float | None](), defaultdict[int, list[int]](list)
+        for (s, was), (t, now) in pairs.values():
+            differ = _crcs_differ(old, new, s, t) if was == now else True
+            if differ:
+                changes[s, t] = None
+            same_shape = old.metadata.tensors[s].shape == new.metadata.tensors[t].shape
+            if differ is None or (differ and values and same_shape):
+                unsure[s].append(t)
+        changes |= _changes(old, new, unsure, values)
+        for name, ((s, was), (t, now)) in pairs.items():
+            if (s, t) in changes:
+                what = "value" if was == now or was[:4] == now[:4] == "JSON" else f"{was} -> {now}"
+                found.append(Difference(name, "changed", what, changes[s, t]))
     return found
 
 
-def _checksums(reader: CheckpointReader) -> list[dict[tuple[bool, st.Box, int, int, int], list[int]]]:
-    """By number the places of each tensor's parts, and the CRC32s of the blocks around them.
+def _by_name(meta: CheckpointMetadata) -> dict[str, tuple[int, str]]:
+    """Of all that is stored: the index of what holds its bytes, and dtype and shape as text.
 
-    A place: whether it is all of a block, raw; in which piece, where there it starts, and where in its blocks it lies.
+    By name, and rank.
     """
-    found: list[dict[tuple[bool, st.Box, int, int, int], list[int]]] = [{} for _ in reader.metadata.tensors]
-    for task in _plan(reader, (n for n, t in enumerate(reader.metadata.tensors) if t.alias_of is None)):
-        for copy in task.copies:
-            first, last = copy.low // st.BLOCK_BYTES, st.block_count(copy.high)
-            low, high = copy.low - first * st.BLOCK_BYTES, copy.high - first * st.BLOCK_BYTES
-            place = (not copy.entry.frames and high - low == st.BLOCK_BYTES, copy.piece, copy.start, low, high)
-            found[copy.target.tensor][place] = reader.header(task.shard).block_crcs[first:last]
-    return found
+    names = ((st.entry_name(t, st.whole_box(t.shape)), n, t) for n, t in enumerate(meta.tensors))
+    return {
+        name: (n if t.alias_of is None else t.alias_of, f"{t.dtype} {list(t.shape)}") for name, n, t in names
+    }
 
 
-def _read_changes(
-    old: CheckpointReader, new: CheckpointReader, pairs: Mapping[int, set[int]], values: bool
+def _crcs_differ(old: CheckpointReader, new: CheckpointReader, s: int, t: int) -> bool | None:
+    """Whether two tensors of one dtype and shape differ; None where the CRC32s of their units do not tell."""
+    t_old, unsure = old.metadata.tensors[s], False
+    was, now = (reader.pieces(n, st.whole_box(t_old.shape)) for reader, n in ((old, s), (new, t)))
+    if [piece[1:] for piece in was] != [piece[1:] for piece in now]:
+        return None
+    for (file, begin, length, box), (other, *_) in zip(was, now):
+        raw = length == math.prod(box.size) * st.itemsize(t_old.dtype)
+        one, two = old.unit_crcs(file), new.unit_crcs(other)
+        for unit in range(begin // st.UNIT_BYTES, st.unit_count(begin + length)):
+            if one[unit] != two[unit]:
+                low, high = unit * st.UNIT_BYTES, (unit + 1) * st.UNIT_BYTES
+                if raw and begin <= low and high <= begin + length:
+                    return True
+                unsure = True  # a neighbour may have changed, or only how it is compressed
+    return None if unsure else False
+
+
+def _changes(
+    old: CheckpointReader, new: CheckpointReader, pairs: Mapping[int, Sequence[int]], values: bool
 ) -> dict[tuple[int, int], float | None]:
-    """Which pairs of an old tensor and a new one differ in their bits, with the largest change if `values`."""
-    dtypes, found = [st.DTYPES[t.dtype] for t in new.metadata.tensors], dict[tuple[int, int], list[float]]()
+    """Which pairs of an old tensor and a new one of its shape differ in their bits, with the largest change
+    if `values`.
+    """
+    found = dict[tuple[int, int], list[float]]()
 
-    def compare(parts: list[_Part]) -> None:
-        both = [(s, t, box, x, torch.empty(box.size, dtype=dtypes[t])) for s, box, x in parts for t in pairs[s]]
-        buffer = np.empty(st.BLOCK_BYTES, np.uint8)
-        for task in new.plan(coord.Target(t, box, y) for _, t, box, _, y in both):
-            new.run(task, buffer)
-        for s, t, _, x, y in both:
-            if x.dtype != y.dtype or not torch.equal(*(z.reshape(-1).view(torch.uint8) for z in (x, y))):
-                sizes = found.setdefault((s, t), [])
-                if values and not {"JSON", "F4"} & {old.metadata.tensors[s].dtype, new.metadata.tensors[t].dtype}:
-                    kind = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
-                    x, y = x.to(kind), y.to(kind)
+    def compare(index: int, box: st.Box, start: int, was: torch.Tensor) -> None:
+        for other in dict.fromkeys(pairs[index]):
+            codes = {old.metadata.tensors[index].dtype, new.metadata.tensors[other].dtype}
+            now = torch.empty(box.size, dtype=st.DTYPES[new.metadata.tensors[other].dtype])
+            new.fill([coord.Target(other, box, now)])
+            if len(codes) > 1 or not torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (was, now))):
+                sizes = found.setdefault((index, other), [])
+                if values and not {"JSON", "F4"} & codes:
+                    kind = torch.complex128 if was.is_complex() or now.is_complex() else torch.float64
+                    x, y = was.to(kind), now.to(kind)
                     same = (x == y) | (x.isnan() & y.isnan())
                     sizes.append(float((x - y).abs().masked_fill(same, 0.0).max()))
 
-    _stream(old, pairs, compare)
+    _read_in_parts(old, pairs, compare)
     return {pair: float(np.max(sizes)) if sizes else None for pair, sizes in found.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Command line: a command prints its text, and returns its exit code and the value that --json prints instead
 
 _Result = tuple[int, object]
@@ -2269,7 +2545,10 @@ class _Warnings(logging.Handler):
 
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Aligned columns, those in `right` to the right. Where a terminal is too narrow, long names lose their middle."""
+    """Aligned columns, those in `right` to the right.
+
+    Where a terminal is too narrow, long names lose their middle.
+    """
     rows = [[_escaped(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -2284,7 +2563,7 @@ def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str
 
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
-    """How far a command is, how fast, and how long it will take: on standard error while that is a terminal."""
+    """How far a command is, how fast, and how long it will take: on standard error if that is a terminal."""
     started = time.monotonic()
 
     def show(told: Progress) -> None:  # in place of what was there
@@ -2307,12 +2586,16 @@ def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
 def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """List the committed checkpoints below DIR."""
     infos = [CheckpointInfo.of(meta) for meta in st.list_committed(storage)]
-    rows = [(i.prefix, str(i.timestamp)[:19], str(i.world_size), _human(i.size_bytes), i.format) for i in infos]
+    rows = [
+        (i.prefix, str(i.timestamp)[:19], str(i.world_size), _human(i.size_bytes), i.format) for i in infos
+    ]
     _say(*_table([("PREFIX", "SAVED (UTC)", "RANKS", "SIZE", "FORMAT"), *rows], right=(2, 3)))
     return 0, [{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]
 
 
-_Leaf = tuple[list[str], tuple[str, ...], int, int]  # the parts of a tensor's name, its row, parameters, bytes
+_Leaf = tuple[
+    list[str], tuple[str, ...], int, int
+]  # the parts of a tensor's name, its row, parameters, bytes
 
 
 def _tree(leaves: Iterable[_Leaf], depth: int, indent: str = "") -> Iterator[tuple[str, ...]]:
@@ -2351,7 +2634,11 @@ def _show(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     _say("", *_table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
     columns = ("NAME", "DTYPE", "SHAPE", "PARAMETERS", "SIZE", "PIECES", "")
     _say("", *_table([columns, *_tree(leaves, args.depth)], right=(3, 4, 5)))
-    return 0, {**head, "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards], "tensors": tensors}
+    return 0, {
+        **head,
+        "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards],
+        "tensors": tensors,
+    }
 
 
 def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
@@ -2371,22 +2658,31 @@ def _export(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     dtype = None if args.dtype is None else st.DTYPES[args.dtype.upper()]
     with _bar(f"export {args.prefix}") as show:
         files = export_checkpoint(
-            storage, args.prefix, args.out, model_only=args.model_only, dtype=dtype,
-            max_shard_bytes=args.max_shard_size, progress=show,
-        )  # fmt: skip
+            storage,
+            args.prefix,
+            args.out,
+            model_only=args.model_only,
+            dtype=dtype,
+            max_shard_bytes=args.max_shard_size,
+            progress=show,
+        )
     _say(*_table([(file, _human(os.path.getsize(file))) for file in files], right=(1,)))
     return 0, {"files": files}
 
 
 def _import(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
-    """Take over safetensors, a torch.save file, or a torch.distributed.checkpoint directory (unpickled: trust it)."""
+    """Take over safetensors, a torch.save file, or a torch.distributed.checkpoint directory (unpickled.
+
+    Trust it).
+    """
     if os.path.isfile(os.path.join(args.source, ".metadata")):
         log.warning("%s: its metadata is a pickle, which can run any code: trusting it", args.source)
     with _bar(f"import {args.prefix}") as show:
         prefix = import_checkpoint(args.source, storage, args.prefix, progress=show)
     meta = st.read_committed(storage, prefix)
     extra = sorted(t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON")
-    size = f"{_human(meta.size_bytes())}, {sum(t.name.startswith('model/') for t in meta.tensors)} tensors of the model"
+    count = sum(t.name.startswith("model/") for t in meta.tensors)
+    size = f"{_human(meta.size_bytes())}, {count} tensors of the model"
     _say(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {st.some(extra)}" if extra else ""))
     return 0, {"imported": prefix}
 
@@ -2410,7 +2706,7 @@ def _rm(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
 
 def _gc(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Remove what crashed saves left behind."""
-    removed = st.collect_garbage(storage)
+    removed = st.collect_garbage(storage, args.min_age * 3600)
     _say(*removed, f"{len(removed)} file(s) removed")
     return 0, {"removed": removed}
 
@@ -2425,13 +2721,21 @@ def _byte_count(text: str) -> int:
 
 
 _COMMANDS: dict[str, Callable[[CheckpointStorage, argparse.Namespace], _Result]] = {
-    "ls dir": _ls, "show dir prefix": _show, "verify dir [prefix]": _verify, "export dir prefix out": _export,
-    "import source dir prefix": _import, "diff dir a b": _diff, "rm dir prefix": _rm, "gc dir": _gc,
-}  # fmt: skip
+    "ls dir": _ls,
+    "show dir prefix": _show,
+    "verify dir [prefix]": _verify,
+    "export dir prefix out": _export,
+    "import source dir prefix": _import,
+    "diff dir a b": _diff,
+    "rm dir prefix": _rm,
+    "gc dir": _gc,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ckpt.py", description="Look at, verify, convert and delete checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="ckpt.py", description="Look at, verify, convert and delete checkpoints."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for names, run in _COMMANDS.items():
         name, *arguments = names.split()
@@ -2440,7 +2744,15 @@ def _parser() -> argparse.ArgumentParser:
         for argument in arguments:
             command.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None)
         command.add_argument("--json", action="store_true", help="print JSON")
-    show, export, diff = (commands.choices[name].add_argument for name in ("show", "export", "diff"))
+    show, export, diff, gc = (
+        commands.choices[name].add_argument for name in ("show", "export", "diff", "gc")
+    )
+    gc(
+        "--min-age",
+        type=float,
+        default=24.0,
+        help="hours after which a save under way counts as dead; default 24",
+    )
     show("--depth", type=int, default=99, help="of the tree of modules, show so many levels")
     export("--model-only", action="store_true", help="leave out optimizer and extra state")
     export("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
