@@ -165,7 +165,9 @@ def require(fact: object, problem: str) -> None:
 # Names: every file name is made and checked here
 
 _PART = re.compile(r"[A-Za-z0-9._=+-]{1,200}")
-_FILE = re.compile(r"([0-9a-f]{8})(-[0-9]{5,}-of-[0-9]{5,}|\.model)?\.safetensors")
+_FILE = re.compile(
+    r"([0-9a-f]{8})(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors"
+)  # .rest: of version 1
 _FILE_PATH = re.compile(f"(.+)/{_FILE.pattern}")
 _FENCE = re.compile(r"(.+)\.metadata\.json\.([0-9a-f]{8})\.tmp")
 
@@ -520,6 +522,7 @@ class LocalStorage:
                         raise
                 finally:
                     os.close(fd)
+        self._unsynced -= waiting
 
     def age_s(self, name: str) -> float:
         """By the clock of the file system: the time of a file made now less that of `name`.

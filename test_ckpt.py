@@ -4382,17 +4382,31 @@ def test_a_damaged_record_is_corrupt_never_absent(tmp_path, damage):
     assert not checkpoint.validate_checkpoint("p").is_valid and checkpoint.list_checkpoints() == []
 
 
-def test_a_future_format_version_is_refused_by_its_number(tmp_path):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to())
+@pytest.mark.parametrize("version", [1, 99])
+def test_another_format_version_is_refused_by_its_number_left_alone_by_gc_overwritten_and_deleted(
+    tmp_path, version, caplog
+):
+    checkpoint, record = opened(tmp_path), tmp_path / "p.metadata.json"
 
-    def from_the_future(record):
-        (key,) = [key for key in record if "version" in key and "torch" not in key]
-        record[key] = type(record[key])(99)
+    def save_in_that_version():
+        checkpoint.save(*small(), to())
+        reseal(record, lambda fields: fields.update(format_version=version))
+        (tmp_path / "p" / f"{json.loads(record.read_bytes())['save_id']}.rest.safetensors").touch()
+        return listing(tmp_path)
 
-    reseal(tmp_path / "p.metadata.json", from_the_future)
+    before = save_in_that_version()
     message = refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.INCOMPATIBLE_VERSION)
-    assert "99" in message and checkpoint.list_checkpoints() == []
+    assert f"version {version};" in message and "version 2" in message
+    assert checkpoint.list_checkpoints() == [] and "skipped p" in caplog.text
+    assert "overwrite" in refusal(lambda: checkpoint.save(*small(), to(overwrite=False)))
+    assert ckpt.collect_garbage(checkpoint.storage, 0.0) == [] and listing(tmp_path) == before
+    checkpoint.save(*small(), to())
+    assert set(listing(tmp_path)) == named_files(tmp_path) and not set(listing(tmp_path)) & set(before) - {
+        "p.metadata.json"
+    }
+    save_in_that_version()
+    checkpoint.delete_checkpoint("p")
+    assert listing(tmp_path) == {}
 
 
 def test_a_base_path_that_is_no_directory_is_a_storage_error(tmp_path):
