@@ -34,6 +34,7 @@ import contextlib
 import datetime
 import enum
 import errno
+import functools
 import io
 import itertools
 import json
@@ -625,17 +626,18 @@ class DistributedCheckpoint:
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
 
         def attempt() -> tuple[R, coord.Operation]:
-            replaced = False
-            while True:
+            for again in (True, False):
                 limit_s, cancel, progress = given.limit_s, given.cancel, given.options.progress
                 op = coord.Operation(given.coordinator, verb, limit_s, cancel, retryable, progress)
                 try:
                     return body(op), op
                 except coord.OperationFailed as failed:
                     self.logger.debug("an attempt failed: %s", failed)
-                    if replaced or not failed.superseded:
+                    if not (
+                        again and failed.superseded
+                    ):  # a save has replaced what was read: once more, for that
                         raise
-                    replaced = True  # a save has replaced what was being read: at once again, for the new one
+            raise AssertionError("the loop returns or raises")
 
         try:
             return self.fault_handler.execute_with_retry(attempt, given.cancel)
@@ -672,7 +674,8 @@ class DistributedCheckpoint:
         retain = self.retain
         chosen = None if retain is None else lambda metas: retain([CheckpointInfo.of(meta) for meta in metas])
         saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, chosen, self._warned)
-        result, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
+        save = functools.partial(saver.coordinate_save, request=request, collect=collect)
+        result, op = self._run(given, "save", save)
         for warning in dict.fromkeys(result.warnings):
             self.logger.warning("%s: %s", result.prefix, warning)
         own, whole = result.bytes_written, result.size_bytes

@@ -870,25 +870,21 @@ class FaultToleranceHandler:
         used up.
 
         A collective operation fails as `OperationFailed`, whose verdict all ranks share: they all retry, or
-        none. One whose checkpoint was replaced while it was read is tried again at once, and once.
+        none.
         """
-        policy, attempt, replaced = self.retry_policy, 0, False
-        while attempt < policy.max_retries - 1 or not replaced:
+        policy = self.retry_policy
+        for attempt in range(policy.max_retries - 1):
             try:
                 return function()
             except Exception as error:
                 again = isinstance(error, tuple(policy.retryable_exceptions))
                 if isinstance(error, OperationFailed):
-                    if error.superseded and not replaced:
-                        replaced = True
-                        continue
                     again = error.retryable
                 elif cancel and cancel.is_set():  # of a collective operation the next attempt tells all ranks
                     raise
-                if not again or attempt >= policy.max_retries - 1:
+                if not again:
                     raise
             (cancel or threading.Event()).wait(policy.delay(attempt))
-            attempt += 1
         return function()
 
     def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
