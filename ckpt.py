@@ -2431,9 +2431,8 @@ def diff_checkpoints(storage: st.AnyStorage, a: str, b: str, *, values: bool = F
 
     [] where every tensor and value has the same bits. Local.
 
-    Where both have a tensor at the same places of their blocks, the CRC32s of these blocks tell, and no data
-    are read; else, and for `values`, the largest absolute change of each tensor, it is read and checked.
-    CheckpointException for damage.
+    Reads and checks both sides where dtypes and shapes are equal; `values` finds the largest absolute change
+    of each tensor, also between dtypes. CheckpointException for damage.
     """
     storage = StorageFactory.create(storage)
     with (
@@ -2445,19 +2444,16 @@ def diff_checkpoints(storage: st.AnyStorage, a: str, b: str, *, values: bool = F
         found = [Difference(name, "removed", what) for name, (_, what) in before.items() if name not in after]
         found += [Difference(name, "added", what) for name, (_, what) in after.items() if name not in before]
         pairs = {name: (before[name], after[name]) for name in before if name in after}
-        changes, unsure = dict[tuple[int, int], float | None](), defaultdict[int, list[int]](list)
+        same_shape = defaultdict[int, list[int]](list)
         for (s, was), (t, now) in pairs.values():
-            differ = _crcs_differ(old, new, s, t) if was == now else True
-            if differ:
-                changes[s, t] = None
-            same_shape = old.metadata.tensors[s].shape == new.metadata.tensors[t].shape
-            if differ is None or (differ and values and same_shape):
-                unsure[s].append(t)
-        changes |= _changes(old, new, unsure, values)
+            equal = old.metadata.tensors[s].shape == new.metadata.tensors[t].shape
+            if was == now or (values and equal):
+                same_shape[s].append(t)
+        changes = _changes(old, new, same_shape, values)
         for name, ((s, was), (t, now)) in pairs.items():
-            if (s, t) in changes:
+            if was != now or (s, t) in changes:
                 what = "value" if was == now or was[:4] == now[:4] == "JSON" else f"{was} -> {now}"
-                found.append(Difference(name, "changed", what, changes[s, t]))
+                found.append(Difference(name, "changed", what, changes.get((s, t))))
     return found
 
 
@@ -2470,24 +2466,6 @@ def _by_name(meta: CheckpointMetadata) -> dict[str, tuple[int, str]]:
     return {
         name: (n if t.alias_of is None else t.alias_of, f"{t.dtype} {list(t.shape)}") for name, n, t in names
     }
-
-
-def _crcs_differ(old: CheckpointReader, new: CheckpointReader, s: int, t: int) -> bool | None:
-    """Whether two tensors of one dtype and shape differ; None where the CRC32s of their units do not tell."""
-    t_old, unsure = old.metadata.tensors[s], False
-    was, now = (reader.pieces(n, st.whole_box(t_old.shape)) for reader, n in ((old, s), (new, t)))
-    if [piece[1:] for piece in was] != [piece[1:] for piece in now]:
-        return None
-    for (file, begin, length, box), (other, *_) in zip(was, now):
-        raw = length == math.prod(box.size) * st.itemsize(t_old.dtype)
-        one, two = old.unit_crcs(file), new.unit_crcs(other)
-        for unit in range(begin // st.UNIT_BYTES, st.unit_count(begin + length)):
-            if one[unit] != two[unit]:
-                low, high = unit * st.UNIT_BYTES, (unit + 1) * st.UNIT_BYTES
-                if raw and begin <= low and high <= begin + length:
-                    return True
-                unsure = True  # a neighbour may have changed, or only how it is compressed
-    return None if unsure else False
 
 
 def _changes(
@@ -2548,20 +2526,11 @@ class _Warnings(logging.Handler):
 
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Aligned columns, those in `right` to the right.
-
-    Where a terminal is too narrow, long names lose their middle.
-    """
+    """Aligned columns, those in `right` to the right."""
     rows = [[_escaped(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    if columns is not None:
-        needed = widths[1:] if rows[0][-1] else widths[1:-1]  # a column without a head may be cut off
-        widths[0] = min(widths[0], max(20, columns - sum(needed) - 2 * len(needed)))
-        cut, tail = widths[0] // 2, widths[0] - widths[0] // 2 - 1
-        rows = [[r[0] if len(r[0]) <= widths[0] else f"{r[0][:cut]}…{r[0][-tail:]}", *r[1:]] for r in rows]
     form = "  ".join(f"{{:{'>' if i in right else ''}{width}}}" for i, width in enumerate(widths))
-    return [form.format(*row).rstrip()[:columns] for row in rows]
+    return [form.format(*row).rstrip() for row in rows]
 
 
 @contextlib.contextmanager
@@ -2596,47 +2565,25 @@ def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     return 0, [{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]
 
 
-_Leaf = tuple[
-    list[str], tuple[str, ...], int, int
-]  # the parts of a tensor's name, its row, parameters, bytes
-
-
-def _tree(leaves: Iterable[_Leaf], depth: int, indent: str = "") -> Iterator[tuple[str, ...]]:
-    """Rows by module: its subtotal, and what is in it; an innermost module is told by its tensors alone."""
-    modules: dict[str, list[_Leaf]] = {}
-    for path, row, count, size in leaves:
-        modules.setdefault("".join(path[:1]), []).append((path[1:], row, count, size))
-    for name, within in modules.items():
-        if max(len(path) for path, *_ in within) <= (1 if depth > 0 else 0):
-            yield from ((f"{indent}{name}{''.join(path)}", *row) for path, row, *_ in within)
-        else:
-            count, size = sum(count for *_, count, _ in within), sum(size for *_, size in within)
-            yield indent + name.rstrip("./"), "", "", _human(count, ""), _human(size), "", ""
-            yield from _tree(within, depth - 1, indent + "  ") if depth > 0 else ()
-
-
 def _show(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Show the tensors, shards and metadata of a checkpoint."""
     _, meta = coord.committed(storage, args.prefix)
-    tensors, leaves = list[object](), list[_Leaf]()
+    tensors, rows = list[object](), list[tuple[str, ...]]()
     for t, pieces in zip(meta.tensors, np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()):
-        size, elements = math.prod(t.shape) * st.itemsize(t.dtype), math.prod(t.shape) * (t.dtype != "JSON")
-        tied = None if t.alias_of is None else meta.tensors[t.alias_of].name
-        facts = (t.name, t.dtype, t.shape, t.rank, pieces, size, tied)
+        size, tied = math.prod(t.shape) * st.itemsize(t.dtype), t.alias_of
+        origin = None if tied is None else meta.tensors[tied].name
+        facts = (t.name, t.dtype, t.shape, t.rank, pieces, size, origin)
         tensors.append(dict(zip(("name", "dtype", "shape", "rank", "pieces", "bytes", "tied_to"), facts)))
-        note = f"tied to {tied}" if tied else "" if t.rank is None else f"rank {t.rank}"
+        note = f"tied to {origin}" if origin else "" if t.rank is None else f"rank {t.rank}"
         shape = "" if t.dtype == "JSON" else "x".join(map(str, t.shape)) or "scalar"
-        row = (t.dtype, shape, _human(elements, "") if elements else "", _human(size), str(pieces), note)
-        path = re.findall(r"[^./]*[./]?", t.name)[:-1]
-        leaves.append((path, row, 0 if tied else elements, 0 if tied else size))
+        rows.append((t.name, t.dtype, shape, _human(size), str(pieces), note))
     keys = "prefix save_id sequence version timestamp world_size format compression torch_version"
     head = {key: vars(meta)[key] for key in keys.split()} | {"size_bytes": meta.size_bytes()}
     head["custom_metadata"] = st.encode_value(dict(meta.custom_metadata), "custom_metadata")
     for key, value in head.items():
         _say(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
     _say("", *_table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
-    columns = ("NAME", "DTYPE", "SHAPE", "PARAMETERS", "SIZE", "PIECES", "")
-    _say("", *_table([columns, *_tree(leaves, args.depth)], right=(3, 4, 5)))
+    _say("", *_table([("NAME", "DTYPE", "SHAPE", "SIZE", "PIECES", ""), *rows], right=(3, 4)))
     return 0, {
         **head,
         "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards],
@@ -2747,16 +2694,13 @@ def _parser() -> argparse.ArgumentParser:
         for argument in arguments:
             command.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None)
         command.add_argument("--json", action="store_true", help="print JSON")
-    show, export, diff, gc = (
-        commands.choices[name].add_argument for name in ("show", "export", "diff", "gc")
-    )
+    export, diff, gc = (commands.choices[name].add_argument for name in ("export", "diff", "gc"))
     gc(
         "--min-age",
         type=float,
         default=24.0,
         help="hours after which a save under way counts as dead; default 24",
     )
-    show("--depth", type=int, default=99, help="of the tree of modules, show so many levels")
     export("--model-only", action="store_true", help="leave out optimizer and extra state")
     export("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
     export("--max-shard-size", type=_byte_count, default="5GB", help="of each file; default 5GB")

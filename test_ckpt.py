@@ -5225,27 +5225,6 @@ def test_diff_names_what_was_added_removed_and_changed_and_how_much(tmp_path, ca
     assert command(capsys, "diff", tmp_path, "a", "a") == (0, "", "")
 
 
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
-def test_diff_reads_no_data_where_checksums_tell(tmp_path, level, capsys):
-    state = dict(first=torch.randn(10), big=torch.randn(4 * MiB), last=torch.randn(10))
-    checkpoint = opened(tmp_path)
-    for prefix in ("a", "b", "c"):
-        if prefix == "c":
-            state["big"] = state["big"] + 1
-        checkpoint.save(Bag(**state), None, to(prefix, compression_level=level, include_rng_state=False))
-    for prefix in ("b", "c"):
-        (path,) = shards(tmp_path, prefix)
-        flip(path, path.stat().st_size - 1)  # what nobody reads, nobody finds damaged
-    assert kinds(capsys, tmp_path, "a", "b") == (0, {})
-    if level is CompressionLevel.NONE:  # else what is around it may have moved
-        assert kinds(capsys, tmp_path, "a", "b", "--values") == (0, {})
-        flip(path, path.stat().st_size - 1)
-        flip(path, path.stat().st_size - 2 * BLOCK)
-        assert kinds(capsys, tmp_path, "a", "c") == (1, {"model/big": ("changed", "value", None)})
-    code, text, _ = command(capsys, "diff", tmp_path, "a", "c", "--values")
-    assert code == 2 and path.name in text, "damage is trouble, not a difference"
-
-
 def test_diff_of_two_layouts_of_the_same_state_is_nothing(saved, capsys):
     base = saved("fsdp2tp2")
     for form in FORMATS:
@@ -5272,24 +5251,11 @@ def on_terminal(columns, *words):
     return process.wait(HANG_S), text.decode()
 
 
-def test_show_adds_up_modules_and_fits_the_terminal(two_checkpoints, capsys):
-    block = nn.ModuleList([nn.Linear(2, 3), nn.Linear(500, 1000)])
-    model = nn.ModuleDict({"block": block, "a_rather_long_name" * 3: nn.Linear(2, 2)})
-    opened(two_checkpoints).save_model_only(model, to("tree"))
+def test_show_lists_each_tensor_with_its_dtype_shape_size_and_pieces(two_checkpoints, capsys):
+    opened(two_checkpoints).save_model_only(nn.ModuleDict({"block": nn.Linear(500, 1000)}), to("tree"))
     code, text, _ = command(capsys, "show", two_checkpoints, "tree")
-    assert code == 0 and "\x1b" not in text and "…" not in text
-    assert re.search(r"^model +501\.01 k +2\.00 MB$", text, re.M) and re.search(
-        r"^  block +501\.01 k +2\.00 MB$", text, re.M
-    )
-    assert re.search(r"^    1\.weight +F32 +1000x500 +500\.00 k +2\.00 MB +1$", text, re.M)
-    assert text.count("a_rather_long_name" * 3) == 2
-    code, text, _ = command(capsys, "show", two_checkpoints, "tree", "--depth", "1")
-    assert "block" in text and "1.weight" not in text
-    code, text = on_terminal(60, "show", two_checkpoints, "tree")
-    lines = text[text.index("NAME") :].split("\r\n")
-    assert (
-        code == 0 and max(map(len, lines)) <= 60 and any("…" in line for line in lines) and "\x1b" not in text
-    )
+    assert code == 0 and "\x1b" not in text
+    assert re.search(r"^model/block\.weight +F32 +1000x500 +2\.00 MB +1$", text, re.M), text
 
 
 def test_the_json_of_show_is_as_documented(two_checkpoints, capsys):
