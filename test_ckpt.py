@@ -4781,7 +4781,9 @@ def memory_of(act):
 
 def test_an_export_takes_the_memory_of_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path):
     for part in (64, 256):
-        assert run(1, export_wide, tmp_path, part, group=False)[0] < 48 * MiB
+        assert (
+            run(1, export_wide, tmp_path, part, group=False)[0] < 64 * MiB
+        )  # two buffers of up to two blocks for each thread
 
 
 def export_wide(tmp, size):
