@@ -1113,7 +1113,7 @@ def _loader(bench: Bench, family: str, load: Callable[[], object], cold: bool) -
         load,
         before=(lambda: drop_cache(files)) if cold else (lambda: fill_cache(files)),
         kind="ours" if family == "ours" else "peer",
-        does="CRC32 of every block read" if family == "ours" else "no check of the bytes",
+        does="CRC32 of every unit read" if family == "ours" else "no check of the bytes",
     )
 
 

@@ -197,6 +197,7 @@ def _is_prefix(name: str) -> bool:
 
 
 def record_name(prefix: str) -> str:
+    """The metadata file of a checkpoint."""
     return prefix + RECORD_SUFFIX
 
 
@@ -657,6 +658,7 @@ def int_tuple(value: object) -> Shape:
 
 
 def dump_json(value: object) -> bytes:
+    """JSON without spaces, in ASCII. ValueError for NaN and infinities."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
@@ -1214,12 +1216,14 @@ class Entry(NamedTuple):
 
 
 _HEADER_START = (
-    f'{{"__metadata__":{{"format":"pt","ckpt_version":"{FORMAT_VERSION}","unit_bytes":"{UNIT_BYTES}","crc32":"'
+    '{"__metadata__":{"format":"pt",'
+    f'"ckpt_version":"{FORMAT_VERSION}","unit_bytes":"{UNIT_BYTES}","crc32":"'
 ).encode()
 _CRC_AT = 8 + len(_HEADER_START)  # where the hex digits of the unit CRCs begin
 
 
 def unit_count(data_bytes: int) -> int:
+    """How many units that many bytes of data take; the last may be short."""
     return -(-data_bytes // UNIT_BYTES)
 
 
@@ -1568,9 +1572,15 @@ def _decode_file(row: object) -> ShardMetadata:
 
 
 def decode_tensors(rows: Sequence[object]) -> tuple[TensorMetadata, ...]:
+    """The tensors of a record. ValueError for a malformed row."""
     found = []
     for row in rows:
-        if not isinstance(row, list) or len(row) != 5 or not isinstance(row[0], str) or row[1] not in DTYPES:
+        if (
+            not isinstance(row, list)
+            or len(row) != 5
+            or not isinstance(row[0], str)
+            or str(row[1]) not in DTYPES
+        ):
             raise ValueError(
                 f"tensor {row!r:.100}: malformed, or of a dtype unknown to torch {torch.__version__}"
             )

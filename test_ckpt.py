@@ -4530,6 +4530,12 @@ def test_verify_checks_every_byte_and_exits_1_naming_tensor_and_file(two_checkpo
     assert code == 1 and "1.weight" in json.dumps(json.loads(text)) and path.name in text
 
 
+@pytest.mark.parametrize("dtype", ["float99", [], {}, None, 1])
+def test_a_tensor_of_a_record_whose_dtype_is_no_name_of_one_is_malformed(dtype):
+    with pytest.raises(ValueError, match="malformed, or of a dtype unknown"):
+        st.decode_tensors([["weight", dtype, [1], None, None]])
+
+
 def test_verify_exits_1_on_a_damaged_record_and_a_missing_shard(two_checkpoints, capsys):
     flip(two_checkpoints / "two.metadata.json", 30)
     code, text, _ = command(capsys, "verify", two_checkpoints)
