@@ -953,32 +953,28 @@ def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# State: from state dicts to stored names, and back
+# State: a load collects it exactly as a save does, then matches it by name
 
 
 class Collecting:
-    """S2: what a save collects on a rank."""
+    """S2 and L3: the tensors and values of this rank under their stored names."""
 
     def __init__(self) -> None:
         self.steps: dict[str, float] = {}
         self.data = ShardData([], self.steps)
+        self.live: dict[str, torch.Tensor] = {}  # stored name -> the tensor
         self._values: dict[str, tuple[object, bool]] = {}
-        self._names: set[str] = set()
 
     def tensor(self, name: str, tensor: torch.Tensor) -> str:
-        """Add a tensor; returns the name that it gets, made unique."""
-        unique, count = name, 0
-        while unique in self._names:
-            count += 1
-            unique = f"{name}#{count}"
-        self._names.add(unique)
+        """Add a tensor. Returns its name, with a number behind it where another entry has that name."""
+        numbered = itertools.chain([name], (f"{name}#{count}" for count in itertools.count(1)))
+        unique = next(n for n in numbered if n not in self.live and n not in self._values)
+        self.live[unique] = tensor
         self.data.tensors.append(coord.local_tensor(unique, tensor))
         return unique
 
     def encode(self, value: object, path: str, root: str = "") -> object:
-        """`value` as JSON, its tensors added under `root` and the path that they have in it, which begins
-        with `path`.
-        """
+        """`value` as JSON. Its tensors are added under `root` and their path, which begins with `path`."""
         try:
             return st.encode_value(
                 value, path, lambda at, tensor: self.tensor(root + at.removeprefix("."), tensor)
@@ -989,20 +985,16 @@ class Collecting:
             raise CheckpointException(f"{root or path}: nested too deeply, or contains itself") from error
 
     def value(self, name: str, value: object, per_rank: bool = False) -> None:
-        """Add a value that is no tensor, with the tensors inside it."""
-        self._names.add(name)
+        """Add a non-tensor value, with the tensors inside it."""
         self._values[name] = value, per_rank
 
     def finish(self) -> ShardData:
-        """All of it.
-
-        The tensors inside values get their names now, so that none takes that of a value to come.
-        """
+        """All of it. The tensors inside values get their names last, so that none takes a value's name."""
         for name, (value, per_rank) in self._values.items():
             text = st.dump_json(self.encode(value, name))
             self.data.tensors.append(coord.local_value(name, text, per_rank))
         try:
-            for name in self._names:
+            for name in (*self.live, *self._values):
                 st.check_name(name)
         except ValueError as error:
             raise CheckpointException(str(error), type=ExceptionType.SAVE_FAILED) from error
@@ -1025,33 +1017,29 @@ _WRAPPERS = {  # class -> the attribute that holds the wrapped module
 }
 
 
-_Wrappers = list[tuple[tuple[type, ...], str]]  # the same as classes
-
-
-def _wrapped(module: Stateful, wrappers: _Wrappers) -> str | None:
-    """The attribute in which a wrapper holds its module; None if `module` is not a wrapper."""
-    return next((attribute for kind, attribute in wrappers if isinstance(module, kind)), None)
+def _wrapped(module: object) -> str | None:
+    """The attribute in which a wrapper has its module. None if `module` is not a wrapper."""
+    return next((name for path, name in _WRAPPERS.items() if isinstance(module, _torchs(*path))), None)
 
 
 def _walk(
-    module: torch.nn.Module, wrappers: _Wrappers, name: str, live: str = "", key: str = ""
+    module: torch.nn.Module, name: str, live: str = "", key: str = ""
 ) -> Iterator[tuple[torch.nn.Module, str, str, str]]:
-    """Every module inside `module`, itself first: with its canonical name, live name, and prefix of keys.
+    """`module` and every module inside it, each with its canonical name, live name, and prefix of keys.
 
     Each is "" or ends in a dot. Canonical names leave out the attributes of wrappers.
     """
     yield module, name, live, key
-    attribute = _wrapped(module, wrappers)
+    attribute = _wrapped(module) if module._modules else None
     for child_name, child in module._modules.items():
         if child is not None:
             part = f"{child_name}."
             child_key = key if child_name == attribute == _ACTIVATIONS else key + part
-            child_of = name if child_name == attribute else name + part
-            yield from _walk(child, wrappers, child_of, live + part, child_key)
+            yield from _walk(child, name if child_name == attribute else name + part, live + part, child_key)
 
 
 def _canonical(key: str, prefixes: Mapping[str, str]) -> str:
-    """The canonical name of a key. `prefixes`: a map from prefixes of keys to canonical names of modules."""
+    """The canonical name of a key. `prefixes`: prefix of keys -> canonical name of the module."""
     end = len(key)
     while (end := key.rfind(".", 0, end)) >= 0:
         if (name := prefixes.get(key[: end + 1])) is not None:
@@ -1062,23 +1050,23 @@ def _canonical(key: str, prefixes: Mapping[str, str]) -> str:
 class ModelState:
     """The state of a model, or of several by name, under canonical names.
 
-    CheckpointException for FSDP1. Each part comes with two maps to canonical names of modules: from prefixes
-    of keys and, without final dots, from live names.
+    CheckpointException for FSDP1.
     """
 
     def __init__(self, model: Parts) -> None:
+        # Each part, with canonical names by prefixes of keys and, without final dots, by live names.
         self._parts: list[tuple[Stateful, dict[str, str], dict[str, str]]] = []
-        self._states: list[dict[str, object]] = []
         self._modules: list[tuple[torch.nn.Module, str]] = []
-        wrappers = [(_torchs(*path), attribute) for path, attribute in _WRAPPERS.items()]
+        self._states: list[dict[str, object]] = []
+        self._values: list[tuple[str, dict[str, object], str]] = []  # stored name, state dict, key in it
+        self._versions: list[tuple[dict[str, object], dict[str, str]]] = []  # state dict, live -> canonical
         fsdp1 = _torchs("torch.distributed.fsdp", "FullyShardedDataParallel")
         for part_name, part in model.items():
-            while (attribute := _wrapped(part, wrappers)) is not None:
+            while (attribute := _wrapped(part)) is not None:
                 part = getattr(part, attribute)
             prefix = f"{part_name}." if part_name else ""
             keys, modules = {"": prefix}, {"": part_name}
-            walk = _walk(part, wrappers, prefix) if isinstance(part, torch.nn.Module) else ()
-            for module, name, live, key in walk:
+            for module, name, live, key in _walk(part, prefix) if isinstance(part, torch.nn.Module) else ():
                 if isinstance(module, fsdp1):
                     raise CheckpointException(
                         f"{name[:-1] or 'the model'} is FSDP1 (FullyShardedDataParallel), whose state fits "
@@ -1090,7 +1078,7 @@ class ModelState:
             self._parts.append((part, keys, modules))
 
     def parameters(self) -> dict[int, str]:
-        """id -> name of every parameter, or tensor of a mapping; of tied ones the first name."""
+        """id -> name of every parameter, or tensor of a mapping. Tied ones have their first name."""
         names: dict[int, str] = {}
         for module, name in self._modules:
             for key, parameter in module._parameters.items():
@@ -1100,78 +1088,56 @@ class ModelState:
                 names.setdefault(id(tensor), _canonical(key, keys))
         return names
 
-    def _entries(self) -> Iterator[tuple[str, dict[str, object], str, torch.Tensor | None]]:
-        """Name, state dict, key in it, and tensor of every entry.
-
-        None for `_extra_state` and what is no tensor.
-        """
-        self._states, seen = [], set[str]()
-        for part, keys, _ in self._parts:
+    def collect(self, into: Collecting) -> None:
+        """Add every tensor as `model/`, every other value as `model-values/`, and the modules' versions."""
+        seen, versions = set[str](), dict[str, object]()
+        for part, keys, modules in self._parts:
             given = part.state_dict()
             self._states.append(state := shallow_copy(given) if isinstance(given, dict) else dict(given))
             for key, value in state.items():
                 if (name := _canonical(key, keys)) in seen:
                     raise CheckpointException(f"two entries of the model's state are named {name!r}")
                 seen.add(name)
-                tensor = (
-                    value if isinstance(value, torch.Tensor) and not key.endswith("_extra_state") else None
-                )
-                yield name, state, key, tensor
-
-    def _metadata(self) -> Iterator[tuple[dict[str, object], dict[str, object], dict[str, str]]]:
-        """Each state dict that has `_metadata`, with this, and the canonical names of its keys."""
-        for (_, keys, modules), state in zip(self._parts, self._states):
+                if isinstance(value, torch.Tensor) and not key.endswith("_extra_state"):
+                    into.tensor(f"model/{name}", value)
+                else:
+                    into.value(f"model-values/{name}", value)
+                    self._values.append((f"model-values/{name}", state, key))
             if isinstance(metadata := getattr(state, "_metadata", None), dict):
-                yield state, metadata, {live: modules.get(live, keys[""] + live) for live in metadata}
+                names = {live: modules.get(live, keys[""] + live) for live in metadata}
+                self._versions.append((state, names))
+                # A wrapper has the canonical name of its module, which comes after it.
+                versions |= {name: metadata[live] for live, name in names.items()}
+        if versions:
+            into.value("model-metadata/modules", versions)
 
-    def collect(self, into: Collecting) -> None:
-        """S2."""
-        for name, state, key, tensor in self._entries():
-            if tensor is not None:
-                into.tensor(f"model/{name}", tensor)
-            else:
-                into.value(f"model-values/{name}", state[key])
-        # A wrapper has the canonical name of its module, which comes after it.
-        found = {name: own[live] for _, own, names in self._metadata() for live, name in names.items()}
-        if found:
-            into.value("model-metadata/modules", {name: _shortened(own) for name, own in found.items()})
-
-    def fill(self, restore: Restore) -> None:
-        """L3: every tensor of the state is filled in place; values are decoded into it."""
-        tensors: list[coord.LocalTensor] = []
-        values: list[tuple[str, dict[str, object], str]] = []
-        for name, state, key, tensor in self._entries():
-            if tensor is not None:
-                tensors.append(coord.local_tensor(f"model/{name}", tensor))
-            else:
-                values.append((f"model-values/{name}", state, key))
+    def fill(self, restore: Restore, tensors: Sequence[coord.LocalTensor]) -> None:
+        """L3: every tensor of the state is filled in place. Values are decoded into it."""
         stored = restore.reader.stored
-        lacking = [t for t in tensors if t.name not in stored]
-        places = {coord.identity(v) for t in tensors if lacking and t.name in stored for _, v in t.pieces}
+        known = [t for t in tensors if t.name in stored]
+        for t in known:
+            restore.fill(t)
+        places = {coord.identity(view) for t in known for _, view in t.pieces} if known != tensors else set()
         for t in tensors:
-            # Other names that it is tied to may fill its memory, or it may have none on this rank.
-            elsewhere = math.prod(t.shape) > 0 and all(coord.identity(view) in places for _, view in t.pieces)
-            if t.name in stored or not elsewhere:
-                restore.fill(t)
-        for name, state, key in values:  # after the tensors: see `Restore.decode`
+            # A tied name may fill the memory of a missing one, or the rank may have none of it.
+            if t.name not in stored and (
+                0 in t.shape or any(coord.identity(view) not in places for _, view in t.pieces)
+            ):
+                restore.find(t.name)
+        for name, state, key in self._values:
             if (index := restore.find(name)) is not None:
-                state[key] = restore.value(index, state[key])
-        self._fill_metadata(restore)
-
-    def _fill_metadata(self, restore: Restore) -> None:
-        """Put in the stored `_metadata`, under live names; where none is stored, the live one stays."""
-        known: dict[object, object] = {}
-        for index in restore.indices("model-metadata/modules"):
-            value = restore.value(index, None)
-            known |= value if isinstance(value, dict) else {}
-        for state, _, names in self._metadata():
-            found = [(live, known[name]) for live, name in names.items() if name in known]
-            both = {live: dict(own) if isinstance(own, dict) else {"version": own} for live, own in found}
-            if both:
-                vars(state)["_metadata"] = OrderedDict(both)
+                state[key] = restore.decode(restore.reader.read_value(index))
+        versions: dict[object, object] = {}
+        for _, node in restore.copies("model-metadata/modules"):
+            found = restore.decode(node)
+            versions |= found if isinstance(found, dict) else {}
+        for state, names in self._versions:  # where none is stored, the live one stays
+            mine = {live: versions[name] for live, name in names.items() if name in versions}
+            if mine:
+                vars(state)["_metadata"] = OrderedDict(deepcopy(mine))  # load_state_dict writes into them
 
     def apply(self, strict: bool) -> dict[str, object]:
-        """L5: hand the filled state to the model's `load_state_dict`; returns it under canonical names."""
+        """L5: hand the filled state to `load_state_dict`. Returns it under canonical names."""
         result: dict[str, object] = {}
         for (part, keys, _), state in zip(self._parts, self._states):
             if isinstance(part, torch.nn.Module) and not strict:
@@ -1183,79 +1149,66 @@ class ModelState:
         return result
 
 
-def _shortened(metadata: object) -> object:
-    """A module's metadata as it is stored: {"version": n}, which nearly all have, as n."""
-    if isinstance(metadata, dict) and list(metadata) == ["version"] and type(metadata["version"]) is int:
-        return metadata["version"]
-    return metadata
+class _Group(NamedTuple):
+    """A parameter group of a torch optimizer, as in its state dict."""
+
+    options: dict[str, object]
+    params: list[tuple[str, torch.Tensor, object]]  # name, parameter, key in "state"
 
 
 class SavedParameter(NamedTuple):
-    """What "optimizer/state" holds for a parameter, encoded."""
+    """What "optimizer/state" says of a parameter, encoded."""
 
     part: str  # the optimizer that had it
     options: dict[str, object]  # of its group
     state: object  # None: it had none
 
 
-class SavedOptimizer(NamedTuple):
-    """What "optimizer/state" holds, of all ranks together."""
+class SavedOptimizer:
+    """The values "optimizer/state" of all ranks, as pipeline ranks have different parameters.
 
-    parameters: dict[str, SavedParameter]
-    empty: dict[str, list[dict[str, object]]]  # by part, the options of its groups without parameters
-    others: dict[str, object]
-    defaults: dict[str, object]  # by part, their names
-
-
-def _saved_optimizer(restore: Restore) -> SavedOptimizer:
-    """Read it, of all ranks, as pipeline ranks hold different parameters.
-
-    The own wins, else the lowest rank's.
+    Where they differ, this rank's counts, else the lowest rank's.
     """
-    reader, name, own = restore.reader, "optimizer/state", restore.op.rank
-    saved, differing, source = SavedOptimizer({}, {}, {}, {}), set[str](), dict[str, int]()
-    for rank in sorted(reader.ranks(name), key=lambda rank: (rank == own, -rank)) or [own]:
-        if (index := reader.find(name, rank)) is None:
-            continue
-        value, parameters = st.Fields(reader.read_value(index)), dict[str, SavedParameter]()
-        states, others = value.child("states").all, value.child("others").all
-        saved.empty.clear()
-        for group in map(st.Fields, value.array("groups")):
-            part, options = str(group.all.get("part", "")), group.child("options").all
-            if not (names := group.texts("params")):
-                saved.empty.setdefault(part, []).append(options)
-            parameters |= {param: SavedParameter(part, options, states.get(param)) for param in names}
-        for known, new in ((saved.parameters, parameters), (saved.others, others)):
-            differing |= {key for key in new if key in known and known[key] != new[key]}
-            source |= dict.fromkeys(new, rank)
-        saved.parameters.update(parameters)
-        saved.others.update(others)
-        saved.defaults.update(value.child("defaults").all if "defaults" in value.all else {})
-    for key in differing:
-        if source[key] != own:
-            restore.lent.setdefault(source[key], set()).add(f"optimizer/{key}")
-    restore.unexpected |= {f"optimizer/{param}" for param in saved.parameters}
-    return saved
+
+    def __init__(self, restore: Restore) -> None:
+        self.parameters: dict[str, SavedParameter] = {}
+        self.others: dict[str, object] = {}  # by part: the state of a Stateful that is not a torch optimizer
+        self.empty: dict[str, list[dict[str, object]]] = {}  # by part: options of groups without parameters
+        self.defaults: dict[str, object] = {}  # by part: the names of its options
+        source, differing = dict[str, int](), set[str]()
+        for rank, node in restore.copies("optimizer/state"):
+            value, parameters = st.Fields(node), dict[str, SavedParameter]()
+            states, others = value.child("states").all, value.child("others").all
+            self.empty = {}
+            for group in map(st.Fields, value.array("groups")):
+                part, options = group.text("part"), group.child("options").all
+                if not (names := group.texts("params")):
+                    self.empty.setdefault(part, []).append(options)
+                parameters |= {name: SavedParameter(part, options, states.get(name)) for name in names}
+            mine, known = {**others, **parameters}, {**self.others, **self.parameters}
+            differing |= {name for name in mine if name in known and known[name] != mine[name]}
+            source |= dict.fromkeys(mine, rank)
+            self.parameters |= parameters
+            self.others |= others
+            self.defaults |= value.child("defaults").all
+        for name in differing:
+            if source[name] != restore.op.rank:
+                restore.lent.setdefault(source[name], set()).add(f"optimizer/{name}")
 
 
-def _defaults(optimizer: Stateful) -> set[str]:
-    """The names of an optimizer's options, which tell its kind; none where it does not say."""
+def _defaults(optimizer: Stateful) -> list[str]:
+    """The names of an optimizer's options, which tell its kind. None where it does not say."""
     defaults = getattr(optimizer, "defaults", None)
-    return set(map(str, defaults)) if isinstance(defaults, Mapping) else set()
-
-
-# The parameter groups of a torch optimizer: each as in the state_dict, and of its parameters name, tensor and
-# key in "state".
-_Groups = list[tuple[dict[str, object], list[tuple[str, torch.Tensor, object]]]]
+    return sorted(map(str, defaults)) if isinstance(defaults, Mapping) else []
 
 
 class OptimizerState:
     """The state of one or several optimizers, keyed by the names of their parameters.
 
     So it survives another order of parameters, other groups and another parallelism. A parameter outside of
-    the model is keyed by its position, one that several optimizers hold by their names too. Any other
-    Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its `part`, its
-    `params` by name and its `options`; `states` by parameter; `others` and `defaults` by part.
+    the model is keyed by its position. One that several optimizers share is keyed by their names too. Any
+    other Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its `part`,
+    its `params` by name and its `options`; `states` by parameter; `others` and `defaults` by part.
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
@@ -1267,133 +1220,114 @@ class OptimizerState:
                 "part, and after a load copy the options (lr, ...) of `optim.param_groups` to its own"
             )
         self._parts, self._names = optimizer, names
-        held = (
-            id(p)
-            for part in optimizer.values()
-            for g in getattr(part, "param_groups", ())
-            for p in g["params"]
-        )
-        self._contested = {key for key, count in Counter(held).items() if count > 1}
-        self.outside: list[str] = []
-        self._saved = SavedOptimizer({}, {}, {}, {})
-        self._states: dict[str, dict[str, object]] = {}
-        self._kept: list[tuple[Stateful, torch.Tensor, dict[str, object]]] = []
+        groups = (group for part in optimizer.values() for group in getattr(part, "param_groups", ()))
+        uses = Counter(id(parameter) for group in groups for parameter in group["params"])
+        self._shared = {key for key, count in uses.items() if count > 1}
+        self.outside: list[str] = []  # names of parameters outside of the model
+        self._groups: dict[str, list[_Group]] = {}  # by part: those of torch optimizers
+        self._states: dict[str, dict[str, object]] = {}  # by part: the state dict
+        self._filled: list[tuple[Stateful, torch.Tensor, dict[str, object]]] = []
 
-    def _apart(
-        self, part_name: str, state: Mapping[str, object]
-    ) -> tuple[dict[object, object], _Groups] | None:
-        """A torch optimizer's state_dict taken apart: state by key, and groups; None for another Stateful."""
-        live, by_key = getattr(self._parts[part_name], "param_groups", None), state.get("state")
-        packed = state.get("param_groups")
-        if live is None or len(state) > 2 or not isinstance(by_key, dict) or not isinstance(packed, list):
-            return None
-        groups: _Groups = []
-        for number, (group, options) in enumerate(zip(live, packed)):
-            groups.append((options, []))
-            for position, (parameter, key) in enumerate(zip(group["params"], options["params"])):
-                name = self._names.get(id(parameter))
-                if name is None:
-                    name = "#" + ".".join(filter(None, (part_name, str(number), str(position))))
-                    self.outside.append(name)
-                elif id(parameter) in self._contested:
-                    name = f"{part_name}/{name}"
-                groups[-1][1].append((name, parameter, key))
-        return by_key, groups
+    def _name(self, parameter: object, part: str, group: int, position: int) -> str:
+        if (name := self._names.get(id(parameter))) is not None:
+            return f"{part}/{name}" if id(parameter) in self._shared else name
+        self.outside.append("#" + ".".join(filter(None, (part, str(group), str(position)))))
+        return self.outside[-1]
 
     def collect(self, into: Collecting) -> None:
-        """S2."""
+        """Add the tensors of the state, the steps that are numbers, and the value "optimizer/state"."""
         groups, states, others = list[object](), dict[str, object](), dict[str, object]()
-        defaults = {part_name: sorted(_defaults(part)) for part_name, part in self._parts.items()}
         for part_name, part in self._parts.items():
-            state = part.state_dict()
-            if (apart := self._apart(part_name, state)) is None:
+            state = self._states[part_name] = dict(part.state_dict())
+            live, packed, by_key = (
+                getattr(part, "param_groups", None),
+                state.get("param_groups"),
+                state.get("state"),
+            )
+            if live is None or len(state) > 2 or not (isinstance(by_key, dict) and isinstance(packed, list)):
                 others[part_name] = into.encode(state, f"optimizer/{part_name}")
                 continue
-            by_key, packed_groups = apart
-            for packed, params in packed_groups:
-                options = {
-                    key: value for key, value in packed.items() if key not in ("params", "param_names")
-                }
-                encoded = into.encode(options, "optimizer/param_groups")
-                names = [name for name, _, _ in params]
-                groups.append({"part": part_name, "params": names, "options": encoded})
+            own = self._groups[part_name] = []
+            for number, (group, saved) in enumerate(zip(live, packed)):
+                pairs = enumerate(zip(group["params"], saved["params"]))
+                params = [(self._name(p, part_name, number, at), p, key) for at, (p, key) in pairs]
+                own.append(_Group(saved, params))
+                options = {k: v for k, v in saved.items() if k not in ("params", "param_names")}
+                node = into.encode(options, "optimizer/param_groups")
+                groups.append({"part": part_name, "params": [name for name, _, _ in params], "options": node})
                 for name, _, key in params:
+                    inner = by_key.get(key, options)
                     if key in by_key:
-                        states[name] = into.encode(by_key[key], "", f"optimizer/{name}/")
-                    own = by_key.get(key)
-                    step = own["step"] if isinstance(own, dict) and "step" in own else options.get("step")
+                        states[name] = into.encode(inner, "", f"optimizer/{name}/")
+                    step = inner.get("step", options.get("step")) if isinstance(inner, dict) else None
                     if isinstance(step, (int, float)):
                         into.steps[name] = step
+        defaults = {part_name: _defaults(part) for part_name, part in self._parts.items()}
         node = {"groups": groups, "states": states, "others": others, "defaults": defaults}
         into.data.tensors.append(coord.local_value("optimizer/state", st.dump_json(node)))
 
     def fill(self, restore: Restore) -> None:
         """L3: state tensors are filled in place where they exist, else made, sharded as their parameter.
 
-        An optimizer of another kind than the saved one is a problem; it stays as it is in loose mode.
+        An optimizer of another kind than the saved one is a problem. It stays as it is in loose mode.
         """
-        saved = self._saved = _saved_optimizer(restore)
+        saved = SavedOptimizer(restore)
+        names = {
+            part: [n for g in self._groups.get(part, ()) for n, _, _ in g.params] for part in self._parts
+        }
+        restore.unexpected |= {f"optimizer/{name}" for name in saved.parameters}
+        restore.unexpected -= {f"optimizer/{name}" for found in names.values() for name in found}
         for part_name, part in self._parts.items():
-            state = part.state_dict()
-            apart = self._apart(part_name, state)
-            names = [name for _, params in (apart[1] if apart else ()) for name, _, _ in params]
-            restore.unexpected -= {f"optimizer/{name}" for name in names}
-            if difference := self._other_kind(part_name, names):
+            if difference := _other_kind(part, part_name, names[part_name], saved):
                 what = f"optimizer {part_name!r}: another kind was saved"
                 advice = "give one of that kind, or load_optimizer=False; strict_mode=False keeps it as it is"
                 restore.problems.append(f"{what}: {difference}; {advice}")
-            elif apart is not None:
-                self._fill_torch(part_name, apart, restore)
-            elif isinstance(whole := restore.decode(saved.others.get(part_name), state), dict):
+                del self._states[part_name]
+            elif part_name in self._groups:
+                self._fill_groups(part_name, saved, restore)
+            elif isinstance(whole := restore.decode(saved.others.get(part_name)), dict):
                 self._states[part_name] = whole
             else:
                 restore.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
+                del self._states[part_name]
 
-    def _other_kind(self, part_name: str, names: Iterable[str]) -> str:
-        """How the saved optimizer is of another kind: each side has options that the other lacks. Else "".
-
-        Options that one side alone adds decide nothing: another version of torch may have them.
-        """
-        here, known = _defaults(self._parts[part_name]), self._saved.parameters
-        for saved_part in {known[name].part for name in names if name in known} or {part_name}:
-            defaults = self._saved.defaults.get(saved_part)
-            there = set(map(str, defaults)) if isinstance(defaults, list) else set[str]()
-            if (lacking := sorted(there - here)) and (added := sorted(here - there)):
-                return f"that has the options {', '.join(lacking)}, the one here {', '.join(added)}"
-        return ""
-
-    def _fill_torch(
-        self, part_name: str, apart: tuple[dict[object, object], _Groups], restore: Restore
-    ) -> None:
-        """L3 of a torch optimizer."""
-        saved, by_key, new_groups = self._saved, dict(apart[0]), []
-        empty = saved.empty.get(part_name, [])
-        if len(empty) != (count := sum(not params for _, params in apart[1])):
+    def _fill_groups(self, part_name: str, saved: SavedOptimizer, restore: Restore) -> None:
+        """L3 of a torch optimizer. Groups without parameters are matched by their order."""
+        groups, empty = self._groups[part_name], saved.empty.get(part_name, [])
+        if len(empty) != (count := sum(not group.params for group in groups)):
             what = f"{len(empty)} group(s) without parameters in the checkpoint, {count} here"
             restore.warnings.append(f"optimizer {part_name!r}: {what}, which keep their options")
             empty = [{}] * count
-        in_order = iter(empty)
-        for packed, params in apart[1]:
-            if params:
-                found = _group_options([name for name, _, _ in params], packed, saved.parameters, restore)
-            else:
-                found = {key: restore.decode(node, packed.get(key)) for key, node in next(in_order).items()}
-            new_groups.append({**packed, **found})
+        by_key, packed, in_order = self._states[part_name]["state"], list[object](), iter(empty)
+        states = dict(by_key) if isinstance(by_key, dict) else {}
+        for options, params in groups:
+            found = [saved.parameters[name] for name, _, _ in params if name in saved.parameters]
+            distinct = {id(p.options): p.options for p in found}.values() if params else [next(in_order)]
+            merged = {}
+            for option, node in next(iter(distinct), {}).items():
+                if any(other.get(option) != node for other in distinct):
+                    what = f"group of {params[0][0]}: its parameters were saved with different {option!r}"
+                    restore.warnings.append(f"optimizer {what}; it keeps {options.get(option)!r}")
+                else:
+                    merged[option] = restore.decode(node)
+            packed.append({**options, **merged})
             for name, parameter, key in params:
-                live = by_key.pop(key, None)
-                if name in saved.parameters and (node := saved.parameters[name].state) is not None:
-                    by_key[key] = value = restore.decode(node, live, parameter)
+                states.pop(key, None)
+                if name not in saved.parameters:
+                    restore.problems.append(f"optimizer/{name}: missing from the checkpoint")
+                elif (node := saved.parameters[name].state) is not None:
+                    states[key] = value = restore.decode(node, parameter)
                     if isinstance(value, dict):
-                        self._kept.append((self._parts[part_name], parameter, value))
-        self._states[part_name] = {"state": by_key, "param_groups": new_groups}
+                        self._filled.append((self._parts[part_name], parameter, value))
+        self._states[part_name] = {"state": states, "param_groups": packed}
 
     def apply(self) -> dict[str, object]:
         """L5: hand over to `load_state_dict`, then put back the tensors whose dtype it changed."""
         for part_name, state in self._states.items():
             self._parts[part_name].load_state_dict(state)
-        for part, parameter, kept in self._kept:
+        for part, parameter, filled in self._filled:
             live = getattr(part, "state", {}).get(parameter, {})
-            for key, value in kept.items():
+            for key, value in filled.items():
                 now = live.get(key)
                 if key != "step" and isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
                     if now.dtype != value.dtype:
@@ -1401,25 +1335,20 @@ class OptimizerState:
         return self._states.get("", dict(self._states))
 
 
-def _group_options(
-    names: Sequence[str], packed: Mapping[str, object], saved: Mapping[str, SavedParameter], restore: Restore
-) -> dict[str, object]:
-    """The saved options of a group; where its parameters were saved with different ones, it keeps its own."""
-    restore.problems += [
-        f"optimizer/{name}: missing from the checkpoint" for name in names if name not in saved
-    ]
-    saved_options = [saved[name].options for name in names if name in saved]
-    found = list({id(one): one for one in saved_options}.values())
-    options: dict[str, object] = {}
-    for key, node in (found[0] if found else {}).items():
-        if any(other.get(key) != node for other in found):
-            restore.warnings.append(
-                f"optimizer group of {names[0]}: its parameters were saved with different {key!r}; "
-                f"it keeps {packed.get(key)!r}"
-            )
-        else:
-            options[key] = restore.decode(node, packed.get(key))
-    return options
+def _other_kind(part: Stateful, part_name: str, names: Iterable[str], saved: SavedOptimizer) -> str:
+    """How an optimizer is of another kind than the saved one: each has options that the other lacks. Else "".
+
+    Options that one side alone adds decide nothing: another version of torch may have them.
+    """
+    live = set(_defaults(part))
+    for saved_part in {saved.parameters[name].part for name in names if name in saved.parameters} or {
+        part_name
+    }:
+        defaults = saved.defaults.get(saved_part)
+        stored = set(map(str, defaults)) if isinstance(defaults, list) else set[str]()
+        if (lacking := sorted(stored - live)) and (added := sorted(live - stored)):
+            return f"that has the options {', '.join(lacking)}, the one here {', '.join(added)}"
+    return ""
 
 
 def rng_state() -> dict[str, object]:
@@ -1430,14 +1359,13 @@ def rng_state() -> dict[str, object]:
         "random": random.getstate(),
     }
     if st.cuda_in_use():
-        state["cuda"] = [
-            torch.cuda.get_rng_state(d).numpy().tobytes() for d in range(torch.cuda.device_count())
-        ]
+        devices = range(torch.cuda.device_count())
+        state["cuda"] = [torch.cuda.get_rng_state(device).numpy().tobytes() for device in devices]
     return state
 
 
 def set_rng_state(state: Mapping[str, object]) -> None:
-    """Inverse of `rng_state`; CUDA devices that the state does not have keep theirs."""
+    """Inverse of `rng_state`. CUDA devices that the state does not have keep theirs."""
 
     def tensor(data: object) -> torch.Tensor:
         return torch.frombuffer(bytearray(data if isinstance(data, bytes) else b""), dtype=torch.uint8)
@@ -1452,23 +1380,6 @@ def set_rng_state(state: Mapping[str, object]) -> None:
             torch.cuda.set_rng_state(tensor(data), device)
 
 
-def _match(node: object, live: object) -> Iterator[tuple[str, torch.Tensor]]:
-    """(stored name, live tensor) wherever an encoded value and `live` both have a tensor."""
-    if isinstance(node, list) and isinstance(live, (list, tuple)):
-        for item, other in zip(node, live):
-            yield from _match(item, other)
-    elif isinstance(node, dict) and node:
-        tag, body = next(iter(node.items()))
-        if tag == "$tensor" and isinstance(live, torch.Tensor):
-            yield body, live
-        elif tag == "$tuple":
-            yield from _match(body, live)
-        elif isinstance(live, dict):
-            keyed = tag in ("$dict", "$OrderedDict", "$Counter")
-            for key, item in body if keyed else node.items():
-                yield from _match(item, live.get(st.decode_value(key, str) if keyed else key))
-
-
 def _tensors_in(node: object) -> list[str]:
     """The names of the tensors in an encoded value."""
     names: list[str] = []
@@ -1477,13 +1388,9 @@ def _tensors_in(node: object) -> list[str]:
 
 
 def _allocate(name: str, shape: st.Shape, dtype: torch.dtype, param: torch.Tensor | None) -> torch.Tensor:
-    """An empty tensor for optimizer state, laid out as its parameter.
-
-    Sharded alike where the shapes are equal.
-    """
-    if param is None or name.endswith(
-        "/step"
-    ):  # torch keeps a step on the CPU; load_state_dict moves it where it must
+    """An empty tensor for optimizer state on its parameter's device, sharded alike if shapes are equal."""
+    # torch keeps a step on the CPU; load_state_dict moves it where it must be.
+    if param is None or name.endswith("/step"):
         return torch.empty(shape, dtype=dtype)
     if (sharded := coord.as_dtensor(param)) is not None and shape:
         if tuple(sharded.shape) == shape:
@@ -1497,10 +1404,7 @@ def _allocate(name: str, shape: st.Shape, dtype: torch.dtype, param: torch.Tenso
 
 
 class Restore:
-    """One load on one rank.
-
-    What is validated, which tensors are filled, what does not fit, and handing it all over.
-    """
+    """One load on one rank: validation, which tensors are filled, and what does not fit."""
 
     reader: CheckpointReader  # from L3 on
     result: CheckpointLoadResult  # from L5 on
@@ -1509,29 +1413,27 @@ class Restore:
         self, given: Given[LoadOptions], op: coord.Operation, validator: CheckpointValidator, local: bool
     ) -> None:
         self.given, self.op, self._validator = given, op, validator
-        # With a LocalCoordinator in a job of several ranks, as likely as not each of them loads the same.
+        # With a LocalCoordinator in a job of several ranks, each of them probably loads the same.
         local = local and dist.is_available() and dist.is_initialized()
         self._only_rank = op.world_size == 1 and not (local and dist.get_world_size() > 1)
-        self.targets: dict[
-            tuple[object, ...], coord.Target
-        ] = {}  # by the memory that they fill, see `identity`
+        self.targets: dict[tuple[object, ...], coord.Target] = {}  # by the `identity` of the memory
         self.problems: list[str] = []  # errors in strict mode, else warnings
         self.errors: list[str] = []  # errors in any mode
         self.warnings: list[str] = []
-        self.lent: dict[int, set[str]] = {}  # by saved rank: names whose copy this rank takes, as it has none
-        self._sought: set[str] = set()  # stored names that this rank asked for
-        self._taken: set[int] = set()  # the indices of the copies that it takes, of what is kept per rank
-        self.unexpected: set[str] = set()  # stored names that nothing here has claimed yet
+        self.lent: dict[
+            int, set[str]
+        ] = {}  # saved rank -> names whose copy this rank takes, for want of its own
+        self._taken: set[int] = set()  # indices of the copies that this rank takes, of tensors kept per rank
+        self.unexpected: set[str] = set()  # stored names that nothing has claimed yet
         self._made: dict[
             tuple[object, ...], torch.Tensor
-        ] = {}  # copies, where one live tensor has two stored ones
-        self._model, self._optimizer = ModelState({}), OptimizerState({}, {})
+        ] = {}  # copies of a live tensor that has two stored ones
+        self._collected, self._model, self._optimizer = Collecting(), ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
-        self._extra_per_rank: dict[str, dict[int, object]] = {}
         self._rng: object = None
 
     def claim(self) -> dict[str, object]:
-        """L1: what all ranks must ask for alike."""
+        """L1: what all ranks must request alike."""
         self.given.check()
         options = self.given.options
         with_optimizer = options.load_optimizer and self.given.optimizer is not None
@@ -1545,7 +1447,7 @@ class Restore:
         }
 
     def validate(self, reader: CheckpointReader) -> None:
-        """L2: the record, and this rank's part of the shards."""
+        """L2: the record, and this rank's part of the files."""
         if self.given.options.skip_validation:
             return
         result = self._validator.validate_metadata(reader.metadata)
@@ -1560,52 +1462,62 @@ class Restore:
         self.warnings += result.warnings
 
     def match(self, reader: CheckpointReader) -> list[coord.Target]:
-        """L3: match the state here with what is stored."""
-        self.reader, given, options = reader, self.given, self.given.options
-        stored = reader.metadata.tensors
-        values = {t.name for t in stored if t.dtype == "JSON"}
-        self.unexpected |= {t.name for t in stored if t.name.startswith("model/")} | set(
-            filter(coord.in_model, values)
-        )
+        """L3: collect the state as a save does, and match it by name with what is stored."""
+        self.reader, given, options, into = reader, self.given, self.given.options, self._collected
+        values = {t.name for t in reader.metadata.tensors if t.dtype == "JSON"}
+        with_optimizer = options.load_optimizer and "optimizer/state" in values
         self._model = ModelState(given.model)
-        self._model.fill(self)
-        if given.optimizer is None and options.load_optimizer and "optimizer/state" in values:
+        self._model.collect(into)
+        tensors = list(into.data.tensors)
+        if given.optimizer is not None and with_optimizer:
+            self._optimizer = OptimizerState(given.optimizer, self._model.parameters())
+            self._optimizer.collect(into)
+        for key, live in given.extra_state.items():
+            if isinstance(live, Stateful):
+                into.value(f"extra/{key}", live.state_dict())
+        into.finish()
+        self.unexpected = {t.name for t in reader.metadata.tensors if t.name.startswith("model/")}
+        self.unexpected |= set(filter(coord.in_model, values))
+        self._model.fill(self, tensors)
+        if given.optimizer is not None and with_optimizer:
+            self._optimizer.fill(self)
+        elif with_optimizer:
             what = "the checkpoint has optimizer state, and load was given no optimizer"
             self.warnings.append(f"{what}: give it, or load_optimizer=False")
         elif given.optimizer is not None and options.load_optimizer:
-            if "optimizer/state" in values:
-                self._optimizer = OptimizerState(given.optimizer, self._model.parameters())
-                self._optimizer.fill(self)
-            else:
-                self.problems.append("the checkpoint has no optimizer state (load with load_optimizer=False)")
+            self.problems.append("the checkpoint has no optimizer state (load with load_optimizer=False)")
         extra = {name for name in values if name.startswith("extra/")}
         for name in sorted(extra | {f"extra/{key}" for key in given.extra_state}):
             if name not in values:
                 self.problems.append(f"{name}: missing from the checkpoint")
-            else:
-                live = given.extra_state.get(key := name.removeprefix("extra/"))
-                for value in self._own_value(name, live.state_dict() if isinstance(live, Stateful) else None):
-                    self._extra[key] = value
+            elif own := self._own_value(name):
+                self._extra[name.removeprefix("extra/")] = own[0]
         self._extra_per_rank = self._read_extra_per_rank()
         if options.load_rng_state:
             if "rng/state" not in values:
                 self.warnings.append("rng/state: missing from the checkpoint, so that it stays as it is")
             else:
-                self._rng = next(iter(self._own_value("rng/state", None)), None)
-        self._judge()
+                self._rng = next(iter(self._own_value("rng/state")), None)
+        self._decide()
         return list(self.targets.values())
+
+    def copies(self, name: str) -> Iterator[tuple[int, object]]:
+        """Every rank's value of a name, encoded, with the rank: the lowest rank's late, this rank's last."""
+        own = self.op.rank
+        for rank in sorted(self.reader.ranks(name) or [own], key=lambda rank: (rank == own, -rank)):
+            if (index := self.reader.find(name, rank)) is not None:
+                yield rank, self.reader.read_value(index)
 
     def _own(self, mesh: st.Shape) -> int:
         """The rank under which this rank's copy is kept: of a DTensor the lowest of its mesh, else itself."""
         return min(self.op.own_ranks(mesh), default=self.op.rank)
 
     def find(self, name: str, mesh: st.Shape = ()) -> int | None:
-        """The index of the copy of `name` that this rank takes, or None after noting the problem. `mesh`.
+        """The index of the copy of `name` that this rank takes; None after noting the problem.
 
-        Of its DTensor.
+        `mesh`: the ranks of its DTensor.
         """
         self.unexpected.discard(name)
-        self._sought.add(name)
         if (index := self.reader.find(name, self._own(mesh))) is None:
             self.problems.append(f"{name}: missing from the checkpoint")
         elif (rank := self.reader.metadata.tensors[index].rank) is not None:
@@ -1614,68 +1526,56 @@ class Restore:
                 self.lent.setdefault(rank, set()).add(name)
         return index
 
-    def _own_value(self, name: str, live: object) -> list[object]:
+    def _own_value(self, name: str) -> list[object]:
         """The stored value; [] after a warning if it, or a tensor in it, is kept for other ranks only."""
         reader, kept = self.reader, self.reader.ranks(name)
-        self._sought.add(name)
         if not kept or self.op.rank in kept:
-            index = reader.find(name, self.op.rank)
-            node = None if index is None else reader.read_value(index)
-            known = dict(_match(node, live))
-            within = [
-                (known.get(inner), ranks) for inner in _tensors_in(node) if (ranks := reader.ranks(inner))
-            ]
-            if all(self._own(coord.mesh_ranks(tensor)) in ranks for tensor, ranks in within):
+            if (index := reader.find(name, self.op.rank)) is None:
+                return []
+            node = reader.read_value(index)
+            parts = ((self._collected.live.get(inner), reader.ranks(inner)) for inner in _tensors_in(node))
+            foreign = [r for live, r in parts if r and self._own(coord.mesh_ranks(live)) not in r]
+            if not foreign:
                 self.find(name)
-                return [self.decode(node, live)]
-            kept = within[0][1]
+                return [self.decode(node)]
+            kept = foreign[0]
         what = f"kept for rank(s) {st.some(kept, 20)}, not for rank {self.op.rank}, where it stays as it is"
         others = "; see result.extra_state_per_rank" if name.startswith("extra/") else ""
         self.warnings.append(f"{name}: {what}{others}")
         return []
 
     def _read_extra_per_rank(self) -> dict[str, dict[int, object]]:
-        """If world sizes differ: all copies of `extra_state` values that are kept per rank, or in part."""
-        reader, meta = self.reader, self.reader.metadata
+        """If world sizes differ: every copy of the `extra_state` values that are kept per rank, or in part.
+
+        Rank 0 reads them, and hands out values and bytes.
+        """
+        reader, meta, copies = self.reader, self.reader.metadata, list[object]()
         extra = [(index, t) for index, t in enumerate(meta.tensors) if t.name.startswith("extra/")]
         if meta.world_size == self.op.world_size or all(t.rank is None for _, t in extra):
             return {}
-        rows = {index: t for index, t in extra if t.dtype == "JSON"}
-        texts, copies = self._hand_out(rows), list[tuple[str, int, object]]()
-        for index, t in rows.items():
-            node = st.parse_json(texts[index].numpy().tobytes(), t.name)
-            within = {rank for name in _tensors_in(node) for rank in reader.ranks(name)}
-            for rank in sorted(within) if t.rank is None else [t.rank]:
-                copies.append((t.name.removeprefix("extra/"), rank, node))
-        places: dict[tuple[str, int], int] = {}
-        for name, rank in ((name, rank) for _, rank, node in copies for name in _tensors_in(node)):
-            if (place := reader.find(name, rank)) is None:
-                raise st.corrupted(f"{name}: a stored value has this tensor in it, the record does not")
-            places[name, rank] = place
-        tensors = self._hand_out(set(places.values()))
+        for index, t in extra if self.op.rank == 0 else ():
+            if t.dtype == "JSON":
+                names = _tensors_in(node := reader.read_value(index))
+                within = {rank for name in names for rank in reader.ranks(name)}
+                for rank in sorted(within) if t.rank is None else [t.rank]:
+                    tensors = {name: self._stored_tensor(name, rank) for name in names}
+                    copies.append([t.name.removeprefix("extra/"), rank, node, tensors])
         found: dict[str, dict[int, object]] = {}
-        for key, rank, node in copies:
-            value = st.decode_value(node, lambda name: tensors[places[name, rank]].clone())
-            found.setdefault(key, {})[rank] = value
+        for copy in map(coord.as_list, coord.as_list(self.op.broadcast(copies))):
+            tensors_of = st.Fields(copy[3])
+            value = st.decode_value(copy[2], lambda name: _tensor_of(*tensors_of.array(name)))
+            found.setdefault(str(copy[0]), {})[int(str(copy[1]))] = value
         return found
 
-    def _hand_out(self, indices: Iterable[int]) -> dict[int, torch.Tensor]:
-        """Stored tensors, whole, by index, on all ranks: rank 0 reads them, and broadcasts their bytes."""
-        metas = {index: self.reader.metadata.tensors[index] for index in sorted(indices)}
-        tensors = {i: torch.empty(t.shape, dtype=st.DTYPES[t.dtype], device="cpu") for i, t in metas.items()}
-        views = [view for tensor in tensors.values() if (view := st.byte_view(tensor)) is not None]
-        if self.op.rank == 0:
-            self.reader.fill(coord.Target(i, st.whole_box(t.shape), tensors[i]) for i, t in metas.items())
-        read = self.op.broadcast([view.tobytes() for view in views] if self.op.rank == 0 else None)
-        for view, data in zip(views, read if self.op.rank and isinstance(read, list) else ()):
-            view[:] = np.frombuffer(data, np.uint8)
-        return tensors
-
-    def indices(self, name: str) -> Iterator[int]:
-        """The indices of all ranks' values of a name: last this rank's own, before it the lowest rank's."""
-        for rank in [*(r for r in reversed(self.reader.ranks(name)) if r != self.op.rank), self.op.rank]:
-            if (index := self.reader.find(name, rank)) is not None:
-                yield index
+    def _stored_tensor(self, name: str, rank: int) -> list[object]:
+        """Dtype, shape and bytes of the copy of a stored tensor that `rank` gets."""
+        if (index := self.reader.find(name, rank)) is None:
+            raise st.corrupted(f"{name}: a stored value has this tensor in it, the record does not")
+        meta = self.reader.metadata.tensors[index]
+        out = torch.empty(meta.shape, dtype=st.DTYPES[meta.dtype])
+        self.reader.fill([coord.Target(index, st.whole_box(meta.shape), out)])
+        memory = st.byte_view(out)
+        return [meta.dtype, list(meta.shape), b"" if memory is None else memory.tobytes()]
 
     def fill(self, local: coord.LocalTensor) -> None:
         """Arrange for a tensor of the model to be filled in place with what is stored under its name."""
@@ -1688,38 +1588,29 @@ class Restore:
             return
         if meta.dtype != local.dtype:
             self.problems.append(f"{local.name}: dtype {meta.dtype} in the checkpoint, {local.dtype} here")
-        self._aim(index, local)
+        self._target(index, local)
 
-    def _aim(self, index: int, local: coord.LocalTensor) -> None:
-        """Have what is here of a tensor filled with the stored one of that number.
-
-        The last of several wins, as in torch.
-        """
-        for box, view in local.pieces:  # tied tensors need one fill
+    def _target(self, index: int, local: coord.LocalTensor) -> None:
+        """Have this rank's pieces of a tensor filled. The last of several tied names wins, as in torch."""
+        alone = self._only_rank or (len(local.mesh) == self.op.world_size and not local.replicated)
+        for box, view in local.pieces:
             before = self.targets.get(place := coord.identity(view))
             if before is not None and before.tensor != index:
                 lost = self.reader.metadata.tensors[before.tensor].name
                 self.warnings.append(
                     f"{lost}: is one tensor here with {local.name}, whose stored value it gets"
                 )
-            alone = self._only_rank or (len(local.mesh) == self.op.world_size and not local.replicated)
             self.targets[place] = coord.Target(index, box, view, alone)
 
-    def value(self, index: int, live: object) -> object:
-        """A stored value with its tensors, as `decode`."""
-        return self.decode(self.reader.read_value(index), live)
+    def decode(self, node: object, param: torch.Tensor | None = None) -> object:
+        """An encoded value with its tensors, which L4 fills.
 
-    def decode(self, node: object, live: object, param: torch.Tensor | None = None) -> object:
-        """An encoded value.
-
-        Its tensors are those in the same place of `live` where they fit, else new, laid out as `param`.
-
-        New too where another stored tensor fills the live one: an average may start as what it averages.
+        A tensor is the live one of its name where that fits, else a new one, laid out as `param`. It is new
+        too where another stored tensor fills the live one: an average may start as what it averages.
         """
-        known = dict(_match(node, live))
 
         def tensor(name: str) -> torch.Tensor:
-            found = known.get(name)
+            found = self._collected.live.get(name)
             if (index := self.find(name, coord.mesh_ranks(param if found is None else found))) is None:
                 return torch.empty(0) if found is None else found
             shape, dtype = (meta := self.reader.metadata.tensors[index]).shape, st.DTYPES[meta.dtype]
@@ -1732,20 +1623,23 @@ class Restore:
             if any(place in self.targets and self.targets[place].tensor != index for place in places):
                 found = self._made.setdefault((index, *places), torch.empty_like(found.detach()))
                 local = coord.local_tensor(name, found)
-            self._aim(index, local)
+            self._target(index, local)
             return found
 
         return st.decode_value(node, tensor)
 
-    def _judge(self) -> None:
-        """Errors, or in loose mode warnings, for misfits; a name that no rank claims is unexpected."""
+    def _decide(self) -> None:
+        """Raise for misfits, or warn of them in loose mode. A name that no rank claims is unexpected."""
         taken = np.array(sorted(self._taken), np.int64)  # consecutive ones, where ranks have the same layout
-        told = self.op.gather([sorted(self.unexpected), len(taken), st.pack_ints(taken)])
-        rows = [row for row in told if isinstance(row, list)]
-        unwanted = set.intersection(*(set(names) for names, _, _ in rows))
-        everywhere = (st.unpack_ints(packed, count).tolist() for _, count, packed in rows)
-        self._warn_of_kept(set(itertools.chain(*everywhere)))
-        self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
+        rows = list(
+            map(coord.as_list, self.op.gather([sorted(self.unexpected), len(taken), st.pack_ints(taken)]))
+        )
+        unwanted = set.intersection(*(set(coord.as_list(names)) for names, _, _ in rows))
+        everywhere = {
+            i for _, count, packed in rows for i in st.unpack_ints(str(packed), int(str(count))).tolist()
+        }
+        self._warn_of_kept(everywhere)
+        self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(map(str, unwanted))]
         if self.given.options.strict_mode:
             self.errors += self.problems
         else:
@@ -1756,25 +1650,24 @@ class Restore:
             raise CheckpointException(message, type=ExceptionType.VALIDATION_FAILED)
 
     def _warn_of_kept(self, taken: set[int]) -> None:
-        """Of what is kept per rank, name what this rank takes of another one, and what no rank takes."""
+        """Of tensors kept per rank: name what this rank takes of another one, and what no rank takes."""
         for rank, names in sorted(self.lent.items()):
             which = f"kept per rank, not for rank {self.op.rank}, which gets rank {rank}'s copy"
             self.warnings.append(f"{which}: {st.some(sorted(names), 20)}")
-        tensors, left = self.reader.metadata.tensors, dict[tuple[int, ...], list[str]]()
-        for name in sorted(self._sought | {tensors[index].name for index in taken}):
-            copies = {rank: self.reader.find(name, rank) for rank in self.reader.ranks(name)}
-            if ranks := tuple(rank for rank, index in copies.items() if index not in taken):
+        left: dict[tuple[int, ...], list[str]] = {}
+        for name in sorted({self.reader.metadata.tensors[index].name for index in taken}):
+            copies = self.reader.stored[name].items()
+            ranks = tuple(sorted(rank for rank, index in copies if rank is not None and index not in taken))
+            if ranks:
                 left.setdefault(ranks, []).append(name)
-        for ranks, names_left in left.items():
+        for ranks, lost in left.items():
             which = f"kept for rank(s) {st.some(ranks, 20)}, and taken by no rank here"
-            self.warnings.append(f"{which}: {st.some(names_left, 20)}")
+            self.warnings.append(f"{which}: {st.some(lost, 20)}")
 
     def apply(self) -> None:
         """L5: hand the filled states over."""
-        model_state, optimizer_state = (
-            self._model.apply(self.given.options.strict_mode),
-            self._optimizer.apply(),
-        )
+        model_state = self._model.apply(self.given.options.strict_mode)
+        optimizer_state = self._optimizer.apply()
         for key, value in self._extra.items():
             if isinstance(live := self.given.extra_state.get(key), Stateful) and isinstance(value, dict):
                 live.load_state_dict(value)
@@ -1785,14 +1678,22 @@ class Restore:
             meta,
             model_state,
             optimizer_state,
-            meta.world_size,
-            here,
-            meta.world_size != here,
-            self._extra,
-            meta.prefix,
-            self.warnings,
-            self._extra_per_rank,
+            source_world_size=meta.world_size,
+            target_world_size=here,
+            was_resharded=meta.world_size != here,
+            extra_state=self._extra,
+            prefix=meta.prefix,
+            warnings=self.warnings,
+            extra_state_per_rank=self._extra_per_rank,
         )
+
+
+def _tensor_of(dtype: object, shape: object, data: object) -> torch.Tensor:
+    """Inverse of `Restore._stored_tensor`."""
+    out = torch.empty(st.int_tuple(shape), dtype=st.DTYPES[str(dtype)])
+    if (memory := st.byte_view(out)) is not None and isinstance(data, bytes):
+        memory[:] = np.frombuffer(data, np.uint8)
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------------
