@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import base64
 import concurrent.futures
 import contextlib
 import datetime
@@ -1058,7 +1059,7 @@ class ModelState:
         self._parts: list[tuple[Stateful, dict[str, str], dict[str, str]]] = []
         self._modules: list[tuple[torch.nn.Module, str]] = []
         self._states: list[dict[str, object]] = []
-        self._values: list[tuple[str, dict[str, object], str]] = []  # stored name, state dict, key in it
+        self._entries: list[tuple[str, dict[str, object], str]] = []  # stored name, state dict, key in it
         self._versions: list[tuple[dict[str, object], dict[str, str]]] = []  # state dict, live -> canonical
         fsdp1 = _torchs("torch.distributed.fsdp", "FullyShardedDataParallel")
         for part_name, part in model.items():
@@ -1098,11 +1099,12 @@ class ModelState:
                 if (name := _canonical(key, keys)) in seen:
                     raise CheckpointException(f"two entries of the model's state are named {name!r}")
                 seen.add(name)
+                # A module may change the shape of what it keeps under this key, which has no shape to match.
                 if isinstance(value, torch.Tensor) and not key.endswith("_extra_state"):
-                    into.tensor(f"model/{name}", value)
+                    stored = into.tensor(f"model/{name}", value)
                 else:
-                    into.value(f"model-values/{name}", value)
-                    self._values.append((f"model-values/{name}", state, key))
+                    into.value(stored := f"model-values/{name}", value)
+                self._entries.append((stored, state, key))
             if isinstance(metadata := getattr(state, "_metadata", None), dict):
                 names = {live: modules.get(live, keys[""] + live) for live in metadata}
                 self._versions.append((state, names))
@@ -1124,8 +1126,8 @@ class ModelState:
                 0 in t.shape or any(coord.identity(view) not in places for _, view in t.pieces)
             ):
                 restore.find(t.name)
-        for name, state, key in self._values:
-            if (index := restore.find(name)) is not None:
+        for name, state, key in self._entries:
+            if name.startswith("model-values/") and (index := restore.find(name)) is not None:
                 state[key] = restore.decode(restore.reader.read_value(index))
         versions: dict[object, object] = {}
         for _, node in restore.copies("model-metadata/modules"):
@@ -1138,15 +1140,13 @@ class ModelState:
 
     def apply(self, strict: bool) -> dict[str, object]:
         """L5: hand the filled state to `load_state_dict`. Returns it under canonical names."""
-        result: dict[str, object] = {}
-        for (part, keys, _), state in zip(self._parts, self._states):
+        for (part, *_), state in zip(self._parts, self._states):
             if isinstance(part, torch.nn.Module) and not strict:
                 part.load_state_dict(state, strict=False)
             else:  # an override of it may not know `strict`
                 part.load_state_dict(state)
-            for key, value in state.items():
-                result[_canonical(key, keys)] = value.detach() if isinstance(value, torch.Tensor) else value
-        return result
+        filled = {name.partition("/")[2]: state[key] for name, state, key in self._entries}
+        return {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in filled.items()}
 
 
 class _Group(NamedTuple):
@@ -1549,33 +1549,30 @@ class Restore:
 
         Rank 0 reads them, and hands out values and bytes.
         """
-        reader, meta, copies = self.reader, self.reader.metadata, list[object]()
+        reader, meta = self.reader, self.reader.metadata
         extra = [(index, t) for index, t in enumerate(meta.tensors) if t.name.startswith("extra/")]
         if meta.world_size == self.op.world_size or all(t.rank is None for _, t in extra):
             return {}
+        found: dict[str, dict[int, object]] = {}
         for index, t in extra if self.op.rank == 0 else ():
             if t.dtype == "JSON":
-                names = _tensors_in(node := reader.read_value(index))
-                within = {rank for name in names for rank in reader.ranks(name)}
+                node = reader.read_value(index)
+                within = {rank for name in _tensors_in(node) for rank in reader.ranks(name)}
                 for rank in sorted(within) if t.rank is None else [t.rank]:
-                    tensors = {name: self._stored_tensor(name, rank) for name in names}
-                    copies.append([t.name.removeprefix("extra/"), rank, node, tensors])
-        found: dict[str, dict[int, object]] = {}
-        for copy in map(coord.as_list, coord.as_list(self.op.broadcast(copies))):
-            tensors_of = st.Fields(copy[3])
-            value = st.decode_value(copy[2], lambda name: _tensor_of(*tensors_of.array(name)))
-            found.setdefault(str(copy[0]), {})[int(str(copy[1]))] = value
-        return found
+                    value = st.decode_value(node, functools.partial(self._read_tensor, rank=rank))
+                    found.setdefault(t.name.removeprefix("extra/"), {})[rank] = value
+        node = self.op.broadcast(st.encode_value(found, "extra_state", _tensor_to_text))
+        handed_out = st.decode_value(node, _tensor_from_text)
+        return handed_out if isinstance(handed_out, dict) else {}
 
-    def _stored_tensor(self, name: str, rank: int) -> list[object]:
-        """Dtype, shape and bytes of the copy of a stored tensor that `rank` gets."""
+    def _read_tensor(self, name: str, rank: int) -> torch.Tensor:
+        """The copy of a stored tensor that `rank` gets, whole."""
         if (index := self.reader.find(name, rank)) is None:
             raise st.corrupted(f"{name}: a stored value has this tensor in it, the record does not")
         meta = self.reader.metadata.tensors[index]
         out = torch.empty(meta.shape, dtype=st.DTYPES[meta.dtype])
         self.reader.fill([coord.Target(index, st.whole_box(meta.shape), out)])
-        memory = st.byte_view(out)
-        return [meta.dtype, list(meta.shape), b"" if memory is None else memory.tobytes()]
+        return out
 
     def fill(self, local: coord.LocalTensor) -> None:
         """Arrange for a tensor of the model to be filled in place with what is stored under its name."""
@@ -1688,11 +1685,19 @@ class Restore:
         )
 
 
-def _tensor_of(dtype: object, shape: object, data: object) -> torch.Tensor:
-    """Inverse of `Restore._stored_tensor`."""
-    out = torch.empty(st.int_tuple(shape), dtype=st.DTYPES[str(dtype)])
-    if (memory := st.byte_view(out)) is not None and isinstance(data, bytes):
-        memory[:] = np.frombuffer(data, np.uint8)
+def _tensor_to_text(path: str, tensor: torch.Tensor) -> str:
+    """A tensor as text, for other ranks."""
+    memory = st.byte_view(tensor)
+    data = base64.b64encode(b"" if memory is None else memory.tobytes())
+    return json.dumps([st.CODES[tensor.dtype], list(tensor.shape), data.decode()])
+
+
+def _tensor_from_text(text: str) -> torch.Tensor:
+    """Inverse of `_tensor_to_text`."""
+    code, shape, data = json.loads(text)
+    out = torch.empty(shape, dtype=st.DTYPES[code])
+    if (memory := st.byte_view(out)) is not None:
+        memory[:] = np.frombuffer(base64.b64decode(data), np.uint8)
     return out
 
 
