@@ -1693,9 +1693,7 @@ class Holdings:
     def check_complete(self) -> None:
         """Every tensor's pieces must make up the whole of it, each element once; else VALIDATION_FAILED."""
         tensor, box = self.members.tensor[self.start], self.members.box[self.start]
-        wrong = st.not_covered_once(
-            tensor, box, [t.shape if t.alias_of is None else None for t in self.tensors]
-        )
+        wrong = st.not_covered_once(self.tensors, tensor, box)
         if wrong:
             t, held = self.tensors[wrong[0]], int(box[tensor == wrong[0], 1].prod(axis=1).sum())
             raise CheckpointException(
