@@ -60,6 +60,7 @@ import json
 import logging
 import math
 import mmap
+import operator
 import os as os  # explicitly, since ckpt.py uses this one too
 import re
 import resource
@@ -600,7 +601,7 @@ class Fields:
         return [typed(item, str, key) for item in self.array(key)]
 
     def child(self, key: str) -> Fields:
-        return Fields(self.all.get(key))
+        return Fields(typed(self.all.get(key), dict, key))
 
 
 def int_tuple(value: object, most: int = 64) -> Shape:
@@ -663,7 +664,7 @@ _LEAVES: dict[str, tuple[type, Callable[..., object], Callable[..., object]]] = 
     "$bytes": (bytes, _base64, base64.b64decode),
     "$datetime": (datetime.datetime, _pack_datetime, datetime.datetime.fromisoformat),
     "$dtype": (torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _TORCH_DTYPES.__getitem__),
-    "$device": (torch.device, str, lambda text: torch.device(str(text))),
+    "$device": (torch.device, str, torch.device),
     "$ndarray": (np.ndarray, _pack_array, _unpack_array),
     "$scalar": (np.generic, _pack_array, lambda body: _unpack_array(body)[()]),
 }
@@ -774,6 +775,11 @@ _PAIRS = {"C128": "F64", "C32": "F16"}  # not in safetensors: stored with a last
 def itemsize(code: str) -> int:
     """Bytes an element of dtype `code`."""
     return DTYPES[code].itemsize
+
+
+def itemsizes(tensors: Iterable[TensorMetadata]) -> Ints:
+    """Bytes of an element of each tensor."""
+    return np.array([itemsize(t.dtype) for t in tensors], np.int64)
 
 
 def stored_form(code: str, shape: Shape) -> tuple[str, Shape]:
@@ -887,23 +893,24 @@ def _in_boxes(
         yield box, torch.from_numpy(data[low : low + math.prod(box.size) * width]).view(dtype).view(box.size)
 
 
+@torch.no_grad()
 def copy_out(tensor: torch.Tensor, start: int, out: Bytes) -> None:
     """Copy the row-major bytes of `tensor` (any strides, any device) from byte `start` into `out`."""
-    with torch.no_grad():
-        for box, elements in _in_boxes(out, start, tensor.dtype, tuple(tensor.shape)):
-            elements.copy_(tensor[tuple(slice(o, o + s) for o, s in zip(*box))])
+    whole = whole_box(tuple(tensor.shape))
+    for box, elements in _in_boxes(out, start, tensor.dtype, whole.size):
+        elements.copy_(tensor[box.within(whole)])
 
 
+@torch.no_grad()
 def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, target: torch.Tensor) -> None:
     """Put the row-major bytes of `piece` from byte `start` where they fall into `want`, which `target` holds.
 
     `data` has elements of `dtype`; a target of another dtype gets them cast.
     """
-    with torch.no_grad():
-        for part, elements in _in_boxes(data, start, dtype, piece.size):
-            here = Box(tuple(p + o for p, o in zip(piece.offset, part.offset)), part.size)
-            if (common := here.intersect(want)) is not None:
-                target[common.within(want)].copy_(elements[common.within(here)])
+    for part, elements in _in_boxes(data, start, dtype, piece.size):
+        here = Box(tuple(map(operator.add, piece.offset, part.offset)), part.size)
+        if (common := here.intersect(want)) is not None:
+            target[common.within(want)].copy_(elements[common.within(here)])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1202,24 +1209,19 @@ def parse_entries(table: Fields, data_bytes: int) -> list[Entry]:
 
     ValueError where it breaks the rules of the format: holes, overlaps, other sizes than dtype and shape say.
     """
+    items = [(name, table.child(name)) for name in table.all if name != "__metadata__"]
     found, position = list[Entry](), 0
-    for name in table.all:
-        if name != "__metadata__":
-            item = table.child(name)
-            begin, end = item.shape("data_offsets")
-            found.append(Entry(name, item.text("dtype"), item.shape("shape"), begin, end))
-    found.sort(key=lambda entry: (entry.begin, entry.end))
-    for index, (name, dtype, shape, begin, end) in enumerate(found):
+    for name, item in sorted(items, key=lambda pair: pair[1].shape("data_offsets")):
+        (begin, end), dtype, shape = item.shape("data_offsets"), item.text("dtype"), item.shape("shape")
         require(begin == position, f"hole or overlap at byte {position} of the data, before {name!r}")
         known = dtype in DTYPES and stored_form(dtype, ())[0] == dtype  # neither JSON nor pairs of ours
         require(known, f"{name!r}: unknown dtype {dtype!r}")
         if dtype == "F4" and shape:  # torch counts pairs, safetensors single elements
             shape = (*shape[:-1], shape[-1] // 2)
-        require(
-            math.prod(shape) * itemsize(dtype) == end - begin,
-            f"{name!r}: {dtype} of shape {[*shape]} in {end - begin} bytes",
-        )
-        found[index], position = Entry(name, dtype, shape, begin, end), end
+        fits = math.prod(shape) * itemsize(dtype) == end - begin
+        require(fits, f"{name!r}: {dtype} of shape {[*shape]} in {end - begin} bytes")
+        found.append(Entry(name, dtype, shape, begin, end))
+        position = end
     require(position == data_bytes, f"entries end at byte {position} of {data_bytes} bytes of data")
     return found
 
@@ -1301,22 +1303,19 @@ class CheckpointMetadata:
     def size_bytes(self) -> int:
         return sum(shard.length for shard in self.shards)
 
-    def itemsizes(self) -> Ints:
-        """Bytes of an element of each tensor."""
-        return np.array([itemsize(t.dtype) for t in self.tensors], np.int64)
-
     def entries(self, index: int) -> list[Entry]:
         """What the header of a tensor file says, as the record has it: a whole file's empty tensors too."""
-        name, placed = self.shards[index].file, list[tuple[int, int, int, Box]]()
+        name, empty = self.shards[index].file, list[tuple[int, int, int, Box]]()
         whole, in_model = "-of-" not in name, name == whole_file_name(self.save_id, "model")
         if whole:
-            empty = [n for n, t in enumerate(self.tensors) if 0 in t.shape and t.alias_of is None]
-            inside = in_model_file(self.tensors) if in_model else set(empty)
-            placed = [(n, 0, 0, whole_box(self.tensors[n].shape)) for n in reversed(empty) if n in inside]
+            inside = in_model_file(self.tensors) if in_model else range(len(self.tensors))
+            for n, t in enumerate(self.tensors):
+                if 0 in t.shape and t.alias_of is None and n in inside:
+                    empty.insert(0, (n, 0, 0, whole_box(t.shape)))
         rows = self.pieces.take(self.pieces.file == index)
-        placed += rows.take(np.argsort(rows.begin, kind="stable")).boxes(self.tensors)
+        rows = rows.take(np.argsort(rows.begin, kind="stable"))
         packed, found = self.compression != "none" and not whole, list[Entry]()
-        for tensor, begin, length, box in placed:
+        for tensor, begin, length, box in itertools.chain(empty, rows.boxes(self.tensors)):
             t = self.tensors[tensor]
             dtype, shape = ("U8", (length,)) if packed else stored_form(t.dtype, box.size)
             found.append(Entry(entry_name(t, box, in_model), dtype, shape, begin, begin + length))
@@ -1410,13 +1409,19 @@ def _seal(text: bytes) -> bytes:
     return b',"crc32":"%08x"}\n' % crc32(text)
 
 
+def _unseal(data: bytes) -> bytes | None:
+    """A record without its last field; None unless C1 holds."""
+    text = data[: -len(_seal(b""))]
+    return text if data[len(text) :] == _seal(text) else None
+
+
 def decode_record(data: bytes, prefix: str, storage: CheckpointStorage | None = None) -> CheckpointMetadata:
     """Parse a record: C1 to C3, and C4 where `storage` is given, before memory is taken for the pieces.
 
     CORRUPTED_CHECKPOINT or INCOMPATIBLE_VERSION for a record that is not as it should be.
     """
-    path, text = record_name(prefix), data[: -len(_seal(b""))]
-    if data[len(text) :] != _seal(text):  # C1
+    path = record_name(prefix)
+    if (text := _unseal(data)) is None:  # C1
         raise corrupted(f"{path}: the record fails its CRC32; the checkpoint is damaged", path)
     try:
         body = Fields(parse_json(text + b"}", path))
@@ -1514,7 +1519,7 @@ def _decode_pieces(
     require((np.bincount(file, length, len(shards)) <= data_bytes).all(), "pieces that share their bytes")
     if wrong := not_covered_once(tensors, tensor, box):
         raise ValueError(f"{tensors[wrong[0]].name}: its pieces do not hold each of its elements once")
-    nbytes = pieces.nbytes(np.array([itemsize(t.dtype) for t in tensors], np.int64))
+    nbytes = pieces.nbytes(itemsizes(tensors))
     most = _MOST_INFLATION * length if packed else length
     require(((length <= nbytes) & (nbytes <= most)).all(), "piece of another length than its box")
     return pieces
@@ -1571,20 +1576,21 @@ class RecordHead(NamedTuple):
 def record_head(storage: CheckpointStorage, prefix: str, sound: bool = True) -> RecordHead | None:
     """The head of a record, without parsing it whole; None where there is none, or C1 does not hold.
 
-    Not `sound`: also of a record that does not hold its CRC32, as far as it can be read. An OSError, or a
-    STORAGE_ERROR for a link, where nobody can tell.
+    Not `sound`: also where C1 does not hold, as far as the head can be read. An OSError, or a STORAGE_ERROR
+    for a link, where nobody can tell.
     """
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            data = read_file(storage, record_name(prefix))
-        except CheckpointException as error:
-            if error.type is ExceptionType.STORAGE_ERROR:
-                raise
-            return None
-        text = data[: -len(_seal(b""))]
-        if (head := _RECORD_HEAD.match(data)) and (not sound or data[len(text) :] == _seal(text)):
-            return RecordHead(int(head[1]), head[2].decode(), int(head[3]))
-    return None
+    try:
+        data = read_file(storage, record_name(prefix))
+    except FileNotFoundError:
+        return None
+    except CheckpointException as error:
+        if error.type is ExceptionType.STORAGE_ERROR:
+            raise
+        return None
+    head = _RECORD_HEAD.match(data)
+    if head is None or (sound and _unseal(data) is None):
+        return None
+    return RecordHead(int(head[1]), head[2].decode(), int(head[3]))
 
 
 @contextlib.contextmanager
@@ -1610,8 +1616,8 @@ def _walk(storage: CheckpointStorage, warn: Warn, directory: str = "") -> Iterat
 
 def recorded_prefixes(storage: CheckpointStorage, warn: Warn = log.warning) -> list[str]:
     """Every prefix that has a record, intact or not."""
-    names = [name for name in _walk(storage, warn) if name.endswith(RECORD_SUFFIX)]
-    return [name for name in (name.removesuffix(RECORD_SUFFIX) for name in names) if _is_prefix(name)]
+    names = (name for name in _walk(storage, warn) if name.endswith(RECORD_SUFFIX))
+    return list(filter(_is_prefix, (name.removesuffix(RECORD_SUFFIX) for name in names)))
 
 
 def list_committed(storage: CheckpointStorage, warn: Warn = log.warning) -> list[CheckpointMetadata]:
@@ -1641,8 +1647,7 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
     FileNotFoundError where there is nothing. Files of a save under way, which has a fence, are left alone.
     """
     files = list(tensor_files(storage, check_prefix(prefix)))  # first: no file is older than its fence
-    fences = save_files(storage.names(prefix.rpartition("/")[0]))
-    live = {i for owner, i, name in fences if owner == prefix and name.endswith(".tmp")}
+    live = {i for i, _ in files if storage.length(fence_name(prefix, i)) is not None}
     existed = storage.delete(record_name(prefix))
     if existed:
         storage.sync_directory(record_name(prefix))
@@ -1680,11 +1685,10 @@ def collect_garbage(
                         left = f"{(min_age_s - max(0.0, age)) / 3600:.1f} h"
                         warn(f"kept save {save_id} of {prefix}, which may be alive: old enough in {left}")
             head = record_head(storage, prefix)
-            if head is None and storage.length(record_name(prefix)) is not None:
-                raise corrupted("its record is damaged", prefix)
-            if head is not None and head.version != FORMAT_VERSION:
-                raise corrupted(f"its record is of format version {head.version}", prefix)
-            keep |= {head.save_id} if head else set()
+            if head is not None and head.version == FORMAT_VERSION:
+                keep.add(head.save_id)
+            elif storage.length(record_name(prefix)) is not None:
+                raise corrupted("its record is damaged, or of another format version", prefix)
             dead = [name for save_id, name in files if save_id not in keep and not name.endswith(".tmp")]
             removed += [name for name in dead if storage.delete(name)]
     return removed
