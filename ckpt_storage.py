@@ -2,7 +2,7 @@
 
     ckpt.py  ->  ckpt_coord.py  ->  ckpt_storage.py        (this file imports neither of the others)
 
-Words, here and in the other two files:
+Words, in this file and in the other two:
 
     tensor   a whole tensor, known by its name, however many ranks hold parts of it
     box      a rectangular part of a tensor: its offset and its size in each dimension
@@ -37,8 +37,8 @@ under a checksum. Which box of which tensor lies where is said once, by the reco
 
 Assumed of the file system: rename and link within a directory are atomic; fsync of a file and of its
 directory make both durable. Not assumed: clocks, the order of unsynced operations, that a failed fsync can
-be tried again. Not defended: a race against somebody who swaps files for links meanwhile, for who can do
-that can also edit the files.
+be tried again. Not defended: a race against a process that swaps files for links meanwhile, since such a
+process can also edit the files.
 
 All file access goes through this module's `os`: tests replace it by a stand-in that records, fails or
 stops.
@@ -164,7 +164,7 @@ def require(fact: object, problem: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Names: every file name is made and checked here
+# Names: this section makes and checks every file name
 
 _PART = re.compile(r"[A-Za-z0-9._=+-]{1,200}")
 # `.rest` is of version 1.
@@ -343,7 +343,7 @@ class LocalFile:
             return self._direct_fd
 
     def is_cold(self, offset: int, length: int) -> bool:
-        """Whether the page cache lacks these bytes, judging by the last one.
+        """Whether the page cache lacks the last one of these bytes, and so probably the others.
 
         The first ones may be there because the kernel has read ahead. The read returns at once: it waits for
         no disk.
@@ -823,7 +823,7 @@ def row_boxes(shape: Shape, start: int, stop: int) -> list[tuple[int, Box]]:
         return [(0, Box((), ()))][start:stop]
     rows = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]  # elements to a step in each dimension
     found = []
-    while start < stop:  # the longest rows that begin here and fit, as many as there are
+    while start < stop:  # as many as fit of the longest rows that begin at `start`
         dim = next(dim for dim, row in enumerate(rows) if start % row == 0 and start + row <= stop)
         offset = tuple(start // row % size for row, size in zip(rows, shape))
         count = min((stop - start) // rows[dim], shape[dim] - offset[dim])
@@ -908,9 +908,9 @@ def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, 
     `data` has elements of `dtype`; a target of another dtype gets them cast.
     """
     for part, elements in _in_boxes(data, start, dtype, piece.size):
-        here = Box(tuple(map(operator.add, piece.offset, part.offset)), part.size)
-        if (common := here.intersect(want)) is not None:
-            target[common.within(want)].copy_(elements[common.within(here)])
+        inside = Box(tuple(map(operator.add, piece.offset, part.offset)), part.size)
+        if (common := inside.intersect(want)) is not None:
+            target[common.within(want)].copy_(elements[common.within(inside)])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1081,7 +1081,7 @@ class Gate:
             self._changed.notify_all()
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Let nobody in any more, and wait for those inside; False if some are after `timeout_s`."""
+        """Refuse to let threads in, and wait for those inside; False if some remain after `timeout_s`."""
         with self._changed:
             self.is_open = False
             return self._changed.wait_for(lambda: not self._inside, timeout_s)
@@ -1096,7 +1096,7 @@ def in_parallel(
     """Run `work(item, buffer, gate)` for all items, of which none is None, on a few threads, `most` at most.
 
     Each thread has a buffer of `2 * BLOCK_BYTES`. `poll` runs in the calling thread a few times a second, and
-    may raise to stop. The first error of any thread is raised here, after the gate is closed.
+    may raise to stop. The first error of any thread is raised in the calling thread, once the gate is closed.
     """
     source, lock, errors, gate = iter(items), threading.Lock(), list[BaseException](), Gate()
 
@@ -1576,8 +1576,8 @@ class RecordHead(NamedTuple):
 def record_head(storage: CheckpointStorage, prefix: str, sound: bool = True) -> RecordHead | None:
     """The head of a record, without parsing it whole; None where there is none, or C1 does not hold.
 
-    Not `sound`: also where C1 does not hold, as far as the head can be read. An OSError, or a STORAGE_ERROR
-    for a link, where nobody can tell.
+    Not `sound`: also where C1 does not hold, as far as the head can be read. An OSError where the record
+    cannot be read, a STORAGE_ERROR where it is a link.
     """
     try:
         data = read_file(storage, record_name(prefix))
@@ -1604,7 +1604,7 @@ def skipping(what: str, warn: Warn) -> Iterator[None]:
 
 
 def _walk(storage: CheckpointStorage, warn: Warn, directory: str = "") -> Iterator[str]:
-    """Every file, and links in place of records; `warn` is told of other links and unreadable directories."""
+    """Every file, and links in place of records. A warning for other links and unreadable directories."""
     for name in storage.names(directory):
         path = name.removesuffix("/")
         if path == name or path.endswith(RECORD_SUFFIX):
@@ -1621,7 +1621,7 @@ def recorded_prefixes(storage: CheckpointStorage, warn: Warn = log.warning) -> l
 
 
 def list_committed(storage: CheckpointStorage, warn: Warn = log.warning) -> list[CheckpointMetadata]:
-    """Every committed checkpoint, oldest first; `warn` is told of those that are damaged or unreadable."""
+    """Every committed checkpoint, oldest first. A warning for those that are damaged or unreadable."""
     found = []
     for prefix in recorded_prefixes(storage, warn):
         with skipping(prefix, warn):
@@ -1664,7 +1664,7 @@ def collect_garbage(
     """Remove what crashed saves and deletes left behind, and return its names. Any process, at any time.
 
     A save whose fence is younger than `min_age_s` seconds counts as alive: its files stay. So does everything
-    under a prefix whose record cannot be read, or is of another version. `warn` is told what stays, and until
+    under a prefix whose record cannot be read, or is of another version. `warn` gets what stays, and until
     when.
     """
     found: dict[str, list[tuple[str, str]]] = {}
