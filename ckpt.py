@@ -1808,8 +1808,8 @@ class SchemaCompatibilityChecker:
     name = "schema"
 
     def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
-        shapes = [t.shape if t.alias_of is None else (0,) for t in metadata.tensors]
-        wrong = st.not_covered_once(metadata.pieces.tensor, metadata.pieces.box, shapes)
+        pieces = metadata.pieces
+        wrong = st.not_covered_once(metadata.tensors, pieces.tensor, pieces.box)
         names = (metadata.tensors[index].name for index in wrong[:20])
         return ValidationResult(
             [f"{name}: its pieces do not hold each of its elements once" for name in names]

@@ -355,7 +355,7 @@ class CheckpointCoordinator:
             rows = plan.pieces.take(plan.pieces.file == own) if own is not None else NO_PIECES
             if len(rows.file):
                 packed = asked.compression is not st.CompressionLevel.NONE
-                sizes = rows.nbytes(plan.itemsizes()) if packed else rows.begin + rows.length
+                sizes = rows.nbytes(st.itemsizes(plan.tensors)) if packed else rows.begin + rows.length
                 total += int(sizes.sum() if packed else sizes.max())  # with the gaps between entries
             meter = op.meter(total)
             crcs = []
@@ -1605,7 +1605,7 @@ class Holdings:
             if (target := self._ids.get((self.known[t.name].alias_of, t.rank))) is not None:
                 self.tensors[index] = t._replace(alias_of=int(moved[target]))
         stored = np.array([t.alias_of is None for t in self.tensors], bool)
-        self.itemsize = np.array([st.itemsize(t.dtype) for t in self.tensors], np.int64)
+        self.itemsize = st.itemsizes(self.tensors)
         rows = self._held._replace(tensor=moved[np.concatenate(columns)], mesh=np.concatenate(meshes))
         rows = rows.take(stored[rows.tensor] & ~self._dropped)
         flat = rows.box.reshape(len(rows.box), math.prod(rows.box.shape[1:])).T
@@ -1693,9 +1693,7 @@ class Holdings:
     def check_complete(self) -> None:
         """Every tensor's pieces must make up the whole of it, each element once; else VALIDATION_FAILED."""
         tensor, box = self.members.tensor[self.start], self.members.box[self.start]
-        wrong = st.not_covered_once(
-            tensor, box, [t.shape if t.alias_of is None else None for t in self.tensors]
-        )
+        wrong = st.not_covered_once(self.tensors, tensor, box)
         if wrong:
             t, held = self.tensors[wrong[0]], int(box[tensor == wrong[0], 1].prod(axis=1).sum())
             raise CheckpointException(
@@ -1793,7 +1791,7 @@ def lay_out(
         rows = rows._replace(file=rows.file + len(shards))
         names = (st.own_file_name(ticket.save_id, rank, world_size) for rank in range(world_size))
         shards += [st.ShardMetadata(name, 0, 0, 0) for name in names]
-    itemsizes = np.array([st.itemsize(t.dtype) for t in tensors], np.int64)
+    itemsizes = st.itemsizes(tensors)
     if packed:
         rows = cut_up(rows, itemsizes, st.BLOCK_BYTES)
     else:
@@ -2002,7 +2000,7 @@ def write_own_file(
     rows = plan.pieces.take(plan.pieces.file == index)
     packed, lengths = level is not st.CompressionLevel.NONE, None
     if packed:  # room for the header of the raw lengths, which are the most
-        raw = rows.nbytes(plan.itemsizes())
+        raw = rows.nbytes(st.itemsizes(plan.tensors))
         rows = rows._replace(begin=np.cumsum(raw) - raw, length=raw)
     rows = rows.take(np.argsort(rows.begin, kind="stable"))
     plan = dataclasses.replace(plan, pieces=rows)

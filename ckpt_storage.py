@@ -2,7 +2,7 @@
 
     ckpt.py  ->  ckpt_coord.py  ->  ckpt_storage.py        (this file imports neither of the others)
 
-Words, here and in the other two files:
+Words, in this file and in the other two:
 
     tensor   a whole tensor, known by its name, however many ranks hold parts of it
     box      a rectangular part of a tensor: its offset and its size in each dimension
@@ -37,8 +37,8 @@ under a checksum. Which box of which tensor lies where is said once, by the reco
 
 Assumed of the file system: rename and link within a directory are atomic; fsync of a file and of its
 directory make both durable. Not assumed: clocks, the order of unsynced operations, that a failed fsync can
-be tried again. Not defended: a race against somebody who swaps files for links meanwhile, for who can do
-that can also edit the files.
+be tried again. Not defended: a race against a process that swaps files for links meanwhile, since such a
+process can also edit the files.
 
 All file access goes through this module's `os`: tests replace it by a stand-in that records, fails or
 stops.
@@ -55,10 +55,12 @@ import datetime
 import enum
 import errno
 import importlib
+import itertools
 import json
 import logging
 import math
 import mmap
+import operator
 import os as os  # explicitly, since ckpt.py uses this one too
 import re
 import resource
@@ -92,7 +94,7 @@ __all__ = [
     "collect_garbage",
 ]
 
-Warn = Callable[[str], object]  # is told what was left out, and why
+Warn = Callable[[str], object]  # gets a message: what was skipped or kept, and why
 log = logging.getLogger("ckpt")
 log.addHandler(logging.NullHandler())
 T = TypeVar("T")
@@ -162,12 +164,11 @@ def require(fact: object, problem: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Names: every file name is made and checked here
+# Names: this section makes and checks every file name
 
 _PART = re.compile(r"[A-Za-z0-9._=+-]{1,200}")
-_FILE = re.compile(
-    r"([0-9a-f]{8})(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors"
-)  # .rest: of version 1
+# `.rest` is of version 1.
+_FILE = re.compile(r"([0-9a-f]{8})(-[0-9]{5,}-of-[0-9]{5,}|\.model|\.rest)?\.safetensors")
 _FILE_PATH = re.compile(f"(.+)/{_FILE.pattern}")
 _FENCE = re.compile(r"(.+)\.metadata\.json\.([0-9a-f]{8})\.tmp")
 
@@ -273,9 +274,7 @@ class CheckpointStorage(Protocol):
         """
 
 
-_ABSENT = (FileNotFoundError, NotADirectoryError)
 _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
-_REGION_BYTES = 64 << 20  # of a file that is in the page cache or not, as one probe tells
 _MIN_DIRECT_BYTES = 256 << 10  # smaller writes and reads go through the page cache
 
 
@@ -289,95 +288,71 @@ class LocalFile:
 
     def __init__(self, name: str, fd: int, flags: int) -> None:
         self._name, self._fd, self._flags = name, fd, flags
-        self._direct_fd: int | None = None  # -1 where there is none
-        self._cold: dict[int, bool] = {}  # by region
+        self._direct_fd: int | None = None  # None: not opened yet, -1: there is none
         self._lock = threading.Lock()
-        self._calls, self._closed = 0, False
+        # `close` leaves the descriptors open while a call hangs: else their numbers could belong to other
+        # files when the call goes on.
+        self._gate = Gate()
 
     def read(self, offset: int, buffer: memoryview) -> None:
-        self._move(lambda fd, part, at: os.preadv(fd, [part], at), offset, buffer, False)
+        self._move(False, offset, buffer, direct=False)
 
     def read_directly(self, offset: int, buffer: memoryview) -> None:
-        """Read past the page cache, unless the cache has it: for what no other process will want soon."""
-        direct = len(buffer) >= _MIN_DIRECT_BYTES and self.is_cold(offset, len(buffer))
-        self._move(lambda fd, part, at: os.preadv(fd, [part], at), offset, buffer, direct)
+        """Read past the page cache, unless the cache has the bytes: for what no other process wants soon."""
+        self._move(False, offset, buffer, self.is_cold(offset, len(buffer)))
 
     def write(self, offset: int, data: memoryview) -> None:
-        self._move(os.pwrite, offset, data, len(data) >= _MIN_DIRECT_BYTES)
+        self._move(True, offset, data, direct=True)
 
-    def _move(
-        self, call: Callable[[int, memoryview, int], int], offset: int, data: memoryview, direct: bool
-    ) -> None:
-        """Read or write all of `data`, directly as far as it is aligned; short calls go on."""
-        direct_fd = self._directly(offset, data) if direct else -1
-        whole = len(data) // ALIGN_BYTES * ALIGN_BYTES if direct_fd >= 0 else 0
+    def _move(self, write: bool, offset: int, data: memoryview, direct: bool) -> None:
+        """Read or write all of `data`: what is aligned past the page cache, the rest through it."""
+
+        def call(fd: int, start: int, stop: int) -> int:
+            part, at = data[start:stop], offset + start
+            return os.pwrite(fd, part, at) if write else os.preadv(fd, [part], at)
+
         done = 0
-        while done < len(data):
-            directly = done < whole and done % ALIGN_BYTES == 0
-            fd, stop = (direct_fd, whole) if directly else (self._fd, len(data))
-            try:
-                with self._under_way():
-                    count = call(fd, data[done : min(stop, done + (1 << 30))], offset + done)
-            except OSError as error:
-                if not directly or error.errno not in _UNSUPPORTED:
-                    raise
-                whole = 0
-                continue
-            if count <= 0 and call == os.pwrite:
-                raise OSError(errno.EIO, "the disk takes nothing more", self._name)
-            if count <= 0:
-                raise corrupted(
-                    f"{self._name}: ends at byte {offset + done}, {len(data) - done} bytes missing"
-                )
-            done += count
-
-    @contextlib.contextmanager
-    def _under_way(self) -> Iterator[None]:
-        """A call that hangs keeps the file open.
-
-        Else its number could be that of another file when it goes on.
-        """
-        with self._lock:
-            if self._closed:
-                raise OSError(errno.EBADF, "the operation is over", self._name)
-            self._calls += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls -= 1
+        with self._gate:
+            if direct and len(data) >= _MIN_DIRECT_BYTES and (fd := self._directly(offset, data)) >= 0:
+                try:
+                    done = call(fd, 0, len(data) // ALIGN_BYTES * ALIGN_BYTES)
+                except OSError as error:
+                    if error.errno not in _UNSUPPORTED:
+                        raise
+            while done < len(data):  # short calls go on
+                count = call(self._fd, done, len(data))
+                if not count and write:
+                    raise OSError(errno.EIO, "the disk takes nothing more", self._name)
+                if not count:
+                    missing = f"ends at byte {offset + done}, {len(data) - done} bytes missing"
+                    raise corrupted(f"{self._name}: {missing}")
+                done += count
 
     def _directly(self, offset: int, memory: memoryview) -> int:
-        """A descriptor that bypasses the page cache, for what is so aligned; -1 without one."""
+        """A descriptor that bypasses the page cache, for aligned memory and offset; -1 without one."""
         if (offset | np.frombuffer(memory, np.uint8).ctypes.data) % ALIGN_BYTES:
             return -1
         with self._lock:
             if self._direct_fd is None:
-                try:
-                    self._direct_fd = os.open(
-                        f"/proc/self/fd/{self._fd}", self._flags | os.O_CLOEXEC | os.O_DIRECT
-                    )
-                except OSError:  # tmpfs, or no /proc: the page cache will do
-                    self._direct_fd = -1
-                if 2 * self._direct_fd >= resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
-                    os.close(self._direct_fd)  # the other half is for files that are not open yet
-                    self._direct_fd = -1
+                self._direct_fd = -1
+                # Half of the descriptors are for files that are not open yet.
+                if 2 * self._fd < resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+                    with contextlib.suppress(OSError):  # tmpfs, or no /proc: the page cache will do
+                        flags = self._flags | os.O_CLOEXEC | os.O_DIRECT
+                        self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", flags)
             return self._direct_fd
 
     def is_cold(self, offset: int, length: int) -> bool:
-        """Whether the page cache lacks the region of the file where these bytes begin.
+        """Whether the page cache lacks the last one of these bytes, and so probably the others.
 
-        A read of the last one that must not wait tells: the first ones may be there because the header has
-        been read, and the kernel reads ahead.
+        The first ones may be there because the kernel has read ahead. The read returns at once: it waits for
+        no disk.
         """
-        region = offset // _REGION_BYTES
-        if region not in self._cold:
-            try:
-                os.preadv(self._fd, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)
-                self._cold[region] = False
-            except OSError as error:
-                self._cold[region] = error.errno == errno.EAGAIN
-        return self._cold[region]
+        try:
+            os.preadv(self._fd, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)
+        except OSError as error:
+            return error.errno == errno.EAGAIN
+        return False
 
     def length(self) -> int:
         return os.fstat(self._fd).st_size
@@ -393,17 +368,15 @@ class LocalFile:
         os.ftruncate(self._fd, length)
 
     def sync(self) -> None:
-        with self._under_way():
+        with self._gate:
             os.fsync(self._fd)
 
     def close(self) -> None:
-        with self._lock:
-            if not self._closed and not self._calls:
-                fds = [fd for fd in (self._direct_fd, self._fd) if fd is not None and fd >= 0]
-                self._closed = True
-                for fd in fds:
+        if self._gate.close(0):
+            fds, self._fd, self._direct_fd = (self._direct_fd, self._fd), -1, -1
+            for fd in fds:
+                if fd is not None and fd >= 0:
                     os.close(fd)
-            self._closed = True
 
 
 class LocalStorage:
@@ -413,9 +386,9 @@ class LocalStorage:
         self.base_path = os.path.abspath(base_path)
         self._unsynced: set[str] = set()  # directories in which this object has made a directory
 
-    def _path(self, name: str, file: bool = True) -> str:
-        parts = name.split("/") if name or file else []
-        if any(p in ("", ".", "..") or "\0" in p for p in parts):
+    def _path(self, name: str) -> str:
+        parts = name.split("/")
+        if any(part in ("", ".", "..") or "\0" in part for part in parts):
             raise ValueError(f"illegal path {name!r}")
         path = os.path.join(os.path.realpath(self.base_path), *parts)
         if os.path.realpath(path) != path:
@@ -423,24 +396,16 @@ class LocalStorage:
             raise CheckpointException(f"{name}: is {what}", name, ExceptionType.STORAGE_ERROR)
         return path
 
-    def _open(self, name: str, path: str, flags: int) -> LocalFile:
-        try:  # neither following a link nor waiting for the other end of a FIFO
-            fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            raise corrupted(f"{name}: not a regular file", name) from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise corrupted(f"{name}: not a regular file", name)
-        return LocalFile(name, fd, flags & os.O_ACCMODE)
+    def _open(self, name: str, flags: int) -> LocalFile:
+        """Open a file, neither following a link nor waiting for the other end of a FIFO."""
+        safe = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        return LocalFile(name, os.open(self._path(name), flags | safe, 0o666), flags & os.O_ACCMODE)
 
     def create(self, name: str) -> LocalFile:
-        path = self._path(name)
         for _ in range(10):  # a clean-up may remove the directory before the file is in it
             with contextlib.suppress(FileNotFoundError):
-                self._make_directory(os.path.dirname(path))
-                return self._open(name, path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._make_directory(os.path.dirname(self._path(name)))
+                return self._open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         raise FileNotFoundError(errno.ENOENT, "its directory was removed again and again", name)
 
     def _make_directory(self, path: str) -> None:
@@ -452,27 +417,29 @@ class LocalStorage:
             os.mkdir(path)
 
     def open(self, name: str, write: bool = False) -> LocalFile:
-        return self._open(name, self._path(name), os.O_RDWR if write else os.O_RDONLY)
+        self.length(name)  # refuses what is not a regular file
+        return self._open(name, os.O_RDWR if write else os.O_RDONLY)
 
     def length(self, name: str) -> int | None:
         try:
             status = os.stat(self._path(name), follow_symlinks=False)
-        except _ABSENT:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         if not stat.S_ISREG(status.st_mode):
             raise corrupted(f"{name}: not a regular file", name)
         return status.st_size
 
     def names(self, directory: str = "") -> list[str]:
-        path, found = self._path(directory, file=False), list[str]()
+        path = self._path(directory) if directory else os.path.realpath(self.base_path)
+        found = list[str]()
         for name in os.listdir(path) if os.path.isdir(path) else ():
-            inner = f"{directory}/{name}" if directory else name
+            inner = os.path.join(directory, name)
             with contextlib.suppress(FileNotFoundError):  # removed since
                 mode = os.stat(os.path.join(path, name), follow_symlinks=False).st_mode
                 if stat.S_ISDIR(mode):
                     try:
                         found += self.names(inner)
-                    except (OSError, CheckpointException):  # somebody else's: the rest can be listed
+                    except (OSError, CheckpointException):  # another owner's: the rest can be listed
                         found.append(f"{inner}/")
                 elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
                     found.append(inner + "/" * stat.S_ISLNK(mode))
@@ -496,30 +463,25 @@ class LocalStorage:
         path = self._path(name)
         try:
             os.unlink(path)
-        except _ABSENT:
+        except (FileNotFoundError, NotADirectoryError):
             return False
-        base = os.path.realpath(self.base_path)
-        with contextlib.suppress(OSError):  # not empty, or somebody else was faster
-            while (path := os.path.dirname(path)) != base:
-                os.rmdir(path)
+        with contextlib.suppress(OSError):  # not empty, or another process was faster
+            for _ in range(name.count("/")):
+                os.rmdir(path := os.path.dirname(path))
         return True
 
     def sync_directory(self, name: str) -> None:
-        """Also syncs the directories above, up to the one that holds the base path: they may be new.
-
-        A directory that a removal has emptied is gone itself, as the one above it then tells.
-        """
-        path, above = os.path.dirname(self._path(name)), os.path.dirname(os.path.realpath(self.base_path))
-        waiting = {path, above, *self._unsynced}
-        while (path := os.path.dirname(path)) != above and len(path) > 1:
-            waiting.add(path)
+        """Also syncs the directories above, up to the one that holds the base path: they may be new."""
+        path, waiting = self._path(name), set(self._unsynced)
+        for _ in range(name.count("/") + 2):
+            waiting.add(path := os.path.dirname(path))
         for directory in sorted(waiting, reverse=True):
-            with contextlib.suppress(FileNotFoundError):  # removed since, which those above it tell
+            with contextlib.suppress(FileNotFoundError):  # removed since: the sync of the one above says so
                 fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
                     os.fsync(fd)
                 except OSError as error:
-                    if error.errno not in _UNSUPPORTED:  # else the file system needs no such thing
+                    if error.errno not in _UNSUPPORTED:  # else the file system needs no such sync
                         raise
                 finally:
                     os.close(fd)
@@ -530,15 +492,13 @@ class LocalStorage:
 
         The new file is named as a fence, so that one that a crash leaves is cleaned up as one.
         """
-        path = self._path(name)
-        written = os.stat(path, follow_symlinks=False).st_mtime
-        beside = os.path.join(os.path.dirname(path), fence_name("now", secrets.token_hex(4)))
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        written = os.stat(self._path(name), follow_symlinks=False).st_mtime
+        new = os.path.join(os.path.dirname(name), fence_name("now", secrets.token_hex(4)))
+        self.create(new).close()
         try:
-            return os.fstat(fd).st_mtime - written
+            return os.stat(self._path(new)).st_mtime - written
         finally:
-            os.close(fd)
-            os.unlink(beside)
+            self.delete(new)
 
 
 @dataclass(frozen=True)
@@ -611,49 +571,46 @@ def parse_json(text: bytes | bytearray, path: str) -> object:
         raise corrupted(f"{path}: not valid JSON: {error}", path) from error
 
 
+def typed(value: object, kind: type[T], what: str) -> T:
+    """`value`, if it is a `kind`, else ValueError: `what` is malformed."""
+    if type(value) is not kind:
+        raise ValueError(f"{what}: expected {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
 class Fields:
     """A JSON object whose fields are read as the type that they must have; ValueError where they are not."""
 
     def __init__(self, node: object) -> None:
-        if not isinstance(node, dict):
-            raise ValueError(f"expected an object, found {type(node).__name__}")
-        self.all: dict[str, object] = node
-
-    def _typed(self, key: str, kind: type[T]) -> T:
-        value = self.all.get(key)
-        if type(value) is not kind:
-            raise ValueError(f"{key!r}: expected {kind.__name__}, found {type(value).__name__}")
-        return value
+        self.all: dict[str, object] = typed(node, dict, "an object")
 
     def text(self, key: str) -> str:
-        return self._typed(key, str)
+        return typed(self.all.get(key), str, key)
 
     def number(self, key: str) -> int:
         """In [0, 2**62)."""
-        return int_tuple([self._typed(key, int)])[0]
+        return int_tuple([self.all.get(key)])[0]
 
     def shape(self, key: str) -> Shape:
-        return int_tuple(self._typed(key, list))
+        return int_tuple(self.all.get(key))
 
     def array(self, key: str) -> list[object]:
-        return self._typed(key, list)
+        return typed(self.all.get(key), list, key)
 
     def texts(self, key: str) -> list[str]:
-        found = self._typed(key, list)
-        require(all(type(item) is str for item in found), f"{key!r}: expected strings")
-        return found
+        return [typed(item, str, key) for item in self.array(key)]
 
     def child(self, key: str) -> Fields:
-        return Fields(self._typed(key, dict))
+        return Fields(typed(self.all.get(key), dict, key))
 
 
-def int_tuple(value: object) -> Shape:
-    """`value` as a tuple of at most 64 ints in [0, 2**62), or ValueError."""
-    if not isinstance(value, (list, tuple)) or len(value) > 64:
+def int_tuple(value: object, most: int = 64) -> Shape:
+    """`value` as a tuple of at most `most` ints in [0, 2**62), or ValueError."""
+    if not isinstance(value, (list, tuple)) or len(value) > most:
         raise ValueError(f"expected a short list of integers, found {type(value).__name__}")
-    for n in value:
-        if type(n) is not int or not 0 <= n < 1 << 62:
-            raise ValueError(f"expected a non-negative integer, found {n!r}")
+    for number in value:
+        if type(number) is not int or not 0 <= number < 1 << 62:
+            raise ValueError(f"expected a non-negative integer, found {number!r}")
     return tuple(value)
 
 
@@ -671,11 +628,8 @@ _PLAIN_KINDS = "biufcmMSU"  # of numpy's dtypes, those without objects or fields
 
 def _pack_array(value: npt.ArrayLike) -> list[object] | None:
     array = np.asarray(value)
-    return (
-        [array.dtype.str, list(array.shape), _base64(array.tobytes())]
-        if array.dtype.kind in _PLAIN_KINDS
-        else None
-    )
+    plain = array.dtype.kind in _PLAIN_KINDS
+    return [array.dtype.str, list(array.shape), _base64(array.tobytes())] if plain else None
 
 
 def _unpack_array(body: tuple[str, list[int], str]) -> npt.NDArray[np.generic]:
@@ -689,12 +643,13 @@ def _pack_datetime(value: datetime.datetime) -> str | None:
 
 
 _TORCH_DTYPES = {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
-_MAPPINGS = {"$dict": dict, "$OrderedDict": OrderedDict, "$Counter": Counter}  # as lists of pairs
-_SEQUENCES = {"$tuple": tuple, "$Size": torch.Size, "$set": set, "$frozenset": frozenset}  # as lists
+_MAPPINGS = (dict, OrderedDict, Counter)  # stored as lists of pairs
+_SEQUENCES = (tuple, torch.Size, set, frozenset)  # stored as lists
+_CONTAINERS: dict[str, type] = {f"${kind.__name__}": kind for kind in (*_MAPPINGS, *_SEQUENCES)}
 _TORN_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # two characters of Python, which JSON reads as one
-_LEAVES: dict[
-    str, tuple[type, Callable[..., object], Callable[..., object]]
-] = {  # type, to JSON (or None), and back
+
+# tag: type, to JSON (None: impossible), back
+_LEAVES: dict[str, tuple[type, Callable[..., object], Callable[..., object]]] = {
     "$str": (
         str,
         lambda text: _base64(text.encode("utf-8", "surrogatepass")),
@@ -703,13 +658,13 @@ _LEAVES: dict[
     "$int": (int, hex, lambda text: int(text, 16)),
     "$float": (
         float,
-        lambda x: struct.pack(">d", x).hex(),
+        lambda number: struct.pack(">d", number).hex(),
         lambda text: struct.unpack(">d", bytes.fromhex(text))[0],
     ),
     "$bytes": (bytes, _base64, base64.b64decode),
     "$datetime": (datetime.datetime, _pack_datetime, datetime.datetime.fromisoformat),
     "$dtype": (torch.dtype, lambda dtype: str(dtype).removeprefix("torch."), _TORCH_DTYPES.__getitem__),
-    "$device": (torch.device, str, lambda text: torch.device(str(text))),
+    "$device": (torch.device, str, torch.device),
     "$ndarray": (np.ndarray, _pack_array, _unpack_array),
     "$scalar": (np.generic, _pack_array, lambda body: _unpack_array(body)[()]),
 }
@@ -718,22 +673,21 @@ _LEAVES: dict[
 def encode_value(
     value: object, path: str, on_tensor: Callable[[str, torch.Tensor], str] | None = None
 ) -> object:
-    """`value` as plain JSON; what JSON lacks becomes {"$type": ...}. Tensors become {"$tensor".
+    """`value` as plain JSON; what JSON lacks becomes {"$type": ...}.
 
-    On_tensor(path, t)}.
-
-    Raises ValueError, naming `path` and the type, for anything that could not be restored exactly.
+    A tensor becomes {"$tensor": on_tensor(path, tensor)}. ValueError, naming `path` and the type, for
+    anything that could not be restored exactly.
     """
     kind = type(value)
     if value is None or kind is bool or (type(value) is str and not _TORN_PAIR.search(value)):
+        return value
+    if (type(value) is int and abs(value) < 1 << 53) or (type(value) is float and math.isfinite(value)):
         return value
     if isinstance(value, torch.Tensor):
         if on_tensor is None:
             raise ValueError(f"{path}: a tensor cannot be stored here; put it into extra_state")
         return {"$tensor": on_tensor(path, value)}
-    if (type(value) is int and abs(value) < 1 << 53) or (type(value) is float and math.isfinite(value)):
-        return value
-    if isinstance(value, dict) and kind in _MAPPINGS.values():
+    if isinstance(value, dict) and kind in _MAPPINGS:
         if kind is dict and all(type(k) is str and k[:1] != "$" and not _TORN_PAIR.search(k) for k in value):
             return {k: encode_value(v, f"{path}.{k}", on_tensor) for k, v in value.items()}
         pairs = [[encode_value(k, path), encode_value(v, f"{path}.{k}", on_tensor)] for k, v in value.items()]
@@ -741,11 +695,11 @@ def encode_value(
         if (metadata := getattr(value, "_metadata", None)) is not None:  # of a module's state dict: versions
             node["metadata"] = encode_value(metadata, f"{path}._metadata", on_tensor)
         return node
-    if isinstance(value, (list, tuple, set, frozenset)) and (kind is list or kind in _SEQUENCES.values()):
+    if isinstance(value, (list, tuple, set, frozenset)) and kind in (list, *_SEQUENCES):
         items = [encode_value(item, f"{path}.{index}", on_tensor) for index, item in enumerate(value)]
-        if kind is list:
-            return items
-        return {f"${kind.__name__}": items if isinstance(value, tuple) else sorted(items, key=dump_json)}
+        if isinstance(value, (set, frozenset)):
+            items.sort(key=dump_json)
+        return items if kind is list else {f"${kind.__name__}": items}
     kind = np.generic if isinstance(value, np.generic) else np.ndarray if kind is np.memmap else kind
     for tag, (leaf, pack, _) in _LEAVES.items():
         if leaf is kind and (packed := pack(value)) is not None:
@@ -766,19 +720,19 @@ def decode_value(node: object, tensor: Callable[[str], object]) -> object:
     tag = next(iter(node), "")
     if not tag.startswith("$"):
         return {key: decode_value(item, tensor) for key, item in node.items()}
-    body = node[tag]
+    body, kind = node[tag], _CONTAINERS.get(tag)
     if tag == "$tensor" and isinstance(body, str):
         return tensor(body)
     try:
-        if tag in _MAPPINGS and isinstance(body, list):
-            items = ((decode_value(key, tensor), decode_value(item, tensor)) for key, item in body)
-            made = _MAPPINGS[tag](dict(items))
-            if "metadata" in node:
-                vars(made)["_metadata"] = decode_value(node["metadata"], tensor)
-            return made
-        if tag in _SEQUENCES and isinstance(body, list):
-            return _SEQUENCES[tag]([decode_value(item, tensor) for item in body])
-        return _LEAVES[tag][2](body)
+        if kind is None or not isinstance(body, list):
+            return _LEAVES[tag][2](body)
+        is_mapping = issubclass(kind, dict)
+        if not is_mapping:
+            return kind([decode_value(item, tensor) for item in body])
+        made = kind({decode_value(key, tensor): decode_value(item, tensor) for key, item in body})
+        if "metadata" in node:
+            vars(made)["_metadata"] = decode_value(node["metadata"], tensor)
+        return made
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, struct.error) as error:
         raise corrupted(f"stored value {tag} is malformed: {error}") from error
 
@@ -823,6 +777,11 @@ def itemsize(code: str) -> int:
     return DTYPES[code].itemsize
 
 
+def itemsizes(tensors: Iterable[TensorMetadata]) -> Ints:
+    """Bytes of an element of each tensor."""
+    return np.array([itemsize(t.dtype) for t in tensors], np.int64)
+
+
 def stored_form(code: str, shape: Shape) -> tuple[str, Shape]:
     """Dtype and shape under which safetensors knows a tensor of dtype `code`."""
     if code in _PAIRS:
@@ -856,17 +815,15 @@ def whole_box(shape: Shape) -> Box:
 
 
 def row_boxes(shape: Shape, start: int, stop: int) -> list[tuple[int, Box]]:
-    """Cover elements [start, stop) of a row-major array by boxes.
+    """Cover elements [start, stop) of a row-major array by boxes: (position of the first element, box).
 
-    (position of its first element, box), in order.
-
-    At most 2 * ndim - 1 boxes: a ragged head and tail in each dimension, whole rows between.
+    They come in order, at most 2 * ndim - 1: a ragged head and tail in each dimension, whole rows between.
     """
     if not shape:
         return [(0, Box((), ()))][start:stop]
     rows = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]  # elements to a step in each dimension
     found = []
-    while start < stop:  # the longest rows that begin here and fit, as many as there are
+    while start < stop:  # as many as fit of the longest rows that begin at `start`
         dim = next(dim for dim, row in enumerate(rows) if start % row == 0 and start + row <= stop)
         offset = tuple(start // row % size for row, size in zip(rows, shape))
         count = min((stop - start) // rows[dim], shape[dim] - offset[dim])
@@ -875,47 +832,38 @@ def row_boxes(shape: Shape, start: int, stop: int) -> list[tuple[int, Box]]:
     return found
 
 
-def not_covered_once(tensor: Ints, box: Ints, shapes: Sequence[Shape | None]) -> list[int]:
-    """The tensors whose boxes leave a hole or overlap: by index, in order.
-
-    Time and memory are linear in the boxes.
+def not_covered_once(tensors: Sequence[TensorMetadata], tensor: Ints, box: Ints) -> list[int]:
+    """The tensors that boxes do not cover exactly once: their indices, in order.
 
     `box` is (rows, 2, dimensions), offset and size, padded with 0 and 1; `tensor` is the index of each row's
-    tensor, whose shape is None where it has no boxes. Each index of a dimension has a random weight. Boxes
-    cover a tensor once if the products of weights, summed over their elements, add up to the same sum over
-    the whole. Another set of elements passes with a probability of about 2^-60 (the lemma of Schwartz and
-    Zippel).
+    tensor. A tied tensor has no boxes. Time and memory are linear in tensors and boxes.
+
+    Each index of a dimension has a random weight. If boxes cover a tensor once, then the products of weights,
+    summed over the elements of all boxes, add up to the sum over the whole. Other boxes pass with a
+    probability of about 2^-48 in four dimensions (the lemma of Schwartz and Zippel, for sums modulo 2^64).
     """
     width = box.shape[2]
-    padded = [(*(shape or ()), *[1] * (width - len(shape or ()))) for shape in shapes]
-    whole, there = (
-        np.array(padded, np.int64).reshape(len(shapes), width),
-        np.array([s is not None for s in shapes], bool),
-    )
-    wrong = np.zeros(len(shapes), bool)
-    for seed, prime in enumerate(((1 << 31) - 1, (1 << 31) - 19)):
+    columns = itertools.zip_longest((1,) * width, *(t.shape for t in tensors), fillvalue=1)
+    whole: Ints = np.array([*columns], np.int64).reshape(width, len(tensors) + 1).T[1:]
 
-        def weight(
-            low: Ints, size: Ints
-        ) -> Ints:  # of [low, low + size): the weights before its end less those before it
-            product = np.ones(len(low), np.int64)
-            for dim in range(width):
-                first, stop = low[:, dim], low[:, dim] + size[:, dim]
-                before, until = ((_mixed(x, seed * 64 + dim) % prime).astype(np.int64) for x in (first, stop))
-                product = product * ((until - before) % prime) % prime
-            return product
+    def weight(low: Ints, high: Ints) -> npt.NDArray[np.uint64]:
+        """The sum of weights in each box: in each dimension those before its end less those before it."""
+        product = np.ones(len(low), np.uint64)
+        for dim in range(width):
+            product *= _mixed(high[:, dim], dim) - _mixed(low[:, dim], dim)
+        return product
 
-        found = np.zeros(len(shapes), np.int64)
-        np.add.at(found, tensor, weight(box[:, 0], box[:, 1]))
-        wrong |= found % prime != weight(np.zeros_like(whole), whole) * there
+    low, size = box[:, 0], box[:, 1]
+    found, tied = np.zeros(len(tensors), np.uint64), np.array([t.alias_of is not None for t in tensors], bool)
+    np.add.at(found, tensor, weight(low, low + size))
+    wrong = found != np.where(tied, np.uint64(0), weight(np.zeros_like(whole), whole))
+    most = whole[tensor] - size
+    wrong[tensor[((low < 0) | (size <= 0) | (most < 0) | (low > most)).any(axis=1)]] = True
     return np.flatnonzero(wrong).tolist()
 
 
 def _mixed(values: Ints, seed: int) -> npt.NDArray[np.uint64]:
-    """Random bits for each value, always the same.
-
-    The mixing function of SplitMix64 (Steele, Lea and Flood, 2014).
-    """
+    """64 random bits for each value, the same in each run: SplitMix64 (Steele, Lea and Flood, 2014)."""
     bits = values.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & (1 << 64) - 1)
     bits = (bits ^ bits >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ bits >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -923,18 +871,13 @@ def _mixed(values: Ints, seed: int) -> npt.NDArray[np.uint64]:
 
 
 def byte_view(tensor: torch.Tensor) -> Bytes | None:
-    """The memory of a contiguous CPU tensor as bytes, or None where it is elsewhere, strided, or not the
-    values (conj).
+    """The memory of a contiguous CPU tensor as bytes; None where it is elsewhere, strided or lazily negated.
 
-    By its address, in a fourth of the time of torch's views: it is valid as long as the caller keeps the
+    Made from the address, in a fourth of the time of torch's views: it is valid while the caller keeps the
     tensor.
     """
-    if (
-        not (tensor.is_cpu and tensor.is_contiguous())
-        or not tensor.nbytes
-        or tensor.is_conj()
-        or tensor.is_neg()
-    ):
+    plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    if not plain or not tensor.nbytes:
         return None
     memory = (ctypes.c_uint8 * tensor.nbytes).from_address(tensor.data_ptr())
     return np.frombuffer(memoryview(memory), np.uint8)
@@ -950,33 +893,31 @@ def _in_boxes(
         yield box, torch.from_numpy(data[low : low + math.prod(box.size) * width]).view(dtype).view(box.size)
 
 
+@torch.no_grad()
 def copy_out(tensor: torch.Tensor, start: int, out: Bytes) -> None:
     """Copy the row-major bytes of `tensor` (any strides, any device) from byte `start` into `out`."""
-    with torch.no_grad():
-        for box, elements in _in_boxes(out, start, tensor.dtype, tuple(tensor.shape)):
-            elements.copy_(tensor[tuple(slice(o, o + s) for o, s in zip(*box))])
+    whole = whole_box(tuple(tensor.shape))
+    for box, elements in _in_boxes(out, start, tensor.dtype, whole.size):
+        elements.copy_(tensor[box.within(whole)])
 
 
+@torch.no_grad()
 def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, target: torch.Tensor) -> None:
     """Put the row-major bytes of `piece` from byte `start` where they fall into `want`, which `target` holds.
 
     `data` has elements of `dtype`; a target of another dtype gets them cast.
     """
-    with torch.no_grad():
-        for part, elements in _in_boxes(data, start, dtype, piece.size):
-            here = Box(tuple(p + o for p, o in zip(piece.offset, part.offset)), part.size)
-            if (common := here.intersect(want)) is not None:
-                target[common.within(want)].copy_(elements[common.within(here)])
+    for part, elements in _in_boxes(data, start, dtype, piece.size):
+        inside = Box(tuple(map(operator.add, piece.offset, part.offset)), part.size)
+        if (common := inside.intersect(want)) is not None:
+            target[common.within(want)].copy_(elements[common.within(inside)])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # CRC32, compression, threads
 
-for _name in (
-    "isal.isal_zlib",
-    "zlib_ng.zlib_ng",
-    "zlib",
-):  # the same functions; the first two by vector instructions
+# Libraries with zlib's functions. The first two use vector instructions.
+for _name in ("isal.isal_zlib", "zlib_ng.zlib_ng", "zlib"):
     with contextlib.suppress(ImportError):
         _FAST_ZLIB = importlib.import_module(_name)
         break
@@ -1004,12 +945,13 @@ _WAYS = {
 }
 
 
-def _deflate(data: memoryview, level: CompressionLevel) -> bytes | memoryview:
-    """`data` compressed the best way of the level, or as it is where it does not shrink (or a sample not by 2
-    %).
+def _deflate(data: bytes, level: CompressionLevel) -> bytes:
+    """`data` compressed in the best way of the level, or as it is where it does not shrink.
+
+    Below MAXIMUM, data of which a sample does not shrink by 2 % stay as they are.
     """
 
-    def packed(part: memoryview, module: types.ModuleType, depth: int, strategy: int) -> bytes | memoryview:
+    def packed(part: bytes, module: types.ModuleType, depth: int, strategy: int) -> bytes:
         stream = module.compressobj(depth, zlib.DEFLATED, zlib.MAX_WBITS, 9, strategy)
         return bytes(stream.compress(part) + stream.flush())
 
@@ -1027,17 +969,11 @@ def compress_frame(data: Bytes, width: int, level: CompressionLevel) -> bytes:
     every element, since the exponents of neighbouring weights are alike while their mantissas are noise; a
     plane as long as its share is raw. The idea is Blosc's shuffle filter.
     """
-    found = []
-    for count in sorted({1, width}) if level is CompressionLevel.MAXIMUM else [width]:
-        word = math.gcd(count, 8)  # shifts of whole words take a third of the time of strided bytes
-        columns = data.view(f"<u{word}").reshape(-1, count // word).T
-        bytewise = (
-            (column >> shift).astype(np.uint8) for column in columns for shift in range(0, 8 * word, 8)
-        )
-        planes = [_deflate(plane.data, level) for plane in bytewise]
+    found = [data.tobytes()]
+    for count in {1, width} if level is CompressionLevel.MAXIMUM else {width}:
+        planes = [_deflate(plane.tobytes(), level) for plane in data.reshape(-1, count).T]
         found.append(b"".join([struct.pack(f"<B{count}I", count, *map(len, planes)), *planes]))
-    best = min(found, key=len)
-    return best if len(best) < len(data) else data.tobytes()
+    return min(found, key=len)
 
 
 def expand_frame(data: bytes, length: int, width: int) -> Bytes:
@@ -1047,32 +983,40 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
     try:
         count = data[0]
         require(count in (1, width) and length % count == 0, f"{count} planes")
-        lengths = struct.unpack_from(f"<{count}I", data, 1)
-        at, share = 1 + 4 * count, length // count
-        out = np.empty((share, count), np.uint8)
-        for index, size in enumerate(lengths):
-            plane, at = data[at : at + size], at + size
-            if size != share:
-                stream = _FAST_ZLIB.decompressobj()
-                plane = stream.decompress(plane, share + 1)
-                require(stream.eof, "plane longer than declared")
-            require(len(plane) == share, "plane of another length than declared")
-            out[:, index] = np.frombuffer(plane, np.uint8)
-        require(at == len(data), "frame of another length than declared")
-    except (ValueError, IndexError, struct.error, _FAST_ZLIB.error) as error:
+        sizes, at = struct.unpack_from(f"<{count}I", data, 1), 1 + 4 * count
+        require(at + sum(sizes) == len(data), "frame of another length than declared")
+        out = np.empty((length // count, count), np.uint8)
+        for plane, size in zip(out.T, sizes):
+            stored = data[at : at + size]
+            plane[:] = np.frombuffer(stored if size == len(plane) else inflate(stored, len(plane)), np.uint8)
+            at += size
+    except (ValueError, IndexError, struct.error) as error:
         raise corrupted(f"compressed frame is damaged: {error}") from error
     return out.reshape(-1)
+
+
+def inflate(data: bytes, length: int) -> bytes:
+    """`data` inflated; takes memory for `length` bytes. ValueError unless it is a stream of as many."""
+    stream = _FAST_ZLIB.decompressobj()
+    try:
+        found: bytes = stream.decompress(data, length + 1)
+    except _FAST_ZLIB.error as error:
+        raise ValueError(f"does not inflate: {error}") from error
+    require(
+        stream.eof and not stream.unused_data and len(found) == length,
+        f"inflates to other than {length} bytes",
+    )
+    return found
 
 
 SUM_WORDS = 4 << 20  # of eight bytes, that a device sums up at a time
 
 
 def device_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """A checksum of a tensor's row-major bytes, computed on its device.
+    """A checksum of 64 bits of a tensor's row-major bytes, computed on its device.
 
-    64 bits, where a CRC32 would bring all of it here.
-
-    The sum of all words of eight bytes modulo 2^64, each times an odd random weight of its position.
+    A CRC32 would need all of the bytes on the CPU. This is the sum of all words of eight bytes modulo 2^64,
+    each times an odd random weight of its position.
     """
     data = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     total, tail = data.new_zeros((), dtype=torch.int64), -len(data) % 8
@@ -1082,10 +1026,7 @@ def device_sum(tensor: torch.Tensor) -> torch.Tensor:
     for start in range(0, len(words), SUM_WORDS):
         part = words[start : start + SUM_WORDS]
         weight = torch.arange(start, start + len(part), device=part.device)
-        for factor in (
-            -0x61C8864680B583EB,
-            -0x40A7B892E31B1A47,
-        ):  # the constants of `_mixed`, as signed numbers
+        for factor in (-0x61C8864680B583EB, -0x40A7B892E31B1A47):  # those of `_mixed`, as signed numbers
             weight = weight * factor
             weight ^= (weight >> 29) & 0x7FFFFFFFF
         total += (part * (weight | 1)).sum()
@@ -1093,20 +1034,17 @@ def device_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def cuda_in_use() -> bool:
-    """Whether this process has initialised CUDA; asking does not."""
-    return torch.cuda.is_available() and bool(
-        getattr(torch.cuda, "is_initialized")()
-    )  # torch does not type it
+    """Whether this process has initialised CUDA; the question does not initialise it."""
+    return bool(getattr(torch.cuda, "is_initialized")())  # torch does not type it
 
 
 def aligned_buffer(length: int) -> Bytes:
     """Memory for I/O, at least page-aligned, so that device copies and direct I/O are fast.
 
-    Pinned where CUDA is in use.
-
-    Else in huge pages where the system has them: then a transfer is few long segments instead of one a page
-    of 4 KiB, which virtual disks take many times longer for. A fork's child finds zeros in it: pages that are
-    copied on write would cost their size again, and what direct I/O reads into them could be lost.
+    Pinned where CUDA is in use. Else in huge pages where the system has them: then a transfer is few long
+    segments instead of one for each page of 4 KiB, which virtual disks take many times longer for. A fork's
+    child finds zeros in it: pages that are copied on write would cost their size again, and what direct I/O
+    reads into them could be lost.
     """
     if cuda_in_use():
         pinned: Bytes = torch.empty(length, dtype=torch.uint8, pin_memory=True).numpy()
@@ -1121,7 +1059,7 @@ def aligned_buffer(length: int) -> Bytes:
 
 
 class Gate:
-    """Lets the workers of an operation touch live tensors, until the operation is over.
+    """Lets the workers of an operation touch live tensors, or a file, until the operation is over.
 
     A read may hang, and return long after its operation has failed and another one has filled the tensors. So
     a worker copies only inside `with gate:`, and `close` waits for the copies under way (one unit each)
@@ -1129,11 +1067,11 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._changed, self._inside, self._open = threading.Condition(), 0, True
+        self._changed, self._inside, self.is_open = threading.Condition(), 0, True
 
     def __enter__(self) -> None:
         with self._changed:
-            if not self._open:
+            if not self.is_open:
                 raise OSError(errno.ECANCELED, "the operation is over")
             self._inside += 1
 
@@ -1142,10 +1080,11 @@ class Gate:
             self._inside -= 1
             self._changed.notify_all()
 
-    def close(self) -> None:
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Refuse to let threads in, and wait for those inside; False if some remain after `timeout_s`."""
         with self._changed:
-            self._open = False
-            self._changed.wait_for(lambda: not self._inside)
+            self.is_open = False
+            return self._changed.wait_for(lambda: not self._inside, timeout_s)
 
 
 def in_parallel(
@@ -1154,24 +1093,17 @@ def in_parallel(
     poll: Callable[[], None] = lambda: None,
     most: int = IO_THREADS,
 ) -> None:
-    """Run `work(item, buffer, gate)` for all items (none is None) on a few threads, `most` at most, each with
-    its buffer.
+    """Run `work(item, buffer, gate)` for all items, of which none is None, on a few threads, `most` at most.
 
-    A buffer has `2 * BLOCK_BYTES`. `poll` runs in the calling thread a few times a second, and may raise to
-    stop. The first error of any thread is raised here, after the gate is closed: none vanishes.
+    Each thread has a buffer of `2 * BLOCK_BYTES`. `poll` runs in the calling thread a few times a second, and
+    may raise to stop. The first error of any thread is raised in the calling thread, once the gate is closed.
     """
-    source, lock, stop, errors, gate = (
-        iter(items),
-        threading.Lock(),
-        threading.Event(),
-        list[BaseException](),
-        Gate(),
-    )
+    source, lock, errors, gate = iter(items), threading.Lock(), list[BaseException](), Gate()
 
     def drain() -> None:
         try:
             buffer = aligned_buffer(2 * BLOCK_BYTES)
-            while not stop.is_set():
+            while gate.is_open:
                 with lock:
                     item = next(source, None)
                 if item is None:
@@ -1179,11 +1111,10 @@ def in_parallel(
                 work(item, buffer, gate)
         except BaseException as error:
             errors.append(error)
-            stop.set()
+            gate.is_open = False
 
-    workers = [
-        threading.Thread(target=drain, name=f"ckpt-io-{n}", daemon=True) for n in range(min(most, IO_THREADS))
-    ]
+    names = [f"ckpt-io-{number}" for number in range(min(most, IO_THREADS))]
+    workers = [threading.Thread(target=drain, name=name, daemon=True) for name in names]
     try:
         for worker in workers:
             worker.start()
@@ -1192,7 +1123,6 @@ def in_parallel(
                 worker.join(0.05)
                 poll()
     finally:
-        stop.set()
         gate.close()
         for worker in workers:
             if worker.ident is not None:
@@ -1237,11 +1167,8 @@ def encode_header(entries: Iterable[Entry], data_bytes: int, header_bytes: int =
     for name, dtype, shape, begin, end in entries:
         require(begin >= position, f"{name!r} overlaps the entry before it")
         if begin > position:
-            table[f"pad/{position}"] = {
-                "dtype": "U8",
-                "shape": [begin - position],
-                "data_offsets": [position, begin],
-            }
+            offsets = [position, begin]
+            table[f"pad/{position}"] = {"dtype": "U8", "shape": [begin - position], "data_offsets": offsets}
         if name == "__metadata__":
             raise ValueError(
                 "a safetensors file cannot hold a tensor named '__metadata__', a name that it uses itself: "
@@ -1270,16 +1197,11 @@ def with_crcs(header: bytes, crcs: Iterable[int]) -> bytes:
 
 def unit_crcs(header: bytes, data_bytes: int) -> list[int]:
     """The unit CRCs that a header holds; ValueError for a header that `encode_header` cannot have made."""
-    (length,) = struct.unpack_from("<Q", header)
-    stop = _CRC_AT + 8 * unit_count(data_bytes)
-    digits = header[_CRC_AT:stop]
-    require(length == len(header) - 8 and len(header) % ALIGN_BYTES == 0, f"header length {length}")
-    require(
-        header[8:_CRC_AT] == _HEADER_START and header[stop : stop + 2] == b'"}',
-        "not a header of this version",
-    )
-    require(not digits.strip(b"0123456789abcdef"), "malformed CRC32s")
-    return [int(crc) for crc in np.frombuffer(bytes.fromhex(digits.decode()), ">u4")]
+    digits = header[_CRC_AT : _CRC_AT + 8 * unit_count(data_bytes)]
+    crcs: list[int] = np.frombuffer(bytes.fromhex(digits.decode()), ">u4").tolist()
+    start = struct.pack("<Q", len(header) - 8) + _HEADER_START
+    require(with_crcs(start, crcs) == header[: _CRC_AT + len(digits)], "not a header of this version")
+    return crcs
 
 
 def parse_entries(table: Fields, data_bytes: int) -> list[Entry]:
@@ -1287,24 +1209,19 @@ def parse_entries(table: Fields, data_bytes: int) -> list[Entry]:
 
     ValueError where it breaks the rules of the format: holes, overlaps, other sizes than dtype and shape say.
     """
+    items = [(name, table.child(name)) for name in table.all if name != "__metadata__"]
     found, position = list[Entry](), 0
-    for name in table.all:
-        if name != "__metadata__":
-            item = table.child(name)
-            begin, end = item.shape("data_offsets")
-            found.append(Entry(name, item.text("dtype"), item.shape("shape"), begin, end))
-    found.sort(key=lambda entry: (entry.begin, entry.end))
-    for index, (name, dtype, shape, begin, end) in enumerate(found):
+    for name, item in sorted(items, key=lambda pair: pair[1].shape("data_offsets")):
+        (begin, end), dtype, shape = item.shape("data_offsets"), item.text("dtype"), item.shape("shape")
         require(begin == position, f"hole or overlap at byte {position} of the data, before {name!r}")
         known = dtype in DTYPES and stored_form(dtype, ())[0] == dtype  # neither JSON nor pairs of ours
         require(known, f"{name!r}: unknown dtype {dtype!r}")
         if dtype == "F4" and shape:  # torch counts pairs, safetensors single elements
             shape = (*shape[:-1], shape[-1] // 2)
-        require(
-            math.prod(shape) * itemsize(dtype) == end - begin,
-            f"{name!r}: {dtype} of shape {[*shape]} in {end - begin} bytes",
-        )
-        found[index], position = Entry(name, dtype, shape, begin, end), end
+        fits = math.prod(shape) * itemsize(dtype) == end - begin
+        require(fits, f"{name!r}: {dtype} of shape {[*shape]} in {end - begin} bytes")
+        found.append(Entry(name, dtype, shape, begin, end))
+        position = end
     require(position == data_bytes, f"entries end at byte {position} of {data_bytes} bytes of data")
     return found
 
@@ -1386,41 +1303,37 @@ class CheckpointMetadata:
     def size_bytes(self) -> int:
         return sum(shard.length for shard in self.shards)
 
-    def itemsizes(self) -> Ints:
-        """Bytes of an element of each tensor."""
-        return np.array([itemsize(t.dtype) for t in self.tensors], np.int64)
-
     def entries(self, index: int) -> list[Entry]:
         """What the header of a tensor file says, as the record has it: a whole file's empty tensors too."""
-        name = self.shards[index].file
-        in_model, whole = name == whole_file_name(self.save_id, "model"), "-of-" not in name
+        name, empty = self.shards[index].file, list[tuple[int, int, int, Box]]()
+        whole, in_model = "-of-" not in name, name == whole_file_name(self.save_id, "model")
+        if whole:
+            inside = in_model_file(self.tensors) if in_model else range(len(self.tensors))
+            for n, t in enumerate(self.tensors):
+                if 0 in t.shape and t.alias_of is None and n in inside:
+                    empty.insert(0, (n, 0, 0, whole_box(t.shape)))
         rows = self.pieces.take(self.pieces.file == index)
-        rows, found = rows.take(np.argsort(rows.begin, kind="stable")), list[Entry]()
-        model_file = in_model_file(self.tensors) if in_model else set[int]()
-        for tensor, begin, length, box in rows.boxes(self.tensors):
+        rows = rows.take(np.argsort(rows.begin, kind="stable"))
+        packed, found = self.compression != "none" and not whole, list[Entry]()
+        for tensor, begin, length, box in itertools.chain(empty, rows.boxes(self.tensors)):
             t = self.tensors[tensor]
-            packed = self.compression != "none" and not whole
             dtype, shape = ("U8", (length,)) if packed else stored_form(t.dtype, box.size)
             found.append(Entry(entry_name(t, box, in_model), dtype, shape, begin, begin + length))
-        for n, t in enumerate(self.tensors if whole else ()):
-            if 0 in t.shape and t.alias_of is None and (not in_model or n in model_file):
-                dtype, shape = stored_form(t.dtype, t.shape)
-                found.insert(0, Entry(entry_name(t, whole_box(t.shape), in_model), dtype, shape, 0, 0))
         return found
 
 
 def lowest_ranks(tensors: Iterable[TensorMetadata]) -> dict[str, int | None]:
-    """For each name that is kept per rank the lowest such rank, whose copy stands for all where only one can.
+    """For each name the lowest rank that it is kept for, whose copy stands for all where only one can.
 
-    Else None.
+    None for a tensor that is kept for all ranks.
     """
     return {t.name: t.rank for t in sorted(tensors, key=lambda t: t.rank or 0, reverse=True)}
 
 
 def in_model_file(tensors: Sequence[TensorMetadata]) -> set[int]:
-    """The tensors of CONSOLIDATED's model file.
+    """The tensors of CONSOLIDATED's model file: those of the model, of a dtype of safetensors.
 
-    Those of the model that safetensors knows, of per-rank ones the lowest.
+    Of a tensor that is kept per rank, the lowest rank's.
     """
     lowest = lowest_ranks(t for t in tensors if t.name.startswith("model/"))
     stored = {code for code in DTYPES if stored_form(code, ())[0] == code}  # not JSON, nor C32 and C128
@@ -1428,10 +1341,7 @@ def in_model_file(tensors: Sequence[TensorMetadata]) -> set[int]:
 
 
 def entry_name(tensor: TensorMetadata, box: Box, in_model: bool = False) -> str:
-    """The name of a piece in its file, for a human reader.
-
-    The tensor's, its offset, and the rank that it is kept for.
-    """
+    """The name of a piece in its file, for a human reader: tensor, offset, and rank that it is kept for."""
     if in_model:
         return tensor.name.removeprefix("model/")
     name = tensor.name.replace("~", "~0").replace("@", "~1")
@@ -1450,15 +1360,7 @@ def pack_ints(column: Ints) -> str:
 
 def unpack_ints(text: str, count: int) -> Ints:
     """Inverse of `pack_ints`. ValueError unless it gives `count` integers, in no more memory than theirs."""
-    stream = zlib.decompressobj()
-    try:
-        data = stream.decompress(base64.b64decode(text, validate=True), 8 * count + 1)
-    except zlib.error as error:
-        raise ValueError(f"a column does not inflate: {error}") from error
-    require(
-        stream.eof and not stream.unused_data and len(data) == 8 * count,
-        f"a column of other than {count} integers",
-    )
+    data = inflate(base64.b64decode(text, validate=True), 8 * count)
     return np.cumsum(np.frombuffer(data, "<i8"), dtype=np.int64)
 
 
@@ -1481,15 +1383,10 @@ def unpack_box(table: Fields, count: int) -> Ints:
 
 def encode_record(meta: CheckpointMetadata) -> bytes:
     """The record's bytes; `decode_record` is the inverse."""
-    body: dict[str, object] = {
+    keys = "save_id sequence world_size format compression torch_version timestamp"
+    body = {
         "format_version": meta.version,
-        "save_id": meta.save_id,
-        "sequence": meta.sequence,
-        "world_size": meta.world_size,
-        "format": meta.format,
-        "compression": meta.compression,
-        "torch_version": meta.torch_version,
-        "timestamp": meta.timestamp,
+        **{key: vars(meta)[key] for key in keys.split()},
         "custom_metadata": encode_value(dict(meta.custom_metadata), "custom_metadata"),
         **encode_tables(meta),
     }
@@ -1512,15 +1409,19 @@ def _seal(text: bytes) -> bytes:
     return b',"crc32":"%08x"}\n' % crc32(text)
 
 
-def decode_record(
-    data: bytes, prefix: str, check_files: Callable[[Sequence[ShardMetadata]], None] = lambda files: None
-) -> CheckpointMetadata:
-    """Parse a record: C1 to C3. `check_files` may raise before memory is taken for the pieces.
+def _unseal(data: bytes) -> bytes | None:
+    """A record without its last field; None unless C1 holds."""
+    text = data[: -len(_seal(b""))]
+    return text if data[len(text) :] == _seal(text) else None
+
+
+def decode_record(data: bytes, prefix: str, storage: CheckpointStorage | None = None) -> CheckpointMetadata:
+    """Parse a record: C1 to C3, and C4 where `storage` is given, before memory is taken for the pieces.
 
     CORRUPTED_CHECKPOINT or INCOMPATIBLE_VERSION for a record that is not as it should be.
     """
-    path, text = record_name(prefix), data[: -len(_seal(b""))]
-    if data[len(text) :] != _seal(text):  # C1
+    path = record_name(prefix)
+    if (text := _unseal(data)) is None:  # C1
         raise corrupted(f"{path}: the record fails its CRC32; the checkpoint is damaged", path)
     try:
         body = Fields(parse_json(text + b"}", path))
@@ -1529,64 +1430,65 @@ def decode_record(
             message = f"{path}: written in format version {version}; this code reads version {FORMAT_VERSION}"
             raise CheckpointException(message, path, ExceptionType.INCOMPATIBLE_VERSION)
         custom = decode_value(body.child("custom_metadata").all, str)  # C3
-        if not isinstance(custom, dict):
-            raise ValueError("no custom metadata")
-        datetime.datetime.fromisoformat(body.text("timestamp"))
+        timestamp, compression = body.text("timestamp"), body.text("compression")
+        datetime.datetime.fromisoformat(timestamp)
         shards = tuple(map(_decode_file, body.array("files")))
         require(len({shard.file for shard in shards}) == len(shards), "a file is named twice")
         tensors = decode_tensors(body.array("tensors"))
-        check_files(shards)
+        if storage is not None:  # C4
+            for shard in shards:
+                file = f"{prefix}/{shard.file}"
+                if (found := storage.length(file)) != shard.length:
+                    what = "is missing" if found is None else f"has {found} bytes"
+                    raise corrupted(f"{file}: {what}, the record says {shard.length} bytes", prefix)
         return CheckpointMetadata(
             prefix=prefix,
             save_id=body.text("save_id"),
             sequence=body.number("sequence"),
             world_size=body.number("world_size"),
             format=body.text("format"),
-            compression=body.text("compression"),
+            compression=compression,
             torch_version=body.text("torch_version"),
-            timestamp=body.text("timestamp"),
-            custom_metadata=custom,
+            timestamp=timestamp,
+            custom_metadata=typed(custom, dict, "custom_metadata"),
             shards=shards,
             tensors=tensors,
-            pieces=_decode_pieces(body.child("pieces"), shards, tensors, body.text("compression") != "none"),
+            pieces=_decode_pieces(body.child("pieces"), shards, tensors, compression != "none"),
         )
     except (ValueError, TypeError, OverflowError, IndexError, RecursionError, MemoryError) as error:
         raise corrupted(f"{path}: malformed record: {error}", path) from error
 
 
 def _decode_file(row: object) -> ShardMetadata:
-    if (
-        not isinstance(row, list)
-        or len(row) != 4
-        or not isinstance(row[0], str)
-        or not _FILE.fullmatch(row[0])
-    ):
-        raise ValueError(f"illegal file {row!r:.100}")
-    length, header_bytes = int_tuple(row[1:3])
-    require(
-        8 <= header_bytes <= min(length, 8 + MAX_HEADER_BYTES),
-        f"a header of {header_bytes} bytes in {length}",
-    )
-    require(isinstance(row[3], str) and re.fullmatch("[0-9a-f]{8}", row[3]), "malformed CRC32")
-    return ShardMetadata(row[0], length, header_bytes, int(row[3], 16))
+    name, length, header_bytes, crc = typed(row, list, "a file")
+    require(_FILE.fullmatch(name), f"illegal file {name!r:.100}")
+    int_tuple([length, header_bytes])
+    fits = 8 <= header_bytes <= min(length, 8 + MAX_HEADER_BYTES)
+    require(fits, f"a header of {header_bytes} bytes in {length}")
+    require(re.fullmatch("[0-9a-f]{8}", crc), "malformed CRC32")
+    return ShardMetadata(name, length, header_bytes, int(crc, 16))
 
 
 def decode_tensors(rows: Sequence[object]) -> tuple[TensorMetadata, ...]:
     """The tensors of a record. ValueError for a malformed row."""
-    found = []
+    found, sizes, indices = list[TensorMetadata](), list[object](), list[object]()
     for row in rows:
         if (
-            not isinstance(row, list)
+            type(row) is not list
             or len(row) != 5
-            or not isinstance(row[0], str)
             or str(row[1]) not in DTYPES
+            or type(row[2]) not in (list, tuple)
         ):
-            raise ValueError(
-                f"tensor {row!r:.100}: malformed, or of a dtype unknown to torch {torch.__version__}"
-            )
-        rank, alias_of = (None if number is None else int_tuple([number])[0] for number in row[3:])
-        found.append(TensorMetadata(row[0], row[1], int_tuple(row[2]), rank, alias_of))
-        require(math.prod(found[-1].shape) < 1 << 57, f"{row[0]!r} is too large")
+            what = f"malformed, or of a dtype unknown to torch {torch.__version__}"
+            raise ValueError(f"tensor {row!r:.100}: {what}")
+        name, dtype, shape, rank, alias_of = row
+        found.append(TensorMetadata(typed(name, str, "a name"), dtype, tuple(shape), rank, alias_of))
+        sizes += shape
+        indices += (rank, alias_of)
+    int_tuple(sizes, 64 * len(rows))  # all at once, which takes a third of the time
+    int_tuple([number for number in indices if number is not None], 2 * len(rows))
+    large = [t.name for t in found if len(t.shape) > 64 or math.prod(t.shape) >= 1 << 57]
+    require(not large, f"too large: {some(large)}")
     tied = [t.alias_of for t in found if t.alias_of is not None]
     require(all(target < len(found) and found[target].alias_of is None for target in tied), "tied to nothing")
     return tuple(found)
@@ -1598,44 +1500,28 @@ _MOST_INFLATION = 1032  # bytes that deflate can make of one
 def _decode_pieces(
     table: Fields, shards: Sequence[ShardMetadata], tensors: Sequence[TensorMetadata], packed: bool
 ) -> Pieces:
-    """The pieces, with their ranges checked.
-
-    Each lies in its file and its tensor, and they hold each element once.
-    """
+    """The pieces, checked: each lies in its file and its tensor, and they hold each element once."""
     count = table.number("count")
-    require(
-        count * MIN_ROW_BYTES <= sum(shard.header_bytes for shard in shards),
-        f"{count} pieces in so few headers",
-    )
-    columns = [unpack_ints(table.text(name), count) for name in ("tensor", "file", "begin", "length")]
-    tensor, file, begin, length = columns
+    few = count * MIN_ROW_BYTES <= sum(shard.header_bytes for shard in shards)
+    require(few, f"{count} pieces in so few headers")
+    columns = ("tensor", "file", "begin", "length")
+    tensor, file, begin, length = (unpack_ints(table.text(name), count) for name in columns)
     pieces = Pieces(tensor, file, begin, length, box := unpack_box(table, count))
-    width = max((len(t.shape) for t in tensors), default=0)
-    require(box.shape[2] == width, "boxes of other dimensions than the tensors")
-    padded = [(*t.shape, *[1] * (width - len(t.shape))) for t in tensors]
-    shapes = np.array(padded, np.int64).reshape(len(tensors), width)
-    data_bytes = np.array([shard.length - shard.header_bytes for shard in shards], np.int64)
-    require((tensor >= 0).all() and (tensor < len(tensors)).all(), "pieces of unknown tensors")
+    dimensions = max((len(t.shape) for t in tensors), default=0)
+    require(box.shape[2] == dimensions, "boxes of other dimensions than the tensors")
+    for numbers, end in ((tensor, len(tensors)), (file, len(shards))):
+        require(((numbers >= 0) & (numbers < end)).all(), "pieces of unknown tensors or files")
     require((np.diff(tensor) >= 0).all(), "pieces in another order than the tensors")
-    require((file >= 0).all() and (file < len(shards)).all(), "pieces of unknown files")
-    require((begin >= 0).all() and (length > 0).all(), "pieces of nothing")
-    require(
-        (length <= data_bytes[file]).all() and (begin <= data_bytes[file] - length).all(),
-        "piece outside of its file",
-    )
-    require(
-        (box[:, 0] >= 0).all() and (box[:, 1] > 0).all() and (box[:, 1] <= shapes[tensor]).all(),
-        "malformed box",
-    )
-    require((box[:, 0] <= shapes[tensor] - box[:, 1]).all(), "box outside of its tensor")
-    nbytes = pieces.nbytes(np.array([itemsize(t.dtype) for t in tensors], np.int64))
+    data_bytes = np.array([shard.length - shard.header_bytes for shard in shards], np.int64)
+    last = data_bytes[file] - length  # the last place where the piece fits
+    inside = (length > 0) & (last >= 0) & (begin >= 0) & (begin <= last)
+    require(inside.all(), "a piece outside of its file")
+    require((np.bincount(file, length, len(shards)) <= data_bytes).all(), "pieces that share their bytes")
+    if wrong := not_covered_once(tensors, tensor, box):
+        raise ValueError(f"{tensors[wrong[0]].name}: its pieces do not hold each of its elements once")
+    nbytes = pieces.nbytes(itemsizes(tensors))
     most = _MOST_INFLATION * length if packed else length
     require(((length <= nbytes) & (nbytes <= most)).all(), "piece of another length than its box")
-    np.add.at(held := np.zeros(len(shards), np.int64), file, length)
-    require((held <= data_bytes).all(), "pieces that share their bytes")
-    wrong = not_covered_once(tensor, box, [t.shape if t.alias_of is None else None for t in tensors])
-    if wrong:
-        raise ValueError(f"{tensors[wrong[0]].name}: its pieces do not hold each of its elements once")
     return pieces
 
 
@@ -1662,22 +1548,16 @@ def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadat
 
 def read_committed_record(storage: CheckpointStorage, prefix: str) -> tuple[bytes, CheckpointMetadata]:
     """The same, and the bytes that it was decoded from, for other ranks to decode."""
-
-    def check_files(shards: Sequence[ShardMetadata]) -> None:  # C4
-        for shard in shards:
-            path = f"{prefix}/{shard.file}"
-            if (found := storage.length(path)) != shard.length:
-                what = "is missing" if found is None else f"has {found} bytes"
-                raise corrupted(f"{path}: {what}, the record says {shard.length} bytes", prefix)
-
-    for left in range(9, -1, -1):  # a save may overwrite it meanwhile: then its files go
-        text = read_file(storage, record_name(check_prefix(prefix)))
+    name = record_name(check_prefix(prefix))
+    text = read_file(storage, name)
+    for _ in range(10):  # a save may overwrite it meanwhile: then its files go
         try:
-            return text, decode_record(text, prefix, check_files)
+            return text, decode_record(text, prefix, storage)
         except CheckpointException:
-            if not left or read_file(storage, record_name(prefix)) == text:
+            before, text = text, read_file(storage, name)
+            if text == before:
                 raise
-    raise AssertionError("the loop returns or raises")
+    return text, decode_record(text, prefix, storage)
 
 
 _RECORD_HEAD = re.compile(
@@ -1696,20 +1576,21 @@ class RecordHead(NamedTuple):
 def record_head(storage: CheckpointStorage, prefix: str, sound: bool = True) -> RecordHead | None:
     """The head of a record, without parsing it whole; None where there is none, or C1 does not hold.
 
-    Not `sound`: also of a record that does not hold its CRC32, as far as it can be read. An OSError, or a
-    STORAGE_ERROR for a link, where nobody can tell.
+    Not `sound`: also where C1 does not hold, as far as the head can be read. An OSError where the record
+    cannot be read, a STORAGE_ERROR where it is a link.
     """
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            data = read_file(storage, record_name(prefix))
-        except CheckpointException as error:
-            if error.type is ExceptionType.STORAGE_ERROR:
-                raise
-            return None
-        text = data[: -len(_seal(b""))]
-        if (head := _RECORD_HEAD.match(data)) and (not sound or data[len(text) :] == _seal(text)):
-            return RecordHead(int(head[1]), head[2].decode(), int(head[3]))
-    return None
+    try:
+        data = read_file(storage, record_name(prefix))
+    except FileNotFoundError:
+        return None
+    except CheckpointException as error:
+        if error.type is ExceptionType.STORAGE_ERROR:
+            raise
+        return None
+    head = _RECORD_HEAD.match(data)
+    if head is None or (sound and _unseal(data) is None):
+        return None
+    return RecordHead(int(head[1]), head[2].decode(), int(head[3]))
 
 
 @contextlib.contextmanager
@@ -1723,7 +1604,7 @@ def skipping(what: str, warn: Warn) -> Iterator[None]:
 
 
 def _walk(storage: CheckpointStorage, warn: Warn, directory: str = "") -> Iterator[str]:
-    """Every file, and links in place of records; `warn` is told of other links and unreadable directories."""
+    """Every file, and links in place of records. A warning for other links and unreadable directories."""
     for name in storage.names(directory):
         path = name.removesuffix("/")
         if path == name or path.endswith(RECORD_SUFFIX):
@@ -1735,12 +1616,12 @@ def _walk(storage: CheckpointStorage, warn: Warn, directory: str = "") -> Iterat
 
 def recorded_prefixes(storage: CheckpointStorage, warn: Warn = log.warning) -> list[str]:
     """Every prefix that has a record, intact or not."""
-    names = [name for name in _walk(storage, warn) if name.endswith(RECORD_SUFFIX)]
-    return [name for name in (name.removesuffix(RECORD_SUFFIX) for name in names) if _is_prefix(name)]
+    names = (name for name in _walk(storage, warn) if name.endswith(RECORD_SUFFIX))
+    return list(filter(_is_prefix, (name.removesuffix(RECORD_SUFFIX) for name in names)))
 
 
 def list_committed(storage: CheckpointStorage, warn: Warn = log.warning) -> list[CheckpointMetadata]:
-    """Every committed checkpoint, oldest first; `warn` is told of those that are damaged or unreadable."""
+    """Every committed checkpoint, oldest first. A warning for those that are damaged or unreadable."""
     found = []
     for prefix in recorded_prefixes(storage, warn):
         with skipping(prefix, warn):
@@ -1766,8 +1647,7 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
     FileNotFoundError where there is nothing. Files of a save under way, which has a fence, are left alone.
     """
     files = list(tensor_files(storage, check_prefix(prefix)))  # first: no file is older than its fence
-    fences = save_files(storage.names(prefix.rpartition("/")[0]))
-    live = {i for owner, i, name in fences if owner == prefix and name.endswith(".tmp")}
+    live = {i for i, _ in files if storage.length(fence_name(prefix, i)) is not None}
     existed = storage.delete(record_name(prefix))
     if existed:
         storage.sync_directory(record_name(prefix))
@@ -1784,7 +1664,7 @@ def collect_garbage(
     """Remove what crashed saves and deletes left behind, and return its names. Any process, at any time.
 
     A save whose fence is younger than `min_age_s` seconds counts as alive: its files stay. So does everything
-    under a prefix whose record cannot be read, or is of another version. `warn` is told what stays, and until
+    under a prefix whose record cannot be read, or is of another version. `warn` gets what stays, and until
     when.
     """
     found: dict[str, list[tuple[str, str]]] = {}
@@ -1795,8 +1675,9 @@ def collect_garbage(
         keep = set[str]()
         with skipping(prefix, warn):
             for save_id in sorted({save_id for save_id, _ in files}):  # a fence may be newer than the list
-                fence = fence_name(prefix, save_id)
-                if (age := _age_of_fence(storage, fence)) is not None:
+                with contextlib.suppress(FileNotFoundError):  # its save has committed, or was abandoned
+                    fence = fence_name(prefix, save_id)
+                    age = storage.age_s(fence)
                     if 0 < age >= min_age_s:  # I4: first the fence
                         removed += [fence] if storage.delete(fence) else []
                     else:
@@ -1804,19 +1685,10 @@ def collect_garbage(
                         left = f"{(min_age_s - max(0.0, age)) / 3600:.1f} h"
                         warn(f"kept save {save_id} of {prefix}, which may be alive: old enough in {left}")
             head = record_head(storage, prefix)
-            if head is None and storage.length(record_name(prefix)) is not None:
-                raise corrupted("its record is damaged", prefix)
-            if head is not None and head.version != FORMAT_VERSION:
-                raise corrupted(f"its record is of format version {head.version}", prefix)
-            keep |= {head.save_id} if head else set()
+            if head is not None and head.version == FORMAT_VERSION:
+                keep.add(head.save_id)
+            elif storage.length(record_name(prefix)) is not None:
+                raise corrupted("its record is damaged, or of another format version", prefix)
             dead = [name for save_id, name in files if save_id not in keep and not name.endswith(".tmp")]
             removed += [name for name in dead if storage.delete(name)]
     return removed
-
-
-def _age_of_fence(storage: CheckpointStorage, name: str) -> float | None:
-    """None for a fence that is gone: its save has committed, or was abandoned."""
-    try:
-        return storage.age_s(name)
-    except FileNotFoundError:
-        return None

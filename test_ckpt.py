@@ -7098,7 +7098,7 @@ def test_a_load_ends_only_when_no_thread_copies_into_a_tensor_any_more(ram, impa
         copy_in(*args)
 
     monkeypatch.setattr(st, "copy_in", slow)
-    monkeypatch.setattr(st.Gate, "close", lambda self: closing.set() or close(self))
+    monkeypatch.setattr(st.Gate, "close", lambda self, *limit: closing.set() or close(self, *limit))
     refusal(
         lambda: over(ram).load(live, None, at(load_rng_state=False), cancel=reached), ExceptionType.CANCELLED
     )
