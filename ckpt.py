@@ -668,24 +668,22 @@ class DistributedCheckpoint:
                 options.overwrite,
                 options.replicas == "verify",
                 contents,
-                options.custom_metadata,
+                dict(options.custom_metadata),
             )
 
         retain = self.retain
         chosen = None if retain is None else lambda metas: retain([CheckpointInfo.of(meta) for meta in metas])
         saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, chosen, self._warned)
         save = functools.partial(saver.coordinate_save, request=request, collect=collect)
-        result, op = self._run(given, "save", save)
-        for warning in dict.fromkeys(result.warnings):
-            self.logger.warning("%s: %s", result.prefix, warning)
-        own, whole = result.bytes_written, result.size_bytes
-        self._log(
-            logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, started, op
-        )
+        prefix, op = self._run(given, "save", save)
+        for warning in dict.fromkeys(saver.warnings):
+            self.logger.warning("%s: %s", prefix, warning)
+        own, whole = saver.bytes_written, saver.size_bytes
+        self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {prefix}", own, started, op)
         if op.rank == 0:
-            what = f"saved {result.prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
+            what = f"saved {prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
             self._log(logging.INFO, what, whole, started, op)
-        return result.prefix
+        return prefix
 
     def _collect(self, given: Given[SaveOptions]) -> ShardData:
         """S2: everything that this rank holds."""
@@ -762,7 +760,8 @@ class DistributedCheckpoint:
 
         def body(op: coord.Operation) -> Restore:
             restore = Restore(given, op, self.validator, isinstance(given.coordinator, LocalCoordinator))
-            loader.coordinate_load(op, restore)
+            steps = restore.validate, restore.match, restore.apply
+            loader.coordinate_load(op, restore.claim, *steps)
             return restore
 
         restored, op = self._run(given, "load", body)
@@ -1536,7 +1535,6 @@ class Restore:
         options = self.given.options
         with_optimizer = options.load_optimizer and self.given.optimizer is not None
         return {
-            "verb": "load",
             "prefix": options.checkpoint_prefix,
             "strategy": options.resharding_strategy,
             "fallback": options.fallback,
@@ -1740,8 +1738,7 @@ class Restore:
     def _judge(self) -> None:
         """Errors, or in loose mode warnings, for misfits; a name that no rank claims is unexpected."""
         taken = np.array(sorted(self._taken), np.int64)  # consecutive ones, where ranks have the same layout
-        told = self.op.gather([sorted(self.unexpected), len(taken), st.pack_ints(taken)])
-        rows = [row for row in told if isinstance(row, list)]
+        rows = self.op.gather((sorted(self.unexpected), len(taken), st.pack_ints(taken)))
         unwanted = set.intersection(*(set(names) for names, _, _ in rows))
         everywhere = (st.unpack_ints(packed, count).tolist() for _, count, packed in rows)
         self._warn_of_kept(set(itertools.chain(*everywhere)))
