@@ -634,7 +634,7 @@ class DistributedCheckpoint:
                 except coord.OperationFailed as failed:
                     self.logger.debug("an attempt failed: %s", failed)
                     if not (
-                        again and failed.superseded
+                        again and failed.failure["superseded"]
                     ):  # a save has replaced what was read: once more, for that
                         raise
             raise AssertionError("the loop returns or raises")

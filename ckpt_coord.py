@@ -179,10 +179,9 @@ class CheckpointCoordinator:
     retain: Callable[[Sequence[CheckpointMetadata]], Iterable[str]] | None = None
     # Sets of names that a warning has said to be kept per rank.
     warned: set[tuple[str, ...]] = field(default_factory=set)
-    # Results of the last save: warnings, bytes written by this rank, bytes of the checkpoint (on rank 0).
-    warnings: list[str] = field(default_factory=list, init=False)
-    bytes_written: int = field(default=0, init=False)
-    size_bytes: int = field(default=0, init=False)
+
+    bytes_written = 0  # by this rank in the last save
+    size_bytes = 0  # of the last checkpoint, on rank 0
 
     def coordinate_save(
         self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData]
@@ -193,7 +192,7 @@ class CheckpointCoordinator:
         committed, with this save's files removed again. Once S6 has renamed the record, the save has
         succeeded, whatever happens to a rank: what goes wrong then is a warning.
         """
-        self.warnings, ticket, superseded = [], None, list[str]()
+        self.warnings, ticket, superseded = list[str](), None, list[str]()
         try:
             asked, ticket = self.agree(op, request)  # S1
             data = self.collect(op, collect)  # S2
@@ -242,7 +241,7 @@ class CheckpointCoordinator:
             names = [name, *(f"{name}_{count}" for count in range(1, len(taken) + 2))]
             prefix = next(name for name in names if name not in taken)
         elif prefix in taken and not asked.overwrite:
-            raise _exists(prefix)
+            raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
         return prefix, secrets.token_hex(4), sequence + 1, now.isoformat()
 
     # S2
@@ -382,7 +381,11 @@ class CheckpointCoordinator:
                 self.storage.publish(fence, st.record_name(prefix), asked.overwrite)  # the instant of commit
             except OSError as error:  # a rename that reports an error may have happened: the record tells
                 if not self._is_recorded(record):
-                    raise (_exists(prefix) if isinstance(error, FileExistsError) else error) from error
+                    if isinstance(error, FileExistsError):
+                        raise CheckpointException(
+                            f"checkpoint {prefix!r} exists, and overwrite=False", prefix
+                        ) from error
+                    raise
             op.committed = True
             try:
                 self.storage.sync_directory(st.record_name(prefix))
@@ -451,10 +454,6 @@ class CheckpointCoordinator:
             message = f"{ticket.prefix!r} may have been committed: its record cannot be read: {error}"
             raise OSError(message) from error
         return head is not None and head.save_id == ticket.save_id
-
-
-def _exists(prefix: str) -> CheckpointException:
-    return CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
 
 
 def as_list(value: object) -> list[object]:
@@ -544,18 +543,17 @@ class OperationFailed(Exception):
 
     def __init__(self, failure: Mapping[str, Any]) -> None:
         super().__init__(failure["message"])
-        self.kind: str = failure["type"]
-        self.rank: int = failure["rank"]
-        self.retryable: bool = failure["retryable"]  # whether the rank that failed first would try again
-        self.superseded: bool = failure["superseded"]
+        self.failure = failure  # as `Operation` describes it
 
     def public(self, checkpoint_path: str) -> Exception:
         """Return the exception that the user sees, the same on every rank."""
-        if self.kind == "value_error":
+        kind, rank = self.failure["type"], self.failure["rank"]
+        if kind == "value_error":
             return ValueError(str(self))
-        return CheckpointException(str(self), checkpoint_path, ExceptionType(self.kind), self.rank)
+        return CheckpointException(str(self), checkpoint_path, ExceptionType(kind), rank)
 
 
+@dataclass
 class Operation:
     """One collective save or load, as one rank sees it.
 
@@ -565,51 +563,47 @@ class Operation:
     once. A rank that cannot wait any longer leaves its failure for the others to find.
     """
 
-    def __init__(
-        self,
-        coordinator: DistributedCoordinator,
-        verb: str,
-        timeout: float,
-        cancel: threading.Event | None = None,
-        retryable: tuple[type[BaseException], ...] = (),
-        progress: Callable[[Progress], None] | None = None,
-    ) -> None:
-        self.rank, self.world_size, self.timeout = coordinator.rank, coordinator.world_size, timeout
-        self._coordinator, self._verb = coordinator, verb
-        self._cancel, self._retryable, self._progress = cancel, retryable, progress
-        self._deadline = time.monotonic() + timeout
-        numbers = getattr(coordinator, "global_ranks", range(self.world_size))
+    coordinator: DistributedCoordinator
+    verb: str  # "save" or "load"
+    timeout: float  # seconds
+    cancel: threading.Event | None = None
+    retryable: tuple[type[BaseException], ...] = ()
+    progress: Callable[[Progress], None] | None = None
+
+    committed = False  # on rank 0: what follows may not fail
+    step_name = ""
+    _reachable = True  # until a gather itself has failed
+    _doubt = 0  # 1: an error of this rank may follow from another rank's; 2: it does
+
+    def __post_init__(self) -> None:
+        self.rank, self.world_size = self.coordinator.rank, self.coordinator.world_size
+        self._deadline = time.monotonic() + self.timeout
+        numbers = getattr(self.coordinator, "global_ranks", range(self.world_size))
         self._own_rank = {number: rank for rank, number in enumerate(numbers)}
-        self._reachable = True  # until a gather itself has failed
-        self._doubt = 0  # of an error of this rank: 1 if it may follow from another rank's, 2 if it does
-        self.committed = False  # on rank 0; what follows may not fail
-        self.step_name = ""
         self.seconds: dict[str, float] = {}
-        self._torch = coordinator if isinstance(coordinator, TorchCoordinator) else None
+        self._torch = self.coordinator if isinstance(self.coordinator, TorchCoordinator) else None
         if self._torch:
             self._torch.begin()
 
     def poll(self) -> None:
-        """Raise if cancelled, late, or if another rank has failed; called a few times a second."""
-        self._poll_others()
-        if time.monotonic() > self._deadline and not self.committed:
+        """Raise if cancelled or late, or if another rank has failed; called a few times a second."""
+        self._poll_cancel()
+        if self.committed:
+            return
+        if self._torch and self._torch.flag_is_up():
+            self._doubt = 2
+            raise CheckpointException("stopped by another rank, which did not say why")
+        if time.monotonic() > self._deadline:
             late = f"not done by the deadline of {self.timeout:g} s"
             raise CheckpointException(late, type=ExceptionType.TIMEOUT, rank=self.rank)
 
-    def _poll_others(self) -> None:
-        """Poll while another rank may be late, and not this one."""
-        self._poll_cancel()
-        if self._torch and not self.committed and self._torch.flag_is_up():
-            self._doubt = 2
-            raise CheckpointException("stopped by another rank, which did not say why")
-
     def _poll_cancel(self) -> None:
-        if self._cancel and self._cancel.is_set() and not self.committed:
+        if self.cancel and self.cancel.is_set() and not self.committed:
             raise CheckpointException("cancelled", type=ExceptionType.CANCELLED)
 
     def meter(self, total: int) -> Meter:
         """Count this step's bytes on this rank."""
-        return Meter(self.step_name, total, self._progress, self.poll)
+        return Meter(self.step_name, total, self.progress, self.poll)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -657,7 +651,7 @@ class Operation:
             raise OperationFailed(failure) from error
 
     def _describe(self, error: BaseException) -> dict[str, object]:
-        kind, rank, text, step = f"{self._verb}_failed", self.rank, str(error), self.step_name[:2]
+        kind, rank, text, step = f"{self.verb}_failed", self.rank, str(error), self.step_name[:2]
         if isinstance(error, CheckpointException):
             rank = rank if error.rank is None else error.rank
             if error.type not in (ExceptionType.UNKNOWN, ExceptionType.SAVE_FAILED):  # which fits no load
@@ -668,7 +662,7 @@ class Operation:
             kind = ExceptionType.STORAGE_ERROR.value if isinstance(error, OSError) else kind
             text = f"{type(error).__name__}: {text}"
         if kind == ExceptionType.TIMEOUT.value and rank != self.rank and step in ("S1", "L1"):
-            text += f"; {self._verb} is collective: every rank must call it"
+            text += f"; {self.verb} is collective: every rank must call it"
         if step in ("L4", "L5"):
             text += "; tensors being loaded are undefined now: load again, or restart"
         message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
@@ -676,10 +670,11 @@ class Operation:
             "type": kind,
             "rank": rank,
             "message": message[: 1 << 16],
-            "retryable": isinstance(error, self._retryable),
+            "retryable": isinstance(error, self.retryable),
             "superseded": isinstance(error, Superseded),
-            # A rank that has failed first may have removed the files.
-            "doubt": self._doubt or int(isinstance(error, FileNotFoundError)),
+            # Who waits for a lost rank is late too. A rank that failed before may have removed a file.
+            "doubt": self._doubt
+            or int(kind == ExceptionType.TIMEOUT.value or isinstance(error, FileNotFoundError)),
         }
 
     def own_ranks(self, mesh: Sequence[int]) -> Shape:
@@ -705,7 +700,7 @@ class Operation:
 
     def agree(self, request: Mapping[str, object]) -> None:
         """ValueError that names the first difference between what the ranks ask for."""
-        first, *others = self.gather({"verb": self._verb, **request})
+        first, *others = self.gather({"verb": self.verb, **request})
         for rank, other in enumerate(others, 1):
             for key in {**first, **other}:
                 if first.get(key) != other.get(key):
@@ -719,9 +714,9 @@ class Operation:
             if self._torch:
                 # A rank that has failed waits for the agreement, even if it is cancelled.
                 poll = self._poll_cancel if "value" in row else lambda: None
-                rows += self._torch.gather(row, self.remaining(), at_0, poll)
+                rows += self._torch.all_gather(row, self.remaining(), at_0, poll)
             else:
-                rows += self._coordinator.all_gather(row, timeout=self.remaining())
+                rows += self.coordinator.all_gather(row, timeout=self.remaining())
         except Exception:
             self._reachable = False
             raise
@@ -740,11 +735,10 @@ class Operation:
             return {}
         incoming = [table.get(self.rank, 0) for table in tables]
         try:
-            return self._torch.all_to_all(outgoing, incoming, self.remaining() - GRACE_S, self._poll_others)
-        except RuntimeError as error:  # whoever has died, or is late, misses the next gather
-            late, self._doubt = time.monotonic() > self._deadline, 1
-            kind = ExceptionType.TIMEOUT if late else ExceptionType.UNKNOWN
-            raise CheckpointException(f"gloo exchange failed: {error}", type=kind) from error
+            return self._torch.all_to_all(outgoing, incoming, self.remaining(), self.poll)
+        except RuntimeError as error:
+            self._doubt = 1  # a rank that has died misses the next gather
+            raise CheckpointException(f"gloo exchange failed: {error}") from error
 
 
 @contextmanager
@@ -797,7 +791,7 @@ class FaultToleranceHandler:
             try:
                 return function()
             except OperationFailed as failed:
-                if not failed.retryable:
+                if not failed.failure["retryable"]:
                     raise
             except tuple(policy.retryable_exceptions):
                 if cancel.is_set():
@@ -921,27 +915,21 @@ class TorchCoordinator:
 
     def raise_flag(self) -> None:
         """Have the other ranks go to their next gather at once."""
-        self._post(self._key("flag"), None)
+        self._post(f"{self._operation}/flag", None)
 
     def flag_is_up(self) -> bool:
-        return self._call(self._store.check, [self._key("flag")])
-
-    def _key(self, *parts: object) -> str:
-        return "/".join(map(str, (self._operation, *parts)))
+        return self._call(self._store.check, [f"{self._operation}/flag"])
 
     def barrier(self, timeout: float = 600.0) -> None:
-        self.gather(None, timeout)
+        self.all_gather(None, timeout)
 
     def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
-        return self.gather(value if self.rank == src else None, timeout)[src]
+        return self.all_gather(value if self.rank == src else None, timeout)[src]
 
-    def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
-        return self.gather(value, timeout)
-
-    def gather(
+    def all_gather(
         self,
         value: object,
-        timeout: float,
+        timeout: float = 600.0,
         at_0: bool = False,
         poll: Callable[[], None] = lambda: None,
     ) -> list[Any]:
@@ -950,14 +938,14 @@ class TorchCoordinator:
         `at_0`: other ranks than 0 get only the rows that are failures. `poll` runs in waits, and may raise.
         """
         self._step += 1
-        before, posts = len(self._posted), [self._key(self._step, rank) for rank in range(self.world_size)]
-        everything = self._key(self._step, "all")
+        step, before = f"{self._operation}/{self._step}", len(self._posted)
+        posts = [f"{step}/{rank}" for rank in range(self.world_size)]
         self._post(posts[self.rank], value)
         if self.rank == 0:
             values = self._await(posts, posts, timeout, poll)
-            self._post(everything, [row for row in values if "failure" in row] if at_0 else values)
+            self._post(f"{step}/all", [row for row in values if "failure" in row] if at_0 else values)
         else:
-            (values,) = self._await([everything], posts, timeout, poll)
+            (values,) = self._await([f"{step}/all"], posts, timeout, poll)
         # Every rank has come as far as this step, so nobody still reads what was posted before it.
         retired, self._posted = self._posted[:before], self._posted[before:]
         for key in retired:
@@ -967,9 +955,9 @@ class TorchCoordinator:
     def leave(self, row: dict[str, object]) -> None:
         """Post a row for the gather under way and for the next one, and raise the flag, without any wait."""
         for step in (self._step, self._step + 1):
-            self._post(self._key(step, self.rank), row)
+            self._post(f"{self._operation}/{step}/{self.rank}", row)
             if self.rank == 0:
-                self._post(self._key(step, "all"), [row])
+                self._post(f"{self._operation}/{step}/all", [row])
         self.raise_flag()  # last: whoever sees it finds the row
 
     def all_to_all(
@@ -977,9 +965,9 @@ class TorchCoordinator:
     ) -> dict[int, Bytes]:
         """Send bytes to ranks and receive `incoming[rank]` bytes from each.
 
-        RuntimeError from gloo. `poll` runs meanwhile, and may raise.
+        RuntimeError from gloo. `poll` runs meanwhile, and raises at the deadline or before.
         """
-        deadline, limit = time.monotonic() + timeout, datetime.timedelta(seconds=max(0.1, timeout))
+        limit = datetime.timedelta(seconds=timeout)
         _in_flight[:] = [(work, buffers) for work, buffers in _in_flight if not work.is_completed()]
         if self._group is None:
 
@@ -999,11 +987,11 @@ class TorchCoordinator:
         work = send(*buffers, list(incoming), list(map(len, parts)), options)
         _in_flight.append((work, (self._group, buffers)))
         pause = 1e-4
-        while not work.is_completed() and time.monotonic() < deadline:
+        while not work.is_completed():
             time.sleep(pause)
             pause = min(1.5 * pause, 0.005)
             poll()
-        work.wait(datetime.timedelta(seconds=0.1))  # raises what went wrong
+        work.wait()  # raises what went wrong
         return dict(enumerate(np.split(received, np.cumsum(incoming)[:-1])))
 
     def _post(self, key: str, value: object) -> None:
