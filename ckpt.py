@@ -656,20 +656,19 @@ class DistributedCheckpoint:
     def _save(self, given: Given[SaveOptions], collect: Callable[[], ShardData]) -> str:
         started, options = time.monotonic(), given.options
 
-        def request() -> coord.SaveRequest:
+        def request() -> coord.Request:
             given.check()
             contents = ("optimizer",) * (given.optimizer is not None and options.include_optimizer)
             contents += ("rng",) * options.include_rng_state + tuple(sorted(given.extra_state))
-            form, level = CheckpointFormat(options.format), CompressionLevel(options.compression_level)
-            return coord.SaveRequest(
-                options.checkpoint_prefix,
-                form,
-                level,
-                options.overwrite,
-                options.replicas == "verify",
-                contents,
-                dict(options.custom_metadata),
-            )
+            return {
+                "prefix": options.checkpoint_prefix,
+                "format": CheckpointFormat(options.format).value,
+                "compression": CompressionLevel(options.compression_level).value,
+                "overwrite": options.overwrite,
+                "verify_replicas": options.replicas == "verify",
+                "contents": contents,
+                "custom_metadata": dict(options.custom_metadata),
+            }
 
         retain = self.retain
         chosen = None if retain is None else lambda metas: retain([CheckpointInfo.of(meta) for meta in metas])

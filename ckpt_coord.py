@@ -150,22 +150,11 @@ class CheckpointFormat(enum.Enum):
     CONSOLIDATED = "consolidated"
 
 
-@dataclass(frozen=True)
-class SaveRequest:
-    """What the user asks of a save; the same on every rank."""
-
-    prefix: str | None  # None: rank 0 makes one from the time
-    format: CheckpointFormat
-    compression: st.CompressionLevel
-    overwrite: bool
-    verify_replicas: bool
-    contents: tuple[str, ...]  # which arguments were given
-    custom_metadata: dict[str, object]
-
-
 # What a rank reports in S5. Of the whole file: CRC32s of units, by the number of the block that they are in.
-# Of its own file: the row of the record, and the packed lengths of compressed pieces.
-Report = tuple[dict[str, list[int]], tuple[tuple[str, int, int, int], str | None] | None]
+# Of its own file: the row of the record, and the lengths of compressed pieces.
+# A rank's request, the same on all of them: plain values, so that they can be compared.
+Request = dict[str, Any]
+Report = tuple[dict[str, list[int]], tuple[tuple[str, int, int, int], Ints | None] | None]
 
 
 @dataclass
@@ -184,9 +173,12 @@ class CheckpointCoordinator:
     size_bytes = 0  # of the last checkpoint, on rank 0
 
     def coordinate_save(
-        self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData]
+        self, op: Operation, request: Callable[[], Request], collect: Callable[[], ShardData]
     ) -> str:
         """Save what `collect` returns on every rank, and return the prefix. Collective.
+
+        `request` returns "prefix" (None: made from the time), "format", "compression", "overwrite",
+        "verify_replicas", "contents" (which arguments were given) and "custom_metadata".
 
         Blocks until the checkpoint is committed and announced. `OperationFailed` on all ranks if nothing was
         committed, with this save's files removed again. Once S6 has renamed the record, the save has
@@ -194,12 +186,12 @@ class CheckpointCoordinator:
         """
         self.warnings, ticket, superseded = list[str](), None, list[str]()
         try:
-            asked, ticket = self.agree(op, request)  # S1
+            ticket = self.agree(op, request)  # S1
             data = self.collect(op, collect)  # S2
-            plan, sources = self.plan(op, asked, ticket, data)  # S3
-            written = self.write(op, asked, plan, sources, data)  # S4
+            plan, sources = self.plan(op, ticket, data)  # S3
+            written = self.write(op, plan, sources, data)  # S4
             record = self.report(op, plan, written)  # S5
-            superseded = self.commit(op, asked, record)  # S6
+            superseded = self.commit(op, record)  # S6
             self.announce(op)  # S7
         except BaseException as error:
             if ticket is None or not self._settle(op, ticket) or not isinstance(error, Exception):
@@ -210,25 +202,22 @@ class CheckpointCoordinator:
         return ticket.prefix
 
     # S1
-    def agree(
-        self, op: Operation, request: Callable[[], SaveRequest]
-    ) -> tuple[SaveRequest, CheckpointMetadata]:
-        """Check that all ranks want the same save. Return the request, and the record but for its tables."""
+    def agree(self, op: Operation, request: Callable[[], Request]) -> CheckpointMetadata:
+        """Check that all ranks want the same save. Return its record, whose tables are empty yet."""
         with op.step("S1 agree"):
-            asked = request()
-            form, level = asked.format.value, asked.compression.value
-            op.agree({**vars(asked), "format": form, "compression": level})
-            drawn = self._draw(asked) if op.rank == 0 else None
+            self.asked = asked = request()
+            op.agree(asked)
+            drawn = self._draw(asked["prefix"]) if op.rank == 0 else None
             prefix, save_id, sequence, now = op.broadcast(drawn)
-            shards, tensors, version = (), (), torch.__version__
-            return asked, CheckpointMetadata(
-                *(prefix, save_id, sequence, op.world_size, form, level, version, now, asked.custom_metadata),
-                *(shards, tensors, NO_PIECES),
+            form, level, custom = asked["format"], asked["compression"], asked["custom_metadata"]
+            size, version = op.world_size, torch.__version__
+            return CheckpointMetadata(
+                prefix, save_id, sequence, size, form, level, version, now, custom, (), (), NO_PIECES
             )
 
-    def _draw(self, asked: SaveRequest) -> tuple[str, str, int, str]:
-        """Prefix, save id, sequence number and time of a save."""
-        prefix, now, sequence = asked.prefix, datetime.datetime.now(datetime.timezone.utc), 0
+    def _draw(self, prefix: str | None) -> tuple[str, str, int, str]:
+        """Return prefix, save id, sequence number and time of a save."""
+        now, sequence = datetime.datetime.now(datetime.timezone.utc), 0
         taken = st.recorded_prefixes(self.storage, self.warnings.append)
         for other in taken:
             with nullcontext() if other == prefix else st.skipping(other, self.warnings.append):
@@ -240,7 +229,7 @@ class CheckpointCoordinator:
             name = now.strftime("checkpoint_%Y%m%d_%H%M%S")
             names = [name, *(f"{name}_{count}" for count in range(1, len(taken) + 2))]
             prefix = next(name for name in names if name not in taken)
-        elif prefix in taken and not asked.overwrite:
+        elif prefix in taken and not self.asked["overwrite"]:
             raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
         return prefix, secrets.token_hex(4), sequence + 1, now.isoformat()
 
@@ -254,7 +243,7 @@ class CheckpointCoordinator:
 
     # S3
     def plan(
-        self, op: Operation, asked: SaveRequest, ticket: CheckpointMetadata, data: ShardData
+        self, op: Operation, ticket: CheckpointMetadata, data: ShardData
     ) -> tuple[CheckpointMetadata, Pieces]:
         """Make the table on rank 0, then the fence, then whole files; no file exists before its fence.
 
@@ -264,28 +253,26 @@ class CheckpointCoordinator:
         with op.step("S3 plan"):
             holdings = gather_holdings(op, data)
             if op.world_size > 1:
-                self._compare_replicas(op, asked, data, holdings)
+                self._compare_replicas(op, self.asked, data, holdings)
             if not holdings:
                 return unpack_plan(op.broadcast(None), ticket, op.rank)
-            plan, sources = lay_out(holdings, ticket, asked.format, op.world_size)
+            plan, sources = lay_out(holdings, ticket, CheckpointFormat(ticket.format), op.world_size)
             self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
-            for index, shard in enumerate(plan.shards):
-                if shard.header_bytes:
-                    with closing(self.storage.create(plan.shard_path(index))) as file:
-                        file.resize(shard.length)
-                    if asked.compression is not st.CompressionLevel.NONE:
-                        what = "is not compressed: other readers could not read it"
-                        self.warnings.append(f"{shard.file} {what}")
+            if (whole := plan.shards[0]).header_bytes:
+                with closing(self.storage.create(plan.shard_path(0))) as file:
+                    file.resize(whole.length)
+                if plan.compression != "none":
+                    self.warnings.append(f"{whole.file} is not compressed: other readers could not read it")
             op.broadcast(pack_plan(plan, sources))
             return plan, sources
 
     def _compare_replicas(
-        self, op: Operation, asked: SaveRequest, data: ShardData, holdings: Holdings | None
+        self, op: Operation, asked: Request, data: ShardData, holdings: Holdings | None
     ) -> None:
         """Checksum what several ranks hold. Copies that differ are then kept per rank or mesh."""
         rows, asks = np.empty(0, np.int64), list[list[object]]()
         if holdings:
-            rows, on_device = holdings.replicas(asked.verify_replicas)
+            rows, on_device = holdings.replicas(asked["verify_replicas"])
             members = holdings.members.take(rows)
             edges = np.searchsorted(members.rank, np.arange(op.world_size + 1)).tolist()
             for low, high in itertools.pairwise(edges):
@@ -305,23 +292,19 @@ class CheckpointCoordinator:
             holdings.check_steps()
 
     # S4
-    def write(
-        self, op: Operation, asked: SaveRequest, plan: CheckpointMetadata, sources: Pieces, data: ShardData
-    ) -> Report:
+    def write(self, op: Operation, plan: CheckpointMetadata, sources: Pieces, data: ShardData) -> Report:
         """Write this rank's blocks of the whole file, which is the plan's first one, and its own file."""
         with op.step("S4 write"):
-            views, name = (
-                views_by_index(op, plan, data),
-                st.own_file_name(plan.save_id, op.rank, op.world_size),
-            )
-            own = next((index for index, shard in enumerate(plan.shards) if shard.file == name), -1)
+            views, level = views_by_index(op, plan, data), st.CompressionLevel(plan.compression)
+            own = -1 if plan.format == "single_file" else len(plan.shards) - op.world_size + op.rank
             whole = WholeFile(op, plan, 0, sources, views) if plan.shards[0].header_bytes else None
             rows = plan.pieces.take(plan.pieces.file == own)
-            if asked.compression is st.CompressionLevel.NONE:
+            if level is st.CompressionLevel.NONE:
                 total = int((rows.begin + rows.length).max(initial=0))  # with the gaps between entries
             else:
                 total = int(rows.nbytes(plan.itemsizes()).sum())
-            meter = op.meter(total + (whole.nbytes if whole else 0))
+            total += whole.nbytes if whole else 0
+            meter = Meter(op.step_name, total, op.progress, op.poll)
             crcs, written = dict[str, list[int]](), None
             if whole:
                 with closing(self.storage.open(plan.shard_path(0), write=True)) as file:
@@ -329,7 +312,7 @@ class CheckpointCoordinator:
                     file.sync()  # I2
             if own >= 0:
                 with closing(self.storage.create(plan.shard_path(own))) as file:
-                    written = write_own_file(file, plan, own, views, asked.compression, meter)
+                    written = write_own_file(file, plan, own, views, level, meter)
                     file.sync()  # I2
             meter.tick()
             self.bytes_written = meter.total
@@ -349,9 +332,8 @@ class CheckpointCoordinator:
                     row, lengths = own
                     shards[index] = st.ShardMetadata(*row)
                     if lengths is not None:
-                        rows = np.flatnonzero(pieces.file == index)
-                        pieces.length[rows] = stored = st.unpack_ints(lengths, len(rows))
-                        pieces.begin[rows] = np.cumsum(stored) - stored
+                        rows = pieces.file == index
+                        pieces.begin[rows], pieces.length[rows] = np.cumsum(lengths) - lengths, lengths
             if (whole := plan.shards[0]).header_bytes:
                 in_order = itertools.chain.from_iterable(blocks[str(n)] for n in range(len(blocks)))
                 header = st.encode_header(plan.entries(0), whole.length - whole.header_bytes)
@@ -365,7 +347,7 @@ class CheckpointCoordinator:
             return record
 
     # S6
-    def commit(self, op: Operation, asked: SaveRequest, record: CheckpointMetadata) -> list[str]:
+    def commit(self, op: Operation, record: CheckpointMetadata) -> list[str]:
         """Commit on rank 0. Return the files of the checkpoint that this one has replaced."""
         with op.step("S6 commit"):
             if op.rank != 0:
@@ -378,7 +360,8 @@ class CheckpointCoordinator:
             old, files = st.record_head(self.storage, prefix), st.tensor_files(self.storage, prefix)
             superseded = [name for save_id, name in files if old and save_id == old.save_id]
             try:
-                self.storage.publish(fence, st.record_name(prefix), asked.overwrite)  # the instant of commit
+                # The instant of commit.
+                self.storage.publish(fence, st.record_name(prefix), self.asked["overwrite"])
             except OSError as error:  # a rename that reports an error may have happened: the record tells
                 if not self._is_recorded(record):
                     if isinstance(error, FileExistsError):
@@ -489,7 +472,7 @@ class CheckpointLoader:
     def coordinate_load(
         self,
         op: Operation,
-        request: Callable[[], dict[str, object]],
+        request: Callable[[], Request],
         validate: Callable[[CheckpointReader], None],
         match: Callable[[CheckpointReader], list[Target]],
         apply: Callable[[], None],
@@ -505,7 +488,7 @@ class CheckpointLoader:
         with op.step("L1 record"):
             asked = request()
             op.agree(asked)
-            prefix, strategy = str(asked["prefix"]), asked["strategy"]
+            prefix, strategy = asked["prefix"], asked["strategy"]
             text, record = committed(self.storage, prefix) if op.rank == 0 else (b"", None)
             sent = op.broadcast(text.decode())
             record = record or st.decode_record(sent.encode(), prefix)
@@ -517,7 +500,8 @@ class CheckpointLoader:
                 reads = reader.plan(match(reader))
                 op.gather(None)  # nothing changes anywhere before every rank has a plan
             with op.step("L4 read"):
-                meter = op.meter(sum(read.nbytes for read in reads))
+                total = sum(read.nbytes for read in reads)
+                meter = Meter(op.step_name, total, op.progress, op.poll)
                 if strategy == "broadcast" and op.world_size > 1:
                     read_once(op, reader, reads, meter)
                 else:
@@ -572,14 +556,13 @@ class Operation:
 
     committed = False  # on rank 0: what follows may not fail
     step_name = ""
-    _reachable = True  # until a gather itself has failed
     _doubt = 0  # 1: an error of this rank may follow from another rank's; 2: it does
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.coordinator.rank, self.coordinator.world_size
         self._deadline = time.monotonic() + self.timeout
-        numbers = getattr(self.coordinator, "global_ranks", range(self.world_size))
-        self._own_rank = {number: rank for rank, number in enumerate(numbers)}
+        # The rank in this operation, by the rank that a mesh counts.
+        self._own_rank = getattr(self.coordinator, "own_rank", range(self.world_size))
         self.seconds: dict[str, float] = {}
         self._torch = self.coordinator if isinstance(self.coordinator, TorchCoordinator) else None
         if self._torch:
@@ -601,10 +584,6 @@ class Operation:
         if self.cancel and self.cancel.is_set() and not self.committed:
             raise CheckpointException("cancelled", type=ExceptionType.CANCELLED)
 
-    def meter(self, total: int) -> Meter:
-        """Count this step's bytes on this rank."""
-        return Meter(self.step_name, total, self.progress, self.poll)
-
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Run a step; I5: what goes wrong in it is raised on all ranks."""
@@ -625,32 +604,32 @@ class Operation:
     def _fail(self, error: BaseException) -> None:
         """Raise the failure that all ranks agree on, which is this one or that of another rank.
 
-        An `error` that must end the process waits for nobody: then the failure is left for the others, and
-        this returns.
+        If `error` must end the process, return; a coordinator with a flag then lets this rank leave at once.
         """
         failure, ending = self._describe(error), not isinstance(error, Exception)
-        try:
-            if self._reachable and not (ending and self._torch):
-                if self._torch:
-                    self._torch.raise_flag()
-                self._gather({"failure": failure})
-        except OperationFailed as agreed:
+        if self._torch:
             if ending:
+                self._leave(failure)
                 return
-            raise agreed from error
-        except Exception as unreachable:
-            log.debug("could not tell the other ranks: %s", unreachable)
-            if failure["doubt"]:
-                failure = self._describe(unreachable)
-        # This rank leaves, and does not retry. So nobody may: its failure comes first.
+            self._torch.raise_flag()
+        self.cancel = None  # from now on this rank waits for the agreement
+        try:
+            self.gather(None, failure=failure)
+        except OperationFailed as agreed:
+            if not ending:
+                raise agreed from error
+
+    def _leave(self, failure: dict[str, Any]) -> OperationFailed:
+        """Leave a failure for the others to find, and return it.
+
+        This rank does not retry, so no other rank may: this failure comes before those of other ranks.
+        """
         failure |= {"retryable": False, "superseded": False, "doubt": -1}
         if self._torch:
-            with suppress(CheckpointException):
-                self._torch.leave({"failure": failure})
-        if not ending:
-            raise OperationFailed(failure) from error
+            self._torch.leave({"failure": failure})
+        return OperationFailed(failure)
 
-    def _describe(self, error: BaseException) -> dict[str, object]:
+    def _describe(self, error: BaseException) -> dict[str, Any]:
         kind, rank, text, step = f"{self.verb}_failed", self.rank, str(error), self.step_name[:2]
         if isinstance(error, CheckpointException):
             rank = rank if error.rank is None else error.rank
@@ -661,44 +640,57 @@ class Operation:
         else:
             kind = ExceptionType.STORAGE_ERROR.value if isinstance(error, OSError) else kind
             text = f"{type(error).__name__}: {text}"
-        if kind == ExceptionType.TIMEOUT.value and rank != self.rank and step in ("S1", "L1"):
+        late = kind == ExceptionType.TIMEOUT.value
+        if late and rank != self.rank and step in ("S1", "L1"):
             text += f"; {self.verb} is collective: every rank must call it"
         if step in ("L4", "L5"):
             text += "; tensors being loaded are undefined now: load again, or restart"
-        message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
+        text += f" (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else ""
         return {
             "type": kind,
             "rank": rank,
-            "message": message[: 1 << 16],
+            "message": text[: 1 << 16],
             "retryable": isinstance(error, self.retryable),
             "superseded": isinstance(error, Superseded),
-            # Who waits for a lost rank is late too. A rank that failed before may have removed a file.
-            "doubt": self._doubt
-            or int(kind == ExceptionType.TIMEOUT.value or isinstance(error, FileNotFoundError)),
+            # A rank that waits for a lost one is late too; a rank that failed before may have removed a file.
+            "doubt": self._doubt or int(late or isinstance(error, FileNotFoundError)),
         }
 
     def own_ranks(self, mesh: Sequence[int]) -> Shape:
         """The ranks of a mesh as this operation counts them; those that take no part in it are left out."""
         return tuple(sorted(self._own_rank[rank] for rank in mesh if rank in self._own_rank))
 
-    def remaining(self) -> float:
-        """Seconds until waits for other ranks end: the deadline and the grace."""
-        return max(0.05, self._deadline + GRACE_S - time.monotonic())
+    def gather(self, value: T, at_0: bool = False, failure: dict[str, Any] | None = None) -> list[T]:
+        """Gather all ranks' values, or raise the most certain failure.
 
-    def gather(self, value: T) -> list[T]:
-        """All ranks' values. All ranks run the same program, so all values have one type."""
-        return self._gather({"value": value})
+        All ranks run the same program, so all values have one type. `at_0`: other ranks than 0 may get none.
+        """
+        row = {"value": value} if failure is None else {"failure": failure}
+        rows, timeout = list[Any](), max(0.05, self._deadline + GRACE_S - time.monotonic())
+        try:
+            if self._torch:
+                rows += self._torch.all_gather(row, timeout, at_0, self._poll_cancel)
+            else:
+                rows += self.coordinator.all_gather(row, timeout=timeout)
+        except Exception as error:
+            if failure is None or failure["doubt"]:
+                failure = self._describe(error)
+            raise self._leave(failure) from error
+        if failures := [row["failure"] for row in rows if "failure" in row]:
+            raise OperationFailed(min(failures, key=lambda failure: failure["doubt"]))
+        return [row["value"] for row in rows]
 
     def gather_at_0(self, value: T) -> list[T]:
-        """All ranks' values on rank 0; elsewhere the coordinator may leave them out."""
-        return self._gather({"value": value}, at_0=True)
+        """Gather all ranks' values on rank 0."""
+        return self.gather(value, at_0=True)
 
     def broadcast(self, value: T | None) -> T:
-        """Rank 0's value."""
-        value_of_0: T = self._gather({"value": value if self.rank == 0 else None})[0]
+        """Return rank 0's value."""
+        values: list[Any] = self.gather(value if self.rank == 0 else None)
+        value_of_0: T = values[0]
         return value_of_0
 
-    def agree(self, request: Mapping[str, object]) -> None:
+    def agree(self, request: Request) -> None:
         """ValueError that names the first difference between what the ranks ask for."""
         first, *others = self.gather({"verb": self.verb, **request})
         for rank, other in enumerate(others, 1):
@@ -707,35 +699,21 @@ class Operation:
                     both = f"rank 0 has {first.get(key)!r}, rank {rank} has {other.get(key)!r}"
                     raise ValueError(f"ranks disagree about {key}: {both}")
 
-    def _gather(self, row: dict[str, object], at_0: bool = False) -> list[Any]:
-        """The values of all ranks' rows. OperationFailed if one is a failure, the most certain one."""
-        rows = list[Any]()
-        try:
-            if self._torch:
-                # A rank that has failed waits for the agreement, even if it is cancelled.
-                poll = self._poll_cancel if "value" in row else lambda: None
-                rows += self._torch.all_gather(row, self.remaining(), at_0, poll)
-            else:
-                rows += self.coordinator.all_gather(row, timeout=self.remaining())
-        except Exception:
-            self._reachable = False
-            raise
-        if failures := [row["failure"] for row in rows if "failure" in row]:
-            raise OperationFailed(min(failures, key=lambda failure: failure["doubt"]))
-        return [row["value"] for row in rows]
-
     def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
         """Bytes to and from every rank."""
         if not self._torch:
             rows = self.gather({rank: data.tobytes() for rank, data in outgoing.items()})
-            found = {rank: row[self.rank] for rank, row in enumerate(rows) if self.rank in row}
-            return {rank: np.frombuffer(bytearray(data), np.uint8) for rank, data in found.items()}
+            return {
+                rank: np.frombuffer(bytearray(row[self.rank]), np.uint8)
+                for rank, row in enumerate(rows)
+                if self.rank in row
+            }
         tables = self.gather({rank: len(data) for rank, data in outgoing.items()})
         if not any(tables):
             return {}
         incoming = [table.get(self.rank, 0) for table in tables]
         try:
-            return self._torch.all_to_all(outgoing, incoming, self.remaining(), self.poll)
+            return self._torch.all_to_all(outgoing, incoming, self.timeout + GRACE_S, self.poll)
         except RuntimeError as error:
             self._doubt = 1  # a rank that has died misses the next gather
             raise CheckpointException(f"gloo exchange failed: {error}") from error
@@ -898,7 +876,8 @@ class TorchCoordinator:
         ranks, own = dist.get_process_group_ranks(process_group or dist.group.WORLD), dist.get_rank()
         if own not in ranks:
             raise ValueError(f"rank {own} is not in the process group of ranks {ranks}")
-        self.rank, self.world_size, self.global_ranks = ranks.index(own), len(ranks), tuple(ranks)
+        self.own_rank = {number: rank for rank, number in enumerate(ranks)}
+        self.rank, self.world_size = self.own_rank[own], len(ranks)
         store = _own_connection(dist.distributed_c10d._get_default_store())
         name = "ckpt/" + hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         instance = store.add(f"{name}/made/{self.rank}", 1)
@@ -915,7 +894,8 @@ class TorchCoordinator:
 
     def raise_flag(self) -> None:
         """Have the other ranks go to their next gather at once."""
-        self._post(f"{self._operation}/flag", None)
+        with suppress(CheckpointException):  # which the next gather raises again
+            self._post(f"{self._operation}/flag", None)
 
     def flag_is_up(self) -> bool:
         return self._call(self._store.check, [f"{self._operation}/flag"])
@@ -954,11 +934,12 @@ class TorchCoordinator:
 
     def leave(self, row: dict[str, object]) -> None:
         """Post a row for the gather under way and for the next one, and raise the flag, without any wait."""
-        for step in (self._step, self._step + 1):
-            self._post(f"{self._operation}/{step}/{self.rank}", row)
-            if self.rank == 0:
-                self._post(f"{self._operation}/{step}/all", [row])
-        self.raise_flag()  # last: whoever sees it finds the row
+        with suppress(CheckpointException):
+            for step in (self._step, self._step + 1):
+                self._post(f"{self._operation}/{step}/{self.rank}", row)
+                if self.rank == 0:
+                    self._post(f"{self._operation}/{step}/all", [row])
+            self.raise_flag()  # last: whoever sees it finds the row
 
     def all_to_all(
         self, outgoing: Mapping[int, Bytes], incoming: Sequence[int], timeout: float, poll: Callable[[], None]
@@ -1880,7 +1861,7 @@ def write_own_file(
     views: Views,
     level: st.CompressionLevel,
     meter: Meter,
-) -> tuple[tuple[str, int, int, int], str | None]:
+) -> tuple[tuple[str, int, int, int], Ints | None]:
     """Write all of a rank's own file but for its sync.
 
     Returns name, length, header bytes and header CRC32, and the lengths of compressed pieces.
@@ -1898,7 +1879,7 @@ def write_own_file(
     if packed:
         crcs, stored = write_packed(file, len(header), parts, level, meter)
         rows = rows._replace(begin=np.cumsum(stored) - stored, length=stored)
-        data_bytes, lengths = int(stored.sum()), st.pack_ints(stored)
+        data_bytes, lengths = int(stored.sum()), stored
         entries = dataclasses.replace(plan, pieces=rows).entries(index)
         header = st.encode_header(entries, data_bytes, len(header))
     else:
