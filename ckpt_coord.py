@@ -11,14 +11,14 @@ Words: see the head of ckpt_storage.py (tensor, box, piece, unit, block, record,
     rank, world size   of the processes that save or load together
     replica            a copy of a piece that another rank holds too
     mesh               the ranks among which a DTensor is distributed; its placements say how
-    gather             every rank gives a value, and gets the values of all
+    gather             every rank gives a value, and gets the values of all ranks
 
 The save protocol (`CheckpointCoordinator.coordinate_save`). The checkpoint exists from the rename in S6 on:
 
     step        | who    | what                                                            | a crash leaves
     S1 agree    | all    | same prefix and options on every rank; rank 0 draws the save id | nothing
     S2 collect  | each   | state dicts -> the pieces that this rank holds                  | nothing
-    S3 plan     | all    | replicas are compared; rank 0 makes fence and table              | fence and files
+    S3 plan     | all    | replicas are compared; rank 0 makes fence and table             | fence and files
     S4 write    | each   | its rows, a CRC32 for each unit in the same pass, fsync         | fence and files
     S5 report   | all    | lengths and CRCs to rank 0                                      | fence and files
     S6 commit   | rank 0 | fsync directories, write and fsync the record, RENAME, fsync    | old or new, whole
@@ -131,7 +131,7 @@ __all__ = [
     "TorchCoordinator",
 ]
 
-GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only missing ranks are named
+GRACE_S = 1.0  # after a deadline: in it the remaining ranks answer, so that only missing ranks are named
 STORE_BYTES = 4 << 20  # the most in one value: over twice that, a TCPStore drops the connection
 SPLIT_BYTES = 1 << 20  # replicas are shared out in parts of at least this
 SMALL_BYTES = 64 << 10  # smaller pieces lie together: every rank wants some, and would read a unit for each
@@ -150,10 +150,10 @@ class CheckpointFormat(enum.Enum):
     CONSOLIDATED = "consolidated"
 
 
-# What a rank reports in S5. Of the whole file: CRC32s of units, by the number of the block that they are in.
-# Of its own file: the row of the record, and the lengths of compressed pieces.
-# A rank's request, the same on all of them: plain values, so that they can be compared.
+# What the user wants, the same on every rank: plain values, so that ranks can compare them.
 Request = dict[str, Any]
+# What a rank reports in S5. Of the whole file: the CRC32s of units, by the number of their block. Of its own
+# file: the row of the record, and the lengths of compressed pieces.
 Report = tuple[dict[str, list[int]], tuple[tuple[str, int, int, int], Ints | None] | None]
 
 
@@ -164,9 +164,9 @@ class CheckpointCoordinator:
     coordinator: DistributedCoordinator
     storage: st.CheckpointStorage
     keep_last: int | None = None  # how many checkpoints stay
-    # Which checkpoints stay, of those that it is given, oldest first.
+    # Given all checkpoints, oldest first, it returns the prefixes of those that stay.
     retain: Callable[[Sequence[CheckpointMetadata]], Iterable[str]] | None = None
-    # Sets of names that a warning has said to be kept per rank.
+    # Sets of names that a warning has named as kept per rank.
     warned: set[tuple[str, ...]] = field(default_factory=set)
 
     bytes_written = 0  # by this rank in the last save
@@ -181,8 +181,8 @@ class CheckpointCoordinator:
         "verify_replicas", "contents" (which arguments were given) and "custom_metadata".
 
         Blocks until the checkpoint is committed and announced. `OperationFailed` on all ranks if nothing was
-        committed, with this save's files removed again. Once S6 has renamed the record, the save has
-        succeeded, whatever happens to a rank: what goes wrong then is a warning.
+        committed; then this save's files are removed. Once S6 has renamed the record, the save has succeeded,
+        whatever happens to a rank: an error after that is a warning.
         """
         self.warnings, ticket, superseded = list[str](), None, list[str]()
         try:
@@ -203,13 +203,13 @@ class CheckpointCoordinator:
 
     # S1
     def agree(self, op: Operation, request: Callable[[], Request]) -> CheckpointMetadata:
-        """Check that all ranks want the same save. Return its record, whose tables are empty yet."""
+        """Check that all ranks request the same save. Return its record, whose tables are still empty."""
         with op.step("S1 agree"):
-            self.asked = asked = request()
-            op.agree(asked)
-            drawn = self._draw(asked["prefix"]) if op.rank == 0 else None
+            self.request = request()
+            op.agree(self.request)
+            drawn = self._draw(self.request["prefix"]) if op.rank == 0 else None
             prefix, save_id, sequence, now = op.broadcast(drawn)
-            form, level, custom = asked["format"], asked["compression"], asked["custom_metadata"]
+            form, level, custom = (self.request[k] for k in ("format", "compression", "custom_metadata"))
             size, version = op.world_size, torch.__version__
             return CheckpointMetadata(
                 prefix, save_id, sequence, size, form, level, version, now, custom, (), (), NO_PIECES
@@ -221,21 +221,20 @@ class CheckpointCoordinator:
         taken = st.recorded_prefixes(self.storage, self.warnings.append)
         for other in taken:
             with nullcontext() if other == prefix else st.skipping(other, self.warnings.append):
-                # An unreadable record may have this number or a higher one. Readable again, it may count as
-                # newer.
+                # A record that cannot be read now may have a higher number: it may count as newer later.
                 if head := st.record_head(self.storage, other):
                     sequence = max(sequence, head.sequence)
         if prefix is None:
             name = now.strftime("checkpoint_%Y%m%d_%H%M%S")
             names = [name, *(f"{name}_{count}" for count in range(1, len(taken) + 2))]
             prefix = next(name for name in names if name not in taken)
-        elif prefix in taken and not self.asked["overwrite"]:
+        elif prefix in taken and not self.request["overwrite"]:
             raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
         return prefix, secrets.token_hex(4), sequence + 1, now.isoformat()
 
     # S2
     def collect(self, op: Operation, collect: Callable[[], ShardData]) -> ShardData:
-        """Collect what this rank stores. A rank outside of a DTensor's mesh has no part of it."""
+        """Collect what this rank holds. A rank outside of a DTensor's mesh has no part of it."""
         with op.step("S2 collect"):
             data = collect()
             tensors = [t._replace(mesh=op.own_ranks(t.mesh)) for t in data.tensors]
@@ -245,15 +244,15 @@ class CheckpointCoordinator:
     def plan(
         self, op: Operation, ticket: CheckpointMetadata, data: ShardData
     ) -> tuple[CheckpointMetadata, Pieces]:
-        """Make the table on rank 0, then the fence, then whole files; no file exists before its fence.
+        """Make the table on rank 0, then the fence, then the whole file; no file exists before its fence.
 
-        Return the plan, on other ranks than 0 with the rows that they need, and which rank gives which boxes
-        to whole files.
+        Return the plan, and which rank gives which boxes to the whole file. Ranks other than 0 get only the
+        rows that they need.
         """
         with op.step("S3 plan"):
             holdings = gather_holdings(op, data)
             if op.world_size > 1:
-                self._compare_replicas(op, self.asked, data, holdings)
+                self._compare_replicas(op, self.request, data, holdings)
             if not holdings:
                 return unpack_plan(op.broadcast(None), ticket, op.rank)
             plan, sources = lay_out(holdings, ticket, CheckpointFormat(ticket.format), op.world_size)
@@ -293,7 +292,7 @@ class CheckpointCoordinator:
 
     # S4
     def write(self, op: Operation, plan: CheckpointMetadata, sources: Pieces, data: ShardData) -> Report:
-        """Write this rank's blocks of the whole file, which is the plan's first one, and its own file."""
+        """Write this rank's blocks of the whole file, which is the plan's first file, and its own file."""
         with op.step("S4 write"):
             views, level = views_by_index(op, plan, data), st.CompressionLevel(plan.compression)
             own = -1 if plan.format == "single_file" else len(plan.shards) - op.world_size + op.rank
@@ -320,7 +319,7 @@ class CheckpointCoordinator:
 
     # S5
     def report(self, op: Operation, plan: CheckpointMetadata, written: Report) -> CheckpointMetadata:
-        """Return the record on rank 0: the plan with lengths, CRCs and the whole file's header."""
+        """Write the whole file's header, and return the record, on rank 0. Elsewhere return the plan."""
         with op.step("S5 report"):
             reports = op.gather_at_0(written)
             if op.rank != 0:
@@ -361,7 +360,7 @@ class CheckpointCoordinator:
             superseded = [name for save_id, name in files if old and save_id == old.save_id]
             try:
                 # The instant of commit.
-                self.storage.publish(fence, st.record_name(prefix), self.asked["overwrite"])
+                self.storage.publish(fence, st.record_name(prefix), self.request["overwrite"])
             except OSError as error:  # a rename that reports an error may have happened: the record tells
                 if not self._is_recorded(record):
                     if isinstance(error, FileExistsError):
@@ -384,7 +383,7 @@ class CheckpointCoordinator:
             op.gather(None)
 
     def clean_up(self, record: CheckpointMetadata, superseded: Sequence[str]) -> None:
-        """Delete the replaced files, and checkpoints that are not to be kept. An error is a warning."""
+        """Delete the replaced files, and the checkpoints that are not kept. An error is a warning."""
         kept = {t.name for t in record.tensors if t.rank is not None} - {"rng/state", "optimizer/state"}
         if kept and (names := tuple(sorted(kept))) not in self.warned:
             self.warned.add(names)
@@ -399,7 +398,7 @@ class CheckpointCoordinator:
             self.warnings.append(f"committed, but not all that should go is gone: {error!r}")
 
     def _retain(self, newest: str) -> None:
-        """Delete the checkpoints that the user does not want any more; the new one always stays."""
+        """Delete the checkpoints that the user does not keep. The new one always stays."""
         known = st.list_committed(self.storage, self.warnings.append)
         prefixes = [meta.prefix for meta in known]
         kept = list(self.retain(known)) if self.retain else prefixes[-(self.keep_last or 1) :]
@@ -453,7 +452,7 @@ RESHARDING_STRATEGIES = ("parallel", "sequential", "broadcast")
 
 
 def committed(storage: st.CheckpointStorage, prefix: str) -> tuple[bytes, CheckpointMetadata]:
-    """`st.read_committed_record`, with LOAD_FAILED where there is no checkpoint of this name."""
+    """Call `st.read_committed_record`. LOAD_FAILED where there is no checkpoint of this name."""
     try:
         return st.read_committed_record(storage, prefix)
     except FileNotFoundError as error:
@@ -479,16 +478,16 @@ class CheckpointLoader:
     ) -> None:
         """Fill the targets that `match` returns, and `apply` them, on every rank. Collective.
 
-        Blocks until all ranks are done. `request` returns what all ranks must ask for alike, with "prefix"
-        and "strategy"; `match` changes nothing yet.
+        Blocks until all ranks are done. `request` returns "prefix", "strategy" and what else must be the same
+        on all ranks; `match` changes nothing yet.
 
         `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are
         undefined, and the message says so.
         """
         with op.step("L1 record"):
-            asked = request()
-            op.agree(asked)
-            prefix, strategy = asked["prefix"], asked["strategy"]
+            wanted = request()
+            op.agree(wanted)
+            prefix, strategy = wanted["prefix"], wanted["strategy"]
             text, record = committed(self.storage, prefix) if op.rank == 0 else (b"", None)
             sent = op.broadcast(text.decode())
             record = record or st.decode_record(sent.encode(), prefix)
@@ -541,10 +540,11 @@ class OperationFailed(Exception):
 class Operation:
     """One collective save or load, as one rank sees it.
 
-    All that ranks tell each other goes through `gather`, in the same order on every rank. A rank that fails
-    gives its failure instead of a value in its next gather. The others wait in that gather, or reach it
-    later; there all raise the failure. A coordinator with a flag (TorchCoordinator) makes the others come at
-    once. A rank that cannot wait any longer leaves its failure for the others to find.
+    Ranks exchange all values by `gather`, in the same order on every rank. A rank that fails gives a failure
+    instead of a value to its next gather. The others wait in that gather, or reach it later; there all ranks
+    raise the failure. TorchCoordinator also has a flag: when it is up, ranks go to their next gather at once.
+    A rank that cannot wait (interrupted, past the deadline, or cancelled while it waits) leaves its failure
+    for the others to find.
     """
 
     coordinator: DistributedCoordinator
@@ -556,12 +556,12 @@ class Operation:
 
     committed = False  # on rank 0: what follows may not fail
     step_name = ""
-    _doubt = 0  # 1: an error of this rank may follow from another rank's; 2: it does
+    _doubt = 0  # 1: an error of this rank may follow from another rank's error; 2: it does
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.coordinator.rank, self.coordinator.world_size
         self._deadline = time.monotonic() + self.timeout
-        # The rank in this operation, by the rank that a mesh counts.
+        # Map from the rank that a mesh names to the rank in this operation.
         self._own_rank = getattr(self.coordinator, "own_rank", range(self.world_size))
         self.seconds: dict[str, float] = {}
         self._torch = self.coordinator if isinstance(self.coordinator, TorchCoordinator) else None
@@ -571,8 +571,6 @@ class Operation:
     def poll(self) -> None:
         """Raise if cancelled or late, or if another rank has failed; called a few times a second."""
         self._poll_cancel()
-        if self.committed:
-            return
         if self._torch and self._torch.flag_is_up():
             self._doubt = 2
             raise CheckpointException("stopped by another rank, which did not say why")
@@ -586,7 +584,7 @@ class Operation:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Run a step; I5: what goes wrong in it is raised on all ranks."""
+        """Run a step. I5: an error in it is raised on all ranks."""
         self.step_name, started = name, time.monotonic()
         try:
             if not name.startswith("S7"):  # a commit is announced, however late
@@ -604,7 +602,7 @@ class Operation:
     def _fail(self, error: BaseException) -> None:
         """Raise the failure that all ranks agree on, which is this one or that of another rank.
 
-        If `error` must end the process, return; a coordinator with a flag then lets this rank leave at once.
+        Return if `error` must end the process: then the caller raises it, with TorchCoordinator at once.
         """
         failure, ending = self._describe(error), not isinstance(error, Exception)
         if self._torch:
@@ -622,7 +620,7 @@ class Operation:
     def _leave(self, failure: dict[str, Any]) -> OperationFailed:
         """Leave a failure for the others to find, and return it.
 
-        This rank does not retry, so no other rank may: this failure comes before those of other ranks.
+        This rank does not retry, so no other rank may: this failure wins over those of other ranks.
         """
         failure |= {"retryable": False, "superseded": False, "doubt": -1}
         if self._torch:
@@ -657,21 +655,25 @@ class Operation:
         }
 
     def own_ranks(self, mesh: Sequence[int]) -> Shape:
-        """The ranks of a mesh as this operation counts them; those that take no part in it are left out."""
+        """Return the ranks of a mesh as ranks of this operation, without those that take no part in it."""
         return tuple(sorted(self._own_rank[rank] for rank in mesh if rank in self._own_rank))
 
-    def gather(self, value: T, at_0: bool = False, failure: dict[str, Any] | None = None) -> list[T]:
-        """Gather all ranks' values, or raise the most certain failure.
+    def _remaining(self) -> float:
+        """Return the seconds until waits for other ranks end, at the deadline and the grace."""
+        return max(0.05, self._deadline + GRACE_S - time.monotonic())
 
-        All ranks run the same program, so all values have one type. `at_0`: other ranks than 0 may get none.
+    def gather(self, value: T, at_0: bool = False, failure: dict[str, Any] | None = None) -> list[T]:
+        """Return all ranks' values, or raise the most certain failure.
+
+        All ranks run the same program, so all values have one type. `at_0`: ranks other than 0 may get none.
         """
         row = {"value": value} if failure is None else {"failure": failure}
-        rows, timeout = list[Any](), max(0.05, self._deadline + GRACE_S - time.monotonic())
+        rows = list[Any]()
         try:
             if self._torch:
-                rows += self._torch.all_gather(row, timeout, at_0, self._poll_cancel)
+                rows += self._torch.all_gather(row, self._remaining(), at_0, self._poll_cancel)
             else:
-                rows += self.coordinator.all_gather(row, timeout=timeout)
+                rows += self.coordinator.all_gather(row, timeout=self._remaining())
         except Exception as error:
             if failure is None or failure["doubt"]:
                 failure = self._describe(error)
@@ -681,7 +683,7 @@ class Operation:
         return [row["value"] for row in rows]
 
     def gather_at_0(self, value: T) -> list[T]:
-        """Gather all ranks' values on rank 0."""
+        """Return all ranks' values on rank 0."""
         return self.gather(value, at_0=True)
 
     def broadcast(self, value: T | None) -> T:
@@ -691,7 +693,7 @@ class Operation:
         return value_of_0
 
     def agree(self, request: Request) -> None:
-        """ValueError that names the first difference between what the ranks ask for."""
+        """Check that all ranks have the same request. ValueError that names the first difference."""
         first, *others = self.gather({"verb": self.verb, **request})
         for rank, other in enumerate(others, 1):
             for key in {**first, **other}:
@@ -700,7 +702,7 @@ class Operation:
                     raise ValueError(f"ranks disagree about {key}: {both}")
 
     def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
-        """Bytes to and from every rank."""
+        """Send bytes to ranks, and return the bytes that each rank has sent to this one."""
         if not self._torch:
             rows = self.gather({rank: data.tobytes() for rank, data in outgoing.items()})
             return {
@@ -713,7 +715,7 @@ class Operation:
             return {}
         incoming = [table.get(self.rank, 0) for table in tables]
         try:
-            return self._torch.all_to_all(outgoing, incoming, self.timeout + GRACE_S, self.poll)
+            return self._torch.all_to_all(outgoing, incoming, self._remaining(), self.poll)
         except RuntimeError as error:
             self._doubt = 1  # a rank that has died misses the next gather
             raise CheckpointException(f"gloo exchange failed: {error}") from error
@@ -721,7 +723,7 @@ class Operation:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection. Steps make many objects but no cycles; it would double the time of a plan."""
+    """Pause garbage collection. Steps make many objects and no cycles; it would double the time of a plan."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -735,7 +737,8 @@ def no_garbage_collection() -> Iterator[None]:
 class RetryPolicy:
     """When to try again.
 
-    `max_retries` attempts in all, waiting `initial_delay` s, growing by `backoff_factor`.
+    There are `max_retries` attempts in all. The delay between them starts at `initial_delay` seconds, and
+    grows by `backoff_factor`.
     """
 
     max_retries: int = 3
@@ -746,7 +749,7 @@ class RetryPolicy:
     retryable_exceptions: tuple[type[BaseException], ...] = (OSError,)
 
     def delay(self, attempt: int) -> float:
-        """Seconds to wait after failed attempt number `attempt` (from 0)."""
+        """Return the seconds to wait after failed attempt number `attempt` (from 0)."""
         base = min(self.max_delay, self.initial_delay * self.backoff_factor**attempt)
         return base * (1 + random.uniform(-self.jitter, self.jitter))
 
@@ -761,8 +764,8 @@ class FaultToleranceHandler:
     def execute_with_retry(self, function: Callable[[], T], cancel: threading.Event | None = None) -> T:
         """Call `function` until it succeeds, the policy ends the attempts, or an error is not retryable.
 
-        A collective operation fails as `OperationFailed`, whose verdict all ranks share: they all retry, or
-        none. If it was cancelled, the next attempt tells all ranks.
+        `OperationFailed` is the same on all ranks: they all retry, or none does. A cancelled operation is
+        retried too, so that all ranks fail alike.
         """
         policy, cancel = self.retry_policy, cancel or threading.Event()
         for attempt in range(policy.max_retries - 1):
@@ -778,17 +781,14 @@ class FaultToleranceHandler:
         return function()
 
     def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
-        """Call `function` in a thread.
-
-        TIMEOUT if it takes longer than `timeout` seconds (it may go on in the background).
-        """
+        """Call `function` in a thread. TIMEOUT after `timeout` seconds; the thread may go on."""
         result = in_thread(function)
         if not wait([result], timeout).done:
             raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT)
         return result.result()
 
     def rollback(self, checkpoint_prefix: str) -> None:
-        """Delete a checkpoint, committed or not: record first, then its files.
+        """Delete a checkpoint, committed or not: the record, then its files.
 
         FileNotFoundError where there is none.
         """
@@ -818,33 +818,30 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
 
 @runtime_checkable
 class DistributedCoordinator(Protocol):
-    """How ranks talk. Values are what `encode_value` takes.
+    """How ranks exchange values, which are those that `encode_value` takes.
 
-    Every wait ends at `timeout` (seconds) with TIMEOUT.
-
-    All methods are collective: every rank calls them, in the same order.
+    All methods are collective: every rank calls them, in the same order. Each ends at `timeout` (seconds)
+    with TIMEOUT. A class that derives from this one needs `rank`, `world_size` and `all_gather` only.
     """
 
     @property
     def rank(self) -> int: ...
     @property
     def world_size(self) -> int: ...
-    def barrier(self, timeout: float = 600.0) -> None: ...
-    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object: ...
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]: ...
 
+    def barrier(self, timeout: float = 600.0) -> None:
+        self.all_gather(None, timeout)
 
-class LocalCoordinator:
+    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
+        return self.all_gather(value if self.rank == src else None, timeout)[src]
+
+
+class LocalCoordinator(DistributedCoordinator):
     """One process: rank 0 of 1."""
 
     rank = 0
     world_size = 1
-
-    def barrier(self, timeout: float = 600.0) -> None:
-        """Nothing to wait for."""
-
-    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
-        return value
 
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
         return [value]
@@ -860,13 +857,15 @@ def _own_connection(store: Store) -> Store:
     return store.clone() if hasattr(store, "clone") else store
 
 
-class TorchCoordinator:
+class TorchCoordinator(DistributedCoordinator):
     """The ranks of a `torch.distributed` process group. Creating one is collective over that group.
 
-    Control goes over keys of the rendezvous store: it can tell who is missing, and survives a timeout. Bulk
-    bytes go over a private gloo group, also where training runs on NCCL; an operation makes one when it first
-    needs it.
+    Values go over keys of the rendezvous store, which shows which ranks are missing, and survives a timeout.
+    Bulk bytes go over a private gloo group, also where training runs on NCCL; an operation makes one when it
+    first needs it.
     """
+
+    rank = world_size = 0  # instead of properties
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_initialized():
@@ -900,12 +899,6 @@ class TorchCoordinator:
     def flag_is_up(self) -> bool:
         return self._call(self._store.check, [f"{self._operation}/flag"])
 
-    def barrier(self, timeout: float = 600.0) -> None:
-        self.all_gather(None, timeout)
-
-    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
-        return self.all_gather(value if self.rank == src else None, timeout)[src]
-
     def all_gather(
         self,
         value: object,
@@ -913,9 +906,9 @@ class TorchCoordinator:
         at_0: bool = False,
         poll: Callable[[], None] = lambda: None,
     ) -> list[Any]:
-        """All ranks' values in two hops: every rank posts, rank 0 collects and posts the whole.
+        """Return all ranks' values, in two hops: every rank posts its own, rank 0 collects and posts all.
 
-        `at_0`: other ranks than 0 get only the rows that are failures. `poll` runs in waits, and may raise.
+        `at_0`: ranks other than 0 get only the rows that are failures. `poll` runs in waits, and may raise.
         """
         self._step += 1
         step, before = f"{self._operation}/{self._step}", len(self._posted)
@@ -944,9 +937,9 @@ class TorchCoordinator:
     def all_to_all(
         self, outgoing: Mapping[int, Bytes], incoming: Sequence[int], timeout: float, poll: Callable[[], None]
     ) -> dict[int, Bytes]:
-        """Send bytes to ranks and receive `incoming[rank]` bytes from each.
+        """Send bytes to ranks, and receive `incoming[rank]` bytes from each. RuntimeError from gloo.
 
-        RuntimeError from gloo. `poll` runs meanwhile, and raises at the deadline or before.
+        `poll` runs in waits; it must raise at the deadline.
         """
         limit = datetime.timedelta(seconds=timeout)
         _in_flight[:] = [(work, buffers) for work, buffers in _in_flight if not work.is_completed()]
@@ -984,7 +977,7 @@ class TorchCoordinator:
             self._posted.append(part_key)
 
     def _get(self, key: str, text: bytes) -> Any:
-        """The value of which `text` is the first part."""
+        """Return the value of which `text` is the first part."""
         part = text
         while len(part) == STORE_BYTES:
             part = self._call(self._store.get, f"{key}+{len(text)}")
@@ -994,7 +987,7 @@ class TorchCoordinator:
     def _await(
         self, keys: list[str], posts: Sequence[str], timeout: float, poll: Callable[[], None]
     ) -> list[Any]:
-        """The values of `keys`, once they are there; TIMEOUT names the ranks whose `posts` are not."""
+        """Wait for `keys`, and return their values. TIMEOUT names the ranks without their `posts`."""
         deadline, pause = time.monotonic() + timeout, 0.0003
         while not self._call(self._store.check, keys):
             poll()
