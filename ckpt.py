@@ -656,7 +656,7 @@ class DistributedCheckpoint:
     def _save(self, given: Given[SaveOptions], collect: Callable[[], ShardData]) -> str:
         started, options = time.monotonic(), given.options
 
-        def request() -> coord.Request:
+        def request() -> coord.Message:
             given.check()
             contents = ("optimizer",) * (given.optimizer is not None and options.include_optimizer)
             contents += ("rng",) * options.include_rng_state + tuple(sorted(given.extra_state))

@@ -150,8 +150,8 @@ class CheckpointFormat(enum.Enum):
     CONSOLIDATED = "consolidated"
 
 
-# What the user wants, the same on every rank: plain values, so that ranks can compare them.
-Request = dict[str, Any]
+# Plain values that ranks send each other: what the user requests, or how an operation failed.
+Message = dict[str, Any]
 # What a rank reports in S5. Of the whole file: the CRC32s of units, by the number of their block. Of its own
 # file: the row of the record, and the lengths of compressed pieces.
 Report = tuple[dict[str, list[int]], tuple[tuple[str, int, int, int], Ints | None] | None]
@@ -173,7 +173,7 @@ class CheckpointCoordinator:
     size_bytes = 0  # of the last checkpoint, on rank 0
 
     def coordinate_save(
-        self, op: Operation, request: Callable[[], Request], collect: Callable[[], ShardData]
+        self, op: Operation, request: Callable[[], Message], collect: Callable[[], ShardData]
     ) -> str:
         """Save what `collect` returns on every rank, and return the prefix. Collective.
 
@@ -184,7 +184,7 @@ class CheckpointCoordinator:
         committed; then this save's files are removed. Once S6 has renamed the record, the save has succeeded,
         whatever happens to a rank: an error after that is a warning.
         """
-        self.warnings, ticket, superseded = list[str](), None, list[str]()
+        self.warnings, ticket, superseded = list[str](), None, ""
         try:
             ticket = self.agree(op, request)  # S1
             data = self.collect(op, collect)  # S2
@@ -202,15 +202,15 @@ class CheckpointCoordinator:
         return ticket.prefix
 
     # S1
-    def agree(self, op: Operation, request: Callable[[], Request]) -> CheckpointMetadata:
+    def agree(self, op: Operation, request: Callable[[], Message]) -> CheckpointMetadata:
         """Check that all ranks request the same save. Return its record, whose tables are still empty."""
         with op.step("S1 agree"):
             self.request = request()
             op.agree(self.request)
             drawn = self._draw(self.request["prefix"]) if op.rank == 0 else None
             prefix, save_id, sequence, now = op.broadcast(drawn)
-            form, level, custom = (self.request[k] for k in ("format", "compression", "custom_metadata"))
-            size, version = op.world_size, torch.__version__
+            form, level, size = self.request["format"], self.request["compression"], op.world_size
+            version, custom = torch.__version__, self.request["custom_metadata"]
             return CheckpointMetadata(
                 prefix, save_id, sequence, size, form, level, version, now, custom, (), (), NO_PIECES
             )
@@ -266,7 +266,7 @@ class CheckpointCoordinator:
             return plan, sources
 
     def _compare_replicas(
-        self, op: Operation, asked: Request, data: ShardData, holdings: Holdings | None
+        self, op: Operation, asked: Message, data: ShardData, holdings: Holdings | None
     ) -> None:
         """Checksum what several ranks hold. Copies that differ are then kept per rank or mesh."""
         rows, asks = np.empty(0, np.int64), list[list[object]]()
@@ -346,18 +346,17 @@ class CheckpointCoordinator:
             return record
 
     # S6
-    def commit(self, op: Operation, record: CheckpointMetadata) -> list[str]:
-        """Commit on rank 0. Return the files of the checkpoint that this one has replaced."""
+    def commit(self, op: Operation, record: CheckpointMetadata) -> str:
+        """Commit on rank 0. Return the id of the save that this one has replaced for good, or ""."""
         with op.step("S6 commit"):
             if op.rank != 0:
-                return []
+                return ""
             prefix, fence = record.prefix, st.fence_name(record.prefix, record.save_id)
             self.storage.sync_directory(f"{prefix}/x")  # I2: the names of the files
             with closing(self.storage.open(fence, write=True)) as file:
                 file.write(0, memoryview(st.encode_record(record)))
                 file.sync()
-            old, files = st.record_head(self.storage, prefix), st.tensor_files(self.storage, prefix)
-            superseded = [name for save_id, name in files if old and save_id == old.save_id]
+            old = st.record_head(self.storage, prefix)
             try:
                 # The instant of commit.
                 self.storage.publish(fence, st.record_name(prefix), self.request["overwrite"])
@@ -373,8 +372,8 @@ class CheckpointCoordinator:
                 self.storage.sync_directory(st.record_name(prefix))
             except OSError as error:  # the rename may not be durable: the old checkpoint must stay whole
                 self.warnings.append(f"committed, but its directory could not be synced: {error}")
-                return []
-            return superseded
+                return ""
+            return old.save_id if old else ""
 
     # S7
     def announce(self, op: Operation) -> None:
@@ -382,16 +381,15 @@ class CheckpointCoordinator:
         with op.step("S7 announce"):
             op.gather(None)
 
-    def clean_up(self, record: CheckpointMetadata, superseded: Sequence[str]) -> None:
-        """Delete the replaced files, and the checkpoints that are not kept. An error is a warning."""
+    def clean_up(self, record: CheckpointMetadata, superseded: str) -> None:
+        """Delete the replaced save's files, and checkpoints that are not kept. An error is a warning."""
         kept = {t.name for t in record.tensors if t.rank is not None} - {"rng/state", "optimizer/state"}
         if kept and (names := tuple(sorted(kept))) not in self.warned:
             self.warned.add(names)
             what = "differ between ranks, or meshes of ranks, and are kept for each"
             self.warnings.append(f"{what}: {st.some(names, 20)}")
         try:
-            for name in superseded:  # I3: only now
-                self.storage.delete(name)
+            self._delete_files(record.prefix, superseded)  # I3: only now
             if self.keep_last is not None or self.retain is not None:
                 self._retain(record.prefix)
         except Exception as error:
@@ -420,13 +418,16 @@ class CheckpointCoordinator:
             self.storage.delete(st.fence_name(ticket.prefix, ticket.save_id))
             if self._is_recorded(ticket):
                 return True
-            for save_id, name in st.tensor_files(self.storage, ticket.prefix):
-                if save_id == ticket.save_id:
-                    self.storage.delete(name)
+            self._delete_files(ticket.prefix, ticket.save_id)
         except (OSError, CheckpointException) as error:
             # The failure that led to this one matters more; `gc` finds the rest.
             log.warning("%s: could not clean up after the failed save: %s", ticket.prefix, error)
         return False
+
+    def _delete_files(self, prefix: str, save_id: str) -> None:
+        for owner, name in st.tensor_files(self.storage, prefix):
+            if owner == save_id:
+                self.storage.delete(name)
 
     def _is_recorded(self, ticket: CheckpointMetadata) -> bool:
         """Return whether the record is this save's. OSError if it cannot be read."""
@@ -471,7 +472,7 @@ class CheckpointLoader:
     def coordinate_load(
         self,
         op: Operation,
-        request: Callable[[], Request],
+        request: Callable[[], Message],
         validate: Callable[[CheckpointReader], None],
         match: Callable[[CheckpointReader], list[Target]],
         apply: Callable[[], None],
@@ -524,7 +525,7 @@ class CheckpointLoader:
 class OperationFailed(Exception):
     """Every rank has agreed that the operation failed, and how. The API raises the public exception."""
 
-    def __init__(self, failure: Mapping[str, Any]) -> None:
+    def __init__(self, failure: Message) -> None:
         super().__init__(failure["message"])
         self.failure = failure  # as `Operation` describes it
 
@@ -617,7 +618,7 @@ class Operation:
             if not ending:
                 raise agreed from error
 
-    def _leave(self, failure: dict[str, Any]) -> OperationFailed:
+    def _leave(self, failure: Message) -> OperationFailed:
         """Leave a failure for the others to find, and return it.
 
         This rank does not retry, so no other rank may: this failure wins over those of other ranks.
@@ -627,7 +628,7 @@ class Operation:
             self._torch.leave({"failure": failure})
         return OperationFailed(failure)
 
-    def _describe(self, error: BaseException) -> dict[str, Any]:
+    def _describe(self, error: BaseException) -> Message:
         kind, rank, text, step = f"{self.verb}_failed", self.rank, str(error), self.step_name[:2]
         if isinstance(error, CheckpointException):
             rank = rank if error.rank is None else error.rank
@@ -662,7 +663,7 @@ class Operation:
         """Return the seconds until waits for other ranks end, at the deadline and the grace."""
         return max(0.05, self._deadline + GRACE_S - time.monotonic())
 
-    def gather(self, value: T, at_0: bool = False, failure: dict[str, Any] | None = None) -> list[T]:
+    def gather(self, value: T, at_0: bool = False, failure: Message | None = None) -> list[T]:
         """Return all ranks' values, or raise the most certain failure.
 
         All ranks run the same program, so all values have one type. `at_0`: ranks other than 0 may get none.
@@ -692,7 +693,7 @@ class Operation:
         value_of_0: T = values[0]
         return value_of_0
 
-    def agree(self, request: Request) -> None:
+    def agree(self, request: Message) -> None:
         """Check that all ranks have the same request. ValueError that names the first difference."""
         first, *others = self.gather({"verb": self.verb, **request})
         for rank, other in enumerate(others, 1):
@@ -925,7 +926,7 @@ class TorchCoordinator(DistributedCoordinator):
             self._call(self._store.delete_key, key)
         return values
 
-    def leave(self, row: dict[str, object]) -> None:
+    def leave(self, row: Message) -> None:
         """Post a row for the gather under way and for the next one, and raise the flag, without any wait."""
         with suppress(CheckpointException):
             for step in (self._step, self._step + 1):
@@ -942,7 +943,7 @@ class TorchCoordinator(DistributedCoordinator):
         `poll` runs in waits; it must raise at the deadline.
         """
         limit = datetime.timedelta(seconds=timeout)
-        _in_flight[:] = [(work, buffers) for work, buffers in _in_flight if not work.is_completed()]
+        _in_flight[:] = [kept for kept in _in_flight if not kept[0].is_completed()]
         if self._group is None:
 
             def make() -> dist.ProcessGroupGloo:  # waits until every rank makes it
@@ -993,7 +994,7 @@ class TorchCoordinator(DistributedCoordinator):
             poll()
             if time.monotonic() > deadline:
                 late = [rank for rank, key in enumerate(posts) if not self._call(self._store.check, [key])]
-                late = late or [0]  # all have posted: then rank 0 has not handed out the whole
+                late = late or [0]  # all have posted: then rank 0 has not posted the whole
                 message = f"no answer from rank(s) {st.some(late, 20)} of {self.world_size} by the deadline"
                 raise CheckpointException(message, type=ExceptionType.TIMEOUT, rank=late[0])
             time.sleep(pause)
