@@ -635,7 +635,7 @@ class DistributedCheckpoint:
                 except coord.OperationFailed as failed:
                     self.logger.debug("an attempt failed: %s", failed)
                     if not (
-                        again and failed.superseded
+                        again and failed.failure["superseded"]
                     ):  # a save has replaced what was read: once more, for that
                         raise
             raise AssertionError("the loop returns or raises")
@@ -657,36 +657,33 @@ class DistributedCheckpoint:
     def _save(self, given: Given[SaveOptions], collect: Callable[[], ShardData]) -> str:
         started, options = time.monotonic(), given.options
 
-        def request() -> coord.SaveRequest:
+        def request() -> coord.Message:
             given.check()
             contents = ("optimizer",) * (given.optimizer is not None and options.include_optimizer)
             contents += ("rng",) * options.include_rng_state + tuple(sorted(given.extra_state))
-            form, level = CheckpointFormat(options.format), CompressionLevel(options.compression_level)
-            return coord.SaveRequest(
-                options.checkpoint_prefix,
-                form,
-                level,
-                options.overwrite,
-                options.replicas == "verify",
-                contents,
-                options.custom_metadata,
-            )
+            return {
+                "prefix": options.checkpoint_prefix,
+                "format": CheckpointFormat(options.format).value,
+                "compression": CompressionLevel(options.compression_level).value,
+                "overwrite": options.overwrite,
+                "verify_replicas": options.replicas == "verify",
+                "contents": contents,
+                "custom_metadata": dict(options.custom_metadata),
+            }
 
         retain = self.retain
         chosen = None if retain is None else lambda metas: retain([CheckpointInfo.of(meta) for meta in metas])
         saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, chosen, self._warned)
         save = functools.partial(saver.coordinate_save, request=request, collect=collect)
-        result, op = self._run(given, "save", save)
-        for warning in dict.fromkeys(result.warnings):
-            self.logger.warning("%s: %s", result.prefix, warning)
-        own, whole = result.bytes_written, result.size_bytes
-        self._log(
-            logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {result.prefix}", own, started, op
-        )
+        prefix, op = self._run(given, "save", save)
+        for warning in dict.fromkeys(saver.warnings):
+            self.logger.warning("%s: %s", prefix, warning)
+        own, whole = saver.bytes_written, saver.size_bytes
+        self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {prefix}", own, started, op)
         if op.rank == 0:
-            what = f"saved {result.prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
+            what = f"saved {prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
             self._log(logging.INFO, what, whole, started, op)
-        return result.prefix
+        return prefix
 
     def _collect(self, given: Given[SaveOptions]) -> ShardData:
         """S2: everything that this rank holds."""
@@ -763,7 +760,8 @@ class DistributedCheckpoint:
 
         def body(op: coord.Operation) -> Restore:
             restore = Restore(given, op, self.validator, isinstance(given.coordinator, LocalCoordinator))
-            loader.coordinate_load(op, restore)
+            steps = restore.validate, restore.match, restore.apply
+            loader.coordinate_load(op, restore.claim, *steps)
             return restore
 
         restored, op = self._run(given, "load", body)
@@ -1438,7 +1436,6 @@ class Restore:
         options = self.given.options
         with_optimizer = options.load_optimizer and self.given.optimizer is not None
         return {
-            "verb": "load",
             "prefix": options.checkpoint_prefix,
             "strategy": options.resharding_strategy,
             "fallback": options.fallback,
@@ -1628,15 +1625,11 @@ class Restore:
     def _decide(self) -> None:
         """Raise for misfits, or warn of them in loose mode. A name that no rank claims is unexpected."""
         taken = np.array(sorted(self._taken), np.int64)  # consecutive ones, where ranks have the same layout
-        rows = list(
-            map(coord.as_list, self.op.gather([sorted(self.unexpected), len(taken), st.pack_ints(taken)]))
-        )
-        unwanted = set.intersection(*(set(coord.as_list(names)) for names, _, _ in rows))
-        everywhere = {
-            i for _, count, packed in rows for i in st.unpack_ints(str(packed), int(str(count))).tolist()
-        }
-        self._warn_of_kept(everywhere)
-        self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(map(str, unwanted))]
+        rows = self.op.gather((sorted(self.unexpected), len(taken), st.pack_ints(taken)))
+        unwanted = set.intersection(*(set(names) for names, _, _ in rows))
+        everywhere = (st.unpack_ints(packed, count).tolist() for _, count, packed in rows)
+        self._warn_of_kept(set(itertools.chain(*everywhere)))
+        self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
         if self.given.options.strict_mode:
             self.errors += self.problems
         else:

@@ -11,14 +11,14 @@ Words: see the head of ckpt_storage.py (tensor, box, piece, unit, block, record,
     rank, world size   of the processes that save or load together
     replica            a copy of a piece that another rank holds too
     mesh               the ranks among which a DTensor is distributed; its placements say how
-    gather             every rank gives a value, and gets the values of all
+    gather             every rank gives a value, and gets the values of all ranks
 
 The save protocol (`CheckpointCoordinator.coordinate_save`). The checkpoint exists from the rename in S6 on:
 
     step        | who    | what                                                            | a crash leaves
     S1 agree    | all    | same prefix and options on every rank; rank 0 draws the save id | nothing
     S2 collect  | each   | state dicts -> the pieces that this rank holds                  | nothing
-    S3 plan     | all    | replicas are compared; rank 0 makes fence and table              | fence and files
+    S3 plan     | all    | replicas are compared; rank 0 makes fence and table             | fence and files
     S4 write    | each   | its rows, a CRC32 for each unit in the same pass, fsync         | fence and files
     S5 report   | all    | lengths and CRCs to rank 0                                      | fence and files
     S6 commit   | rank 0 | fsync directories, write and fsync the record, RENAME, fsync    | old or new, whole
@@ -72,8 +72,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -131,7 +131,7 @@ __all__ = [
     "TorchCoordinator",
 ]
 
-GRACE_S = 1.0  # past a deadline, for the living to say that they are: so that only missing ranks are named
+GRACE_S = 1.0  # after a deadline: in it the remaining ranks answer, so that only missing ranks are named
 STORE_BYTES = 4 << 20  # the most in one value: over twice that, a TCPStore drops the connection
 SPLIT_BYTES = 1 << 20  # replicas are shared out in parts of at least this
 SMALL_BYTES = 64 << 10  # smaller pieces lie together: every rank wants some, and would read a unit for each
@@ -150,179 +150,128 @@ class CheckpointFormat(enum.Enum):
     CONSOLIDATED = "consolidated"
 
 
-@dataclass(frozen=True)
-class SaveRequest:
-    """What all ranks must ask for alike; `prefix` None lets rank 0 make one up from the time."""
-
-    prefix: str | None
-    format: CheckpointFormat
-    compression: st.CompressionLevel
-    overwrite: bool
-    verify_replicas: bool
-    contents: tuple[str, ...]  # which arguments were given
-    custom_metadata: Mapping[str, object]
-
-    def claim(self) -> dict[str, object]:
-        """As a value to compare between ranks."""
-        plain = {
-            "format": self.format.value,
-            "compression": self.compression.value,
-            "contents": list(self.contents),
-        }
-        return {"verb": "save", **vars(self), **plain, "custom_metadata": dict(self.custom_metadata)}
+# Plain values that ranks send each other: what the user requests, or how an operation failed.
+Message = dict[str, Any]
+# What a rank reports in S5. Of the whole file: the CRC32s of units, by the number of their block. Of its own
+# file: the row of the record, and the lengths of compressed pieces.
+Report = tuple[dict[str, list[int]], tuple[tuple[str, int, int, int], Ints | None] | None]
 
 
-def demand_equal(claims: Sequence[object]) -> None:
-    """ValueError that names the first difference between what the ranks ask for."""
-    first = claims[0]
-    for rank, claim in enumerate(claims):
-        if claim != first and isinstance(claim, dict) and isinstance(first, dict):
-            key = next((k for k in [*first, *claim] if first.get(k) != claim.get(k)), "?")
-            raise ValueError(
-                f"ranks disagree about {key}: rank 0 has {first.get(key)!r}, "
-                f"rank {rank} has {claim.get(key)!r}"
-            )
-
-
-class SaveResult(NamedTuple):
-    """A committed save."""
-
-    prefix: str
-    warnings: list[str]
-    bytes_written: int  # by this rank
-    size_bytes: int  # of the whole checkpoint; 0 on other ranks than 0
-
-
+@dataclass
 class CheckpointCoordinator:
-    """Runs S1 to S7 on one rank.
+    """Runs S1 to S7 on one rank."""
 
-    `keep_last`: how many checkpoints stay; `retain`: which ones, of those that it is given, oldest first.
-    `warned`: sets of names that a warning has said to be kept per rank.
-    """
+    coordinator: DistributedCoordinator
+    storage: st.CheckpointStorage
+    keep_last: int | None = None  # how many checkpoints stay
+    # Given all checkpoints, oldest first, it returns the prefixes of those that stay.
+    retain: Callable[[Sequence[CheckpointMetadata]], Iterable[str]] | None = None
+    # Sets of names that a warning has named as kept per rank.
+    warned: set[tuple[str, ...]] = field(default_factory=set)
 
-    def __init__(
-        self,
-        coordinator: DistributedCoordinator,
-        storage: st.CheckpointStorage,
-        keep_last: int | None = None,
-        retain: Callable[[Sequence[CheckpointMetadata]], Iterable[str]] | None = None,
-        warned: set[tuple[str, ...]] | None = None,
-    ) -> None:
-        self.coordinator, self.storage, self.keep_last, self.retain = coordinator, storage, keep_last, retain
-        self.warned = set() if warned is None else warned
-        self.warnings: list[str] = []  # of the save under way
-        self.bytes_written = 0
+    bytes_written = 0  # by this rank in the last save
+    size_bytes = 0  # of the last checkpoint, on rank 0
 
     def coordinate_save(
-        self, op: Operation, request: Callable[[], SaveRequest], collect: Callable[[], ShardData]
-    ) -> SaveResult:
-        """Save what `collect` returns on every rank. Collective; blocks until committed and announced.
+        self, op: Operation, request: Callable[[], Message], collect: Callable[[], ShardData]
+    ) -> str:
+        """Save what `collect` returns on every rank, and return the prefix. Collective.
 
-        `OperationFailed` on all ranks if nothing was committed, with this save's files removed again. Once S6
-        has renamed the record, the save has succeeded, whatever happens to a rank: what goes wrong then is a
-        warning.
+        `request` returns "prefix" (None: made from the time), "format", "compression", "overwrite",
+        "verify_replicas", "contents" (which arguments were given) and "custom_metadata".
+
+        Blocks until the checkpoint is committed and announced. `OperationFailed` on all ranks if nothing was
+        committed; then this save's files are removed. Once S6 has renamed the record, the save has succeeded,
+        whatever happens to a rank: an error after that is a warning.
         """
-        self.warnings, ticket, asked = [], None, None
+        self.warnings, ticket, superseded = list[str](), None, ""
         try:
-            asked, ticket = self.agree(op, request)  # S1
+            ticket = self.agree(op, request)  # S1
             data = self.collect(op, collect)  # S2
-            plan, sources = self.plan(op, asked, ticket, data)  # S3
-            written = self.write(op, asked, plan, sources, data)  # S4
+            plan, sources = self.plan(op, ticket, data)  # S3
+            written = self.write(op, plan, sources, data)  # S4
             record = self.report(op, plan, written)  # S5
-            superseded = self.commit(op, asked, record)  # S6
-            self.announce(op, record, superseded)  # S7
-            return SaveResult(record.prefix, self.warnings, self.bytes_written, record.size_bytes())
+            superseded = self.commit(op, record)  # S6
+            self.announce(op)  # S7
         except BaseException as error:
             if ticket is None or not self._settle(op, ticket) or not isinstance(error, Exception):
                 raise
             self.warnings.append(f"committed, but not every rank may know: {error}")
-            return SaveResult(ticket.prefix, self.warnings, self.bytes_written, 0)
+        if op.committed:  # on rank 0
+            self.clean_up(record, superseded)
+        return ticket.prefix
 
     # S1
-    def agree(
-        self, op: Operation, request: Callable[[], SaveRequest]
-    ) -> tuple[SaveRequest, CheckpointMetadata]:
+    def agree(self, op: Operation, request: Callable[[], Message]) -> CheckpointMetadata:
+        """Check that all ranks request the same save. Return its record, whose tables are still empty."""
         with op.step("S1 agree"):
-            asked = request()
-            drawn = self._draw(op, asked) if op.rank == 0 else None
-            rows = list(map(Fields, op.gather({"claim": asked.claim(), "ticket": drawn})))
-            demand_equal([row.all["claim"] for row in rows])
-            prefix, save_id, sequence, timestamp = rows[0].array("ticket")
-            return asked, CheckpointMetadata(
-                prefix=str(prefix),
-                save_id=str(save_id),
-                sequence=int(str(sequence)),
-                world_size=op.world_size,
-                format=asked.format.value,
-                compression=asked.compression.value,
-                torch_version=torch.__version__,
-                timestamp=str(timestamp),
-                custom_metadata=asked.custom_metadata,
-                shards=(),
-                tensors=(),
-                pieces=NO_PIECES,
+            self.request = request()
+            op.agree(self.request)
+            drawn = self._draw(self.request["prefix"]) if op.rank == 0 else None
+            prefix, save_id, sequence, now = op.broadcast(drawn)
+            form, level, size = self.request["format"], self.request["compression"], op.world_size
+            version, custom = torch.__version__, self.request["custom_metadata"]
+            return CheckpointMetadata(
+                prefix, save_id, sequence, size, form, level, version, now, custom, (), (), NO_PIECES
             )
 
-    def _draw(self, op: Operation, asked: SaveRequest) -> list[object]:
-        """Prefix, save id, sequence number and time of a save."""
-        prefix, now, sequence = asked.prefix, datetime.datetime.now(datetime.timezone.utc), 0
+    def _draw(self, prefix: str | None) -> tuple[str, str, int, str]:
+        """Return prefix, save id, sequence number and time of a save."""
+        now, sequence = datetime.datetime.now(datetime.timezone.utc), 0
         taken = st.recorded_prefixes(self.storage, self.warnings.append)
         for other in taken:
             with nullcontext() if other == prefix else st.skipping(other, self.warnings.append):
-                # An unreadable record may have this number or a higher one: readable again, it may count as
-                # newer.
-                head = st.record_head(self.storage, other)
-                sequence = max(sequence, head.sequence if head else 0)
+                # A record that cannot be read now may have a higher number: it may count as newer later.
+                if head := st.record_head(self.storage, other):
+                    sequence = max(sequence, head.sequence)
         if prefix is None:
             name = now.strftime("checkpoint_%Y%m%d_%H%M%S")
             names = [name, *(f"{name}_{count}" for count in range(1, len(taken) + 2))]
             prefix = next(name for name in names if name not in taken)
-        elif prefix in taken and not asked.overwrite:
+        elif prefix in taken and not self.request["overwrite"]:
             raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
-        return [prefix, secrets.token_hex(4), sequence + 1, now.isoformat()]
+        return prefix, secrets.token_hex(4), sequence + 1, now.isoformat()
 
     # S2
     def collect(self, op: Operation, collect: Callable[[], ShardData]) -> ShardData:
+        """Collect what this rank holds. A rank outside of a DTensor's mesh has no part of it."""
         with op.step("S2 collect"):
             data = collect()
             tensors = [t._replace(mesh=op.own_ranks(t.mesh)) for t in data.tensors]
-            # A rank outside of a DTensor's mesh has nothing to tell of it.
             return data._replace(tensors=mark_tied([t for t in tensors if not t.mesh or op.rank in t.mesh]))
 
     # S3
     def plan(
-        self, op: Operation, asked: SaveRequest, ticket: CheckpointMetadata, data: ShardData
+        self, op: Operation, ticket: CheckpointMetadata, data: ShardData
     ) -> tuple[CheckpointMetadata, Pieces]:
-        """The table, on other ranks than 0 with the rows that they need.
+        """Make the table on rank 0, then the fence, then the whole file; no file exists before its fence.
 
-        And who gives which boxes to whole files.
+        Return the plan, and which rank gives which boxes to the whole file. Ranks other than 0 get only the
+        rows that they need.
         """
         with op.step("S3 plan"):
             holdings = gather_holdings(op, data)
             if op.world_size > 1:
-                self._compare_replicas(op, asked, data, holdings)
-            if holdings:
-                plan, sources = lay_out(holdings, ticket, asked.format, op.world_size)
-                self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
-                for index, shard in enumerate(plan.shards):
-                    if shard.header_bytes:
-                        with closing(self.storage.create(plan.shard_path(index))) as file:
-                            file.resize(shard.length)
-                if asked.compression is not st.CompressionLevel.NONE and plan.shards[0].header_bytes:
-                    self.warnings.append(
-                        f"{plan.shards[0].file} is not compressed: other readers could not read it"
-                    )
-                op.broadcast(pack_plan(plan, sources))
-                return plan, sources
-            return unpack_plan(op.broadcast(None), ticket, op.rank)
+                self._compare_replicas(op, self.request, data, holdings)
+            if not holdings:
+                return unpack_plan(op.broadcast(None), ticket, op.rank)
+            plan, sources = lay_out(holdings, ticket, CheckpointFormat(ticket.format), op.world_size)
+            self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
+            if (whole := plan.shards[0]).header_bytes:
+                with closing(self.storage.create(plan.shard_path(0))) as file:
+                    file.resize(whole.length)
+                if plan.compression != "none":
+                    self.warnings.append(f"{whole.file} is not compressed: other readers could not read it")
+            op.broadcast(pack_plan(plan, sources))
+            return plan, sources
 
     def _compare_replicas(
-        self, op: Operation, asked: SaveRequest, data: ShardData, holdings: Holdings | None
+        self, op: Operation, asked: Message, data: ShardData, holdings: Holdings | None
     ) -> None:
         """Checksum what several ranks hold. Copies that differ are then kept per rank or mesh."""
         rows, asks = np.empty(0, np.int64), list[list[object]]()
         if holdings:
-            rows, on_device = holdings.replicas(asked.verify_replicas)
+            rows, on_device = holdings.replicas(asked["verify_replicas"])
             members = holdings.members.take(rows)
             edges = np.searchsorted(members.rank, np.arange(op.world_size + 1)).tolist()
             for low, high in itertools.pairwise(edges):
@@ -342,179 +291,152 @@ class CheckpointCoordinator:
             holdings.check_steps()
 
     # S4
-    def write(
-        self, op: Operation, asked: SaveRequest, plan: CheckpointMetadata, sources: Pieces, data: ShardData
-    ) -> list[object]:
-        """What rank 0 has to know of the files that this rank has written: of its own, and of whole ones."""
+    def write(self, op: Operation, plan: CheckpointMetadata, sources: Pieces, data: ShardData) -> Report:
+        """Write this rank's blocks of the whole file, which is the plan's first file, and its own file."""
         with op.step("S4 write"):
-            views = views_by_index(op, plan, data)
-            whole = [index for index, shard in enumerate(plan.shards) if shard.header_bytes]
-            own = len(plan.shards) - op.world_size + op.rank if len(plan.shards) > len(whole) else None
-            writers = [WholeFile(op, plan, index, sources, views) for index in whole]
-            total = sum(writer.nbytes for writer in writers)
-            rows = plan.pieces.take(plan.pieces.file == own) if own is not None else NO_PIECES
-            if len(rows.file):
-                packed = asked.compression is not st.CompressionLevel.NONE
-                sizes = rows.nbytes(st.itemsizes(plan.tensors)) if packed else rows.begin + rows.length
-                total += int(sizes.sum() if packed else sizes.max())  # with the gaps between entries
-            meter = op.meter(total)
-            crcs = []
-            for writer in writers:
-                with closing(self.storage.open(plan.shard_path(writer.index), write=True)) as file:
-                    crcs.append(writer.write(file, meter))
+            views, level = views_by_index(op, plan, data), st.CompressionLevel(plan.compression)
+            own = -1 if plan.format == "single_file" else len(plan.shards) - op.world_size + op.rank
+            whole = WholeFile(op, plan, 0, sources, views) if plan.shards[0].header_bytes else None
+            rows = plan.pieces.take(plan.pieces.file == own)
+            if level is st.CompressionLevel.NONE:
+                total = int((rows.begin + rows.length).max(initial=0))  # with the gaps between entries
+            else:
+                total = int(rows.nbytes(st.itemsizes(plan.tensors)).sum())
+            total += whole.nbytes if whole else 0
+            meter = Meter(op.step_name, total, op.progress, op.poll)
+            crcs, written = dict[str, list[int]](), None
+            if whole:
+                with closing(self.storage.open(plan.shard_path(0), write=True)) as file:
+                    crcs = whole.write(file, meter)
                     file.sync()  # I2
-            report: list[object] = [crcs]
-            if own is not None:
+            if own >= 0:
                 with closing(self.storage.create(plan.shard_path(own))) as file:
-                    report += write_own_file(file, plan, own, views, asked.compression, meter)
+                    written = write_own_file(file, plan, own, views, level, meter)
                     file.sync()  # I2
             meter.tick()
             self.bytes_written = meter.total
-            return report
+            return crcs, written
 
     # S5
-    def report(self, op: Operation, plan: CheckpointMetadata, written: list[object]) -> CheckpointMetadata:
-        """The record, on rank 0; elsewhere the plan."""
+    def report(self, op: Operation, plan: CheckpointMetadata, written: Report) -> CheckpointMetadata:
+        """Write the whole file's header, and return the record, on rank 0. Elsewhere return the plan."""
         with op.step("S5 report"):
             reports = op.gather_at_0(written)
             if op.rank != 0:
                 return plan
-            return self._complete(plan, reports)
+            shards, pieces, blocks = list(plan.shards), plan.pieces, dict[str, list[int]]()
+            for index, (crcs, own) in enumerate(reports, len(shards) - op.world_size):
+                blocks |= crcs
+                if own is not None:
+                    row, lengths = own
+                    shards[index] = st.ShardMetadata(*row)
+                    if lengths is not None:
+                        rows = pieces.file == index
+                        pieces.begin[rows], pieces.length[rows] = np.cumsum(lengths) - lengths, lengths
+            if (whole := plan.shards[0]).header_bytes:
+                in_order = itertools.chain.from_iterable(blocks[str(n)] for n in range(len(blocks)))
+                header = st.encode_header(plan.entries(0), whole.length - whole.header_bytes)
+                header = st.with_crcs(header, in_order)
+                with closing(self.storage.open(plan.shard_path(0), write=True)) as file:
+                    file.write(0, memoryview(header))
+                    file.sync()  # I2
+                shards[0] = whole._replace(header_crc=st.crc32(header))
+            record = dataclasses.replace(plan, shards=tuple(shards))
+            self.size_bytes = record.size_bytes()
+            return record
 
     # S6
-    def commit(self, op: Operation, asked: SaveRequest, record: CheckpointMetadata) -> list[str]:
-        """The files of the checkpoint that this one has replaced, on rank 0."""
+    def commit(self, op: Operation, record: CheckpointMetadata) -> str:
+        """Commit on rank 0. Return the id of the save that this one has replaced for good, or ""."""
         with op.step("S6 commit"):
             if op.rank != 0:
-                return []
+                return ""
             prefix, fence = record.prefix, st.fence_name(record.prefix, record.save_id)
             self.storage.sync_directory(f"{prefix}/x")  # I2: the names of the files
             with closing(self.storage.open(fence, write=True)) as file:
-                text = st.encode_record(record)
-                file.write(0, memoryview(text))
+                file.write(0, memoryview(st.encode_record(record)))
                 file.sync()
             old = st.record_head(self.storage, prefix)
-            files = st.tensor_files(self.storage, prefix)
-            superseded = [name for save_id, name in files if old and save_id == old.save_id]
             try:
-                self.storage.publish(fence, st.record_name(prefix), asked.overwrite)  # the instant of commit
-            except OSError as error:
-                if not self._is_recorded(record, error):
+                # The instant of commit.
+                self.storage.publish(fence, st.record_name(prefix), self.request["overwrite"])
+            except OSError as error:  # a rename that reports an error may have happened: the record tells
+                if not self._is_recorded(record):
                     if isinstance(error, FileExistsError):
                         raise CheckpointException(
                             f"checkpoint {prefix!r} exists, and overwrite=False", prefix
                         ) from error
                     raise
             op.committed = True
-            self._warn_of_kept(record)
             try:
                 self.storage.sync_directory(st.record_name(prefix))
             except OSError as error:  # the rename may not be durable: the old checkpoint must stay whole
                 self.warnings.append(f"committed, but its directory could not be synced: {error}")
-                return []
-            return superseded
+                return ""
+            return old.save_id if old else ""
 
-    def _warn_of_kept(self, record: CheckpointMetadata) -> None:
-        """Name what is kept per rank because ranks differ; once for the same names."""
+    # S7
+    def announce(self, op: Operation) -> None:
+        """Tell every rank that the save is committed."""
+        with op.step("S7 announce"):
+            op.gather(None)
+
+    def clean_up(self, record: CheckpointMetadata, superseded: str) -> None:
+        """Delete the replaced save's files, and checkpoints that are not kept. An error is a warning."""
         kept = {t.name for t in record.tensors if t.rank is not None} - {"rng/state", "optimizer/state"}
         if kept and (names := tuple(sorted(kept))) not in self.warned:
             self.warned.add(names)
             what = "differ between ranks, or meshes of ranks, and are kept for each"
             self.warnings.append(f"{what}: {st.some(names, 20)}")
-
-    def _is_recorded(self, record: CheckpointMetadata, doubt: OSError) -> bool:
-        """Whether a rename that reported an error has happened: the record tells."""
         try:
-            head = st.record_head(self.storage, record.prefix)
-        except (OSError, CheckpointException):
-            message = f"{doubt}; the record cannot be read back, so {record.prefix!r} may have been committed"
-            raise OSError(message) from doubt
-        return head is not None and head.save_id == record.save_id
-
-    # S7
-    def announce(self, op: Operation, record: CheckpointMetadata, superseded: list[str]) -> None:
-        try:
-            with op.step("S7 announce"):
-                op.gather(None)
-            op.committed = True
-        except OperationFailed as failed:
-            if not op.committed:
-                raise
-            self.warnings.append(f"committed, but not every rank may know: {failed}")
-        if op.rank == 0:
-            try:
-                for name in superseded:  # I3: only now
-                    self.storage.delete(name)
+            self._delete_files(record.prefix, superseded)  # I3: only now
+            if self.keep_last is not None or self.retain is not None:
                 self._retain(record.prefix)
-            except Exception as error:
-                self.warnings.append(f"committed, but not all that should go is gone: {error!r}")
+        except Exception as error:
+            self.warnings.append(f"committed, but not all that should go is gone: {error!r}")
 
     def _retain(self, newest: str) -> None:
-        """Delete the checkpoints that the user does not want any more; the new one always stays."""
-        if self.keep_last is None and self.retain is None:
-            return
+        """Delete the checkpoints that the user does not keep. The new one always stays."""
         known = st.list_committed(self.storage, self.warnings.append)
-        if self.retain is None:
-            others = [m.prefix for m in known if m.prefix != newest]
-            doomed = others[: max(0, len(others) + 1 - (self.keep_last or 1))]
-        else:
-            kept = list(self.retain(known))
-            if wrong := [prefix for prefix in kept if prefix not in [m.prefix for m in known]]:
-                raise ValueError(f"retain must return prefixes of those that it is given, not {wrong[0]!r}")
-            doomed = [m.prefix for m in known if m.prefix not in [newest, *kept]]
-        for prefix in doomed:
-            st.delete_committed(self.storage, prefix)
+        prefixes = [meta.prefix for meta in known]
+        kept = list(self.retain(known)) if self.retain else prefixes[-(self.keep_last or 1) :]
+        if wrong := [prefix for prefix in kept if prefix not in prefixes]:
+            raise ValueError(f"retain must return prefixes of those that it is given, not {wrong[0]!r}")
+        for prefix in prefixes:
+            if prefix not in [newest, *kept]:
+                st.delete_committed(self.storage, prefix)
 
     # After a failure
     def _settle(self, op: Operation, ticket: CheckpointMetadata) -> bool:
-        """I4: whether the save was committed after all.
+        """Return whether the save was committed after all (I4).
 
-        If not, no trace of it stays, and it cannot commit any more.
+        If not, it cannot commit any more, and its files are removed.
         """
         if op.committed:
             return True
         try:
             self.storage.delete(st.fence_name(ticket.prefix, ticket.save_id))
-            head = st.record_head(self.storage, ticket.prefix)
-            if head is not None and head.save_id == ticket.save_id:
+            if self._is_recorded(ticket):
                 return True
-            for save_id, name in st.tensor_files(self.storage, ticket.prefix):
-                if save_id == ticket.save_id:
-                    self.storage.delete(name)
-        except (
-            OSError,
-            CheckpointException,
-        ) as error:  # the failure that led here matters more; `gc` finds the rest
+            self._delete_files(ticket.prefix, ticket.save_id)
+        except (OSError, CheckpointException) as error:
+            # The failure that led to this one matters more; `gc` finds the rest.
             log.warning("%s: could not clean up after the failed save: %s", ticket.prefix, error)
         return False
 
-    def _complete(self, plan: CheckpointMetadata, reports: Sequence[object]) -> CheckpointMetadata:
-        """The plan with lengths, CRCs and the headers of whole files."""
-        shards, pieces, first_own = list(plan.shards), plan.pieces, len(plan.shards) - len(reports)
-        blocks: list[dict[str, object]] = [
-            {} for _ in shards
-        ]  # of whole files: the CRCs of the units of each block
-        for rank, report in enumerate(map(as_list, reports)):
-            for index, found in enumerate(as_list(report[0])):
-                blocks[index] |= Fields(found).all
-            if len(report) > 1:
-                name, length, header_bytes, header_crc, lengths = report[1:]
-                numbers = st.int_tuple([length, header_bytes, header_crc])
-                shards[first_own + rank] = st.ShardMetadata(str(name), *numbers)
-                if lengths is not None:
-                    rows = np.flatnonzero(pieces.file == first_own + rank)
-                    pieces.length[rows] = st.unpack_ints(str(lengths), len(rows))
-                    pieces.begin[rows] = np.cumsum(pieces.length[rows]) - pieces.length[rows]
-        for index, shard in enumerate(plan.shards):
-            if shard.header_bytes:
-                crcs = (st.int_tuple(as_list(blocks[index][str(n)])) for n in range(len(blocks[index])))
-                header = st.encode_header(plan.entries(index), shard.length - shard.header_bytes)
-                header = st.with_crcs(header, itertools.chain.from_iterable(crcs))
-                with closing(self.storage.open(plan.shard_path(index), write=True)) as file:
-                    file.write(0, memoryview(header))
-                    file.sync()  # I2
-                shards[index] = shard._replace(header_crc=st.crc32(header))
-        return dataclasses.replace(plan, shards=tuple(shards), pieces=pieces)
+    def _delete_files(self, prefix: str, save_id: str) -> None:
+        for owner, name in st.tensor_files(self.storage, prefix):
+            if owner == save_id:
+                self.storage.delete(name)
+
+    def _is_recorded(self, ticket: CheckpointMetadata) -> bool:
+        """Return whether the record is this save's. OSError if it cannot be read."""
+        try:
+            head = st.record_head(self.storage, ticket.prefix)
+        except (OSError, CheckpointException) as error:
+            message = f"{ticket.prefix!r} may have been committed: its record cannot be read: {error}"
+            raise OSError(message) from error
+        return head is not None and head.save_id == ticket.save_id
 
 
 def as_list(value: object) -> list[object]:
@@ -531,7 +453,7 @@ RESHARDING_STRATEGIES = ("parallel", "sequential", "broadcast")
 
 
 def committed(storage: st.CheckpointStorage, prefix: str) -> tuple[bytes, CheckpointMetadata]:
-    """`st.read_committed_record`, with LOAD_FAILED where there is no checkpoint of this name."""
+    """Call `st.read_committed_record`. LOAD_FAILED where there is no checkpoint of this name."""
     try:
         return st.read_committed_record(storage, prefix)
     except FileNotFoundError as error:
@@ -540,70 +462,60 @@ def committed(storage: st.CheckpointStorage, prefix: str) -> tuple[bytes, Checkp
         raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
 
 
-class Loading(Protocol):
-    """What a load is for, on one rank."""
-
-    def claim(
-        self,
-    ) -> Mapping[str, object]: ...  # L1: what all ranks must ask for alike, with "prefix" and "strategy"
-    def validate(self, reader: CheckpointReader) -> None: ...  # L2
-    def match(
-        self, reader: CheckpointReader
-    ) -> list[Target]: ...  # L3: what is to be filled; changes nothing yet
-    def apply(self) -> None: ...  # L5: it is filled, on all ranks
-
-
+@dataclass
 class CheckpointLoader:
     """Runs L1 to L5 on one rank."""
 
-    def __init__(self, coordinator: DistributedCoordinator, storage: st.CheckpointStorage) -> None:
-        self.coordinator, self.storage = coordinator, storage
+    coordinator: DistributedCoordinator
+    storage: st.CheckpointStorage
 
-    def coordinate_load(self, op: Operation, loading: Loading) -> None:
-        """Fill what `loading` matches, and let it apply that, on every rank. Collective.
+    def coordinate_load(
+        self,
+        op: Operation,
+        request: Callable[[], Message],
+        validate: Callable[[CheckpointReader], None],
+        match: Callable[[CheckpointReader], list[Target]],
+        apply: Callable[[], None],
+    ) -> None:
+        """Fill the targets that `match` returns, and `apply` them, on every rank. Collective.
 
-        Blocks until all ranks are done.
+        Blocks until all ranks are done. `request` returns "prefix", "strategy" and what else must be the same
+        on all ranks; `match` changes nothing yet.
 
         `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are
         undefined, and the message says so.
         """
         with op.step("L1 record"):
-            claim = loading.claim()
-            demand_equal(op.gather(claim))
-            record = self._read_record(op, str(claim["prefix"]))
+            wanted = request()
+            op.agree(wanted)
+            prefix, strategy = wanted["prefix"], wanted["strategy"]
+            text, record = committed(self.storage, prefix) if op.rank == 0 else (b"", None)
+            sent = op.broadcast(text.decode())
+            record = record or st.decode_record(sent.encode(), prefix)
         with CheckpointReader(self.storage, record) as reader:
             reader.meter = Meter(poll=op.poll)
             with op.step("L2 validate"):
-                loading.validate(reader)
+                validate(reader)
             with op.step("L3 match"):
-                reads = reader.plan(loading.match(reader))
+                reads = reader.plan(match(reader))
                 op.gather(None)  # nothing changes anywhere before every rank has a plan
             with op.step("L4 read"):
-                meter = op.meter(sum(read.nbytes for read in reads))
-                if claim["strategy"] == "broadcast" and op.world_size > 1:
+                total = sum(read.nbytes for read in reads)
+                meter = Meter(op.step_name, total, op.progress, op.poll)
+                if strategy == "broadcast" and op.world_size > 1:
                     read_once(op, reader, reads, meter)
-                for turn in range(op.world_size) if claim["strategy"] == "sequential" else [op.rank]:
-                    if turn == op.rank and (claim["strategy"] != "broadcast" or op.world_size == 1):
-                        st.in_parallel(
-                            reads,
-                            lambda read, buffer, gate: reader.run(read, buffer, gate, meter),
-                            meter.tick,
-                            len(reads),
-                        )
-                    if claim["strategy"] == "sequential":
-                        op.gather(None)
+                else:
+                    for rank in range(op.world_size) if strategy == "sequential" else [op.rank]:
+                        if rank == op.rank:
+                            run = functools.partial(reader.run, meter=meter)
+                            st.in_parallel(reads, run, meter.tick, len(reads))
+                        if strategy == "sequential":
+                            op.gather(None)
                 meter.tick()
         with op.step("L5 apply"):
             op.gather(None)  # every rank has its bytes
-            loading.apply()
+            apply()
             op.gather(None)
-
-    def _read_record(self, op: Operation, prefix: str) -> CheckpointMetadata:
-        if op.rank == 0:
-            text, metadata = committed(self.storage, prefix)
-            op.broadcast(text.decode())
-            return metadata
-        return st.decode_record(str(op.broadcast(None)).encode(), prefix)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -613,85 +525,67 @@ class CheckpointLoader:
 class OperationFailed(Exception):
     """Every rank has agreed that the operation failed, and how. The API raises the public exception."""
 
-    def __init__(self, failure: Mapping[str, object]) -> None:
-        fields = Fields(failure)
-        super().__init__(fields.text("message"))
-        self.kind, self.rank = fields.text("type"), fields.number("rank")
-        self.retryable = fields.all["retryable"] is True  # whether the rank that failed first would try again
-        self.superseded = fields.all["superseded"] is True
+    def __init__(self, failure: Message) -> None:
+        super().__init__(failure["message"])
+        self.failure = failure  # as `Operation` describes it
 
     def public(self, checkpoint_path: str) -> Exception:
-        """The exception that the user sees, the same on every rank."""
-        if self.kind == "value_error":
+        """Return the exception that the user sees, the same on every rank."""
+        kind, rank = self.failure["type"], self.failure["rank"]
+        if kind == "value_error":
             return ValueError(str(self))
-        return CheckpointException(str(self), checkpoint_path, ExceptionType(self.kind), self.rank)
+        return CheckpointException(str(self), checkpoint_path, ExceptionType(kind), rank)
 
 
-class _Stopped(CheckpointException):
-    """This rank cannot go on, and another may know why: it says so in the next gather, or is missing."""
-
-
+@dataclass
 class Operation:
     """One collective save or load, as one rank sees it.
 
-    All that ranks tell each other goes through `gather`, in the same order on every rank. A rank that fails
-    gives its failure instead of a value in its next gather, which is the one that the others wait in, or come
-    to; there all raise it. Where the coordinator has a flag, the failing rank raises it, so that the others
-    come at once. A rank that waits no longer leaves its failure there for those who come later.
+    Ranks exchange all values by `gather`, in the same order on every rank. A rank that fails gives a failure
+    instead of a value to its next gather. The others wait in that gather, or reach it later; there all ranks
+    raise the failure. TorchCoordinator also has a flag: when it is up, ranks go to their next gather at once.
+    A rank that cannot wait (interrupted, past the deadline, or cancelled while it waits) leaves its failure
+    for the others to find.
     """
 
-    def __init__(
-        self,
-        coordinator: DistributedCoordinator,
-        verb: str,
-        timeout: float,
-        cancel: threading.Event | None = None,
-        retryable: tuple[type[BaseException], ...] = (),
-        progress: Callable[[Progress], None] | None = None,
-    ) -> None:
-        self.rank, self.world_size, self.timeout = coordinator.rank, coordinator.world_size, timeout
-        self._coordinator, self._verb = coordinator, verb
-        self._torch = coordinator if isinstance(coordinator, TorchCoordinator) else None
-        numbers = self._torch.global_ranks if self._torch else range(self.world_size)
-        self._own_rank = {number: rank for rank, number in enumerate(numbers)}
-        self._deadline = time.monotonic() + timeout
-        self._cancel, self._retryable, self._progress = cancel, retryable, progress
-        self._reachable = True  # until a gather itself has failed
-        self.committed = False  # what follows may not fail
-        self.step_name = ""
+    coordinator: DistributedCoordinator
+    verb: str  # "save" or "load"
+    timeout: float  # seconds
+    cancel: threading.Event | None = None
+    retryable: tuple[type[BaseException], ...] = ()
+    progress: Callable[[Progress], None] | None = None
+
+    committed = False  # on rank 0: what follows may not fail
+    step_name = ""
+    _doubt = 0  # 1: an error of this rank may follow from another rank's error; 2: it does
+
+    def __post_init__(self) -> None:
+        self.rank, self.world_size = self.coordinator.rank, self.coordinator.world_size
+        self._deadline = time.monotonic() + self.timeout
+        # Map from the rank that a mesh names to the rank in this operation.
+        self._own_rank = getattr(self.coordinator, "own_rank", range(self.world_size))
         self.seconds: dict[str, float] = {}
+        self._torch = self.coordinator if isinstance(self.coordinator, TorchCoordinator) else None
         if self._torch:
-            self._torch.begin(self._while_waiting)
+            self._torch.begin()
 
     def poll(self) -> None:
-        """Raise if cancelled, late, or if another rank has failed; called a few times a second."""
-        self._poll_others()
-        if time.monotonic() > self._deadline and not self.committed:
+        """Raise if cancelled or late, or if another rank has failed; called a few times a second."""
+        self._poll_cancel()
+        if self._torch and self._torch.flag_is_up():
+            self._doubt = 2
+            raise CheckpointException("stopped by another rank, which did not say why")
+        if time.monotonic() > self._deadline:
             late = f"not done by the deadline of {self.timeout:g} s"
             raise CheckpointException(late, type=ExceptionType.TIMEOUT, rank=self.rank)
 
-    def _poll_others(self) -> None:
-        """`poll` while waiting for other ranks: then it is not this one that is late."""
-        if self._is_cancelled():
+    def _poll_cancel(self) -> None:
+        if self.cancel and self.cancel.is_set() and not self.committed:
             raise CheckpointException("cancelled", type=ExceptionType.CANCELLED)
-        if self._torch and not self.committed and self._torch.flag_is_up():
-            raise _Stopped("")
-
-    def _is_cancelled(self) -> bool:
-        return self._cancel is not None and self._cancel.is_set() and not self.committed
-
-    def _while_waiting(self) -> None:
-        """Called while this rank waits in a gather, which it may not leave: it has the others come to it."""
-        if self._torch and self._is_cancelled():
-            self._torch.raise_flag()
-
-    def meter(self, total: int) -> Meter:
-        """Counts this step's bytes on this rank."""
-        return Meter(self.step_name, total, self._progress, self.poll)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Run a step; I5: what goes wrong in it is raised on all ranks."""
+        """Run a step. I5: an error in it is raised on all ranks."""
         self.step_name, started = name, time.monotonic()
         try:
             if not name.startswith("S7"):  # a commit is announced, however late
@@ -707,128 +601,130 @@ class Operation:
             self.seconds[name] = time.monotonic() - started
 
     def _fail(self, error: BaseException) -> None:
-        """Give this failure to the others.
+        """Raise the failure that all ranks agree on, which is this one or that of another rank.
 
-        Raises the one that all ranks agree on, unless `error` must end the process: then it waits for nobody.
+        Return if `error` must end the process: then the caller raises it, with TorchCoordinator at once.
         """
-        failure, going = self._describe(error), not isinstance(error, Exception)
-        row: dict[str, object] = {"failure": failure}
-        if isinstance(error, (_Stopped, FileNotFoundError)):  # one who gave up has removed the files
-            row = {"stopped": failure if str(error) else None}
-        try:
-            if self._torch:
-                self._torch.raise_flag()
-            if self._reachable and not (going and self._torch):
-                self._gather(row)
-        except OperationFailed as agreed:
-            if going:
-                return
-            raise agreed from error
-        except Exception as unreachable:
-            log.debug("could not tell the other ranks: %s", unreachable)
-            if "stopped" in row:
-                failure = self._describe(unreachable)
-        failure |= {"retryable": False, "superseded": False}  # the others have not agreed to that
+        failure, ending = self._describe(error), not isinstance(error, Exception)
         if self._torch:
-            with suppress(CheckpointException):
-                self._torch.leave({"failure": failure})
-        if not going:
-            raise OperationFailed(failure) from error
+            if ending:
+                self._leave(failure)
+                return
+            self._torch.raise_flag()
+        self.cancel = None  # from now on this rank waits for the agreement
+        try:
+            self.gather(None, failure=failure)
+        except OperationFailed as agreed:
+            if not ending:
+                raise agreed from error
 
-    def _describe(self, error: BaseException) -> dict[str, object]:
-        default = ExceptionType.SAVE_FAILED if self._verb == "save" else ExceptionType.LOAD_FAILED
-        kind, rank, text = default.value, self.rank, f"{type(error).__name__}: {error}"
+    def _leave(self, failure: Message) -> OperationFailed:
+        """Leave a failure for the others to find, and return it.
+
+        This rank does not retry, so no other rank may: this failure wins over those of other ranks.
+        """
+        failure |= {"retryable": False, "superseded": False, "doubt": -1}
+        if self._torch:
+            self._torch.leave({"failure": failure})
+        return OperationFailed(failure)
+
+    def _describe(self, error: BaseException) -> Message:
+        kind, rank, text, step = f"{self.verb}_failed", self.rank, str(error), self.step_name[:2]
         if isinstance(error, CheckpointException):
-            own = error.type not in (
-                ExceptionType.UNKNOWN,
-                ExceptionType.SAVE_FAILED,
-            )  # what fits a save fits no load
-            kind, text = error.type.value if own else kind, str(error)
             rank = rank if error.rank is None else error.rank
-        elif isinstance(error, OSError):
-            kind = ExceptionType.STORAGE_ERROR.value
+            if error.type not in (ExceptionType.UNKNOWN, ExceptionType.SAVE_FAILED):  # which fits no load
+                kind = error.type.value
         elif isinstance(error, ValueError):
-            kind, text = "value_error" if self.step_name[:2] in ("S1", "L1") else kind, str(error)
-        if kind == ExceptionType.TIMEOUT.value and rank != self.rank and self.step_name[:2] in ("S1", "L1"):
-            text += f"; {self._verb} is collective: every rank must call it"
-        if self.step_name[:2] in ("L4", "L5"):
+            kind = "value_error" if step in ("S1", "L1") else kind
+        else:
+            kind = ExceptionType.STORAGE_ERROR.value if isinstance(error, OSError) else kind
+            text = f"{type(error).__name__}: {text}"
+        late = kind == ExceptionType.TIMEOUT.value
+        if late and rank != self.rank and step in ("S1", "L1"):
+            text += f"; {self.verb} is collective: every rank must call it"
+        if step in ("L4", "L5"):
             text += "; tensors being loaded are undefined now: load again, or restart"
-        message = f"{text} (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else text
+        text += f" (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else ""
         return {
             "type": kind,
             "rank": rank,
-            "message": message[: 1 << 16],
-            "retryable": isinstance(error, self._retryable),
+            "message": text[: 1 << 16],
+            "retryable": isinstance(error, self.retryable),
             "superseded": isinstance(error, Superseded),
+            # A rank that waits for a lost one is late too; a rank that failed before may have removed a file.
+            "doubt": self._doubt or int(late or isinstance(error, FileNotFoundError)),
         }
 
     def own_ranks(self, mesh: Sequence[int]) -> Shape:
-        """The ranks of a mesh as this operation counts them; those that take no part in it are left out."""
+        """Return the ranks of a mesh as ranks of this operation, without those that take no part in it."""
         return tuple(sorted(self._own_rank[rank] for rank in mesh if rank in self._own_rank))
 
-    def remaining(self) -> float:
-        """Seconds until waits for other ranks end: the deadline and the grace."""
+    def _remaining(self) -> float:
+        """Return the seconds until waits for other ranks end, at the deadline and the grace."""
         return max(0.05, self._deadline + GRACE_S - time.monotonic())
 
-    def gather(self, value: object) -> list[object]:
-        """All ranks' values."""
-        return self._gather({"value": value})
+    def gather(self, value: T, at_0: bool = False, failure: Message | None = None) -> list[T]:
+        """Return all ranks' values, or raise the most certain failure.
 
-    def gather_at_0(self, value: object) -> list[object]:
-        """All ranks' values on rank 0; elsewhere what a coordinator may give besides."""
-        return self._gather({"value": value}, at_0=True)
+        All ranks run the same program, so all values have one type. `at_0`: ranks other than 0 may get none.
+        """
+        row = {"value": value} if failure is None else {"failure": failure}
+        rows = list[Any]()
+        try:
+            if self._torch:
+                rows += self._torch.all_gather(row, self._remaining(), at_0, self._poll_cancel)
+            else:
+                rows += self.coordinator.all_gather(row, timeout=self._remaining())
+        except Exception as error:
+            if failure is None or failure["doubt"]:
+                failure = self._describe(error)
+            raise self._leave(failure) from error
+        if failures := [row["failure"] for row in rows if "failure" in row]:
+            raise OperationFailed(min(failures, key=lambda failure: failure["doubt"]))
+        return [row["value"] for row in rows]
 
-    def broadcast(self, value: object) -> object:
-        """Rank 0's value."""
-        return self._gather({"value": value if self.rank == 0 else None})[0]
+    def gather_at_0(self, value: T) -> list[T]:
+        """Return all ranks' values on rank 0."""
+        return self.gather(value, at_0=True)
 
-    def _gather(self, row: dict[str, object], at_0: bool = False) -> list[object]:
-        for _ in range(2):
-            try:
-                if self._torch and at_0:
-                    rows = self._torch.gather_at_0(row, self.remaining())
-                else:
-                    rows = self._coordinator.all_gather(row, timeout=self.remaining())
-            except Exception:
-                self._reachable = False
-                raise
-            fields = [Fields(found).all for found in rows]
-            for found in fields:
-                if isinstance(failure := found.get("failure"), dict):
-                    raise OperationFailed(failure)
-            if not any("stopped" in found for found in fields):
-                return [found.get("value") for found in fields]
-            # Somebody was cancelled in a gather, and has raised the flag. Once more, for it to say why.
-            row = {"stopped": row.get("stopped")}
-            if self._is_cancelled():
-                why = CheckpointException("cancelled", type=ExceptionType.CANCELLED)
-                row = {"failure": self._describe(why)}
-        for found in fields:
-            if isinstance(failure := found.get("stopped"), dict):
-                raise OperationFailed(failure)
-        raise CheckpointException("stopped by another rank, which did not say why")
+    def broadcast(self, value: T | None) -> T:
+        """Return rank 0's value."""
+        values: list[Any] = self.gather(value if self.rank == 0 else None)
+        value_of_0: T = values[0]
+        return value_of_0
+
+    def agree(self, request: Message) -> None:
+        """Check that all ranks have the same request. ValueError that names the first difference."""
+        first, *others = self.gather({"verb": self.verb, **request})
+        for rank, other in enumerate(others, 1):
+            for key in {**first, **other}:
+                if first.get(key) != other.get(key):
+                    both = f"rank 0 has {first.get(key)!r}, rank {rank} has {other.get(key)!r}"
+                    raise ValueError(f"ranks disagree about {key}: {both}")
 
     def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
-        """Bytes to and from every rank."""
-        sizes: dict[str, object] = {str(rank): len(data) for rank, data in outgoing.items() if len(data)}
+        """Send bytes to ranks, and return the bytes that each rank has sent to this one."""
         if not self._torch:
-            rows = self.gather({key: outgoing[int(key)].tobytes() for key in sizes})
-            found = ((rank, Fields(row).all.get(str(self.rank))) for rank, row in enumerate(rows))
-            return {rank: np.frombuffer(bytearray(d), np.uint8) for rank, d in found if isinstance(d, bytes)}
-        tables = [Fields(row).all for row in self.gather(sizes)]
+            rows = self.gather({rank: data.tobytes() for rank, data in outgoing.items()})
+            return {
+                rank: np.frombuffer(bytearray(row[self.rank]), np.uint8)
+                for rank, row in enumerate(rows)
+                if self.rank in row
+            }
+        tables = self.gather({rank: len(data) for rank, data in outgoing.items()})
         if not any(tables):
             return {}
-        incoming = [int(str(table.get(str(self.rank), 0))) for table in tables]
+        incoming = [table.get(self.rank, 0) for table in tables]
         try:
-            return self._torch.all_to_all(outgoing, incoming, self.remaining() - GRACE_S, self._poll_others)
-        except RuntimeError as error:  # whoever has died, or is late, misses the next gather
-            late = ExceptionType.TIMEOUT if time.monotonic() > self._deadline else ExceptionType.UNKNOWN
-            raise _Stopped(f"gloo exchange failed: {error}", type=late) from error
+            return self._torch.all_to_all(outgoing, incoming, self._remaining(), self.poll)
+        except RuntimeError as error:
+            self._doubt = 1  # a rank that has died misses the next gather
+            raise CheckpointException(f"gloo exchange failed: {error}") from error
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Steps make many objects but no cycles: looking for some would double the time of a plan."""
+    """Pause garbage collection. Steps make many objects and no cycles; it would double the time of a plan."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -842,7 +738,8 @@ def no_garbage_collection() -> Iterator[None]:
 class RetryPolicy:
     """When to try again.
 
-    `max_retries` attempts in all, waiting `initial_delay` s, growing by `backoff_factor`.
+    There are `max_retries` attempts in all. The delay between them starts at `initial_delay` seconds, and
+    grows by `backoff_factor`.
     """
 
     max_retries: int = 3
@@ -853,7 +750,7 @@ class RetryPolicy:
     retryable_exceptions: tuple[type[BaseException], ...] = (OSError,)
 
     def delay(self, attempt: int) -> float:
-        """Seconds to wait after failed attempt number `attempt` (from 0)."""
+        """Return the seconds to wait after failed attempt number `attempt` (from 0)."""
         base = min(self.max_delay, self.initial_delay * self.backoff_factor**attempt)
         return base * (1 + random.uniform(-self.jitter, self.jitter))
 
@@ -866,39 +763,33 @@ class FaultToleranceHandler:
         self.retry_policy = retry_policy or RetryPolicy()
 
     def execute_with_retry(self, function: Callable[[], T], cancel: threading.Event | None = None) -> T:
-        """Call `function` until it succeeds, fails in a way not worth retrying, or the policy's attempts are
-        used up.
+        """Call `function` until it succeeds, the policy ends the attempts, or an error is not retryable.
 
-        A collective operation fails as `OperationFailed`, whose verdict all ranks share: they all retry, or
-        none.
+        `OperationFailed` is the same on all ranks: they all retry, or none does. A cancelled operation is
+        retried too, so that all ranks fail alike.
         """
-        policy = self.retry_policy
+        policy, cancel = self.retry_policy, cancel or threading.Event()
         for attempt in range(policy.max_retries - 1):
             try:
                 return function()
-            except Exception as error:
-                again = isinstance(error, tuple(policy.retryable_exceptions))
-                if isinstance(error, OperationFailed):
-                    again = error.retryable
-                elif cancel and cancel.is_set():  # of a collective operation the next attempt tells all ranks
+            except OperationFailed as failed:
+                if not failed.failure["retryable"]:
                     raise
-                if not again:
+            except tuple(policy.retryable_exceptions):
+                if cancel.is_set():
                     raise
-            (cancel or threading.Event()).wait(policy.delay(attempt))
+            cancel.wait(policy.delay(attempt))
         return function()
 
     def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
-        """Call `function` in a thread.
-
-        TIMEOUT if it takes longer than `timeout` seconds (it may go on in the background).
-        """
+        """Call `function` in a thread. TIMEOUT after `timeout` seconds; the thread may go on."""
         result = in_thread(function)
         if not wait([result], timeout).done:
             raise CheckpointException(f"not done within {timeout:g} s", type=ExceptionType.TIMEOUT)
         return result.result()
 
     def rollback(self, checkpoint_prefix: str) -> None:
-        """Delete a checkpoint, committed or not: record first, then its files.
+        """Delete a checkpoint, committed or not: the record, then its files.
 
         FileNotFoundError where there is none.
         """
@@ -906,9 +797,9 @@ class FaultToleranceHandler:
 
 
 def in_thread(work: Callable[[], T]) -> Future[T]:
-    """Do some work beside this thread.
+    """Run `work` in a daemon thread.
 
-    Not in an executor: those take nothing more once the interpreter exits, while a save in flight goes on.
+    An executor takes no more work once the interpreter exits, while a save in flight goes on.
     """
     result: Future[T] = Future()
 
@@ -928,33 +819,30 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
 
 @runtime_checkable
 class DistributedCoordinator(Protocol):
-    """How ranks talk. Values are what `encode_value` takes.
+    """How ranks exchange values, which are those that `encode_value` takes.
 
-    Every wait ends at `timeout` (seconds) with TIMEOUT.
-
-    All methods are collective: every rank calls them, in the same order.
+    All methods are collective: every rank calls them, in the same order. Each ends at `timeout` (seconds)
+    with TIMEOUT. A class that derives from this one needs `rank`, `world_size` and `all_gather` only.
     """
 
     @property
     def rank(self) -> int: ...
     @property
     def world_size(self) -> int: ...
-    def barrier(self, timeout: float = 600.0) -> None: ...
-    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object: ...
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]: ...
 
+    def barrier(self, timeout: float = 600.0) -> None:
+        self.all_gather(None, timeout)
 
-class LocalCoordinator:
+    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
+        return self.all_gather(value if self.rank == src else None, timeout)[src]
+
+
+class LocalCoordinator(DistributedCoordinator):
     """One process: rank 0 of 1."""
 
     rank = 0
     world_size = 1
-
-    def barrier(self, timeout: float = 600.0) -> None:
-        """Nothing to wait for."""
-
-    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
-        return value
 
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
         return [value]
@@ -966,116 +854,99 @@ _in_flight: list[tuple[dist.Work, object]] = []
 
 
 def _own_connection(store: Store) -> Store:
-    """For who must not be held up: a thread that waits for a key holds its connection."""
+    """A second connection: a thread that waits for a key blocks the connection that it uses."""
     return store.clone() if hasattr(store, "clone") else store
 
 
-class TorchCoordinator:
+class TorchCoordinator(DistributedCoordinator):
     """The ranks of a `torch.distributed` process group. Creating one is collective over that group.
 
-    Control goes over keys of the rendezvous store: it can tell who is missing, and survives a timeout. Bulk
-    bytes go over a private gloo group, also where training runs on NCCL; an operation makes one when it first
-    needs it.
+    Values go over keys of the rendezvous store, which shows which ranks are missing, and survives a timeout.
+    Bulk bytes go over a private gloo group, also where training runs on NCCL; an operation makes one when it
+    first needs it.
     """
+
+    rank = world_size = 0  # instead of properties
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         if not dist.is_initialized():
             raise ValueError(
                 "torch.distributed is not initialised: call init_process_group, or use LocalCoordinator()"
             )
-        ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-        if dist.get_rank() not in ranks:
-            raise ValueError(f"rank {dist.get_rank()} is not in the process group of ranks {ranks}")
-        self.rank, self.world_size, self.global_ranks = ranks.index(dist.get_rank()), len(ranks), tuple(ranks)
+        ranks, own = dist.get_process_group_ranks(process_group or dist.group.WORLD), dist.get_rank()
+        if own not in ranks:
+            raise ValueError(f"rank {own} is not in the process group of ranks {ranks}")
+        self.own_rank = {number: rank for rank, number in enumerate(ranks)}
+        self.rank, self.world_size = self.own_rank[own], len(ranks)
         store = _own_connection(dist.distributed_c10d._get_default_store())
         name = "ckpt/" + hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         instance = store.add(f"{name}/made/{self.rank}", 1)
         self._store = PrefixStore(f"{name}/{instance}", store)
         self._operation = self._step = 0
         self._posted: list[str] = []
-        self._while_waiting: Callable[[], None] = lambda: None
         self._store_error = ""
-        self._longest_pause = min(
-            0.5, 0.02 * max(1.0, self.world_size / 64)
-        )  # thousands of ranks ask one store
+        self._longest_pause = min(0.5, max(0.02, self.world_size / 3200))  # thousands of ranks ask one store
         self._group: dist.ProcessGroupGloo | None = None  # of this operation
 
-    def begin(self, while_waiting: Callable[[], None]) -> None:
-        """Start a collective operation; `while_waiting` runs in every wait."""
-        self._operation += 1
-        self._step, self._group = 0, None
-        self._while_waiting, self._store_error = while_waiting, ""
+    def begin(self) -> None:
+        """Start a collective operation."""
+        self._operation, self._step, self._group, self._store_error = self._operation + 1, 0, None, ""
 
     def raise_flag(self) -> None:
         """Have the other ranks go to their next gather at once."""
-        if self._flag() not in self._posted:
-            self._call(self._store.set, self._flag(), "up")
-            self._posted.append(self._flag())
+        with suppress(CheckpointException):  # which the next gather raises again
+            self._post(f"{self._operation}/flag", None)
 
     def flag_is_up(self) -> bool:
-        return bool(self._call(self._store.check, [self._flag()]))
+        return self._call(self._store.check, [f"{self._operation}/flag"])
 
-    def _flag(self) -> str:
-        return f"{self._operation}/flag"
+    def all_gather(
+        self,
+        value: object,
+        timeout: float = 600.0,
+        at_0: bool = False,
+        poll: Callable[[], None] = lambda: None,
+    ) -> list[Any]:
+        """Return all ranks' values, in two hops: every rank posts its own, rank 0 collects and posts all.
 
-    def barrier(self, timeout: float = 600.0) -> None:
-        self.all_gather(None, timeout)
-
-    def broadcast(self, value: object, src: int = 0, timeout: float = 600.0) -> object:
-        return self.all_gather(value if self.rank == src else None, timeout)[src]
-
-    def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
-        """Two hops: every rank posts, rank 0 collects and posts the whole."""
-        return self._gather(value, timeout, list)
-
-    def gather_at_0(self, row: dict[str, object], timeout: float) -> list[object]:
-        """As `all_gather`, but other ranks than 0 get no values: only what ends the operation."""
-        return self._gather(
-            row,
-            timeout,
-            lambda rows: [{k: v for k, v in Fields(r).all.items() if k != "value"} for r in rows],
-        )
-
-    def _gather(
-        self, value: object, timeout: float, to_all: Callable[[list[object]], list[object]]
-    ) -> list[object]:
-        step, before = f"{self._operation}/{self._step + 1}", len(self._posted)
-        posts = {rank: f"{step}/{rank}" for rank in range(self.world_size)}
-        try:
-            self._post(posts[self.rank], value)
-            if self.rank == 0:
-                values = self._await(list(posts.values()), timeout, posts)
-                self._post(f"{step}/all", to_all(values))
-            else:
-                values = as_list(self._await([f"{step}/all"], timeout, posts)[0])
-        finally:
-            self._step += 1
+        `at_0`: ranks other than 0 get only the rows that are failures. `poll` runs in waits, and may raise.
+        """
+        self._step += 1
+        step, before = f"{self._operation}/{self._step}", len(self._posted)
+        posts = [f"{step}/{rank}" for rank in range(self.world_size)]
+        self._post(posts[self.rank], value)
+        if self.rank == 0:
+            values = self._await(posts, posts, timeout, poll)
+            self._post(f"{step}/all", [row for row in values if "failure" in row] if at_0 else values)
+        else:
+            (values,) = self._await([f"{step}/all"], posts, timeout, poll)
         # Every rank has come as far as this step, so nobody still reads what was posted before it.
         retired, self._posted = self._posted[:before], self._posted[before:]
         for key in retired:
             self._call(self._store.delete_key, key)
         return values
 
-    def leave(self, row: dict[str, object]) -> None:
-        """Give a row to this gather, if it still goes on, and to the next one, without a wait for anybody."""
-        for step in (self._step, self._step + 1):
-            self._post(f"{self._operation}/{step}/{self.rank}", row)
-            if self.rank == 0:
-                self._post(f"{self._operation}/{step}/all", [row])
+    def leave(self, row: Message) -> None:
+        """Post a row for the gather under way and for the next one, and raise the flag, without any wait."""
+        with suppress(CheckpointException):
+            for step in (self._step, self._step + 1):
+                self._post(f"{self._operation}/{step}/{self.rank}", row)
+                if self.rank == 0:
+                    self._post(f"{self._operation}/{step}/all", [row])
+            self.raise_flag()  # last: whoever sees it finds the row
 
     def all_to_all(
         self, outgoing: Mapping[int, Bytes], incoming: Sequence[int], timeout: float, poll: Callable[[], None]
     ) -> dict[int, Bytes]:
-        """Send bytes to ranks and receive `incoming[rank]` bytes from each.
+        """Send bytes to ranks, and receive `incoming[rank]` bytes from each. RuntimeError from gloo.
 
-        RuntimeError from gloo. `poll` runs meanwhile, and may raise.
+        `poll` runs in waits; it must raise at the deadline.
         """
-        deadline = time.monotonic() + timeout
-        _in_flight[:] = [(work, buffers) for work, buffers in _in_flight if not work.is_completed()]
-        limit = datetime.timedelta(seconds=max(0.1, timeout))
-        if self._group is None:  # which waits until every rank makes it
+        limit = datetime.timedelta(seconds=timeout)
+        _in_flight[:] = [kept for kept in _in_flight if not kept[0].is_completed()]
+        if self._group is None:
 
-            def make() -> dist.ProcessGroupGloo:
+            def make() -> dist.ProcessGroupGloo:  # waits until every rank makes it
                 store = PrefixStore(f"gloo/{self._operation}", _own_connection(self._store))
                 return dist.ProcessGroupGloo(store, self.rank, self.world_size, limit)
 
@@ -1083,74 +954,64 @@ class TorchCoordinator:
             while not wait([made], 0.01).done:
                 poll()
             self._group = made.result()
-        order = [outgoing.get(rank, np.empty(0, np.uint8)) for rank in range(self.world_size)]
-        received, sent = np.empty(sum(incoming), np.uint8), np.concatenate(order)
-        tensors, options = (torch.from_numpy(received), torch.from_numpy(sent)), dist.AllToAllOptions()
+        parts = [outgoing.get(rank, np.empty(0, np.uint8)) for rank in range(self.world_size)]
+        received, options = np.empty(sum(incoming), np.uint8), dist.AllToAllOptions()
         options.timeout = limit
+        buffers = torch.from_numpy(received), torch.from_numpy(np.concatenate(parts))
         send = getattr(self._group, "alltoall_base")  # missing in torch's type stubs
-        work = send(*tensors, list(incoming), list(map(len, order)), options)
-        _in_flight.append((work, (self._group, tensors)))
+        work = send(*buffers, list(incoming), list(map(len, parts)), options)
+        _in_flight.append((work, (self._group, buffers)))
         pause = 1e-4
-        while not work.is_completed() and time.monotonic() < deadline:
+        while not work.is_completed():
             time.sleep(pause)
             pause = min(1.5 * pause, 0.005)
             poll()
-        work.wait(datetime.timedelta(seconds=0.1))  # raises what went wrong
-        parts = np.split(received, np.cumsum(incoming)[:-1])
-        return {rank: part for rank, part in enumerate(parts) if len(part)}
+        work.wait()  # raises what went wrong
+        return dict(enumerate(np.split(received, np.cumsum(incoming)[:-1])))
 
     def _post(self, key: str, value: object) -> None:
         text = st.dump_json(st.encode_value(value, key))
-        for at in range(
-            len(text) // STORE_BYTES * STORE_BYTES, -1, -STORE_BYTES
-        ):  # `key` last: then all is there
-            part_key = f"{key}+{at}" if at else key
-            self._call(self._store.set, part_key, text[at : at + STORE_BYTES])
+        # In parts, the last one first: once `key` is there, all is there.
+        for start in range(len(text) // STORE_BYTES * STORE_BYTES, -1, -STORE_BYTES):
+            part_key = f"{key}+{start}" if start else key
+            self._call(self._store.set, part_key, text[start : start + STORE_BYTES])
             self._posted.append(part_key)
 
-    def _get(self, keys: list[str]) -> list[object]:
-        texts: list[bytes] = self._call(self._store.multi_get, keys)
-        at = 0
-        while going_on := [n for n, text in enumerate(texts) if len(text) == at + STORE_BYTES]:
-            at += STORE_BYTES
-            for n, part in zip(
-                going_on, self._call(self._store.multi_get, [f"{keys[n]}+{at}" for n in going_on])
-            ):
-                texts[n] += part
-        return [st.decode_value(json.loads(text), str) for text in texts]
+    def _get(self, key: str, text: bytes) -> Any:
+        """Return the value of which `text` is the first part."""
+        part = text
+        while len(part) == STORE_BYTES:
+            part = self._call(self._store.get, f"{key}+{len(text)}")
+            text += part
+        return st.decode_value(json.loads(text), str)
+
+    def _await(
+        self, keys: list[str], posts: Sequence[str], timeout: float, poll: Callable[[], None]
+    ) -> list[Any]:
+        """Wait for `keys`, and return their values. TIMEOUT names the ranks without their `posts`."""
+        deadline, pause = time.monotonic() + timeout, 0.0003
+        while not self._call(self._store.check, keys):
+            poll()
+            if time.monotonic() > deadline:
+                late = [rank for rank, key in enumerate(posts) if not self._call(self._store.check, [key])]
+                late = late or [0]  # all have posted: then rank 0 has not posted the whole
+                message = f"no answer from rank(s) {st.some(late, 20)} of {self.world_size} by the deadline"
+                raise CheckpointException(message, type=ExceptionType.TIMEOUT, rank=late[0])
+            time.sleep(pause)
+            pause = min(pause * 1.25, self._longest_pause)
+        return list(map(self._get, keys, self._call(self._store.multi_get, keys)))
 
     def _call(self, function: Callable[..., T], *args: object) -> T:
+        """Call a function of the store; TIMEOUT if it is unreachable."""
         try:
             if self._store_error:  # asking a dead store again may take seconds each time
                 raise RuntimeError(self._store_error)
             return function(*args)
         except (RuntimeError, OSError) as error:
             self._store_error = str(error)
-            raise CheckpointException(
-                "the rendezvous store is unreachable (has the process that hosts it, by default rank 0, "
-                "died?): "
-                f"{error}",
-                type=ExceptionType.TIMEOUT,
-            ) from error
-
-    def _await(self, keys: list[str], timeout: float, posts: Mapping[int, str]) -> list[object]:
-        """The values of `keys`, once they are there; TIMEOUT names the ranks whose `posts` are not."""
-        now = time.monotonic()
-        deadline, polled, pause = now + timeout, now, 0.0003
-        while not self._call(self._store.check, keys):
-            if (now := time.monotonic()) > polled + 0.02:
-                self._while_waiting()
-                polled = now
-            if now > deadline:
-                late = [rank for rank, key in posts.items() if not self._call(self._store.check, [key])]
-                late = (
-                    late or list(posts)[:1]
-                )  # all have posted: then it is the rank that hands out the whole
-                message = f"no answer from rank(s) {st.some(late, 20)} of {self.world_size} by the deadline"
-                raise CheckpointException(message, type=ExceptionType.TIMEOUT, rank=late[0])
-            time.sleep(pause)
-            pause = min(pause * 1.25, self._longest_pause)
-        return self._get(keys)
+            why = "(has the process that hosts it, by default rank 0, died?)"
+            message = f"the rendezvous store is unreachable {why}: {error}"
+            raise CheckpointException(message, type=ExceptionType.TIMEOUT) from error
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1992,10 +1853,10 @@ def write_own_file(
     views: Views,
     level: st.CompressionLevel,
     meter: Meter,
-) -> list[object]:
+) -> tuple[tuple[str, int, int, int], Ints | None]:
     """Write all of a rank's own file but for its sync.
 
-    Returns name, length, header bytes, header CRC32, piece lengths.
+    Returns name, length, header bytes and header CRC32, and the lengths of compressed pieces.
     """
     rows = plan.pieces.take(plan.pieces.file == index)
     packed, lengths = level is not st.CompressionLevel.NONE, None
@@ -2010,7 +1871,7 @@ def write_own_file(
     if packed:
         crcs, stored = write_packed(file, len(header), parts, level, meter)
         rows = rows._replace(begin=np.cumsum(stored) - stored, length=stored)
-        data_bytes, lengths = int(stored.sum()), st.pack_ints(stored)
+        data_bytes, lengths = int(stored.sum()), stored
         entries = dataclasses.replace(plan, pieces=rows).entries(index)
         header = st.encode_header(entries, data_bytes, len(header))
     else:
@@ -2018,7 +1879,8 @@ def write_own_file(
         crcs = write_raw(file, len(header), data_bytes, parts, meter)
     header = st.with_crcs(header, crcs)
     file.write(0, memoryview(header))
-    return [plan.shards[index].file, len(header) + data_bytes, len(header), st.crc32(header), lengths]
+    row = plan.shards[index].file, len(header) + data_bytes, len(header), st.crc32(header)
+    return row, lengths
 
 
 def write_raw(
@@ -2178,14 +2040,14 @@ class WholeFile:
                     if (common := box.intersect(inside)) is not None:
                         yield Segment(rank, tensor, common, inside, begin + at * width - low)
 
-    def write(self, file: st.StoredFile, meter: Meter) -> dict[str, object]:
+    def write(self, file: st.StoredFile, meter: Meter) -> dict[str, list[int]]:
         """Exchange and write.
 
         The CRC32s of the units of every block that this rank owns, by the block's first byte.
 
         What one round has gathered is written while the next one is exchanged.
         """
-        crcs: dict[str, object] = {}
+        crcs: dict[str, list[int]] = {}
         most = max(map(len, self._owned), default=0)
         buffers = [st.aligned_buffer(st.BLOCK_BYTES) for _ in range(2 * min(most, ROUND_BLOCKS))]
 

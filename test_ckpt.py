@@ -9621,6 +9621,26 @@ def cancel_a_slow_write(rank, world_size, tmp):
     return kind, sum(op.call == "pwrite" for op in files.log), sorted(listing(tmp / "c"))
 
 
+def test_a_rank_that_is_cancelled_while_it_waits_returns_at_once_though_another_rank_hangs(ram):
+    for rank, (answer, again) in enumerate(run(2, cancel_beside_a_hung_rank, ram)):
+        assert answer[0] == "CANCELLED" and names_rank(answer, 0), (rank, answer)
+        assert again == ("returned", None, "p"), rank
+    assert seen(ram) == "next" and set(listing(ram)) == named_files(ram) | {"cancelled"}
+
+
+def cancel_beside_a_hung_rank(rank, world_size, tmp):
+    """Rank 1 goes on when rank 0 has returned: with a wait for rank 1 this would be a hang."""
+    checkpoint, cancel = over(tmp, ckpt.TorchCoordinator()), threading.Event()
+    hang, later = functools.partial(await_file, tmp / "cancelled"), threading.Timer(0.3, cancel.set)
+    undo = entering("S4", later.start if rank == 0 else hang)
+    answer = told(lambda: checkpoint.save(value("new"), None, to(include_rng_state=False), cancel=cancel))
+    undo()
+    if rank == 0:
+        (tmp / "cancelled").touch()
+    dist.barrier()
+    return answer, told(lambda: save_word(checkpoint, "next"))
+
+
 def test_a_failure_or_cancel_stops_a_rank_that_writes_though_only_ranks_that_wait_know_of_it(ram):
     for kind, answers in zip(("CANCELLED", "SAVE_FAILED"), zip(*run(3, stop_a_slow_writer, ram))):
         assert {answer[0] for answer in answers} == {kind}, answers
