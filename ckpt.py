@@ -149,7 +149,8 @@ def _check_member(value: object, allowed: Iterable[object], what: str) -> None:
 
 
 def _check_timeout(timeout: object) -> None:
-    if not isinstance(timeout, (int, float)) or not timeout > 0:
+    """ValueError unless `timeout` is None or a positive number of seconds."""
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
 
 
@@ -191,8 +192,7 @@ class SaveOptions:
         _check_member(self.compression_level, CompressionLevel, "compression_level")
         _check_member(self.staging, ("eager", "overlapped"), "staging")
         _check_member(self.replicas, ("verify", "trust"), "replicas")
-        if self.timeout is not None:
-            _check_timeout(self.timeout)
+        _check_timeout(self.timeout)
         if not isinstance(self.custom_metadata, Mapping):
             raise ValueError(f"custom_metadata must be a mapping, not {self.custom_metadata!r}")
         st.encode_value(dict(self.custom_metadata), "custom_metadata")
@@ -231,8 +231,7 @@ class LoadOptions:
             raise ValueError("LoadOptions.checkpoint_prefix is required; see latest_checkpoint()")
         st.check_prefix(self.checkpoint_prefix)
         _check_member(self.resharding_strategy, coord.RESHARDING_STRATEGIES, "resharding_strategy")
-        if self.timeout is not None:
-            _check_timeout(self.timeout)
+        _check_timeout(self.timeout)
 
 
 Parts = dict[str, Stateful]  # of a model or an optimizer, by name; a single one has the name ""
@@ -251,25 +250,22 @@ class _State(NamedTuple):
 
 def _parts(what: str, given: object) -> Parts:
     """The parts of a "model" or an "optimizer" by name, "" for a single one. ValueError for other types."""
+    if what == "optimizer" and isinstance(given, (list, tuple)):
+        given = {str(number): part for number, part in enumerate(given)}
     named = given if isinstance(given, Mapping) else {"": given}
-    if what == "optimizer" and isinstance(given, (list, tuple)) and not isinstance(given, Stateful):
-        named = {str(number): part for number, part in enumerate(given)}
     of_tensors = (
         what == "model" and named is given and any(isinstance(v, torch.Tensor) for v in named.values())
     )
     parts: Parts = {}
     for name, part in named.items():
+        # What a module keeps under such a key may change its shape, so it cannot be filled in place.
+        is_value = not isinstance(name, str) or name.endswith("_extra_state")
         if isinstance(part, Stateful) and not of_tensors:
             parts[name] = part
-        # A module keeps values, not always of one shape, under keys that end in "_extra_state".
-        elif not (of_tensors and isinstance(part, torch.Tensor) and isinstance(name, str)) or name.endswith(
-            "_extra_state"
-        ):
-            others = "to tensors alone, whose names do not end in '_extra_state'"
+        elif is_value or not (of_tensors and isinstance(part, torch.Tensor)):
             must = "must have state_dict() and load_state_dict(), or be a mapping to such, or"
-            raise ValueError(
-                f"{what} {must} {others if what == 'model' else 'a list of such'}; {name!r} is {type(part)}"
-            )
+            also = "to tensors alone, not named '..._extra_state'" if what == "model" else "a list of such"
+            raise ValueError(f"{what} {must} {also}; {name!r} is {type(part)}")
     return {"": _State(dict(named))} if of_tensors else parts
 
 
@@ -311,11 +307,11 @@ class Given(Generic[Options]):
             self.model = _parts("model", model)
             if optimizer is not None:
                 self.optimizer = _parts("optimizer", optimizer)
-            extra = extra_state or {}
+            extra = {} if extra_state is None else extra_state
             if not isinstance(extra, Mapping) or not all(isinstance(key, str) for key in extra):
                 raise ValueError("extra_state must be a mapping of names to values")
             self.extra_state = dict(extra)
-        except ValueError as error:
+        except Exception as error:
             self.problem = error
 
     def check(self) -> None:
@@ -380,12 +376,18 @@ class CheckpointInfo:
     @staticmethod
     def of(meta: CheckpointMetadata) -> CheckpointInfo:
         """From its record."""
-        when = datetime.datetime.fromisoformat(meta.timestamp)
-        facts = (meta.prefix, str(meta.version), when, meta.world_size, meta.size_bytes(), meta.format)
-        return CheckpointInfo(*facts, meta.custom_metadata)
+        return CheckpointInfo(
+            meta.prefix,
+            str(meta.version),
+            datetime.datetime.fromisoformat(meta.timestamp),
+            meta.world_size,
+            meta.size_bytes(),
+            meta.format,
+            meta.custom_metadata,
+        )
 
 
-Retain = Callable[[Sequence[CheckpointInfo]], Iterable[str]]
+Retain = Callable[[Sequence[CheckpointInfo]], Iterable[str]]  # all checkpoints -> the prefixes to keep
 
 
 @dataclass
@@ -534,9 +536,9 @@ class DistributedCheckpoint:
                 self.logger.error("background save failed: %s", error)
                 pending.set_exception(error)
 
-        self._pending = pending
         # Not a daemon: the interpreter waits for it when it exits.
         threading.Thread(target=save, name="ckpt-save").start()
+        self._pending = pending
         return pending
 
     def save_model_only(
@@ -576,9 +578,9 @@ class DistributedCheckpoint:
                 tried.append(error.checkpoint_path)
                 warnings.append(f"{tried[-1]} is corrupt, falling back: {error}")
                 self.logger.warning("%s", warnings[-1])
-                if not (older := self._older(given, tried)):
+                given.options.checkpoint_prefix = self._older(given, tried)
+                if not given.options.checkpoint_prefix:
                     raise
-                given.options.checkpoint_prefix = older
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """Committed checkpoints, oldest first. Local. Skips unreadable ones with a warning."""
@@ -603,7 +605,10 @@ class DistributedCheckpoint:
         return self.validator.validate_checkpoint(checkpoint_prefix)
 
     def close(self) -> None:
-        """Wait for a pending save, raise its failure unless somebody has seen it, free the staging memory."""
+        """Wait for a pending save, and free the staging memory. Local.
+
+        Raises the failure of the save unless somebody has seen it; TIMEOUT if the save does not end in time.
+        """
         try:
             self._wait(self.default_timeout)
             if not self._pending.asked:
@@ -617,7 +622,7 @@ class DistributedCheckpoint:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # ---- both
+    # ---- save and load
 
     def _look_up(self, limit_s: float) -> DistributedCoordinator:
         """The coordinator that was given, else one for the default process group, kept as long as the group.
@@ -639,7 +644,7 @@ class DistributedCheckpoint:
             raise CheckpointException(message, type=ExceptionType.TIMEOUT) from error
 
     def _begin(self, given: Given[Options]) -> Given[Options]:
-        """Look up the ranks, and wait for the save in flight. A save also gets its failure as `problem`."""
+        """Look up the ranks, and wait for the save in flight. A new save takes over its failure."""
         given.limit_s = given.options.timeout or self.default_timeout
         given.coordinator = self._look_up(given.limit_s)
         self._wait(given.limit_s)
@@ -673,11 +678,10 @@ class DistributedCheckpoint:
         The failure that they agree on becomes the public exception.
         """
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
+        cancel, progress = given.cancel, given.options.progress
 
         def attempt(again: bool = True) -> tuple[R, coord.Operation]:
-            op = coord.Operation(
-                given.coordinator, verb, given.limit_s, given.cancel, retryable, given.options.progress
-            )
+            op = coord.Operation(given.coordinator, verb, given.limit_s, cancel, retryable, progress)
             try:
                 return body(op), op
             except coord.OperationFailed as failed:
@@ -687,7 +691,7 @@ class DistributedCheckpoint:
                 raise
 
         try:
-            return self.fault_handler.execute_with_retry(attempt, given.cancel)
+            return self.fault_handler.execute_with_retry(attempt, cancel)
         except coord.OperationFailed as failed:
             raise failed.public(given.options.checkpoint_prefix or "") from failed.__cause__
 
@@ -698,7 +702,7 @@ class DistributedCheckpoint:
         for warning in dict.fromkeys(warnings):
             self.logger.warning("%s: %s", prefix, warning)
         seconds = sum(op.seconds.values())
-        steps = " ".join(f"{name.split()[0]} {took:.3f}" for name, took in op.seconds.items())
+        steps = " ".join(f"{name[:2]} {took:.3f}" for name, took in op.seconds.items())
         rate = f"{seconds:.3f} s, {count / 1e9 / max(seconds, 1e-9):.2f} GB/s ({steps})"
         self.logger.log(logging.DEBUG if op.rank else logging.INFO, "%s in %s", what, rate)
 
@@ -861,12 +865,9 @@ class DistributedCheckpointFactory:
     ) -> DistributedCheckpoint:
         """Local. `coordinator` as for `DistributedCheckpoint`. ValueError for bad options."""
         options = options or CheckpointOptions()
-        _check_timeout(options.default_timeout)
-        if options.keep_last is not None:
-            if options.keep_last < 1:
-                raise ValueError(f"keep_last must be at least 1, not {options.keep_last}")
-            if options.retain is not None:
-                raise ValueError("give keep_last or retain, not both")
+        _check_timeout(options.default_timeout or 0)
+        if options.keep_last is not None and (options.keep_last < 1 or options.retain):
+            raise ValueError(f"keep_last={options.keep_last}: give keep_last or retain, and at least 1")
         storage = StorageFactory.create(options.storage)
         made = DistributedCheckpoint(
             coordinator,
