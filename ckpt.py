@@ -680,20 +680,22 @@ class DistributedCheckpoint:
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
         cancel, progress = given.cancel, given.options.progress
 
-        def attempt(again: bool = True) -> tuple[R, coord.Operation]:
+        def attempt() -> tuple[R, coord.Operation]:
             op = coord.Operation(given.coordinator, verb, given.limit_s, cancel, retryable, progress)
             try:
                 return body(op), op
             except coord.OperationFailed as failed:
                 self.logger.debug("an attempt failed: %s", failed)
-                if again and failed.superseded:  # a save has replaced what was read: read the new one
-                    return attempt(again=False)
                 raise
 
-        try:
-            return self.fault_handler.execute_with_retry(attempt, cancel)
-        except coord.OperationFailed as failed:
-            raise failed.public(given.options.checkpoint_prefix or "") from failed.__cause__
+        for again in (True, False):
+            try:
+                return self.fault_handler.execute_with_retry(attempt, cancel)
+            except coord.OperationFailed as failed:
+                # If a save has replaced what was read, read the new checkpoint, once.
+                if not (again and failed.superseded):
+                    raise failed.public(given.options.checkpoint_prefix or "") from failed.__cause__
+        raise AssertionError("the loop returns or raises")
 
     def _report(
         self, op: coord.Operation, prefix: str, warnings: Iterable[str], what: str, count: int
