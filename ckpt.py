@@ -1,26 +1,27 @@
 """Distributed checkpoints for PyTorch: from any layout into any other, in plain files, without pickle.
 
-    training code  ->  DistributedCheckpoint (here)  ->  ckpt_coord.py (ranks)  ->  ckpt_storage.py (bytes)
+    training code  ->  ckpt.py (what users call)  ->  ckpt_coord.py (ranks)  ->  ckpt_storage.py (bytes)
 
     checkpoint = DistributedCheckpoint(storage="./checkpoints")
     checkpoint.save(model, optimizer, "step_100", extra_state={"scheduler": scheduler})
     checkpoint.load(model, optimizer, "step_100", extra_state={"scheduler": scheduler})
 
-Under these names a checkpoint keeps its tensors and values:
+A checkpoint stores tensors and values under these names:
 
-    model/<key>           a tensor of `model.state_dict()`; `model-values/<key>` is what is no tensor there
+    model/<key>           a tensor of `model.state_dict()`
+    model-values/<key>    an entry of it that is not a tensor
     model-metadata/...    `model.state_dict()._metadata`: the versions of modules
-    optimizer/<fqn>/...   a tensor of the optimizer's state, by the *name* of its parameter
-    optimizer/state       all else of the optimizer
+    optimizer/<fqn>/...   a tensor of the optimizer's state, under the name of its parameter
+    optimizer/state       the rest of the optimizer
     extra/<key>...        extra_state
     rng/state             random number generators, per rank
 
-The steps S1 to S7 of a save and L1 to L5 of a load stand in ckpt_coord.py, the bytes and "committed" in
-ckpt_storage.py. Guaranteed: after `save` has returned the checkpoint is durable; until its commit the old
-one is whole; a bit that changed on disk is never loaded. Not guaranteed: protection against malicious
-edits, or against damage before the bytes reached `save`.
+ckpt_coord.py defines the steps S1 to S7 of a save and L1 to L5 of a load. ckpt_storage.py defines the bytes,
+and when a checkpoint counts as committed. Guaranteed: once `save` has returned, the checkpoint is durable;
+until its commit the old checkpoint is whole; a bit that changed on disk is never loaded. Not guaranteed:
+protection against malicious edits, or against damage before the bytes reached `save`.
 
-In this order below: options and results; `DistributedCheckpoint`; saves in the background; state
+The order of this file: options and results; `DistributedCheckpoint`; saves in the background; state
 (`ModelState`, `OptimizerState`, and for a load `Restore`); validation; export, import and diff; the command
 line. Read next: ckpt_coord.py.
 """
@@ -28,12 +29,10 @@ line. Read next: ckpt_coord.py.
 from __future__ import annotations
 
 import argparse
-import atexit
 import base64
 import concurrent.futures
 import contextlib
 import datetime
-import enum
 import errno
 import functools
 import io
@@ -67,33 +66,38 @@ import torch.distributed as dist
 if TYPE_CHECKING or __package__:  # mypy sees these files as part of a package, where most copies live
     from . import ckpt_coord as coord
     from . import ckpt_storage as st
+    from .ckpt_coord import (
+        CheckpointCoordinator,
+        CheckpointFormat,
+        CheckpointLoader,
+        CheckpointReader,
+        DistributedCoordinator,
+        FaultToleranceHandler,
+        LocalCoordinator,
+        Progress,
+        RetryPolicy,
+        ShardData,
+        TorchCoordinator,
+    )
+    from .ckpt_storage import (
+        CheckpointException,
+        CheckpointMetadata,
+        CheckpointStorage,
+        CompressionLevel,
+        ExceptionType,
+        LocalStorage,
+        StorageFactory,
+        StorageOptions,
+        StoredFile,
+    )
+    from .ckpt_storage import ShardMetadata as ShardMetadata
+    from .ckpt_storage import TensorMetadata as TensorMetadata
+    from .ckpt_storage import collect_garbage as collect_garbage
 else:
     import ckpt_coord as coord
     import ckpt_storage as st
-
-CheckpointCoordinator = coord.CheckpointCoordinator
-CheckpointFormat = coord.CheckpointFormat
-CheckpointLoader = coord.CheckpointLoader
-CheckpointReader = coord.CheckpointReader
-DistributedCoordinator = coord.DistributedCoordinator
-FaultToleranceHandler = coord.FaultToleranceHandler
-LocalCoordinator = coord.LocalCoordinator
-Progress = coord.Progress
-RetryPolicy = coord.RetryPolicy
-ShardData = coord.ShardData
-TorchCoordinator = coord.TorchCoordinator
-CheckpointException = st.CheckpointException
-CheckpointMetadata = st.CheckpointMetadata
-CheckpointStorage = st.CheckpointStorage
-CompressionLevel = st.CompressionLevel
-ExceptionType = st.ExceptionType
-LocalStorage = st.LocalStorage
-ShardMetadata = st.ShardMetadata
-StorageFactory = st.StorageFactory
-StorageOptions = st.StorageOptions
-StoredFile = st.StoredFile
-TensorMetadata = st.TensorMetadata
-collect_garbage = st.collect_garbage
+    from ckpt_coord import *  # noqa: F403
+    from ckpt_storage import *  # noqa: F403
 
 __all__ = [
     "CheckpointInfo",
@@ -135,34 +139,39 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, object]) -> object: ...
 
 
-Model = Stateful | Mapping[str, Stateful] | Mapping[str, torch.Tensor]  # pipeline stages by name; tensors
+Model = Stateful | Mapping[str, Stateful] | Mapping[str, torch.Tensor]
 Optimizers = Stateful | Mapping[str, Stateful] | Sequence[Stateful]
 
 
 def _check_member(value: object, allowed: Iterable[object], what: str) -> None:
     """ValueError unless `value` is one of `allowed`, or the value of an enum member among them."""
-    members = list(allowed)
-    values = [member.value if isinstance(member, enum.Enum) else member for member in members]
-    if value not in members + values:
-        names = ", ".join(f"{v!r} ({m})" if m is not v else repr(v) for m, v in zip(members, values))
-        raise ValueError(f"unknown {what} {value!r}; allowed: {names}")
-
-
-def _seconds(timeout: object) -> float | None:
-    """A time limit, None for anything that is none."""
-    return float(timeout) if isinstance(timeout, (int, float)) and timeout > 0 else None
+    allowed = list(allowed)
+    if value not in allowed + [getattr(member, "value", member) for member in allowed]:
+        raise ValueError(f"unknown {what} {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
 def _check_timeout(timeout: object) -> None:
-    if timeout is not None and _seconds(timeout) is None:
+    """ValueError unless `timeout` is None or a positive number of seconds."""
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
         raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
 
 
 @dataclass
 class SaveOptions:
-    """How to save; the same on every rank. `timeout` in seconds, None: the default of `CheckpointOptions`.
+    """How to save. Every rank must give the same. Enums may be given by value: "single_file", "fast".
 
-    Enums may be given by value: "single_file", "fast".
+    checkpoint_prefix   the name, such as "run/step_100"; None: "checkpoint_" and the UTC time
+    format              MULTI_SHARD: a file for each rank; SINGLE_FILE: one file; CONSOLIDATED: one file of
+                        the whole model under the names of its state_dict, the rest as in MULTI_SHARD
+    compression_level   NONE, FAST, BALANCED or MAXIMUM; files of whole tensors are never compressed
+    include_optimizer   False: leave the optimizer out, even if it is given
+    include_rng_state   whether to store the random number generators of each rank
+    timeout             seconds for the whole save; None: the default of `CheckpointOptions`
+    custom_metadata     values to store in the record; lists of checkpoints show them
+    overwrite           False: fail if there is a checkpoint of this prefix; True: replace it on commit
+    staging             for `save_async`: "eager" or "overlapped", see there
+    replicas            "verify": compare the copies that ranks hold; "trust": take them as equal
+    progress            called now and then with a `Progress` of this rank; what it raises fails the save
     """
 
     checkpoint_prefix: str | None = None
@@ -173,7 +182,7 @@ class SaveOptions:
     timeout: float | None = None
     custom_metadata: Mapping[str, object] = field(default_factory=dict)
     overwrite: bool = True
-    staging: str = "eager"  # save_async only
+    staging: str = "eager"
     replicas: str = "verify"
     progress: Callable[[Progress], None] | None = None
 
@@ -193,7 +202,20 @@ class SaveOptions:
 
 @dataclass
 class LoadOptions:
-    """How to load; the same on every rank."""
+    """How to load. Every rank must give the same.
+
+    checkpoint_prefix     the name of the checkpoint; required
+    load_optimizer        False: leave the optimizer as it is, even if it is given
+    load_rng_state        whether to restore the random number generators of each rank
+    resharding_strategy   "parallel": all ranks read at once; "sequential": one rank after the other;
+                          "broadcast": each stored byte is read once, by one rank, and sent to the others
+    timeout               seconds for the whole load; None: the default of `CheckpointOptions`
+    skip_validation       whether to skip the checkers; every byte that is read is verified in any case
+    strict_mode           True: missing, unexpected or differently typed entries are an error, and nothing
+                          changes; False: they are warnings, and what fits is loaded
+    fallback              whether to load the newest older checkpoint that verifies if this one is corrupt
+    progress              called now and then with a `Progress` of this rank; what it raises fails the load
+    """
 
     checkpoint_prefix: str | None = None
     load_optimizer: bool = True
@@ -208,9 +230,7 @@ class LoadOptions:
     def check(self) -> None:
         """ValueError for a value that is not allowed."""
         if not self.checkpoint_prefix:
-            raise ValueError(
-                "LoadOptions.checkpoint_prefix is required; latest_checkpoint() knows the newest"
-            )
+            raise ValueError("LoadOptions.checkpoint_prefix is required; see latest_checkpoint()")
         st.check_prefix(self.checkpoint_prefix)
         _check_member(self.resharding_strategy, coord.RESHARDING_STRATEGIES, "resharding_strategy")
         _check_timeout(self.timeout)
@@ -220,7 +240,7 @@ Parts = dict[str, Stateful]  # of a model or an optimizer, by name; a single one
 
 
 class _State(NamedTuple):
-    """A mapping of names to tensors (and values) as a Stateful; a load fills the tensors in place."""
+    """A mapping of names to tensors (and values) as a Stateful. A load fills the tensors in place."""
 
     state: Mapping[str, object]
 
@@ -232,71 +252,94 @@ class _State(NamedTuple):
 
 def _parts(what: str, given: object) -> Parts:
     """The parts of a "model" or an "optimizer" by name, "" for a single one. ValueError for other types."""
-    if what == "optimizer" and isinstance(given, (list, tuple)) and not isinstance(given, Stateful):
+    if what == "optimizer" and isinstance(given, (list, tuple)):
         given = {str(number): part for number, part in enumerate(given)}
     named = given if isinstance(given, Mapping) else {"": given}
-    if what == "model" and named is given and any(isinstance(part, torch.Tensor) for part in named.values()):
-        for name, part in named.items():  # modules keep values under "_extra_state", not always of one shape
-            named_well = isinstance(name, str) and not name.endswith("_extra_state")
-            if not (named_well and isinstance(part, torch.Tensor)):
-                must = "must have tensors alone, under names that do not end in '_extra_state'"
-                raise ValueError(f"model: a mapping with tensors {must}; {name!r}: {type(part)}")
-        return {"": _State(dict(named))}
+    of_tensors = (
+        what == "model" and named is given and any(isinstance(v, torch.Tensor) for v in named.values())
+    )
     parts: Parts = {}
     for name, part in named.items():
-        if not isinstance(part, Stateful):
-            which = f"{what}[{name!r}]" if named is given else what
-            others = "to tensors" if what == "model" else "a list of such"
-            must = f"must have state_dict() and load_state_dict(), or be a mapping to such, or {others}"
-            raise ValueError(f"{what} {must}; {which}: {type(part)}")
-        parts[name] = part
-    return parts
+        # What a module keeps under such a key may change its shape, so it cannot be filled in place.
+        is_value = not isinstance(name, str) or name.endswith("_extra_state")
+        if isinstance(part, Stateful) and not of_tensors:
+            parts[name] = part
+        elif is_value or not (of_tensors and isinstance(part, torch.Tensor)):
+            must = "must have state_dict() and load_state_dict(), or be a mapping to such, or"
+            also = "to tensors alone, not named '..._extra_state'" if what == "model" else "a list of such"
+            raise ValueError(f"{what} {must} {also}; {name!r} is {type(part)}")
+    return {"": _State(dict(named))} if of_tensors else parts
 
 
 Options = TypeVar("Options", SaveOptions, LoadOptions)
 
 
-@dataclass(frozen=True)
 class Given(Generic[Options]):
-    """What the user gave to a save or a load."""
+    """The arguments of a save or a load, checked and copied.
 
-    model: Parts
-    optimizer: Parts | None
-    options: Options
-    extra_state: Mapping[str, object]
-    cancel: threading.Event | None
-    limit_s: float
+    A misuse is not raised before the first step calls `check`, which is where all ranks raise it.
+    """
+
     coordinator: DistributedCoordinator
-    problem: BaseException | None  # an argument of another type; or why the last background save failed
+    limit_s: float
 
-    @property
-    def prefix(self) -> str:
-        """For messages: "" where there is none yet."""
-        return prefix if isinstance(prefix := self.options.checkpoint_prefix, str) else ""
+    def __init__(
+        self,
+        kind: type[Options],
+        model: object,
+        optimizer: object,
+        options: object,
+        extra_state: object,
+        cancel: threading.Event | None,
+    ) -> None:
+        self.options: Options = kind()
+        self.cancel = cancel
+        self.model: Parts = {}
+        self.optimizer: Parts | None = None
+        self.extra_state: dict[str, object] = {}
+        self.problem: BaseException | None = None  # a misuse, or why the last background save failed
+        try:
+            if options is None or isinstance(options, str):
+                options = kind(checkpoint_prefix=options)
+            if not isinstance(options, kind):
+                must = f"options must be {kind.__name__}, or the prefix as a string"
+                raise ValueError(f"{must}, not {type(options)}")
+            options.check()
+            self.options = replace(options)
+            self.model = _parts("model", model)
+            if optimizer is not None:
+                self.optimizer = _parts("optimizer", optimizer)
+            extra = {} if extra_state is None else extra_state
+            if not isinstance(extra, Mapping) or not all(isinstance(key, str) for key in extra):
+                raise ValueError("extra_state must be a mapping of names to values")
+            self.extra_state = dict(extra)
+        except Exception as error:
+            self.problem = error
 
     def check(self) -> None:
-        """ValueError for a misuse, or the earlier failure: in the first step, so that all ranks raise it."""
+        """Raise the misuse, or the failure of the last background save."""
         if isinstance(self.problem, CheckpointException):
-            message = (
-                f"the save of {self.problem.checkpoint_path!r} in the background had failed: {self.problem}"
-            )
-            raise CheckpointException(message, type=self.problem.type) from self.problem
+            what = f"the save of {self.problem.checkpoint_path!r} in the background had failed"
+            raise CheckpointException(f"{what}: {self.problem}", type=self.problem.type) from self.problem
         if self.problem is not None:
             raise self.problem
-        self.options.check()
-        if not (
-            isinstance(self.extra_state, Mapping) and all(isinstance(key, str) for key in self.extra_state)
-        ):
-            raise ValueError("extra_state must be a mapping of names to values")
 
 
 @dataclass(frozen=True)
 class CheckpointLoadResult:
-    """What was loaded; `warnings` also has what strict mode refuses.
+    """What a load has restored.
 
-    `extra_state` has every entry, but for those kept per rank that have no copy for this rank.
-    If world sizes differ, `extra_state_per_rank` has every copy of what is kept per rank: by key and saved
-    rank, the same on all ranks.
+    metadata               the record of the checkpoint
+    model_state            the model's entries by name; the tensors are the live ones
+    optimizer_state        the optimizer's state_dict; of several optimizers one for each name
+    source_world_size      the number of ranks that saved
+    target_world_size      the number of ranks that loaded
+    was_resharded          whether these differ
+    extra_state            by name; an entry kept per rank that has no copy for this rank is left out
+    prefix                 the name of the checkpoint, another one than asked for after a fallback
+    warnings               what did not fit, which strict mode refuses, and what was kept per rank
+    extra_state_per_rank   if world sizes differ: all copies of the entries kept per rank, by name and saved
+                           rank, the same on all ranks
     """
 
     metadata: CheckpointMetadata = field(repr=False)
@@ -313,11 +356,20 @@ class CheckpointLoadResult:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A committed checkpoint, for listings."""
+    """A committed checkpoint, as lists show it.
+
+    prefix            its name
+    version           the version of its format on disk
+    timestamp         when it was saved, with time zone UTC
+    world_size        the number of ranks that saved
+    size_bytes        the length of its tensor files
+    format            "multi_shard", "single_file" or "consolidated"
+    custom_metadata   as in `SaveOptions`
+    """
 
     prefix: str
     version: str
-    timestamp: datetime.datetime  # aware, UTC
+    timestamp: datetime.datetime
     world_size: int
     size_bytes: int
     format: str
@@ -326,16 +378,32 @@ class CheckpointInfo:
     @staticmethod
     def of(meta: CheckpointMetadata) -> CheckpointInfo:
         """From its record."""
-        when = datetime.datetime.fromisoformat(meta.timestamp)
-        facts = (meta.prefix, str(meta.version), when, meta.world_size, meta.size_bytes(), meta.format)
-        return CheckpointInfo(*facts, custom_metadata=meta.custom_metadata)
+        return CheckpointInfo(
+            meta.prefix,
+            str(meta.version),
+            datetime.datetime.fromisoformat(meta.timestamp),
+            meta.world_size,
+            meta.size_bytes(),
+            meta.format,
+            meta.custom_metadata,
+        )
+
+
+Retain = Callable[[Sequence[CheckpointInfo]], Iterable[str]]  # all checkpoints -> the prefixes to keep
 
 
 @dataclass
 class CheckpointOptions:
-    """Global configuration for `DistributedCheckpointFactory.create`; times in seconds.
+    """Global configuration for `DistributedCheckpointFactory.create`.
 
-    A path as `storage` means local files there.
+    storage                  where checkpoints are; a path means local files there
+    retry_policy             which failures to try again, and how often
+    integrity_checkers       run on each shard, in addition to the built-in ones
+    compatibility_checkers   run on the record, in addition to the built-in ones
+    default_timeout          seconds for an operation whose options have none
+    keep_last                how many checkpoints stay after a save; None: all
+    retain                   which checkpoints stay: called on rank 0 after a commit with all of them, oldest
+                             first, it returns the prefixes to keep; the new checkpoint always stays
     """
 
     storage: st.AnyStorage = field(default_factory=StorageOptions)
@@ -344,7 +412,7 @@ class CheckpointOptions:
     compatibility_checkers: Sequence[CompatibilityChecker] = ()
     default_timeout: float = 600.0
     keep_last: int | None = None
-    retain: Callable[[Sequence[CheckpointInfo]], Iterable[str]] | None = None
+    retain: Retain | None = None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -354,14 +422,24 @@ R = TypeVar("R")
 
 
 class DistributedCheckpoint:
-    """Saves and loads checkpoints; also a context manager that waits for pending saves.
+    """Saves and loads checkpoints. As a context manager it waits for a pending save at its end.
 
-    Collective, called by every rank: `save`, `save_async`, `save_model_only`, `load`. Local, from any one
-    rank: everything else. Without a coordinator each collective call takes that of the default process group.
+        with DistributedCheckpoint(storage="./checkpoints") as checkpoint:
+            checkpoint.save(model, optimizer, "step_100", extra_state={"epoch": 3})
+            epoch = checkpoint.load(model, optimizer, "step_100").extra_state["epoch"]
 
-    A path as `storage` means local files there; a string as `options` means options with that prefix.
-    A `model` is a Stateful, a mapping of names to Statefuls, or one of names to tensors, which a load fills.
-    An `optimizer` is a Stateful, a mapping of names to Statefuls, or a list of them, named "0", "1", ...
+    `save`, `save_async`, `save_model_only` and `load` are collective: every rank must call them. The other
+    methods are local: any one process may call them. The arguments of the collective methods:
+
+    model         a Stateful, such as a module; a mapping of names to Statefuls, such as pipeline stages; or a
+                  mapping of names to tensors, which a load fills in place
+    optimizer     a Stateful, a mapping of names to Statefuls, or a list of them, named "0", "1", ...; or None
+    options       `SaveOptions` or `LoadOptions`, or a string: the prefix, with default options
+    extra_state   a mapping of names to Statefuls, or to values of plain types, arrays and tensors. A load
+                  restores the Statefuls in place, and returns all values in its result.
+    cancel        an event; once it is set on any rank, the operation stops on all ranks with CANCELLED
+
+    Each collective call has a deadline. At the deadline it raises TIMEOUT and names the missing ranks.
     """
 
     def __init__(
@@ -372,43 +450,35 @@ class DistributedCheckpoint:
         validator: CheckpointValidator | None = None,
         logger: logging.Logger | None = None,
     ) -> None:
+        """Local: touches no file, and needs no process group yet.
+
+        coordinator     None: each collective call uses the ranks of the default process group at that time,
+                        or this process alone if there is none
+        storage         a path means local files there; None: "./checkpoints"
+        fault_handler   None: up to three attempts after an OSError
+        validator       None: the built-in checkers
+        logger          None: the logger "ckpt"
+        """
         self._given_coordinator = coordinator
-        self._made: tuple[weakref.ref[dist.ProcessGroup], Future[TorchCoordinator]] | None = None
-        self._warned_alone = False
+        self._made = weakref.WeakKeyDictionary[dist.ProcessGroup, Future[TorchCoordinator]]()
         self.storage = StorageFactory.create(StorageOptions() if storage is None else storage)
         self.fault_handler = fault_handler or FaultToleranceHandler(self.storage)
         self.validator = validator or CheckpointValidator(self.storage)
         self.logger = logger or log
         self.default_timeout = CheckpointOptions.default_timeout
         self.keep_last: int | None = None
-        self.retain: Callable[[Sequence[CheckpointInfo]], Iterable[str]] | None = None
-        self._warned: set[tuple[str, ...]] = set()  # sets of names, as `CheckpointCoordinator` has them
+        self.retain: Retain | None = None
+        self._warned: set[tuple[str, ...]] = (
+            set()
+        )  # names that a warning was about, see `CheckpointCoordinator`
         self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
-        self._pending: PendingSave | None = None
+        self._pending = PendingSave()  # the last save in the background
+        self._pending.set_result("")
 
     @property
     def coordinator(self) -> DistributedCoordinator:
-        """What a collective call would use now. Where none was given, reading it is such a call, too."""
+        """What a collective call would use now. If none was given, reading it is such a call, too."""
         return self._look_up(self.default_timeout)
-
-    def _look_up(self, limit_s: float) -> DistributedCoordinator:
-        """The one given; else that of the default process group, kept while the group is the same object.
-
-        TIMEOUT where the group's store does not answer within `limit_s` seconds.
-        """
-        if self._given_coordinator is not None:
-            return self._given_coordinator
-        group = dist.group.WORLD if dist.is_available() else None
-        if group is None:
-            return LocalCoordinator()
-        if self._made is None or self._made[0]() is not group:  # its keys have a number: as many on all ranks
-            self._made = weakref.ref(group), coord.in_thread(TorchCoordinator)
-        try:
-            return self._made[1].result(limit_s)
-        except (concurrent.futures.TimeoutError, RuntimeError) as error:
-            why = str(error) or f"no answer within {limit_s:g} s"
-            message = f"the rendezvous store is unreachable (has the process that hosts it died?): {why}"
-            raise CheckpointException(message, type=ExceptionType.TIMEOUT) from error
 
     def save(
         self,
@@ -421,11 +491,10 @@ class DistributedCheckpoint:
     ) -> str:
         """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
 
-        ValueError for a misuse, CheckpointException for a failure, on every rank alike; then nothing was
+        ValueError for a misuse, CheckpointException for a failure, on every rank alike. Then nothing was
         committed, an older checkpoint of this prefix is untouched, and this save's files are gone.
         """
-        given = self._given(model, optimizer, options, SaveOptions, extra_state, cancel)
-        return self._save(given, lambda: self._collect(given))
+        return self._save(self._begin(Given(SaveOptions, model, optimizer, options, extra_state, cancel)))
 
     def save_async(
         self,
@@ -436,49 +505,51 @@ class DistributedCheckpoint:
         extra_state: Mapping[str, object] | None = None,
         cancel: threading.Event | None = None,
     ) -> PendingSave:
-        """Copy the state to host memory, and save it in the background. Collective.
+        """Copy the state to host memory, and save the copy in the background. Collective.
 
-        One save is in flight at a time.
+        Waits for the save before it, so that one is in flight at a time.
 
-        With staging="eager" the copy is done on return. With "overlapped" parameters and optimizer state are
-        copied while forward and backward run: the optimizer's next step waits for it, and a change from
-        elsewhere (an EMA, clipping in place; not one through `.data`, which leaves no trace) fails the save
-        with the tensor's name. Every failure is raised by `result()`, or, if nobody asks, by the next save or
-        `close`, and printed at exit.
+        With staging="eager" the copy is complete on return. With "overlapped", parameters and optimizer state
+        are copied while forward and backward run, and the optimizer's next step waits for the copy. If
+        anything else changes them meanwhile (an EMA, clipping in place), the save fails and names the tensor;
+        a write through `.data` is not noticed. Every failure is raised by `result()` of what this returns. If
+        nobody calls that, the next save or `close` raises it, or it is printed when the interpreter exits.
         """
         pending = PendingSave(cancel)
-        given = self._given(model, optimizer, options, SaveOptions, extra_state, pending.cancel_event)
-        with pending.staging(), coord.no_garbage_collection():
-            given.options.check()
-            metadata = deepcopy(dict(given.options.custom_metadata))  # the caller may change it from now on
-            given = replace(given, options=replace(given.options, custom_metadata=metadata))
-            self._stage(pending, given)
+        given = self._begin(Given(SaveOptions, model, optimizer, options, extra_state, pending.cancel_event))
+        try:
+            given.check()
+            # The caller may change it from now on.
+            given.options.custom_metadata = deepcopy(dict(given.options.custom_metadata))
+            collect = self._stage(given, pending)
+        except Exception as error:  # S1 or S2 raises it, on all ranks
+            failed = Future[ShardData]()
+            failed.set_exception(error)
+            collect = failed.result
+            pending.staged.set()
 
         def save() -> None:
             try:
-                with pending.staging():
-                    _copy_staged(pending.late)
-                pending.staged()
-                pending.set_result(self._save(given, pending.collect))
-            except BaseException as error:  # kept for whoever asks
+                # Before S1, so that the optimizer waits for no other rank. S2 raises an error again.
+                with contextlib.suppress(Exception):
+                    collect()
+                pending.set_result(self._save(given, collect))
+            except BaseException as error:
                 self.logger.error("background save failed: %s", error)
-                pending.fail(error)
-            finally:
-                pending.data, pending.late = ShardData([]), []  # `pending` may be kept, the copy need not
+                pending.set_exception(error)
 
+        # Not a daemon: the interpreter waits for it when it exits.
+        threading.Thread(target=save, name="ckpt-save").start()
         self._pending = pending
-        threading.Thread(
-            target=save, name="ckpt-save"
-        ).start()  # no daemon: the interpreter's exit waits for it
         return pending
 
     def save_model_only(
         self, model: Model, options: SaveOptions | str | None = None, *, cancel: threading.Event | None = None
     ) -> str:
         """Save the model alone: no optimizer, no random number generators. Otherwise as `save`."""
-        given = self._given(model, None, options, SaveOptions, None, cancel)
-        given = replace(given, options=replace(given.options, include_rng_state=False))
-        return self._save(given, lambda: self._collect(given))
+        given = self._begin(Given(SaveOptions, model, None, options, None, cancel))
+        given.options.include_rng_state = False
+        return self._save(given)
 
     def load(
         self,
@@ -491,13 +562,13 @@ class DistributedCheckpoint:
     ) -> CheckpointLoadResult:
         """Restore a checkpoint in place, whatever layout it was saved from. Collective.
 
-        Blocks until every rank has its own.
+        Blocks until every rank has its state. Waits for a save in the background first.
 
-        ValueError for a misuse, CheckpointException for a failure, on every rank alike. Before any byte was
-        read into a tensor nothing has changed; after that tensors are undefined, and the error says so. With
-        `fallback`, the newest older checkpoint that verifies is loaded instead of one that is corrupt.
+        ValueError for a misuse, CheckpointException for a failure, on every rank alike. Nothing has changed,
+        unless the error says that tensors are undefined: then reading into them had begun. With `fallback`,
+        the newest older checkpoint that verifies is loaded in place of a corrupt one, with a warning.
         """
-        given = self._given(model, optimizer, options, LoadOptions, extra_state, cancel)
+        given = self._begin(Given(LoadOptions, model, optimizer, options, extra_state, cancel))
         tried: list[str] = []
         warnings: list[str] = []
         while True:
@@ -506,41 +577,44 @@ class DistributedCheckpoint:
             except CheckpointException as error:
                 if not given.options.fallback or error.type is not ExceptionType.CORRUPTED_CHECKPOINT:
                     raise
-                tried.append(given.prefix)
-                warnings.append(f"{given.prefix} is corrupt, falling back: {error}")
+                tried.append(error.checkpoint_path)
+                warnings.append(f"{tried[-1]} is corrupt, falling back: {error}")
                 self.logger.warning("%s", warnings[-1])
-                if (older := self._older(given, tried)) is None:
+                given.options.checkpoint_prefix = self._older(given, tried)
+                if not given.options.checkpoint_prefix:
                     raise
-                given = replace(given, options=replace(given.options, checkpoint_prefix=older))
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
-        """Committed checkpoints, oldest first. Local."""
+        """Committed checkpoints, oldest first. Local. Skips unreadable ones with a warning."""
         with _typed(""):
             return [CheckpointInfo.of(meta) for meta in st.list_committed(self.storage, self.logger.warning)]
 
     def latest_checkpoint(self) -> CheckpointInfo | None:
-        """The newest committed checkpoint, by the order of saves. Local."""
+        """The newest committed checkpoint, by the order of saves, or None. Local."""
         return next(reversed(self.list_checkpoints()), None)
 
     def delete_checkpoint(self, checkpoint_prefix: str) -> None:
         """Delete a checkpoint: its record first, then its shards; safe to repeat. Local: call it on one rank.
 
-        CheckpointException(STORAGE_ERROR) where there is none.
+        CheckpointException(STORAGE_ERROR) if there is none.
         """
         st.check_prefix(checkpoint_prefix)
         with _typed(checkpoint_prefix):
             self.fault_handler.rollback(checkpoint_prefix)
 
     def validate_checkpoint(self, checkpoint_prefix: str) -> ValidationResult:
-        """Read and check every byte of a checkpoint. Local."""
+        """Read and check every byte of a checkpoint. Local. Damage is in the result, not raised."""
         return self.validator.validate_checkpoint(checkpoint_prefix)
 
     def close(self) -> None:
-        """Wait for a pending save, raise its failure if nobody has asked for it, free the staging memory."""
+        """Wait for a pending save, and free the staging memory. Local.
+
+        Raises the failure of the save unless somebody has seen it; TIMEOUT if the save does not end in time.
+        """
         try:
             self._wait(self.default_timeout)
-            if (error := self._unasked()) is not None:
-                raise error
+            if not self._pending.asked:
+                self._pending.result()
         finally:
             self._staging = np.empty(0, np.uint8)
 
@@ -550,146 +624,126 @@ class DistributedCheckpoint:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # ---- both
+    # ---- save and load
 
-    def _given(
-        self,
-        model: Model,
-        optimizer: Optimizers | None,
-        options: Options | str | None,
-        kind: type[Options],
-        extra_state: Mapping[str, object] | None,
-        cancel: threading.Event | None,
-    ) -> Given[Options]:
-        """Wait for the save in flight, and put together what was given. Nothing raises.
+    def _look_up(self, limit_s: float) -> DistributedCoordinator:
+        """The coordinator that was given, else one for the default process group, kept as long as the group.
 
-        S1 and L1 do, on all ranks.
+        TIMEOUT if the group's store does not answer within `limit_s` seconds.
         """
-        problem: BaseException | None = None
-        parts: tuple[Parts, Parts | None] = {}, None
+        if self._given_coordinator is not None:
+            return self._given_coordinator
+        group = dist.group.WORLD if dist.is_available() else None
+        if group is None:
+            return LocalCoordinator()
+        # The keys of a coordinator contain its number, so every rank must make as many.
+        if group not in self._made:
+            self._made[group] = coord.in_thread(TorchCoordinator)
         try:
-            parts = _parts("model", model), None if optimizer is None else _parts("optimizer", optimizer)
-        except ValueError as error:
-            problem = error
-        if isinstance(options, str):
-            options = kind(checkpoint_prefix=options)
-        if not isinstance(options, kind):
-            if options is not None:
-                must = f"options must be {kind.__name__}, or the prefix as a string"
-                problem = ValueError(f"{must}, not {type(options)}")
-            options = kind()
-        limit_s = _seconds(options.timeout) or self.default_timeout
-        coordinator = self._look_up(limit_s)
-        self._wait(limit_s)
-        if kind is SaveOptions:  # a load has nothing to do with it
-            problem = self._unasked() or problem
-            self._warn_if_alone(coordinator)
-        extra = (
-            dict(extra_state)
-            if isinstance(extra_state, Mapping)
-            else {}
-            if extra_state is None
-            else extra_state
-        )
-        return Given(*parts, replace(options), extra, cancel, limit_s, coordinator, problem)
+            return self._made[group].result(limit_s)
+        except (concurrent.futures.TimeoutError, RuntimeError) as error:
+            message = f"the rendezvous store is unreachable (has the process that hosts it died?): {error!r}"
+            raise CheckpointException(message, type=ExceptionType.TIMEOUT) from error
 
-    def _warn_if_alone(self, coordinator: DistributedCoordinator) -> None:
-        """Warn once of a save by this process alone, which nobody has asked for, in a job of several."""
-        world_size = os.environ.get("WORLD_SIZE", "")
-        alone = self._given_coordinator is None and isinstance(coordinator, LocalCoordinator)
-        if alone and not self._warned_alone and world_size.isdecimal() and int(world_size) > 1:
-            self._warned_alone = True
-            self.logger.warning(
-                "this process saves alone, though WORLD_SIZE is %s: call init_process_group first, or each "
-                "overwrites the others' checkpoints; if only one saves, say LocalCoordinator()",
-                world_size,
-            )
+    def _begin(self, given: Given[Options]) -> Given[Options]:
+        """Look up the ranks, and wait for the save in flight. A new save takes over its failure."""
+        given.limit_s = given.options.timeout or self.default_timeout
+        given.coordinator = self._look_up(given.limit_s)
+        self._wait(given.limit_s)
+        if isinstance(given.options, SaveOptions):
+            if not self._pending.asked:
+                given.problem = self._pending.exception() or given.problem
+            if not given.options.include_optimizer:
+                given.optimizer = None
+            alone = self._given_coordinator is None and isinstance(given.coordinator, LocalCoordinator)
+            world_size = os.environ.get("WORLD_SIZE", "")
+            if alone and world_size not in ("", "1") and ("WORLD_SIZE",) not in self._warned:
+                self._warned.add(("WORLD_SIZE",))
+                self.logger.warning(
+                    "this process saves alone, though WORLD_SIZE is %s: call init_process_group first, or "
+                    "each overwrites the others' checkpoints; if only one saves, say LocalCoordinator()",
+                    world_size,
+                )
+        return given
 
     def _wait(self, limit_s: float) -> None:
         """Wait for the save in flight."""
-        if self._pending and concurrent.futures.wait([self._pending], limit_s + coord.GRACE_S).not_done:
-            raise CheckpointException(
-                f"the save in flight is not done after {limit_s:g} s", type=ExceptionType.TIMEOUT
-            )
-
-    def _unasked(self) -> BaseException | None:
-        """What the last save in the background failed with, if nobody here has asked for it."""
-        pending, self._pending = self._pending, None
-        return None if pending is None or pending.asked else pending.exception()
+        if concurrent.futures.wait([self._pending], limit_s + coord.GRACE_S).not_done:
+            message = f"the save in flight is not done after {limit_s:g} s"
+            raise CheckpointException(message, type=ExceptionType.TIMEOUT)
 
     def _run(
         self, given: Given[Options], verb: str, body: Callable[[coord.Operation], R]
     ) -> tuple[R, coord.Operation]:
-        """Run `body` on all ranks, again where they agree to.
+        """Run `body` on all ranks, again if they agree to.
 
         The failure that they agree on becomes the public exception.
         """
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
+        cancel, progress = given.cancel, given.options.progress
 
         def attempt() -> tuple[R, coord.Operation]:
-            for again in (True, False):
-                limit_s, cancel, progress = given.limit_s, given.cancel, given.options.progress
-                op = coord.Operation(given.coordinator, verb, limit_s, cancel, retryable, progress)
-                try:
-                    return body(op), op
-                except coord.OperationFailed as failed:
-                    self.logger.debug("an attempt failed: %s", failed)
-                    if not (
-                        again and failed.failure["superseded"]
-                    ):  # a save has replaced what was read: once more, for that
-                        raise
-            raise AssertionError("the loop returns or raises")
+            op = coord.Operation(given.coordinator, verb, given.limit_s, cancel, retryable, progress)
+            try:
+                return body(op), op
+            except coord.OperationFailed as failed:
+                self.logger.debug("an attempt failed: %s", failed)
+                raise
 
-        try:
-            return self.fault_handler.execute_with_retry(attempt, given.cancel)
-        except coord.OperationFailed as failed:
-            raise failed.public(given.prefix) from failed.__cause__
+        for again in (True, False):
+            try:
+                return self.fault_handler.execute_with_retry(attempt, cancel)
+            except coord.OperationFailed as failed:
+                # If a save has replaced what was read, read the new checkpoint, once.
+                if not (again and failed.failure["superseded"]):
+                    raise failed.public(given.options.checkpoint_prefix or "") from failed.__cause__
+        raise AssertionError("the loop returns or raises")
 
-    def _log(self, level: int, what: str, count: int, started: float, op: coord.Operation) -> None:
-        seconds = time.monotonic() - started
-        steps = " ".join(f"{name.split()[0]} {took:.3f}" for name, took in op.seconds.items())
-        self.logger.log(
-            level, "%s in %.3f s, %.2f GB/s (%s)", what, seconds, count / 1e9 / max(seconds, 1e-9), steps
-        )
+    def _report(
+        self, op: coord.Operation, prefix: str, warnings: Iterable[str], what: str, count: int
+    ) -> None:
+        """Log the warnings, and a line on `count` bytes: at INFO on rank 0, at DEBUG on the others."""
+        for warning in dict.fromkeys(warnings):
+            self.logger.warning("%s: %s", prefix, warning)
+        seconds = sum(op.seconds.values())
+        steps = " ".join(f"{name[:2]} {took:.3f}" for name, took in op.seconds.items())
+        rate = f"{seconds:.3f} s, {count / 1e9 / max(seconds, 1e-9):.2f} GB/s ({steps})"
+        self.logger.log(logging.DEBUG if op.rank else logging.INFO, "%s in %s", what, rate)
 
     # ---- save
 
-    def _save(self, given: Given[SaveOptions], collect: Callable[[], ShardData]) -> str:
-        started, options = time.monotonic(), given.options
+    def _save(self, given: Given[SaveOptions], collect: Callable[[], ShardData] | None = None) -> str:
+        """S1 to S7. `collect` is S2; None: collect the live state."""
+        options, retain = given.options, self.retain
 
         def request() -> coord.Message:
             given.check()
-            contents = ("optimizer",) * (given.optimizer is not None and options.include_optimizer)
-            contents += ("rng",) * options.include_rng_state + tuple(sorted(given.extra_state))
+            contents = ("optimizer",) * (given.optimizer is not None) + ("rng",) * options.include_rng_state
             return {
                 "prefix": options.checkpoint_prefix,
                 "format": CheckpointFormat(options.format).value,
                 "compression": CompressionLevel(options.compression_level).value,
                 "overwrite": options.overwrite,
                 "verify_replicas": options.replicas == "verify",
-                "contents": contents,
+                "contents": contents + tuple(sorted(given.extra_state)),
                 "custom_metadata": dict(options.custom_metadata),
             }
 
-        retain = self.retain
         chosen = None if retain is None else lambda metas: retain([CheckpointInfo.of(meta) for meta in metas])
         saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, chosen, self._warned)
-        save = functools.partial(saver.coordinate_save, request=request, collect=collect)
-        prefix, op = self._run(given, "save", save)
-        for warning in dict.fromkeys(saver.warnings):
-            self.logger.warning("%s: %s", prefix, warning)
-        own, whole = saver.bytes_written, saver.size_bytes
-        self._log(logging.DEBUG, f"rank {op.rank} wrote {own / 1e9:.3f} GB of {prefix}", own, started, op)
-        if op.rank == 0:
-            what = f"saved {prefix}: {whole / 1e9:.3f} GB by {op.world_size} rank(s)"
-            self._log(logging.INFO, what, whole, started, op)
+        collect = collect or (lambda: self._collect(given))
+        prefix, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
+        count = saver.size_bytes or saver.bytes_written  # rank 0 knows that of all ranks
+        who = f"rank {op.rank}" if op.rank else f"{op.world_size} rank(s)"
+        what = f"saved {prefix}: {count / 1e9:.3f} GB by {who}"
+        self._report(op, prefix, saver.warnings, what, count)
         return prefix
 
     def _collect(self, given: Given[SaveOptions]) -> ShardData:
         """S2: everything that this rank holds."""
         into, model = Collecting(), ModelState(given.model)
         model.collect(into)
-        if given.optimizer is not None and given.options.include_optimizer:
+        if given.optimizer is not None:
             optimizer = OptimizerState(given.optimizer, model.parameters())
             optimizer.collect(into)
             if outside := optimizer.outside:
@@ -701,100 +755,100 @@ class DistributedCheckpoint:
             into.value("rng/state", rng_state(), per_rank=True)
         return into.finish()
 
-    def _stage(self, pending: PendingSave, given: Given[SaveOptions]) -> None:
-        """Collect, and copy to host memory all that the optimizer's next step, which will wait, does not
-        change.
+    @coord.no_garbage_collection()
+    def _stage(self, given: Given[SaveOptions], pending: PendingSave) -> Callable[[], ShardData]:
+        """Collect the live state, and copy it to host memory, pinned if CUDA is in use.
+
+        Returns S2, which returns the copy. Overlapped staging leaves to its first call what only the
+        optimizer's step changes; the step waits for that.
         """
         live = self._collect(given)
-        copies = self._reserve(live)
-        optimizers, guarded = list((given.optimizer or {}).values()), set[int]()
-        if given.options.staging == "overlapped" and all(
-            hasattr(o, "register_step_pre_hook") for o in optimizers
-        ):
-            guarded = _optimizer_memory(optimizers)
-            for optimizer in optimizers:
-                pending.hooks.append(
-                    getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged())
-                )
-        for copy in copies.values():
-            if (
-                copy.view.data_ptr() in guarded and copy.version >= 0
-            ):  # without a counter a change would go unseen
-                pending.late.append(copy)
-            else:
-                copy.room.copy_(copy.view, non_blocking=True)
-        if st.cuda_in_use():
-            torch.cuda.current_stream().synchronize()
-        for t in live.tensors:
-            pieces = [(box, copies[coord.identity(view)].room) for box, view in t.pieces]
-            pending.data.tensors.append(t._replace(pieces=pieces))
-        pending.data = pending.data._replace(steps=live.steps)
-        if not pending.late:
-            pending.staged()
-
-    def _reserve(self, live: ShardData) -> dict[tuple[object, ...], StagedCopy]:
-        """Host memory for every piece, by `identity`, pinned where CUDA is in use."""
-        views: dict[tuple[object, ...], tuple[str, torch.Tensor]] = {}
-        for name, view in ((t.name, view) for t in live.tensors for _, view in t.pieces):
-            views.setdefault(coord.identity(view), (name, view))
-        *starts, total = itertools.accumulate(
-            (-(-view.nbytes // 64) * 64 for _, view in views.values()), initial=0
-        )
+        views = {coord.identity(view): (t.name, view) for t in live.tensors for _, view in t.pieces}
+        sizes = (-(-view.nbytes // 64) * 64 for _, view in views.values())  # aligned for every dtype
+        *starts, total = itertools.accumulate(sizes, initial=0)
         if total > len(self._staging):
-            self._staging = np.empty(0, np.uint8)  # before the larger one comes
+            self._staging = np.empty(0, np.uint8)  # free it before the larger one is made
             self._staging = st.aligned_buffer(total)
-        memory, copies = torch.from_numpy(self._staging), dict[tuple[object, ...], StagedCopy]()
-        as_dtype = {dtype: memory.view(dtype) for dtype in {view.dtype for _, view in views.values()}}
+        memory = torch.from_numpy(self._staging)
+        overlapped = given.options.staging == "overlapped"
+        optimizers = list((given.optimizer or {}).values()) if overlapped else []
+        guarded = _optimizer_memory(optimizers)
+        copies: dict[tuple[object, ...], torch.Tensor] = {}
+        late: list[tuple[str, torch.Tensor, torch.Tensor, int]] = []
         for start, (key, (name, view)) in zip(starts, views.items()):
-            first = start // view.itemsize
-            room = as_dtype[view.dtype][first : first + view.numel()].view(view.shape)
-            version = -1 if view.is_inference() else view._version  # those have no counter
-            copies[key] = StagedCopy(name, view, room, version)
-        return copies
+            copies[key] = copy = memory[start : start + view.nbytes].view(view.dtype).view(view.shape)
+            # An inference tensor has no version counter, so a change would go unseen.
+            if view.data_ptr() in guarded and not view.is_inference():
+                late.append((name, view, copy, view._version))
+            else:
+                copy.copy_(view)
+        tensors = [
+            t._replace(pieces=[(box, copies[coord.identity(view)]) for box, view in t.pieces])
+            for t in live.tensors
+        ]
+        hooks = [
+            getattr(optimizer, "register_step_pre_hook")(lambda *_: pending.wait_staged())
+            for optimizer in optimizers
+            if late
+        ]
+
+        def collect() -> ShardData:
+            try:
+                for name, view, copy, version in late:
+                    copy.copy_(view)
+                    if view._version != version:
+                        what = f"{name} was changed in place while it was being copied"
+                        advice = "wait_staged() first, or use staging='eager'"
+                        raise CheckpointException(f"{what}; {advice}", type=ExceptionType.SAVE_FAILED)
+                late.clear()  # a retry must not copy again what may change from now on
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                pending.staged.set()
+            return live._replace(tensors=tensors)
+
+        if not late:
+            pending.staged.set()
+        return collect
 
     # ---- load
 
     def _load(self, given: Given[LoadOptions], warnings: Sequence[str]) -> CheckpointLoadResult:
-        started = time.monotonic()
+        """L1 to L5. `warnings`: of what the load fell back from."""
         loader = CheckpointLoader(given.coordinator, self.storage)
 
         def body(op: coord.Operation) -> Restore:
             restore = Restore(given, op, self.validator, isinstance(given.coordinator, LocalCoordinator))
+            restore.warnings += warnings
             steps = restore.validate, restore.match, restore.apply
             loader.coordinate_load(op, restore.claim, *steps)
             return restore
 
         restored, op = self._run(given, "load", body)
-        result = replace(restored.result, warnings=[*warnings, *restored.warnings])
-        for warning in result.warnings:
-            self.logger.warning("%s: %s", result.prefix, warning)
-        own, whole = (
-            sum(target.view.nbytes for target in restored.targets.values()),
-            result.metadata.size_bytes(),
-        )
-        what = f"loaded {result.prefix}: {own / 1e9:.3f} of {whole / 1e9:.3f} GB"
-        what += f" to rank {op.rank} of {op.world_size}"
-        self._log(logging.DEBUG if op.rank else logging.INFO, what, own, started, op)
+        result = restored.result
+        own = sum(target.view.nbytes for target in restored.targets.values())
+        of_whole = f"{own / 1e9:.3f} of {result.metadata.size_bytes() / 1e9:.3f} GB"
+        what = f"loaded {result.prefix}: {of_whole} to rank {op.rank} of {op.world_size}"
+        self._report(op, result.prefix, result.warnings, what, own)
         return result
 
-    def _older(self, given: Given[LoadOptions], tried: Sequence[str]) -> str | None:
-        """The newest checkpoint older than those tried; any other where none of their records can be read."""
+    def _older(self, given: Given[LoadOptions], tried: Sequence[str]) -> str:
+        """The newest checkpoint that is older than those tried, the same on all ranks; "" if there is none.
 
-        def choose(op: coord.Operation) -> object:
+        If none of their records can be read, any other checkpoint counts as older.
+        """
+
+        def choose(op: coord.Operation) -> str:
             with op.step("L1 record"):
-                choice = None
+                older = [""]
                 if op.rank == 0:
-                    heads = filter(
-                        None, (st.record_head(self.storage, prefix, sound=False) for prefix in tried)
-                    )
-                    limit = min((head.sequence for head in heads), default=math.inf)
+                    heads = [st.record_head(self.storage, prefix, sound=False) for prefix in tried]
+                    limit = min((head.sequence for head in heads if head), default=math.inf)
                     found = st.list_committed(self.storage, self.logger.warning)
-                    older = [m.prefix for m in found if m.sequence < limit]
-                    choice = next((prefix for prefix in reversed(older) if prefix not in tried), None)
-                return op.broadcast(choice)
+                    older += [m.prefix for m in found if m.sequence < limit and m.prefix not in tried]
+                return str(op.broadcast(older[-1]))
 
-        found, _ = self._run(given, "load", choose)
-        return found if isinstance(found, str) else None
+        return self._run(given, "load", choose)[0]
 
 
 @contextlib.contextmanager
@@ -814,13 +868,11 @@ class DistributedCheckpointFactory:
     def create(
         coordinator: DistributedCoordinator | None = None, options: CheckpointOptions | None = None
     ) -> DistributedCheckpoint:
-        """Local. ValueError for bad options."""
+        """Local. `coordinator` as for `DistributedCheckpoint`. ValueError for bad options."""
         options = options or CheckpointOptions()
-        _check_timeout(options.default_timeout)
-        if options.keep_last is not None and options.keep_last < 1:
-            raise ValueError(f"keep_last must be at least 1, not {options.keep_last}")
-        if options.keep_last is not None and options.retain is not None:
-            raise ValueError("give keep_last or retain, not both")
+        _check_timeout(options.default_timeout or 0)
+        if options.keep_last is not None and (options.keep_last < 1 or options.retain):
+            raise ValueError(f"keep_last={options.keep_last}: give keep_last or retain, and at least 1")
         storage = StorageFactory.create(options.storage)
         made = DistributedCheckpoint(
             coordinator,
@@ -828,11 +880,9 @@ class DistributedCheckpointFactory:
             FaultToleranceHandler(storage, options.retry_policy),
             CheckpointValidator(storage, options.integrity_checkers, options.compatibility_checkers),
         )
-        made.default_timeout, made.keep_last, made.retain = (
-            options.default_timeout,
-            options.keep_last,
-            options.retain,
-        )
+        made.default_timeout = options.default_timeout
+        made.keep_last = options.keep_last
+        made.retain = options.retain
         return made
 
 
@@ -840,112 +890,58 @@ class DistributedCheckpointFactory:
 # Saves in the background
 
 
-class StagedCopy(NamedTuple):
-    """A live tensor and its copy in host memory; `version` is the live one's when the save was asked for."""
-
-    name: str
-    view: torch.Tensor
-    room: torch.Tensor
-    version: int
-
-
 class PendingSave(Future[str]):
-    """A save under way; `result()` is the prefix once it is committed and announced."""
+    """A save in the background: a future of the prefix, done once every rank knows of the commit."""
 
     def __init__(self, cancel: threading.Event | None = None) -> None:
         super().__init__()
         self.cancel_event = cancel or threading.Event()
+        self.staged = threading.Event()
         self.asked = False  # whether somebody has seen the outcome
-        self.late: list[
-            StagedCopy
-        ] = []  # what is copied in the background; `hooks` hold up the optimizer until then
-        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.data = ShardData([])
-        self._staging_error: Exception | None = None
-        self._staged = threading.Event()
+        self._alarm: Callable[[], object] = lambda: None
 
     def wait_staged(self, timeout: float | None = None) -> None:
         """Return once the live tensors may be changed; TimeoutError after `timeout` seconds."""
-        if not self._staged.wait(timeout):
+        if not self.staged.wait(timeout):
             raise TimeoutError(f"not staged within {timeout} s")
 
     def cancel(self) -> bool:
-        """Ask every rank to stop; False if it is over already. `result()` still tells the outcome."""
+        """Ask every rank to stop; False if the save is over already. `result()` has the outcome."""
         self.cancel_event.set()
         return not self.done()
 
     def result(self, timeout: float | None = None) -> str:
-        """The prefix; raises what the save raised."""
-        try:
-            return super().result(timeout)
-        finally:
-            self._seen()
+        """The prefix. Raises what the save raised; TimeoutError after `timeout` seconds."""
+        self.exception(timeout)
+        return super().result()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What the save raised, or None."""
-        try:
-            return super().exception(timeout)
-        finally:
-            self._seen()
+        """What the save raised, or None; TimeoutError after `timeout` seconds."""
+        error = super().exception(timeout)
+        self.asked = True
+        self._alarm()
+        return error
 
-    def _seen(self) -> None:
-        if self.done():
-            self.asked = True
-            atexit.unregister(self._tell)
-
-    @contextlib.contextmanager
-    def staging(self) -> Iterator[None]:
-        """Keep an error of the copying for `collect`."""
-        try:
-            yield
-        except Exception as error:
-            self._staging_error = self._staging_error or error
-
-    def staged(self) -> None:
-        """The copy is done, or given up: the live tensors are free."""
-        for handle in self.hooks:
-            handle.remove()
-        self._staged.set()
-
-    def fail(self, error: BaseException) -> None:
-        """Keep the error for whoever asks; if nobody has when the interpreter exits, it is printed."""
-        atexit.register(self._tell, str(error))
-        self.set_exception(error)
-
-    def _tell(self, why: str) -> None:
-        print(
-            f"ckpt: a save in the background failed, and nobody asked for its result: {why}", file=sys.stderr
-        )
-
-    def collect(self) -> ShardData:
-        """S2 of the background save: the copy. An error of the copying is raised here, on all ranks."""
-        if self._staging_error is not None:
-            raise self._staging_error
-        return self.data
-
-
-def _copy_staged(copies: Sequence[StagedCopy]) -> None:
-    """Copy in the background; a tensor that was changed meanwhile fails the save."""
-    for name, view, room, version in copies:
-        room.copy_(view)
-        if view._version != version:
-            raise CheckpointException(
-                f"{name} was changed in place while it was being copied; wait_staged() first, "
-                "or use staging='eager'",
-                type=ExceptionType.SAVE_FAILED,
-            )
+    def set_exception(self, exception: BaseException | None) -> None:
+        """End with a failure, and print it at exit (or when this object is deleted) if nobody has seen it."""
+        why = f"ckpt: a save in the background failed, and nobody asked for its result: {exception}"
+        self._alarm = weakref.finalize(self, print, why, file=sys.stderr).detach
+        super().set_exception(exception)
 
 
 def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
-    """Addresses of what only an optimizer's step changes: its parameters and its state."""
-    found: set[int] = set()
+    """Addresses of what only the optimizers' steps change: parameters and state.
+
+    Nothing if one of them is not torch's, for it may have no hooks that could hold up its step.
+    """
+    found = set[int]()
     for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.Optimizer):
-            tensors = [p for group in optimizer.param_groups for p in group["params"]]
-            tensors += [
-                v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)
-            ]
-            for tensor in tensors:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return set()
+        params = (tensor for group in optimizer.param_groups for tensor in group["params"])
+        state = (value for state in optimizer.state.values() for value in state.values())
+        for tensor in itertools.chain(params, state):
+            if isinstance(tensor, torch.Tensor):
                 local = tensor if (sharded := coord.as_dtensor(tensor)) is None else sharded.to_local()
                 found.add(local.data_ptr())
     return found

@@ -5933,7 +5933,7 @@ def test_a_save_and_a_load_are_one_line_each_at_info_on_rank_zero_with_bytes_sec
     own = rf"loaded p: 0\.034 of {size:.3f} GB to rank 0 of 2 in \d+\.\d{{3}} s, \d+\.\d\d GB/s \({steps}\)"
     assert re.fullmatch(own, loaded)
     assert [level for level, _ in rank_1 if level != "DEBUG"] == []
-    assert [line[:22] for _, line in rank_1] == ["rank 1 wrote 0.017 GB ", "loaded p: 0.034 of 0.0"]
+    assert [line[:22] for _, line in rank_1] == ["saved p: 0.017 GB by r", "loaded p: 0.034 of 0.0"]
 
 
 def keep_a_log(rank, world_size, tmp):
