@@ -121,6 +121,7 @@ __all__ = [
     "diff_checkpoints",
     "export_checkpoint",
     "import_checkpoint",
+    "load_safetensors",
 ]
 __all__ += coord.__all__ + st.__all__
 
@@ -813,7 +814,12 @@ class DistributedCheckpoint:
 
     # ---- load
 
-    def _load(self, given: Given[LoadOptions], warnings: Sequence[str]) -> CheckpointLoadResult:
+    def _load(
+        self,
+        given: Given[LoadOptions],
+        warnings: Sequence[str],
+        open_reader: Callable[[coord.Operation], CheckpointReader] | None = None,
+    ) -> CheckpointLoadResult:
         """L1 to L5. `warnings`: of what the load fell back from."""
         loader = CheckpointLoader(given.coordinator, self.storage)
 
@@ -821,7 +827,7 @@ class DistributedCheckpoint:
             restore = Restore(given, op, self.validator, isinstance(given.coordinator, LocalCoordinator))
             restore.warnings += warnings
             steps = restore.validate, restore.match, restore.apply
-            loader.coordinate_load(op, restore.claim, *steps)
+            loader.coordinate_load(op, restore.claim, *steps, open_reader)
             return restore
 
         restored, op = self._run(given, "load", body)
@@ -1696,7 +1702,7 @@ def _tensor_from_text(text: str) -> torch.Tensor:
 
 @dataclass
 class ValidationResult:
-    """What a validator found; valid where there are no errors."""
+    """What a validator found. It is valid if there are no errors."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -1715,16 +1721,16 @@ class ValidationResult:
         return "\n".join(lines) or "valid"
 
     def add(self, other: ValidationResult) -> None:
-        """Take over what another check found."""
+        """Add what another check found."""
         self.errors += other.errors
         self.warnings += other.warnings
 
 
 @runtime_checkable
 class IntegrityChecker(Protocol):
-    """Judges one shard of a checkpoint.
+    """Checks one shard of a checkpoint.
 
-    What it raises, but for CANCELLED and TIMEOUT, counts as an error that it found.
+    An exception that it raises counts as an error that it found, except CANCELLED and TIMEOUT.
     """
 
     name: str
@@ -1734,7 +1740,7 @@ class IntegrityChecker(Protocol):
 
 @runtime_checkable
 class CompatibilityChecker(Protocol):
-    """Judges a checkpoint's record."""
+    """Checks the record of a checkpoint. Exceptions count as with `IntegrityChecker`."""
 
     name: str
 
@@ -1742,9 +1748,7 @@ class CompatibilityChecker(Protocol):
 
 
 class SizeIntegrityChecker:
-    """The shard is as long as the record says, and its header, all that this reads, has the CRC32 that the
-    record says.
-    """
+    """Compares a shard's length, and the CRC32 of its header, with the record. Reads only the header."""
 
     name = "size"
 
@@ -1754,9 +1758,9 @@ class SizeIntegrityChecker:
 
 
 class ChecksumIntegrityChecker:
-    """Every unit of the shard has the CRC32 that its header says, and the header says what the record does.
+    """Compares every unit of a shard with its CRC32, and the header with the record. Reads every byte.
 
-    An error for each that has not. Reads every byte.
+    Reports an error for each unit that differs.
     """
 
     name = "checksum"
@@ -1764,18 +1768,18 @@ class ChecksumIntegrityChecker:
     def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
         found, info = ValidationResult(), reader.metadata.shards[shard]
         reader.check_header(shard)
+        blocks = range(0, info.length - info.header_bytes, st.BLOCK_BYTES)
 
         def check(low: int, buffer: st.Bytes, gate: st.Gate) -> None:
             found.errors.extend(reader.check_block(shard, low, buffer))
-            reader.meter.add(min(st.BLOCK_BYTES, info.length - info.header_bytes - low))
+            reader.meter.add(min(st.BLOCK_BYTES, blocks.stop - low))
 
-        blocks = range(0, info.length - info.header_bytes, st.BLOCK_BYTES)
         st.in_parallel(blocks, check, reader.meter.tick, len(blocks))
         return found
 
 
 class VersionCompatibilityChecker:
-    """The format version is one that this code reads; a warning where torch was of another major version."""
+    """Compares the format version with this code's. Warns if torch was of another major version."""
 
     name = "version"
 
@@ -1789,24 +1793,18 @@ class VersionCompatibilityChecker:
 
 
 class SchemaCompatibilityChecker:
-    """Every tensor's pieces hold each of its elements once.
-
-    An error for each (20 at most) of which they do not.
-    """
+    """Checks that the pieces of each tensor hold each of its elements once. Reports at most 20 errors."""
 
     name = "schema"
 
     def check_compatibility(self, metadata: CheckpointMetadata) -> ValidationResult:
-        pieces = metadata.pieces
-        wrong = st.not_covered_once(metadata.tensors, pieces.tensor, pieces.box)
-        names = (metadata.tensors[index].name for index in wrong[:20])
-        return ValidationResult(
-            [f"{name}: its pieces do not hold each of its elements once" for name in names]
-        )
+        wrong = st.not_covered_once(metadata.tensors, metadata.pieces.tensor, metadata.pieces.box)[:20]
+        what = "its pieces do not hold each of its elements once"
+        return ValidationResult([f"{metadata.tensors[index].name}: {what}" for index in wrong])
 
 
 class CheckpointValidator:
-    """Runs checkers; the built-in ones always, those given in addition."""
+    """Runs checkers: always the built-in ones, then the given ones."""
 
     def __init__(
         self,
@@ -1816,17 +1814,20 @@ class CheckpointValidator:
     ) -> None:
         self.storage = storage
         self.integrity_checkers: list[IntegrityChecker] = [SizeIntegrityChecker(), *integrity_checkers]
-        built_in: list[CompatibilityChecker] = [VersionCompatibilityChecker(), SchemaCompatibilityChecker()]
-        self.compatibility_checkers = [*built_in, *compatibility_checkers]
+        self.compatibility_checkers: list[CompatibilityChecker] = [
+            VersionCompatibilityChecker(),
+            SchemaCompatibilityChecker(),
+            *compatibility_checkers,
+        ]
 
     def validate_checkpoint(
         self, checkpoint_prefix: str, progress: Callable[[Progress], None] | None = None
     ) -> ValidationResult:
         """Check the record and every byte of every shard. Any process.
 
-        Never raises for damage, but reports it.
+        Damage is reported, never raised.
         """
-        for _ in range(2):  # once more if it was replaced meanwhile
+        for _ in range(2):  # a second time if a save replaces the checkpoint meanwhile
             try:
                 _, meta = coord.committed(self.storage, checkpoint_prefix)
             except (CheckpointException, OSError) as error:
@@ -1840,11 +1841,11 @@ class CheckpointValidator:
         return result
 
     def validate_metadata(self, metadata: CheckpointMetadata | str) -> ValidationResult:
-        """Run the compatibility checkers on a record (or on that of a prefix)."""
+        """Run the compatibility checkers on a record, or on that of a prefix."""
         record = st.read_committed(self.storage, metadata) if isinstance(metadata, str) else metadata
         result = ValidationResult()
         for checker in self.compatibility_checkers:
-            result.add(_guarded(checker.name, lambda: checker.check_compatibility(record)))
+            result.add(_findings(checker.name, lambda: checker.check_compatibility(record)))
         return result
 
     def validate_shards(
@@ -1853,79 +1854,50 @@ class CheckpointValidator:
         shards: Iterable[int] | None = None,
         extra: Sequence[IntegrityChecker] = (),
     ) -> ValidationResult:
-        """Run the integrity checkers on some shards (default: all), and `extra` ones."""
+        """Run the integrity checkers, and those in `extra`, on some shards. Default: on all."""
         result = ValidationResult()
         for shard in range(len(reader.metadata.shards)) if shards is None else shards:
             for checker in (*self.integrity_checkers, *extra):
-                found = _guarded(checker.name, lambda: checker.check_integrity(reader, shard))
+                found = _findings(checker.name, lambda: checker.check_integrity(reader, shard))
                 result.add(found)
                 if not found.is_valid:
-                    break  # a shard without a sound header has nothing more to check
+                    break  # the next checker would only find the same damage again
         return result
 
 
-def _guarded(name: str, check: Callable[[], ValidationResult]) -> ValidationResult:
+def _findings(name: str, check: Callable[[], ValidationResult]) -> ValidationResult:
+    """What a checker returns, or its exception as an error, unless that ends the whole operation."""
     try:
         return check()
-    except Exception as error:
-        kind = error.type if isinstance(error, CheckpointException) else None
-        if isinstance(error, coord.OperationFailed) or kind in (
-            ExceptionType.CANCELLED,
-            ExceptionType.TIMEOUT,
-        ):
+    except coord.OperationFailed:
+        raise
+    except CheckpointException as error:
+        if error.type in (ExceptionType.CANCELLED, ExceptionType.TIMEOUT):
             raise
-        return ValidationResult(
-            [str(error) if kind else f"checker {name!r} raised {type(error).__name__}: {error}"]
-        )
+        return ValidationResult([str(error)])
+    except Exception as error:
+        return ValidationResult([f"checker {name!r} raised {type(error).__name__}: {error}"])
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Out: safetensors files for everybody else
+# Export: safetensors files for other programs
 
-_FLOATS = (
-    "F16",
-    "BF16",
-    "F32",
-    "F64",
-)  # what an export may cast; 8-bit floats mean nothing without their scales
-_WIDEST_FIRST = (  # the order of safetensors' own serializer
-    "U64",
-    "I64",
-    "F64",
-    "C64",
-    "F32",
-    "U32",
-    "I32",
-    "BF16",
-    "F16",
-    "U16",
-    "I16",
-    "F8_E5M2FNUZ",
-    "F8_E4M3FNUZ",
-    "F8_E8M0",
-    "F8_E4M3",
-    "F8_E5M2",
-    "I8",
-    "U8",
-    "F4",
-    "BOOL",
+_FLOATS = ("F16", "BF16", "F32", "F64")  # what an export may cast: 8-bit floats mean nothing without scales
+_SERIALIZED = (  # the order of dtypes in a file, as in safetensors' own serializer
+    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 "
+    "F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 F4 BOOL"
 )
 
 
 class _Exported(NamedTuple):
-    """A tensor of an export: where it is stored, and what its file says of it."""
+    """A tensor of an export."""
 
-    stored: int  # index
-    name: str
-    dtype: str
-    shape: st.Shape
-    begin: int = 0
-
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * st.itemsize(self.dtype)
+    stored: int  # the index of the tensor that holds its elements
+    dtype: str  # to which they are cast
+    entry: st.Entry  # what its file says of it; until its place is known, it begins at 0
 
 
-_Files = dict[str, tuple[bytes, list[_Exported]]]  # by name the first bytes, and the tensors behind them
+_Files = dict[str, tuple[bytes, list[_Exported]]]  # by name: the bytes before the data, and the tensors
 
 
 def export_checkpoint(
@@ -1938,202 +1910,202 @@ def export_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[str]:
-    """Write a checkpoint, of whatever layout, as safetensors files named as Hugging Face's libraries expect.
+    """Write a checkpoint of any layout as safetensors files. Local. Returns the paths of the files.
 
-    Local.
+    `out` ends in ".safetensors". More than `max_shard_bytes` become `<out>-00001-of-0000N` and an index, as
+    Hugging Face's libraries expect. The model's tensors have the names of `model.state_dict()`; each tied
+    name gets a copy. Without `model_only` the other tensors follow, named as stored. `dtype` casts the
+    model's floats of 16 bits and more. An older export to `out` is replaced.
 
-    Returns their names. `out` ends in ".safetensors"; more than `max_shard_bytes` become
-    `<out>-00001-of-0000N` and an index. The model's tensors have the names of `model.state_dict()`, tied ones
-    a copy each; without `model_only` the others follow, named as stored. `dtype` casts the model's floats of
-    16 bits and more. An older export to `out` is replaced. ValueError for a misuse, CheckpointException for
-    damage or a failing disk; then no file of it is left, unless the disk failed while files got their final
-    names, or while those of an older export went.
+    ValueError for a misuse; CheckpointException for damage or a failing disk. Then no file of the export is
+    left, unless the disk failed while files got their final names or while an older export was removed.
     """
     storage = StorageFactory.create(storage)
     folder, name = os.path.split(os.path.abspath(out))
-    if os.path.splitext(name)[1] != ".safetensors":
+    stem, suffix = os.path.splitext(name)
+    if suffix != ".safetensors":
         raise ValueError(f"the name of an export must end in .safetensors: {os.fspath(out)!r} does not")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, not {max_shard_bytes}")
     _check_member(dtype, (None, *(st.DTYPES[code] for code in _FLOATS)), "export dtype")
-    with (
-        _typed(prefix, f"export to {out}: "),
-        CheckpointReader(storage, coord.committed(storage, prefix)[1]) as reader,
-    ):
-        files = _lay_out(name, _select(reader.metadata, model_only, dtype), max_shard_bytes)
-        with _appearing(folder, name, files) as places:
+    with _typed(prefix, f"export to {out}: "), _open_checkpoint(storage, prefix) as reader:
+        files = _lay_out(stem, _select(reader.metadata, model_only, dtype), max_shard_bytes)
+        with _appearing(folder, stem, files) as opened:
 
-            def write(index: int, box: st.Box, start: int, part: torch.Tensor) -> None:
-                for file, begin, to in places[index]:
-                    data = part.to(st.DTYPES[to.dtype]).reshape(-1).view(torch.uint8).numpy()
-                    file.write(begin + start * st.itemsize(to.dtype), data.data)
+            def write(source: coord.Target, start: int, to: tuple[StoredFile, int, str]) -> None:
+                file, begin, code = to
+                data = _bytes_of(source.view.to(st.DTYPES[code]))
+                file.write(begin + start * st.itemsize(code), data.data)
 
+            places = [
+                (exported.stored, (opened[part], len(head) + exported.entry.begin, exported.dtype))
+                for part, (head, tensors) in files.items()
+                for exported in tensors
+            ]
             _read_in_parts(reader, places, write, progress)
     return [os.path.join(folder, part) for part in files]
 
 
+def _open_checkpoint(storage: CheckpointStorage, prefix: str) -> CheckpointReader:
+    return CheckpointReader(storage, coord.committed(storage, prefix)[1])
+
+
+def _bytes_of(tensor: torch.Tensor) -> st.Bytes:
+    """The memory of a contiguous tensor on the CPU."""
+    data: st.Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
+    return data
+
+
 def _read_in_parts(
     reader: CheckpointReader,
-    tensors: Iterable[int],
-    take: Callable[[int, st.Box, int, torch.Tensor], None],
+    tensors: Iterable[tuple[int, R]],
+    take: Callable[[coord.Target, int, R], None],
     progress: Callable[[Progress], None] | None = None,
 ) -> None:
-    """Read stored tensors a few MiB at a time, and call `take(index, box, start, elements)`, on several
-    threads.
+    """Read stored tensors, by index, a block at a time. Call `take` for each box, on several threads.
 
-    `start` is the position of the box's first element in the tensor; the elements are one behind the other.
+    `take(target, start, item)` gets the elements in `target.view`, contiguous. The first one is element
+    `start` of the tensor. `item` is what came with the index.
     """
-    meta, parts = reader.metadata, list[tuple[int, int, int]]()
-    for index in tensors:
-        t = meta.tensors[index]
-        count, step = math.prod(t.shape), st.BLOCK_BYTES // st.itemsize(t.dtype)
-        parts += [(index, low, min(count, low + step)) for low in range(0, count, step)]
-    total = sum((high - low) * st.itemsize(meta.tensors[index].dtype) for index, low, high in parts)
-    meter, own = coord.Meter("export", total, progress), threading.local()
+    metas, own = reader.metadata.tensors, threading.local()
+    parts = [(index, *part, item) for index, item in tensors for part in _blocks(metas[index])]
+    total = sum(math.prod(box.size) * st.itemsize(metas[index].dtype) for index, _, box, _ in parts)
+    meter = coord.Meter("export", total, progress)
 
-    def read(part: tuple[int, int, int], buffer: st.Bytes, gate: st.Gate) -> None:
-        index, low, high = part
-        dtype = st.DTYPES[meta.tensors[index].dtype]
-        if not hasattr(own, "memory"):  # of this thread: malloc would keep several times as much
+    def read(part: tuple[int, int, st.Box, R], buffer: st.Bytes, gate: st.Gate) -> None:
+        index, start, box, item = part
+        if not hasattr(own, "memory"):  # one for each thread: malloc would keep several times as much
             own.memory = torch.from_numpy(st.aligned_buffer(st.BLOCK_BYTES))
-        for start, box in st.row_boxes(meta.tensors[index].shape, low, high):
-            elements = own.memory[: math.prod(box.size) * dtype.itemsize].view(dtype).view(box.size)
-            reader.fill([coord.Target(index, box, elements)], buffer)
-            take(index, box, start, elements)
-        meter.add((high - low) * st.itemsize(meta.tensors[index].dtype))
+        elements = own.memory.view(st.DTYPES[metas[index].dtype])[: math.prod(box.size)]
+        target = coord.Target(index, box, elements.view(box.size))
+        reader.fill([target], buffer)
+        take(target, start, item)
+        meter.add(elements.nbytes)
 
     st.in_parallel(parts, read, meter.tick, len(parts))
     meter.tick()
 
 
-def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | None) -> list[_Exported]:
-    """The tensors to export, in the order of the record, which is the model's.
+def _blocks(tensor: TensorMetadata) -> Iterator[tuple[int, st.Box]]:
+    """Boxes of at most a block that make up a tensor, each with the position of its first element."""
+    count, step = math.prod(tensor.shape), st.BLOCK_BYTES // st.itemsize(tensor.dtype)
+    for low in range(0, count, step):
+        yield from st.row_boxes(tensor.shape, low, min(count, low + step))
 
-    Logs what one might not expect.
+
+def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | None) -> list[_Exported]:
+    """The tensors to export, in the order of the record. Logs what a user may not expect.
+
+    ValueError if two get one name, CORRUPTED_CHECKPOINT for a name that no file can hold.
     """
-    lowest, told = st.lowest_ranks(meta.tensors), defaultdict[str, list[str]](list)
+    lowest, notes = st.lowest_ranks(meta.tensors), defaultdict[str, list[str]](list)
     chosen = list[_Exported]()
     for index, t in enumerate(meta.tensors):
-        model, name, code = t.name.startswith("model/"), st.entry_name(t, st.whole_box(t.shape)), t.dtype
-        if t.dtype == "JSON":
+        in_model, name, code = t.name.startswith("model/"), st.entry_name(t, st.whole_box(t.shape)), t.dtype
+        if code == "JSON":
             if t.name.startswith("model") or not model_only:
-                told["left out, being no tensors"].append(name)
+                notes["left out, being no tensors"].append(name)
             continue
-        if model and t.rank == lowest[t.name]:
+        if in_model and t.rank == lowest[t.name]:
             name = t.name.removeprefix("model/")
             if t.rank is not None:
-                told["kept per rank, exported as the lowest rank has it"].append(name)
+                notes["kept per rank, exported as the lowest rank has it"].append(name)
         elif model_only:
             continue
-        if model and dtype is not None and t.dtype in _FLOATS:
+        if in_model and dtype is not None and code in _FLOATS:
             code = st.CODES[dtype]
-        if st.stored_form(code, ())[0] != code:
-            told["complex, exported as pairs of floats (see torch.view_as_complex)"].append(name)
-        chosen.append(_Exported(index if t.alias_of is None else t.alias_of, name, code, t.shape))
-    names = Counter(exported.name for exported in chosen)
-    if "__metadata__" in names:
-        raise ValueError(
-            f"{meta.prefix}: a safetensors file cannot hold a tensor named '__metadata__': rename it"
-        )
+        form, shape = st.stored_form(code, t.shape)
+        if form != code:
+            notes["complex, exported as pairs of floats (see torch.view_as_complex)"].append(name)
+        entry = st.Entry(name, form, shape, 0, math.prod(t.shape) * st.itemsize(code))
+        chosen.append(_Exported(index if t.alias_of is None else t.alias_of, code, entry))
+    names = Counter(["__metadata__", *(exported.entry.name for exported in chosen)])  # safetensors' own entry
     if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"{meta.prefix}: two tensors of the export would have one name: {st.some(twice)}")
+        raise ValueError(f"{meta.prefix}: two entries of the export would have one name: {st.some(twice)}")
     with _well_formed(meta.prefix):
         for name in names:
             st.check_name(name)
-    for what, found in told.items():
+    for what, found in notes.items():
         log.warning("%s: %s: %s", meta.prefix, what, st.some(found))
     return chosen
 
 
-def _lay_out(name: str, chosen: Sequence[_Exported], limit_bytes: int) -> _Files:
+def _lay_out(stem: str, chosen: Iterable[_Exported], limit_bytes: int) -> _Files:
     """The files of an export: one, or several and, last, their index."""
-    groups, room = [list[_Exported]()], limit_bytes
+    groups, size = [list[_Exported]()], 0
     for exported in chosen:
-        if groups[-1] and exported.nbytes() > room:
+        size += exported.entry.end
+        if groups[-1] and size > limit_bytes:
             groups.append([])
-            room = limit_bytes
+            size = exported.entry.end
         groups[-1].append(exported)
-        room -= exported.nbytes()
     if len(groups) == 1:
-        return {name: _with_header(chosen)}
-    stem, many = name.removesuffix(".safetensors"), len(groups)
-    files = {
-        f"{stem}-{n:05d}-of-{many:05d}.safetensors": _with_header(group) for n, group in enumerate(groups, 1)
-    }
-    weights = {exported.name: part for part, (_, group) in files.items() for exported in group}
-    index = {"metadata": {"total_size": sum(e.nbytes() for e in chosen)}, "weight_map": weights}
-    return files | {f"{name}.index.json": (json.dumps(index, indent=2, sort_keys=True).encode() + b"\n", [])}
+        return {f"{stem}.safetensors": _with_header(groups[0])}
+    many = len(groups)
+    files = {f"{stem}-{n:05d}-of-{many:05d}.safetensors": _with_header(g) for n, g in enumerate(groups, 1)}
+    weights = {exported.entry.name: part for part, (_, tensors) in files.items() for exported in tensors}
+    total = sum(tensors[-1].entry.end for _, tensors in files.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    text = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
+    return files | {f"{stem}.safetensors.index.json": (text, [])}
 
 
-def _with_header(chosen: Iterable[_Exported]) -> tuple[bytes, list[_Exported]]:
-    """The header of a safetensors file, byte for byte as their own serializer writes it, and its tensors in
-    place.
+def _with_header(group: Iterable[_Exported]) -> tuple[bytes, list[_Exported]]:
+    """The header of a safetensors file, byte for byte as their own serializer writes it; its tensors, placed.
+
+    Wide elements come first, so that every tensor is aligned.
     """
-
-    def rank(exported: _Exported) -> tuple[int, str]:  # widest first, so that every tensor is aligned
-        return _WIDEST_FIRST.index(st.stored_form(exported.dtype, ())[0]), exported.name
-
+    order, placed, end = _SERIALIZED.split(), list[_Exported](), 0
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    placed, begin = list[_Exported](), 0
-    for exported in sorted(chosen, key=rank):
-        placed.append(exported._replace(begin=begin))
-        dtype, shape = st.stored_form(exported.dtype, exported.shape)
-        begin += exported.nbytes()
-        offsets = [placed[-1].begin, begin]
-        table[exported.name] = {"dtype": dtype, "shape": [*shape], "data_offsets": offsets}
+    for exported in sorted(group, key=lambda found: (order.index(found.entry.dtype), found.entry.name)):
+        name, dtype, shape, _, nbytes = exported.entry
+        begin, end = end, end + nbytes
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        placed.append(exported._replace(entry=exported.entry._replace(begin=begin, end=end)))
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > st.MAX_HEADER_BYTES:
-        raise ValueError(
-            f"a header for {len(placed)} tensors is over the limit of safetensors; make smaller files"
-        )
+        what = f"a header for {len(placed)} tensors is over the limit of safetensors"
+        raise ValueError(f"{what}; make smaller files")
     return len(text).to_bytes(8, "little") + text, placed
 
 
-_Places = dict[
-    int, list[tuple[StoredFile, int, _Exported]]
-]  # by index: to which file, where in it, and in which form
-
-
 @contextlib.contextmanager
-def _appearing(folder: str, name: str, files: _Files) -> Iterator[_Places]:
-    """New files that appear in the end, durable, the last one last, or not at all.
+def _appearing(folder: str, stem: str, files: _Files) -> Iterator[Mapping[str, StoredFile]]:
+    """Create files that get their names, durably, at the end and in order; or leave none of them.
 
-    They replace the export `name`.
-
-    At no time does an index name files of another export. What a process that died a day ago has left goes.
+    They replace the older export of that stem; at no time does an index name files of another export.
+    Temporary files older than a day, which a dead process has left, are removed.
     """
-    directory, written, places = LocalStorage(folder), dict[str, st.LocalFile](), _Places()
-    ending = f".{secrets.token_hex(4)}.tmp"  # of this export: another one to the same name may be under way
+    directory, opened = LocalStorage(folder), dict[str, st.LocalFile]()
+    ending = f".{secrets.token_hex(4)}.tmp"  # unique: another export to the same name may be under way
     try:
-        for part, (head, entries) in files.items():
-            file = written[part] = directory.create(part + ending)
-            file.resize(len(head) + sum(exported.nbytes() for exported in entries))
+        for part, (head, tensors) in files.items():
+            opened[part] = file = directory.create(part + ending)
+            file.resize(len(head) + (tensors[-1].entry.end if tensors else 0))
             file.write(0, memoryview(head))
-            for exported in entries:
-                places.setdefault(exported.stored, []).append((file, len(head) + exported.begin, exported))
-        yield places
-        for file in written.values():
+        yield opened
+        for file in opened.values():
             file.sync()
-        directory.delete(f"{name}.index.json")
-        for part in written:
+        directory.delete(f"{stem}.safetensors.index.json")
+        for part in files:
             directory.publish(part + ending, part, overwrite=True)
-        # What the older export had besides; its single file is what readers would prefer to an index.
-        stem, part = re.escape(name.removesuffix(".safetensors")), r"(-\d{5}-of-\d{5})?\.safetensors"
-        old = re.compile(rf"{stem}{part}(\.[0-9a-f]{{8}}\.tmp)?")
-        for stale in [n for n in st.os.listdir(folder) if old.fullmatch(n) and n not in written]:
-            with contextlib.suppress(FileNotFoundError):
-                if not stale.endswith(".tmp") or directory.age_s(stale) > 86400:
-                    directory.delete(stale)
-        directory.sync_directory(name)
+        # Readers would prefer an older single file to the new index.
+        old = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.[0-9a-f]{{8}}\.tmp)?")
+        for name in st.os.listdir(folder):
+            if old.fullmatch(name) and name not in files:
+                with contextlib.suppress(FileNotFoundError):
+                    if not name.endswith(".tmp") or directory.age_s(name) > 86400:
+                        directory.delete(name)
+        directory.sync_directory(stem)
     finally:
-        for part, file in written.items():
+        for part, file in opened.items():
             file.close()
             directory.delete(part + ending)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# In: checkpoints of other makes
+# Import: checkpoints of other programs
 
 
 def import_checkpoint(
@@ -2143,39 +2115,41 @@ def import_checkpoint(
     *,
     progress: Callable[[Progress], None] | None = None,
 ) -> str:
-    """Save what others have saved, bit for bit, as a new checkpoint, which `load(model, None, ...)` takes.
+    """Save the checkpoint of another program, bit for bit, as a new checkpoint. Local. Returns `prefix`.
 
-    Local.
+    `load(model, None, prefix)` takes it. `source` is one of these:
+    - a safetensors file, an index of several (`*.index.json`), or a directory with them: all of it is the
+      model;
+    - a file of torch.save, or a directory of torch.distributed.checkpoint (DCP): the model is what is under
+      "model", "state_dict" or "model_state_dict", and the rest is `extra_state`. Without such a key the model
+      is all tensors, by dotted names, and `extra_state` the entries without any.
+    If all names begin with DDP's "module.", that is dropped.
 
-    `source` is a safetensors file, an index of several (`*.index.json`) or a directory with them: all of it
-    is the model. Or it is a file of torch.save, or a directory of torch.distributed.checkpoint (DCP): the
-    model is what is under "model", "state_dict" or "model_state_dict", and the rest `extra_state`; without
-    such a key, the model is all tensors, by dotted names, and `extra_state` the entries without any. Where
-    all names begin with DDP's "module.", that is dropped.
-
-    DCP's metadata is a pickle, which may run any code: import such a directory only if you trust where it
-    comes from. ValueError for a misuse; CheckpointException for a damaged source, a failing disk, or a
-    checkpoint that is there already.
+    DCP's metadata is a pickle, which may run any code: import such a directory only if you trust its origin.
+    ValueError for a misuse; CheckpointException for a damaged source, a failing disk, or an existing
+    checkpoint of that prefix.
     """
-    with _typed(os.fspath(source), f"{os.fspath(source)}: "):
-        model, extra = _split(_read_source(os.fspath(source)))
+    path = os.fspath(source)
+    with _typed(path, f"{path}: "):
+        is_dcp = os.path.isdir(path) and ".metadata" in st.os.listdir(path)
+        model, extra = _split(_read_dcp(path) if is_dcp else _read_parts(path, _read_file))
     options = SaveOptions(prefix, include_rng_state=False, overwrite=False, progress=progress)
     with DistributedCheckpoint(LocalCoordinator(), storage) as checkpoint:
         return checkpoint.save(_State(model), None, options, extra_state=extra)
 
 
 def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
-    """The model's state by dotted names, and the extra state, as `import_checkpoint` tells."""
-    chosen = next(
-        (k for k in ("model", "state_dict", "model_state_dict") if isinstance(state.get(k), Mapping)), None
-    )
-    leaves = {key: list(_leaves(value, "" if key == chosen else key)) for key, value in state.items()}
-    tensors = {
-        key for key, found in leaves.items() if any(isinstance(leaf, torch.Tensor) for _, leaf in found)
-    }
-    ours = tensors if chosen is None else {chosen}
-    found = [leaf for key in leaves if key in ours for leaf in leaves[key]]
-    dropped = "module." if found and all(name.startswith("module.") for name, _ in found) else ""
+    """The model's state by dotted names, and the extra state: see `import_checkpoint`."""
+
+    def has_tensor(key: str) -> bool:
+        return any(isinstance(leaf, torch.Tensor) for _, leaf in _leaves(state[key], key))
+
+    named = [
+        key for key in ("model", "state_dict", "model_state_dict") if isinstance(state.get(key), Mapping)
+    ]
+    ours = named[:1] or list(filter(has_tensor, state))
+    found = [leaf for key in ours for leaf in _leaves(state[key], "" if named else key)]
+    dropped = "module." if all(name.startswith("module.") for name, _ in found) else ""
     model = {name.removeprefix(dropped): value for name, value in found}
     if len(model) < len(found):
         raise ValueError("two tensors would have one name: an a.b, and a b in an a")
@@ -2183,6 +2157,7 @@ def _split(state: Mapping[str, object]) -> tuple[dict[str, object], dict[str, ob
 
 
 def _leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of everything in nested mappings; a module's `_extra_state` is one value."""
     if isinstance(node, Mapping) and not path.endswith("_extra_state"):
         for key, value in node.items():
             yield from _leaves(value, f"{path}.{key}" if path else str(key))
@@ -2190,61 +2165,74 @@ def _leaves(node: object, path: str) -> Iterator[tuple[str, object]]:
         yield path, node
 
 
-def _read_source(path: str) -> dict[str, object]:
-    """What a source holds, mapped into memory where that can be: nothing is read before it is saved."""
-    files = [path]
+def _read_parts(path: str, read: Callable[[str], Mapping[str, R]]) -> dict[str, R]:
+    """`read(file)` of all files of a source, joined. A source is a file, an index, or a directory with one.
+
+    ValueError if it is not clear which files are meant.
+    """
+    folder, name = os.path.split(path)
+    names = [name]
     if os.path.isdir(path):
-        if ".metadata" in (names := sorted(st.os.listdir(path))):
-            return _read_dcp(path)
-        files = [
-            os.path.join(path, n) for n in names if n.endswith((".safetensors", ".safetensors.index.json"))
-        ]
-    indices = [file for file in files if file.endswith(".index.json")]
-    if not files or len(indices) > 1 or (indices and indices[0].removesuffix(".index.json") in files):
-        raise ValueError(
-            f"{path}: name one file to import; safetensors files here: {st.some(files) or 'none'}"
-        )
-    listed: Iterable[str] = ()
-    for index in indices:
-        folder, name = os.path.split(os.path.realpath(_regular(index)))  # in a cache of Hugging Face, a link
+        endings = (".safetensors", ".safetensors.index.json")
+        folder, names = path, sorted(name for name in st.os.listdir(path) if name.endswith(endings))
+    indices = [name for name in names if name.endswith(".index.json")]
+    if not names or len(indices) > 1 or (indices and indices[0].removesuffix(".index.json") in names):
+        raise ValueError(f"{path}: name one file; the safetensors files there: {st.some(names) or 'none'}")
+    weights = dict[str, object]()
+    for name in indices:
+        index = os.path.join(folder, name)
+        text = st.read_file(*_locate(index))
         with _well_formed(index):
-            text = st.read_file(LocalStorage(folder), name)
-            weights = st.Fields(st.parse_json(text, index)).child("weight_map")
-            parts = {weights.text(name) for name in weights.all}
-            for part in sorted(parts):
-                st.check_name(part)
-                if os.path.basename(part) != part:
-                    raise ValueError(f"{part!r} is not the plain name of a file beside the index")
-        files, listed = [os.path.join(os.path.dirname(index), part) for part in sorted(parts)], weights.all
-    state: dict[str, object] = {}
-    for tensors in map(_read_file, files):
-        if twice := sorted(state.keys() & tensors.keys()):
-            raise ValueError(f"{path}: several files have {st.some(twice)}; name the one to import")
-        state |= tensors
-    if indices and (wrong := sorted(state.keys() ^ set(listed))):
+            table = st.Fields(st.parse_json(text, index)).child("weight_map")
+            weights, names = table.all, sorted(set(map(table.text, table.all)))
+            for name in names:
+                st.check_name(name)
+                plain = os.path.basename(name) == name
+                st.require(plain, f"{name!r} is not the plain name of a file beside the index")
+    found: dict[str, R] = {}
+    for name in names:
+        tensors = read(os.path.join(folder, name))
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{path}: several files have {st.some(twice)}; name one file")
+        found |= tensors
+    if indices and (wrong := sorted(found.keys() ^ weights.keys())):
         raise st.corrupted(f"{path}: the index and its files do not agree on {st.some(wrong)}", path)
-    return state
+    return found
+
+
+def _read_header(path: str) -> dict[str, tuple[str, st.Entry]]:
+    """The tensors of a safetensors file by name, in the order of their bytes: the file, and the entry.
+
+    `begin` and `end` count from the start of the file. CORRUPTED_CHECKPOINT if the file breaks a rule.
+    """
+    storage, name = _locate(path)
+    with _well_formed(path), contextlib.closing(storage.open(name)) as file:
+        length = file.length()
+        file.read(0, memoryview(start := bytearray(min(8, length))))
+        data = 8 + int.from_bytes(start, "little")
+        fits = 10 <= data <= min(length, 8 + st.MAX_HEADER_BYTES)
+        st.require(fits, f"impossible header length {data - 8} in a file of {length} bytes")
+        file.read(8, memoryview(text := bytearray(data - 8)))
+        entries = st.parse_entries(st.Fields(st.parse_json(text, path)), length - data)
+    return {e.name: (path, e._replace(begin=data + e.begin, end=data + e.end)) for e in entries}
 
 
 def _read_file(path: str) -> dict[str, object]:
-    """The contents of a safetensors file, which must keep their rules, or of one of torch.save."""
-    _regular(path)
+    """The contents of a safetensors file, or of one of torch.save.
+
+    Tensors are mapped into memory where possible: nothing is read before it is saved.
+    """
     if path.endswith(".safetensors"):
-        with _well_formed(path):
-            data = np.asarray(np.memmap(path, np.uint8, "c"))  # "c": private, since torch wants it writable
-            start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-            if not 10 <= start <= min(len(data), 8 + st.MAX_HEADER_BYTES):
-                raise ValueError(f"impossible header length {start - 8} in a file of {len(data)} bytes")
-            table = st.Fields(st.parse_json(data[8:start].tobytes(), path))
-            entries = st.parse_entries(table, len(data) - start)
-        parts = ((e, torch.from_numpy(data[start + e.begin : start + e.end])) for e in entries)
-        return {e.name: part.view(st.DTYPES[e.dtype]).view(e.shape) for e, part in parts}
+        entries = [entry for _, entry in _read_header(path).values()]
+        data = np.asarray(np.memmap(path, np.uint8, "c"))  # "c": private, since torch wants it writable
+        parts = ((entry, torch.from_numpy(data[entry.begin : entry.end])) for entry in entries)
+        return {entry.name: part.view(st.DTYPES[entry.dtype]).view(entry.shape) for entry, part in parts}
+    _locate(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:
-        if (
-            isinstance(error, OSError) and error.errno != errno.EINVAL
-        ):  # that: torch seeks where a damaged file says
+        # EINVAL: torch seeks to where a damaged file says.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise CheckpointException(
             f"{path}: not *.safetensors, and torch.load(weights_only=True) refuses it: {_reason(error)}. "
@@ -2254,14 +2242,13 @@ def _read_file(path: str) -> dict[str, object]:
             ExceptionType.LOAD_FAILED,
         ) from None  # a traceback would show torch's advice to turn its checks off
     if not isinstance(state, dict):
-        raise ValueError(
-            f"{path}: holds a {type(state).__name__}; expected a dict of tensors, or of dicts of them"
-        )
+        what = f"holds a {type(state).__name__}; expected a dict of tensors, or of dicts of them"
+        raise ValueError(f"{path}: {what}")
     return {str(key): value for key, value in state.items()}
 
 
 def _reason(error: Exception) -> str:
-    """Why torch has refused a file: the sentence that says so, without its advice to turn checks off."""
+    """Why torch refused a file, without its advice to turn checks off."""
     text = str(error)
     found = re.search(r"GLOBAL (\S+?)[.,;]?(\s|$)", text)
     if found is not None:
@@ -2272,16 +2259,21 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {sentence.strip()}".splitlines()[0].partition(". ")[0].rstrip(".: ")
 
 
-def _regular(path: str) -> str:
-    """`path`, if it is a regular file or a link to one: opening a FIFO or a device could block for ever."""
+def _locate(path: str) -> tuple[LocalStorage, str]:
+    """The directory and the name of a regular file; links are followed: Hugging Face's cache has them.
+
+    ValueError for anything else: to open a FIFO or a device could block forever.
+    """
     if not stat.S_ISREG(mode := st.os.stat(path).st_mode):
         kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         raise ValueError(f"{path}: expected a file, found {kinds.get(stat.S_IFMT(mode), 'a device')}")
-    return path
+    folder, name = os.path.split(os.path.realpath(path))
+    return LocalStorage(folder), name
 
 
 @contextlib.contextmanager
 def _well_formed(path: str) -> Iterator[None]:
+    """Raise CORRUPTED_CHECKPOINT for what the parsers find wrong."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -2296,7 +2288,7 @@ def _read_dcp(path: str) -> dict[str, object]:
 
     for folder, _, names in st.os.walk(path):
         for name in names:
-            _regular(os.path.join(folder, name))
+            _locate(os.path.join(folder, name))
     state: dict[str, object] = {}
     planner = getattr(default_planner, "_EmptyStateDictLoadPlanner")()
     try:  # as torch's own dcp_to_torch_save does it
@@ -2309,83 +2301,168 @@ def _read_dcp(path: str) -> dict[str, object]:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Load: safetensors files straight into a model
+
+Rename = Mapping[str, str | None] | Callable[[str], str | None]  # from names in files to names of the model
+
+
+def load_safetensors(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    rename: Rename | None = None,
+    strict: bool = True,
+    coordinator: DistributedCoordinator | None = None,
+) -> CheckpointLoadResult:
+    """Load safetensors files into a model, sharded or not, in place. Collective; every rank reads its part.
+
+    `path` is a file, an index (`*.index.json`), or a directory with one of them, such as a snapshot in
+    Hugging Face's cache; links to files are followed. `model` is as in `DistributedCheckpoint.load`.
+    `rename` maps the names in the files to names of the model: a mapping, where names that it lacks stay as
+    they are, or a function. None as the new name leaves a tensor out. Names that are tied in the model need
+    one stored tensor.
+
+    Missing and unexpected names, and other dtypes, are errors if `strict`; else they are warnings in the
+    result, and dtypes are cast. Another shape is always an error. Safetensors files have no checksums, so
+    nothing is verified; a warning says so.
+
+    ValueError for a misuse, CheckpointException for a failure, on every rank alike. Nothing has changed then,
+    unless the message says that tensors are undefined.
+    """
+    source = os.path.abspath(path)
+
+    def read_headers(op: coord.Operation) -> CheckpointReader:
+        meta = _as_record(source, rename)
+        crc = st.crc32(st.dump_json(st.encode_tables(meta)))
+        op.agree({"the headers of the files (CRC32)": f"{crc:08x}"})
+        return _UnverifiedReader(LocalStorage(meta.prefix), meta)
+
+    options = LoadOptions("safetensors", load_rng_state=False, skip_validation=True, strict_mode=strict)
+    checkpoint = DistributedCheckpoint(coordinator)
+    given = checkpoint._begin(Given(LoadOptions, model, None, options, None, None))
+    warnings = [f"{source}: safetensors files have no checksums; nothing was verified"]
+    try:
+        return checkpoint._load(given, warnings, read_headers)
+    except CheckpointException as error:
+        error.checkpoint_path = source
+        raise
+
+
+class _UnverifiedReader(CheckpointReader):
+    """Reads safetensors files that other programs have written; they have no checksums to verify."""
+
+    def unit_crcs(self, index: int) -> list[int]:
+        return []
+
+    def file(self, index: int) -> StoredFile:
+        with self._lock:
+            if index not in self._files:
+                storage, name = _locate(self.metadata.shard_path(index))
+                self._files[index] = storage.open(name)
+            return self._files[index]
+
+
+def _as_record(source: str, rename: Rename | None) -> CheckpointMetadata:
+    """The headers of safetensors files as a record, with one piece a tensor. Its prefix is their directory.
+
+    ValueError if two tensors get one name.
+    """
+    shards, tensors, rows = list[ShardMetadata](), dict[str, TensorMetadata](), list[tuple[int, ...]]()
+    boxes = list[st.Box]()
+    for name, (path, (_, dtype, shape, begin, end)) in _read_parts(source, _read_header).items():
+        new = rename(name) if callable(rename) else (rename or {}).get(name, name)
+        if new is None:
+            continue
+        if new in tensors:
+            raise ValueError(f"{source}: two tensors would have the name {new!r}, one of them from {name!r}")
+        file = os.path.basename(path)
+        # Pieces begin at multiples of their element size. Where one would not, the file is listed once more.
+        if not shards or shards[-1].file != file or (begin - shards[-1].header_bytes) % st.itemsize(dtype):
+            shards.append(ShardMetadata(file, end, begin, 0))
+        shards[-1] = shards[-1]._replace(length=end)
+        if begin < end:
+            rows.append((len(tensors), len(shards) - 1, begin - shards[-1].header_bytes, end - begin))
+            boxes.append(st.whole_box(shape))
+        tensors[new] = TensorMetadata(f"model/{new}", dtype, shape)
+    tensor, shard, begins, lengths = np.array(rows, np.int64).reshape(-1, 4).T
+    return CheckpointMetadata(
+        prefix=source if os.path.isdir(source) else os.path.dirname(source),
+        save_id="",
+        sequence=0,
+        world_size=1,
+        format="safetensors",
+        compression="none",
+        torch_version="",
+        timestamp="",
+        custom_metadata={},
+        shards=tuple(shards),
+        tensors=tuple(tensors.values()),
+        pieces=st.Pieces(tensor, shard, begins, lengths, coord.stack_boxes(boxes)),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
 # What differs between two checkpoints
 
 
 class Difference(NamedTuple):
-    """A tensor, or other value, that was "added", "removed" or "changed" between two checkpoints, and how."""
+    """A tensor or other value that was "added", "removed" or "changed" between two checkpoints."""
 
     name: str
     kind: str
-    what: str
-    largest_change: float | None = None  # of any element, where that was asked for; NaN: to or from NaN
+    what: str  # dtype and shape, or "value"
+    largest_change: float | None = None  # of any element, with `values`; NaN: from or to NaN
 
 
 def diff_checkpoints(storage: st.AnyStorage, a: str, b: str, *, values: bool = False) -> list[Difference]:
-    """What differs between checkpoints `a` and `b`, by stored name.
+    """What differs between checkpoints `a` and `b`, by stored name. Local.
 
-    [] where every tensor and value has the same bits. Local.
-
-    Reads and checks both sides where dtypes and shapes are equal; `values` finds the largest absolute change
-    of each tensor, also between dtypes. CheckpointException for damage.
+    [] if every tensor and value has the same bits. Reads and checks both sides where dtypes and shapes are
+    equal. `values` finds the largest absolute change of each tensor, also between dtypes.
+    CheckpointException for damage.
     """
-    storage = StorageFactory.create(storage)
-    with (
-        _typed(f"{a}, {b}"),
-        CheckpointReader(storage, coord.committed(storage, a)[1]) as old,
-        CheckpointReader(storage, coord.committed(storage, b)[1]) as new,
-    ):
+    storage, changes = StorageFactory.create(storage), dict[str, list[float]]()
+    with _typed(f"{a}, {b}"), _open_checkpoint(storage, a) as old, _open_checkpoint(storage, b) as new:
         before, after = _by_name(old.metadata), _by_name(new.metadata)
-        found = [Difference(name, "removed", what) for name, (_, what) in before.items() if name not in after]
-        found += [Difference(name, "added", what) for name, (_, what) in after.items() if name not in before]
-        pairs = {name: (before[name], after[name]) for name in before if name in after}
-        same_shape = defaultdict[int, list[int]](list)
-        for (s, was), (t, now) in pairs.values():
-            equal = old.metadata.tensors[s].shape == new.metadata.tensors[t].shape
-            if was == now or (values and equal):
-                same_shape[s].append(t)
-        changes = _changes(old, new, same_shape, values)
-        for name, ((s, was), (t, now)) in pairs.items():
-            if was != now or (s, t) in changes:
-                what = "value" if was == now or was[:4] == now[:4] == "JSON" else f"{was} -> {now}"
-                found.append(Difference(name, "changed", what, changes.get((s, t))))
-    return found
 
-
-def _by_name(meta: CheckpointMetadata) -> dict[str, tuple[int, str]]:
-    """Of all that is stored: the index of what holds its bytes, and dtype and shape as text.
-
-    By name, and rank.
-    """
-    names = ((st.entry_name(t, st.whole_box(t.shape)), n, t) for n, t in enumerate(meta.tensors))
-    return {
-        name: (n if t.alias_of is None else t.alias_of, f"{t.dtype} {list(t.shape)}") for name, n, t in names
-    }
-
-
-def _changes(
-    old: CheckpointReader, new: CheckpointReader, pairs: Mapping[int, Sequence[int]], values: bool
-) -> dict[tuple[int, int], float | None]:
-    """Which pairs of an old tensor and a new one of its shape differ in their bits, with the largest change
-    if `values`.
-    """
-    found = dict[tuple[int, int], list[float]]()
-
-    def compare(index: int, box: st.Box, start: int, was: torch.Tensor) -> None:
-        for other in dict.fromkeys(pairs[index]):
-            codes = {old.metadata.tensors[index].dtype, new.metadata.tensors[other].dtype}
-            now = torch.empty(box.size, dtype=st.DTYPES[new.metadata.tensors[other].dtype])
-            new.fill([coord.Target(other, box, now)])
-            if len(codes) > 1 or not torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (was, now))):
-                sizes = found.setdefault((index, other), [])
-                if values and not {"JSON", "F4"} & codes:
-                    kind = torch.complex128 if was.is_complex() or now.is_complex() else torch.float64
-                    x, y = was.to(kind), now.to(kind)
+        def compare(source: coord.Target, start: int, name: str) -> None:
+            (_, was), (index, now) = before[name], after[name]
+            other = torch.empty(source.box.size, dtype=st.DTYPES[now.dtype])
+            new.fill([source._replace(tensor=index, view=other)])
+            if was.dtype != now.dtype or not np.array_equal(_bytes_of(source.view), _bytes_of(other)):
+                sizes = changes.setdefault(name, [])
+                if values and not {"JSON", "F4"} & {was.dtype, now.dtype}:
+                    x, y = source.view.to(torch.complex128), other.to(torch.complex128)
                     same = (x == y) | (x.isnan() & y.isnan())
                     sizes.append(float((x - y).abs().masked_fill(same, 0.0).max()))
 
-    _read_in_parts(old, pairs, compare)
-    return {pair: float(np.max(sizes)) if sizes else None for pair, sizes in found.items()}
+        alike = [
+            (index, name)
+            for name, (index, was) in before.items()
+            if name in after and was.shape == after[name][1].shape
+            if values or was.dtype == after[name][1].dtype
+        ]
+        _read_in_parts(old, alike, compare)
+    found = list[Difference]()
+    for name in before | after:
+        was, now = (
+            f"{t[1].dtype} {[*t[1].shape]}" if (t := side.get(name)) else "" for side in (before, after)
+        )
+        if not (was and now):
+            found.append(Difference(name, "removed" if was else "added", was or now))
+        elif was != now or name in changes:
+            what = "value" if was == now or was[:4] == now[:4] == "JSON" else f"{was} -> {now}"
+            largest = float(np.max(changes[name])) if changes.get(name) else None
+            found.append(Difference(name, "changed", what, largest))
+    return found
+
+
+def _by_name(meta: CheckpointMetadata) -> dict[str, tuple[int, TensorMetadata]]:
+    """All stored tensors and values by name and rank, each with the index of the one that holds its bytes."""
+    return {
+        st.entry_name(t, st.whole_box(t.shape)): (index if t.alias_of is None else t.alias_of, t)
+        for index, t in enumerate(meta.tensors)
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2394,10 +2471,10 @@ def _changes(
 _Result = tuple[int, object]
 
 
-def _human(count: float, unit: str = "B") -> str:
+def _human(count: float) -> str:
+    """A number of bytes in decimal units."""
     power = min(int(math.log10(max(count, 1))) // 3, 4)
-    number = f"{count / 1000**power:.2f}" if power else f"{count:.0f}"
-    return f"{number} {' kMGT'[power].strip()}{unit}".rstrip()
+    return f"{count / 1000**power:.{2 if power else 0}f} {' kMGT'[power].strip()}B"
 
 
 def _escaped(text: str) -> str:
@@ -2406,7 +2483,7 @@ def _escaped(text: str) -> str:
 
 
 def _say(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines. All that a command prints goes this way, so no stored name can control a terminal."""
+    """Print lines. Every command prints this way, so that no stored name can control a terminal."""
     file = file or sys.stdout
     encoding = file.encoding or "utf-8"
     text = "\n".join(map(_escaped, lines))
@@ -2414,27 +2491,35 @@ def _say(*lines: str, file: TextIO | None = None) -> None:
 
 
 class _Warnings(logging.Handler):
-    """What the library logs while a command runs, on standard error."""
+    """Prints what the library logs while a command runs, on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _say(f"ckpt.py: {record.getMessage()}", file=sys.stderr)
 
 
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Aligned columns, those in `right` to the right."""
-    rows = [[_escaped(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    form = "  ".join(f"{{:{'>' if i in right else ''}{width}}}" for i, width in enumerate(widths))
-    return [form.format(*row).rstrip() for row in rows]
+def _cell(key: str, value: object) -> str:
+    if isinstance(value, int) and "bytes" in key:
+        return _human(value)
+    if isinstance(value, tuple):
+        return "x".join(map(str, value)) or "scalar"
+    return "" if value is None else _escaped(str(value))
+
+
+def _table(columns: str, rows: Iterable[Mapping[str, object]]) -> None:
+    """Print rows in aligned columns, under the names of the columns."""
+    keys = columns.split()
+    cells = [list(map(str.upper, keys)), *([_cell(key, row[key]) for key in keys] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    _say(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells))
 
 
 @contextlib.contextmanager
 def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
-    """How far a command is, how fast, and how long it will take: on standard error if that is a terminal."""
+    """Show progress, rate and time left on standard error, if that is a terminal; clear it at the end."""
     started = time.monotonic()
 
-    def show(told: Progress) -> None:  # in place of what was there
-        (_, done, total), text = told, ""
+    def show(progress: Progress) -> None:
+        (_, done, total), text = progress, ""
         if done and total:
             rate = done / max(time.monotonic() - started, 1e-3)
             minutes, seconds = divmod(round((total - done) / rate), 60)
@@ -2452,38 +2537,37 @@ def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
 
 def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """List the committed checkpoints below DIR."""
-    infos = [CheckpointInfo.of(meta) for meta in st.list_committed(storage)]
-    rows = [
-        (i.prefix, str(i.timestamp)[:19], str(i.world_size), _human(i.size_bytes), i.format) for i in infos
-    ]
-    _say(*_table([("PREFIX", "SAVED (UTC)", "RANKS", "SIZE", "FORMAT"), *rows], right=(2, 3)))
-    return 0, [{**vars(i), "timestamp": i.timestamp.isoformat()} for i in infos]
+    infos = [vars(CheckpointInfo.of(meta)) for meta in st.list_committed(storage)]
+    infos = [{**info, "timestamp": info["timestamp"].isoformat()} for info in infos]
+    _table("prefix timestamp world_size size_bytes format", infos)
+    return 0, infos
 
 
 def _show(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Show the tensors, shards and metadata of a checkpoint."""
     _, meta = coord.committed(storage, args.prefix)
-    tensors, rows = list[object](), list[tuple[str, ...]]()
-    for t, pieces in zip(meta.tensors, np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()):
-        size, tied = math.prod(t.shape) * st.itemsize(t.dtype), t.alias_of
-        origin = None if tied is None else meta.tensors[tied].name
-        facts = (t.name, t.dtype, t.shape, t.rank, pieces, size, origin)
-        tensors.append(dict(zip(("name", "dtype", "shape", "rank", "pieces", "bytes", "tied_to"), facts)))
-        note = f"tied to {origin}" if origin else "" if t.rank is None else f"rank {t.rank}"
-        shape = "" if t.dtype == "JSON" else "x".join(map(str, t.shape)) or "scalar"
-        rows.append((t.name, t.dtype, shape, _human(size), str(pieces), note))
     keys = "prefix save_id sequence version timestamp world_size format compression torch_version"
     head = {key: vars(meta)[key] for key in keys.split()} | {"size_bytes": meta.size_bytes()}
     head["custom_metadata"] = st.encode_value(dict(meta.custom_metadata), "custom_metadata")
-    for key, value in head.items():
-        _say(f"{key:16} {_human(meta.size_bytes()) if key == 'size_bytes' else value}")
-    _say("", *_table([("SHARD", "SIZE"), *((s.file, _human(s.length)) for s in meta.shards)], right=(1,)))
-    _say("", *_table([("NAME", "DTYPE", "SHAPE", "SIZE", "PIECES", ""), *rows], right=(3, 4)))
-    return 0, {
-        **head,
-        "shards": [{"file": s.file, "bytes": s.length} for s in meta.shards],
-        "tensors": tensors,
-    }
+    counts = np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()
+    tensors = [
+        {
+            "name": t.name,
+            "dtype": t.dtype,
+            "shape": t.shape,
+            "rank": t.rank,
+            "pieces": count,
+            "bytes": math.prod(t.shape) * st.itemsize(t.dtype),
+            "tied_to": None if t.alias_of is None else meta.tensors[t.alias_of].name,
+        }
+        for t, count in zip(meta.tensors, counts)
+    ]
+    shards = [{"file": shard.file, "bytes": shard.length} for shard in meta.shards]
+    _say(*(f"{key:16} {_cell(key, value)}" for key, value in head.items()), "")
+    _table("file bytes", shards)
+    _say("")
+    _table("name dtype shape bytes pieces rank tied_to", tensors)
+    return 0, {**head, "shards": shards, "tensors": tensors}
 
 
 def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
@@ -2500,26 +2584,22 @@ def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
 
 def _export(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Write a checkpoint as OUT.safetensors, in files named as Hugging Face's libraries expect."""
-    dtype = None if args.dtype is None else st.DTYPES[args.dtype.upper()]
     with _bar(f"export {args.prefix}") as show:
         files = export_checkpoint(
             storage,
             args.prefix,
             args.out,
             model_only=args.model_only,
-            dtype=dtype,
+            dtype=args.dtype and st.DTYPES[args.dtype.upper()],
             max_shard_bytes=args.max_shard_size,
             progress=show,
         )
-    _say(*_table([(file, _human(os.path.getsize(file))) for file in files], right=(1,)))
+    _say(*(f"{file}  {_human(os.path.getsize(file))}" for file in files))
     return 0, {"files": files}
 
 
 def _import(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
-    """Take over safetensors, a torch.save file, or a torch.distributed.checkpoint directory (unpickled.
-
-    Trust it).
-    """
+    """Import safetensors, a torch.save file, or a (trusted) torch.distributed.checkpoint directory."""
     if os.path.isfile(os.path.join(args.source, ".metadata")):
         log.warning("%s: its metadata is a pickle, which can run any code: trusting it", args.source)
     with _bar(f"import {args.prefix}") as show:
@@ -2527,19 +2607,20 @@ def _import(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     meta = st.read_committed(storage, prefix)
     extra = sorted(t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON")
     count = sum(t.name.startswith("model/") for t in meta.tensors)
-    size = f"{_human(meta.size_bytes())}, {count} tensors of the model"
-    _say(f"imported {prefix}: {size}" + (f"; besides, as extra_state: {st.some(extra)}" if extra else ""))
+    _say(f"imported {prefix}: {_human(meta.size_bytes())}, {count} tensors of the model")
+    if extra:
+        _say(f"as extra_state: {st.some(extra)}")
     return 0, {"imported": prefix}
 
 
 def _diff(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
-    """What differs between checkpoints A and B; exit code 0: nothing, 1: something, 2: trouble."""
+    """Show what differs between checkpoints A and B; exit code 0: nothing, 1: something, 2: trouble."""
     found = diff_checkpoints(storage, args.a, args.b, values=args.values)
     signs = {"removed": "-", "added": "+", "changed": "~"}
-    largest = ["" if d.largest_change is None else f"largest change {d.largest_change:.3g}" for d in found]
-    if found:
-        _say(*_table([(f"{signs[d.kind]} {d.name}", d.what, size) for d, size in zip(found, largest)]))
-    return 1 if found else 0, [d._asdict() for d in found]
+    for name, kind, what, change in found:
+        largest = "" if change is None else f"  largest change {change:.3g}"
+        _say(f"{signs[kind]} {name}  {what}{largest}")
+    return 1 if found else 0, [difference._asdict() for difference in found]
 
 
 def _rm(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
@@ -2556,13 +2637,10 @@ def _gc(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     return 0, {"removed": removed}
 
 
-def _byte_count(text: str) -> int:
+def size(text: str) -> int:
     """5GB, 500 MB, 1GiB, 4096."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kMGT])(i?))?B?", text, re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 5GB or 500MiB")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() if unit else " "))
+    (number, unit), *_ = re.findall(r"^([\d.]+) *((?:[kMGT]i?)?)B?$", text, re.IGNORECASE)
+    return int(float(number) * (1024 if unit[1:] else 1000) ** " kmgt".index(unit[:1].lower() or " "))
 
 
 _COMMANDS: dict[str, Callable[[CheckpointStorage, argparse.Namespace], _Result]] = {
@@ -2579,7 +2657,7 @@ _COMMANDS: dict[str, Callable[[CheckpointStorage, argparse.Namespace], _Result]]
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ckpt.py", description="Look at, verify, convert and delete checkpoints."
+        prog="ckpt.py", description="Show, verify, convert and delete checkpoints."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for names, run in _COMMANDS.items():
@@ -2590,24 +2668,24 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None)
         command.add_argument("--json", action="store_true", help="print JSON")
     export, diff, gc = (commands.choices[name].add_argument for name in ("export", "diff", "gc"))
+    export("--model-only", action="store_true", help="leave out optimizer and extra state")
+    export("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
+    export("--max-shard-size", type=size, default="5GB", help="of each file; default 5GB")
+    diff("--values", action="store_true", help="show the largest change of each tensor")
     gc(
         "--min-age",
         type=float,
         default=24.0,
-        help="hours after which a save under way counts as dead; default 24",
+        help="hours until an unfinished save counts as dead; default 24",
     )
-    export("--model-only", action="store_true", help="leave out optimizer and extra state")
-    export("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
-    export("--max-shard-size", type=_byte_count, default="5GB", help="of each file; default 5GB")
-    diff("--values", action="store_true", help="read what changed, and tell the largest change")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 good, 1 damage or failure, 2 misuse."""
+    """Run the command line. Returns the exit code: 0 good, 1 damage or failure, 2 misuse."""
     args = _parser().parse_args(argv)
-    told = _Warnings(logging.WARNING)
-    log.addHandler(told)
+    warnings = _Warnings(logging.WARNING)
+    log.addHandler(warnings)
     try:
         if args.command != "import" and not os.path.isdir(args.dir):
             raise ValueError(f"{args.dir}: no such directory")
@@ -2617,14 +2695,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(value))
         sys.stdout.flush()
         return int(code)
-    except BrokenPipeError:  # whoever read it, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, CheckpointException, OSError) as error:
         _say(f"ckpt.py: {error}", file=sys.stderr)
         return 2 if args.command == "diff" or isinstance(error, ValueError) else 1
     finally:
-        log.removeHandler(told)
+        log.removeHandler(warnings)
 
 
 if __name__ == "__main__":

@@ -476,6 +476,7 @@ class CheckpointLoader:
         validate: Callable[[CheckpointReader], None],
         match: Callable[[CheckpointReader], list[Target]],
         apply: Callable[[], None],
+        open_reader: Callable[[Operation], CheckpointReader] | None = None,
     ) -> None:
         """Fill the targets that `match` returns, and `apply` them, on every rank. Collective.
 
@@ -483,16 +484,14 @@ class CheckpointLoader:
         on all ranks; `match` changes nothing yet.
 
         `OperationFailed` on all ranks if one fails: in L1 to L3 nothing has changed; in L4 and L5 tensors are
-        undefined, and the message says so.
+        undefined, and the message says so. `open_reader` opens, in L1, what is no checkpoint of this library.
         """
         with op.step("L1 record"):
             wanted = request()
             op.agree(wanted)
-            prefix, strategy = wanted["prefix"], wanted["strategy"]
-            text, record = committed(self.storage, prefix) if op.rank == 0 else (b"", None)
-            sent = op.broadcast(text.decode())
-            record = record or st.decode_record(sent.encode(), prefix)
-        with CheckpointReader(self.storage, record) as reader:
+            strategy = wanted["strategy"]
+            reader = open_reader(op) if open_reader else self._open(op, wanted["prefix"])
+        with reader:
             reader.meter = Meter(poll=op.poll)
             with op.step("L2 validate"):
                 validate(reader)
@@ -516,6 +515,12 @@ class CheckpointLoader:
             op.gather(None)  # every rank has its bytes
             apply()
             op.gather(None)
+
+    def _open(self, op: Operation, prefix: str) -> CheckpointReader:
+        """L1: rank 0 reads the record, and hands it out."""
+        text, record = committed(self.storage, prefix) if op.rank == 0 else (b"", None)
+        sent = op.broadcast(text.decode())
+        return CheckpointReader(self.storage, record or st.decode_record(sent.encode(), prefix))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -574,7 +579,8 @@ class Operation:
         self._poll_cancel()
         if self._torch and self._torch.flag_is_up():
             self._doubt = 2
-            raise CheckpointException("stopped by another rank, which did not say why")
+            why = "stopped by another rank, which did not say why"
+            raise CheckpointException(why, type=ExceptionType.CANCELLED)
         if time.monotonic() > self._deadline:
             late = f"not done by the deadline of {self.timeout:g} s"
             raise CheckpointException(late, type=ExceptionType.TIMEOUT, rank=self.rank)
@@ -2392,7 +2398,7 @@ class CheckpointReader:
 
         for begin in range(low, low + len(data), st.UNIT_BYTES):
             unit = data[begin - low : begin - low + st.UNIT_BYTES]
-            if (crc := st.crc32(unit)) != crcs[begin // st.UNIT_BYTES]:
+            if crcs and (crc := st.crc32(unit)) != crcs[begin // st.UNIT_BYTES]:
                 raise self._damage(read.file, begin // st.UNIT_BYTES, crc)
             while first < len(fills) and fills[first].high <= begin:
                 first += 1

@@ -671,6 +671,7 @@ def work_under_audit(tmp):
         ckpt.export_checkpoint(storage, "once", tmp / "source" / "m.safetensors", max_shard_bytes=100)
         ckpt.export_checkpoint(storage, "once", tmp / "source" / "m.safetensors", max_shard_bytes=100)
         ckpt.import_checkpoint(tmp / "source" / "m.safetensors.index.json", storage, "again")
+        ckpt.load_safetensors(small()[0], tmp / "source" / "m.safetensors.index.json", strict=False)
         ckpt.diff_checkpoints(storage, "once", "again")
         checkpoint.delete_checkpoint("once")
         (tmp / "base" / f"lost{st.RECORD_SUFFIX}.0badf00d.tmp").touch()
@@ -5173,6 +5174,194 @@ def test_a_refused_torch_file_says_why_and_what_to_do_without_torchs_advice_to_t
         assert not re.search("False|safe_globals|likely succeed|trust", str(caught.value)), (name, text)
         assert not re.search("safe_globals|likely succeed", text), (name, text)
     assert not (tmp_path / "exploded").exists()
+
+
+# Safetensors files of other programs, straight into a model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_load_safetensors_fills_an_fsdp2_model_as_from_pretrained_does_a_whole_one(tmp_path, kind):
+    pytest.importorskip("transformers")
+    transformer_of(kind).save_pretrained(tmp_path / "hf", max_shard_size="8kB")
+    assert (tmp_path / "hf/model.safetensors.index.json").exists()
+    for same, told_of in run(2, load_transformer, tmp_path, kind):
+        assert all(same.values()) and len(same) > 20, same
+        assert len(told_of) == 1 and "nothing was verified" in told_of[0]
+
+
+def load_transformer(rank, world_size, tmp, kind):
+    import transformers
+
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp / "hf").state_dict()
+    model = filled(transformer_of(kind), "other")
+    for block in model.model.layers if kind == "llama" else model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    result = ckpt.load_safetensors(model, tmp / "hf")
+    found = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+    assert found.keys() == wanted.keys() and (result.source_world_size, result.target_world_size) == (1, 2)
+    return {name: identical(tensor.detach(), wanted[name]) for name, tensor in found.items()}, result.warnings
+
+
+def test_load_safetensors_reads_on_each_rank_little_more_than_its_own_bytes(tmp_path):
+    layers = filled(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))), "truth")
+    path = safetensors_file(tmp_path / "m.safetensors", dict(layers.state_dict()))
+    for count in run(2, load_counted, tmp_path):
+        assert 0.5 < count / path.stat().st_size < 0.65
+
+
+def load_counted(rank, world_size, tmp):
+    layers = filled(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))), "other")
+    for layer in layers:
+        fully_shard(layer)
+    st.os = Seam()
+    ckpt.load_safetensors(layers, tmp / "m.safetensors")
+    wanted = filled(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))), "truth").state_dict()
+    assert all(torch.equal(t.full_tensor(), wanted[name]) for name, t in layers.state_dict().items())
+    return sum(op.size for op in st.os.log if op.call == "pread")
+
+
+def safetensors_state():
+    return {"w": torch.randn(3, 5), "b": torch.arange(4)}
+
+
+def misfit(tmp, model, **options):
+    """What load_safetensors of `safetensors_state` into `model` raises, which leaves `model` as it is."""
+    before = copy.deepcopy(model)
+    kind, _, message = told(lambda: ckpt.load_safetensors(model, tmp / "m.safetensors", **options))
+    assert identical(model, before) and kind in ("VALIDATION_FAILED", "ValueError"), (kind, message)
+    return message
+
+
+def test_load_safetensors_refuses_what_does_not_fit_or_warns_of_it_and_casts(tmp_path):
+    state = safetensors_state()
+    path = safetensors_file(tmp_path / "m.safetensors", state)
+    fits = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    assert "model/x: missing" in misfit(tmp_path, {**fits, "x": torch.zeros(1)})
+    assert "model/b: in the checkpoint, but not here" in misfit(tmp_path, {"w": fits["w"]})
+    assert "dtype F32 in the checkpoint, BF16 here" in misfit(tmp_path, {**fits, "w": fits["w"].bfloat16()})
+    for strict in (True, False):
+        assert "shape [3, 5] in the" in misfit(tmp_path, {**fits, "w": torch.zeros(5, 3)}, strict=strict)
+    assert "model" in misfit(tmp_path, [1])
+    loose = {"w": torch.zeros(3, 5, dtype=torch.bfloat16), "x": torch.ones(1)}
+    result = ckpt.load_safetensors(loose, path, strict=False)
+    assert identical(loose, {"w": state["w"].bfloat16(), "x": torch.ones(1)})
+    for word in ("nothing was verified", "model/x: missing", "model/b: in the", "dtype F32"):
+        assert any(word in warning for warning in result.warnings), word
+
+
+def test_load_safetensors_renames_by_a_mapping_or_a_function_and_leaves_out_what_becomes_none(tmp_path):
+    state = safetensors_state()
+    path = safetensors_file(tmp_path / "m.safetensors", state)
+    for rename in ({"w": "layer.w", "b": None}, lambda name: {"w": "layer.w"}.get(name)):
+        model = {"layer.w": torch.zeros(3, 5)}
+        ckpt.load_safetensors(model, path, rename=rename)
+        assert identical(model["layer.w"], state["w"])
+    assert "the name 'b', one of them from 'b'" in misfit(tmp_path, dict(state), rename={"w": "b"})
+
+    def fails(name):
+        raise KeyError("no such layer")
+
+    with pytest.raises(CheckpointException, match="no such layer"):
+        ckpt.load_safetensors(dict(state), path, rename=fails)
+
+
+def test_load_safetensors_takes_files_whose_tensors_are_not_aligned_and_empty_ones(tmp_path):
+    big = torch.randn(3 * BLOCK // 8 + 3)  # more than a block
+    state = {
+        "a": torch.ones(3, dtype=torch.uint8),
+        "big": big,
+        "none": torch.zeros(0, 2),
+        "half": torch.ones(3).half(),
+    }
+    state |= {"z": torch.randn(5).double()}
+    path = safetensors_file(tmp_path / "m.safetensors", state, pad=3)
+    found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    found["big"] = torch.zeros(len(big), 2)[:, 0]  # strided, so that it is filled box by box
+    result = ckpt.load_safetensors(found, path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert {shard.file for shard in result.metadata.shards} == {path.name}
+    ckpt.load_safetensors({}, safetensors_file(tmp_path / "0.safetensors", {}))
+
+
+def test_load_safetensors_follows_the_links_of_a_snapshot_in_hugging_faces_cache(tmp_path):
+    state = dict(filled(Net(), "truth").state_dict())
+    (tmp_path / "blobs").mkdir()
+    as_index(tmp_path / "blobs", state)
+    snapshot = tmp_path / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    for number, blob in enumerate(sorted((tmp_path / "blobs").iterdir())):
+        (snapshot / blob.name).symlink_to(f"../../blobs/{number}")
+        blob.rename(blob.with_name(str(number)))
+    for source in (snapshot, snapshot / "m.safetensors.index.json"):
+        model = filled(Net(), "other")
+        ckpt.load_safetensors(model, source)
+        assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
+
+
+def test_load_safetensors_raises_on_all_ranks_what_fails_on_one(tmp_path):
+    state = {name: torch.randn(8, 4) for name in ("a", "b")}
+    for place in ("0", "1"):
+        (tmp_path / place).mkdir()
+        as_index(tmp_path / place, state)
+    outcomes = run(2, load_with_faults, tmp_path)
+    assert outcomes[0] == outcomes[1]
+    read, cut, other = outcomes[0]
+    assert read[:2] == ("STORAGE_ERROR", 1) and "tensors being loaded are undefined" in read[2]
+    assert cut[:2] == ("CORRUPTED_CHECKPOINT", 1) and "m-1.safetensors" in cut[2]
+    assert other[0] == "ValueError" and "disagree about the headers" in other[2]
+
+
+def load_with_faults(rank, world_size, tmp):
+    """What a disk that fails in L4, a file cut short, and another file do on rank 1."""
+    model = {
+        name: distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (2,)), [ShardDim(0)])
+        for name in ("a", "b")
+    }
+    source, outcomes = tmp / str(rank), []
+
+    def load():
+        outcomes.append(told(lambda: ckpt.load_safetensors(model, source)))
+
+    def broken(op):
+        if rank == 1 and op.call == "pread" and op.offset > 8:
+            fail(errno.EIO)(op)
+
+    st.os = Seam(broken)
+    load()
+    st.os = os
+    part = source / "m-1.safetensors"
+    data = part.read_bytes()
+    if rank == 1:
+        part.write_bytes(data[:-1])
+    load()
+    if rank == 1:
+        safetensors_file(part, {"b": torch.randn(4, 8)})
+    load()
+    part.write_bytes(data)
+    ckpt.load_safetensors(model, source)
+    return outcomes
+
+
+def test_a_rank_that_is_stopped_in_a_checker_does_not_hide_what_failed_on_the_other(tmp_path):
+    for outcome, _, message in run(2, load_with_checkers, tmp_path):
+        assert outcome == "VALIDATION_FAILED" and "bad on rank 1" in message, (outcome, message)
+
+
+def load_with_checkers(rank, world_size, tmp):
+    class Checker:
+        name = "checker"
+
+        def check_integrity(self, reader, shard):
+            while rank == 0:
+                time.sleep(0.01)
+                reader.meter.tick()
+            return ckpt.ValidationResult(["bad on rank 1"])
+
+    checkpoint = opened(tmp, integrity_checkers=[Checker()], default_timeout=20.0)
+    state = {"w": distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [ShardDim(0)])}
+    checkpoint.save(state, None, "p")
+    return told(lambda: checkpoint.load(state, None, "p"))
 
 
 # What differs between two checkpoints
