@@ -1337,8 +1337,7 @@ def _plan_ours(ranks: int) -> dict[str, float]:
     started = time.perf_counter()
     reader = ckpt.CheckpointReader(ckpt.LocalStorage(), ckpt_storage.decode_record(record, "x"))
     for index, tensor in enumerate(_simulated(1, ranks // 2).tensors):
-        for box, _ in tensor.pieces:
-            reader.pieces(index, box)
+        reader.plan([ckpt_coord.Target(index, box, view) for box, view in tensor.pieces])
     loaded = time.perf_counter() - started
     exchanged = sum(map(len, told)) + len(order) * ranks
     return {

@@ -2351,7 +2351,7 @@ def load_safetensors(
 class _UnverifiedReader(CheckpointReader):
     """Reads safetensors files that other programs have written; they have no checksums to verify."""
 
-    def unit_crcs(self, index: int) -> list[int]:
+    def damage(self, index: int, low: int, data: st.Bytes) -> list[str]:
         return []
 
     def file(self, index: int) -> StoredFile:

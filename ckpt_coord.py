@@ -68,7 +68,6 @@ import sys
 import threading
 import time
 import types
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -1769,9 +1768,9 @@ def unpack_plan(packed: object, ticket: CheckpointMetadata, rank: int) -> tuple[
 
 
 class Progress(NamedTuple):
-    """How far a save or load is.
+    """How far a save or load has come on this rank.
 
-    The step ("S4 write", "L4 read"), and its bytes on this rank, which end at the total.
+    `step` is "S4 write" or "L4 read". At its end `bytes_done` equals `bytes_total`.
     """
 
     step: str
@@ -1779,32 +1778,27 @@ class Progress(NamedTuple):
     bytes_total: int
 
 
+@dataclass
 class Meter:
-    """Counts bytes from several threads and reports them from one: `tick` is what `in_parallel` polls."""
+    """Counts the bytes of several threads. One thread reports them: `tick` is what `in_parallel` polls."""
 
-    def __init__(
-        self,
-        step: str = "",
-        total: int = 0,
-        report: Callable[[Progress], None] | None = None,
-        poll: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.total = total
-        self._step, self._report, self._poll = step, report, poll
-        self._done: deque[int] = deque()
-        self._sum = 0
+    step: str = ""
+    total: int = 0
+    report: Callable[[Progress], None] | None = None
+    poll: Callable[[], None] = lambda: None
+    done: int = 0
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def add(self, count: int) -> None:
-        """From any thread."""
-        self._done.append(count)
+        """Count bytes. Any thread may call it."""
+        with self.lock:
+            self.done += count
 
     def tick(self) -> None:
-        """Report, unless `poll` raises."""
-        self._poll()
-        while self._done:
-            self._sum += self._done.popleft()
-        if self._report is not None:
-            self._report(Progress(self._step, self._sum, self.total))
+        """Report the progress. `poll` runs first, and may raise."""
+        self.poll()
+        if self.report is not None:
+            self.report(Progress(self.step, self.done, self.total))
 
 
 def checksums(views: Sequence[torch.Tensor], on_device: Sequence[int], meter: Meter) -> list[int]:
@@ -1834,11 +1828,13 @@ def checksums(views: Sequence[torch.Tensor], on_device: Sequence[int], meter: Me
     ]
 
 
-Views = Mapping[int, Sequence[tuple[Box, torch.Tensor]]]  # what a rank holds of each tensor, by index
+Views = Mapping[int, Sequence[tuple[Box, torch.Tensor]]]  # the boxes that a rank holds of each tensor
+
+FEW = 8  # A block with at most so many pieces is processed a unit at a time, which keeps it in the cache.
 
 
 def held_view(views: Views, tensor: int, box: Box) -> torch.Tensor:
-    """The elements of a box, of which this rank holds the same or a larger one."""
+    """Return the elements of a box. This rank holds this box or a larger one."""
     for held, view in views[tensor]:
         if held == box:
             return view
@@ -1848,7 +1844,7 @@ def held_view(views: Views, tensor: int, box: Box) -> torch.Tensor:
 
 
 def crcs_of(data: Bytes) -> list[int]:
-    """The CRC32 of each unit."""
+    """Return the CRC32 of each unit."""
     return [st.crc32(data[at : at + st.UNIT_BYTES]) for at in range(0, len(data), st.UNIT_BYTES)]
 
 
@@ -1860,29 +1856,31 @@ def write_own_file(
     level: st.CompressionLevel,
     meter: Meter,
 ) -> tuple[tuple[str, int, int, int], Ints | None]:
-    """Write all of a rank's own file but for its sync.
+    """Write this rank's own file, except for its sync.
 
-    Returns name, length, header bytes and header CRC32, and the lengths of compressed pieces.
+    Returns its name, length, header bytes and header CRC32, and for a compressed file the packed lengths of
+    its pieces.
     """
     rows = plan.pieces.take(plan.pieces.file == index)
-    packed, lengths = level is not st.CompressionLevel.NONE, None
-    if packed:  # room for the header of the raw lengths, which are the most
-        raw = rows.nbytes(st.itemsizes(plan.tensors))
-        rows = rows._replace(begin=np.cumsum(raw) - raw, length=raw)
-    rows = rows.take(np.argsort(rows.begin, kind="stable"))
-    plan = dataclasses.replace(plan, pieces=rows)
-    data_bytes = int(rows.begin[-1] + rows.length[-1]) if len(rows.begin) else 0
-    header = st.encode_header(plan.entries(index), data_bytes)
-    parts = [(begin, begin + n, held_view(views, t, box)) for t, begin, n, box in rows.boxes(plan.tensors)]
-    if packed:
-        crcs, stored = write_packed(file, len(header), parts, level, meter)
-        rows = rows._replace(begin=np.cumsum(stored) - stored, length=stored)
-        data_bytes, lengths = int(stored.sum()), stored
+    lengths = None if level is st.CompressionLevel.NONE else rows.nbytes(st.itemsizes(plan.tensors))
+
+    def header_of(least_bytes: int = 0) -> tuple[bytes, int]:
+        data_bytes = int((rows.begin + rows.length).max(initial=0))
         entries = dataclasses.replace(plan, pieces=rows).entries(index)
-        header = st.encode_header(entries, data_bytes, len(header))
-    else:
+        return st.encode_header(entries, data_bytes, least_bytes), data_bytes
+
+    if lengths is not None:  # the header with the raw lengths is the longest: reserve space for it
+        rows = rows._replace(begin=np.cumsum(lengths) - lengths, length=lengths)
+    rows = rows.take(np.argsort(rows.begin, kind="stable"))
+    held = [held_view(views, tensor, box) for tensor, _, _, box in rows.boxes(plan.tensors)]
+    header, data_bytes = header_of()
+    if lengths is None:
         file.resize(len(header) + data_bytes)
-        crcs = write_raw(file, len(header), data_bytes, parts, meter)
+        crcs = write_raw(file, len(header), rows.begin.tolist(), held, meter)
+    else:
+        crcs, lengths = write_packed(file, len(header), held, level, meter)
+        rows = rows._replace(begin=np.cumsum(lengths) - lengths, length=lengths)
+        header, data_bytes = header_of(len(header))
     header = st.with_crcs(header, crcs)
     file.write(0, memoryview(header))
     row = plan.shards[index].file, len(header) + data_bytes, len(header), st.crc32(header)
@@ -1890,44 +1888,32 @@ def write_own_file(
 
 
 def write_raw(
-    file: st.StoredFile,
-    start: int,
-    data_bytes: int,
-    parts: Sequence[tuple[int, int, torch.Tensor]],
-    meter: Meter,
+    file: st.StoredFile, start: int, begins: list[int], views: Sequence[torch.Tensor], meter: Meter
 ) -> list[int]:
-    """Write parts (begin, end, elements), sorted, as the data of a file that begin at `start`.
+    """Write a file's data, which start at byte `start`, and return the CRC32 of each unit.
 
-    The CRC32 of each unit.
+    The bytes of `views[n]` go to byte `begins[n]` of the data. `begins` is sorted.
     """
-    begins, ends, flats = [p[0] for p in parts], [p[1] for p in parts], [st.byte_view(p[2]) for p in parts]
-    crcs: dict[int, list[int]] = {}
-
-    def fill(low: int, out: Bytes) -> None:
-        position, high, index = low, low + len(out), bisect.bisect_right(ends, low)
-        while position < high:
-            begin, end, view = parts[index]
-            stop = min(high, begin if position < begin else end)
-            part = out[position - low : stop - low]
-            if position < begin:
-                part[:] = 0  # a gap between entries
-            elif (flat := flats[index]) is not None:
-                part[:] = flat[position - begin : stop - begin]
-            else:
-                st.copy_out(view, position - begin, part)
-            position = stop
-            index += position == end
+    ends, flats = [begin + view.nbytes for begin, view in zip(begins, views)], list(map(st.byte_view, views))
+    data_bytes, crcs = max(ends, default=0), dict[int, list[int]]()
 
     def write_block(low: int, buffer: Bytes, gate: st.Gate) -> None:
         data = buffer[: min(st.BLOCK_BYTES, data_bytes - low)]
-        inside = slice(bisect.bisect_right(ends, low), bisect.bisect_left(begins, low + len(data)))
-        # A unit at a time stays in the processor's cache. But a copy from a device, or of strided memory,
-        # takes as long for a unit as for a block: by units, six threads got 2.5 GB/s from an H100, not 21.
-        step = len(data) if any(flat is None for flat in flats[inside]) else st.UNIT_BYTES
+        inside = range(bisect.bisect_right(ends, low), bisect.bisect_left(begins, low + len(data)))
+        # A copy from a device, or of strided memory, takes as long for a unit as for a block: by units, six
+        # threads copied 2.5 GB/s from an H100, not 21.
+        by_units = len(inside) <= FEW and all(flats[n] is not None for n in inside)
         crcs[low] = []
-        for at in range(0, len(data), step):
-            part = data[at : at + step]
-            fill(low + at, part)
+        for at in range(0, len(data), st.UNIT_BYTES if by_units else len(data)):
+            part = data[at : at + st.UNIT_BYTES] if by_units else data
+            part[:] = 0  # gaps between entries
+            for n in inside:
+                shift = begins[n] - low - at  # where the piece begins in `part`
+                out = part[max(0, shift) : max(0, ends[n] - low - at)]
+                if (flat := flats[n]) is None:
+                    st.copy_out(views[n], max(0, -shift), out)
+                else:
+                    out[:] = flat[max(0, -shift) :][: len(out)]
             crcs[low] += crcs_of(part)
         file.write(start + low, data.data)
         meter.add(len(data))
@@ -1940,75 +1926,51 @@ def write_raw(
 def write_packed(
     file: st.StoredFile,
     start: int,
-    parts: Sequence[tuple[int, int, torch.Tensor]],
+    views: Sequence[torch.Tensor],
     level: st.CompressionLevel,
     meter: Meter,
 ) -> tuple[list[int], Ints]:
-    """Write parts compressed, one frame right behind the other.
+    """Write views compressed, each frame directly behind the one before it, from byte `start` of the file.
 
-    The CRC32 of each unit, and the length of each frame.
-
-    Frames are compressed on a few threads. A thread that asks for the next one first writes the oldest, so
-    that they get into the file in order, and few wait in memory.
+    Returns the CRC32 of each unit and the length of each frame. A few threads compress; each holds one frame
+    until all frames before it are in the file.
     """
-    lengths, crcs, pending, position = list[int](), list[int](), bytearray(), start
-    under_way: deque[Future[bytes]] = deque()
+    lengths, crcs, pending, turn = list[int](), list[int](), bytearray(), threading.Condition()
 
-    def compress(item: tuple[Future[bytes], torch.Tensor], buffer: Bytes, gate: st.Gate) -> None:
-        result, view = item
+    def write_frame(number: int, buffer: Bytes, gate: st.Gate) -> None:
+        view, frame = views[number], b""
         try:
             st.copy_out(view, 0, raw := buffer[: view.nbytes])
-            result.set_result(st.compress_frame(raw, view.dtype.itemsize, level))
+            frame = st.compress_frame(raw, view.dtype.itemsize, level)
             meter.add(len(raw))
-        except BaseException as error:
-            result.set_exception(error)
-            raise
+        finally:  # Without its turn, after an error too, the other threads would wait forever.
+            with turn:
+                turn.wait_for(lambda: len(lengths) == number)
+                turn.notify_all()
+                lengths.append(len(frame))
+                pending.extend(frame)
+                while len(pending) >= st.BLOCK_BYTES or (pending and len(lengths) == len(views)):
+                    data = np.frombuffer(bytes(pending[: st.BLOCK_BYTES]), np.uint8)
+                    file.write(start + len(crcs) * st.UNIT_BYTES, data.data)
+                    crcs.extend(crcs_of(data))
+                    del pending[: len(data)]
 
-    def flush(least: int) -> None:
-        nonlocal position
-        while len(pending) >= least:
-            block = bytes(pending[: st.BLOCK_BYTES])
-            crcs.extend(crcs_of(np.frombuffer(block, np.uint8)))
-            file.write(position, memoryview(block))
-            position += len(block)
-            del pending[: len(block)]
-
-    def take_oldest() -> None:
-        frame = under_way.popleft().result()
-        lengths.append(len(frame))
-        pending.extend(frame)
-        flush(st.BLOCK_BYTES)
-
-    def items() -> Iterator[tuple[Future[bytes], torch.Tensor]]:  # runs in one thread at a time
-        for *_, view in parts:
-            if len(under_way) == 2 * st.IO_THREADS:
-                take_oldest()
-            under_way.append(Future())
-            yield under_way[-1], view
-        while under_way:
-            take_oldest()
-        flush(1)
-
-    st.in_parallel(items(), compress, meter.tick, len(parts))
+    st.in_parallel(range(len(views)), write_frame, meter.tick, len(views))
     return crcs, np.array(lengths, np.int64)
 
 
-class Segment(NamedTuple):
-    """A part of a unit of a whole file: which rank gives it, and where it goes."""
-
-    rank: int
-    tensor: int
-    common: Box  # of the tensor: what the rank gives
-    inside: Box  # the box of the tensor whose row-major bytes lie in the unit from byte `at` on
-    at: int
+# A part of a whole file's block: the rank that gives it, its bytes, tensor and box. Then where it goes: the
+# box of the tensor whose row-major bytes lie in the block, and the byte of the block at which they begin.
+Segment = tuple[int, int, int, Box, Box, int]
+Part = tuple[torch.Tensor, Box, Box, int]  # the elements of a segment, and its last three fields
 
 
 class WholeFile:
     """A file of whole tensors that ranks write together: each block by the rank that gives most of it.
 
-    Every rank works out the same schedule. What an owner lacks is sent to it, a few blocks of every owner a
-    round, so the extra memory is a few blocks a rank, whatever the size of the model: two-phase I/O (del
-    Rosario, Bordawekar and Choudhary, 1993).
+    Every rank computes the same schedule. A rank receives the parts of its blocks that other ranks hold, a
+    few blocks of every rank a round. So the extra memory is a few blocks a rank, whatever the size of the
+    model: two-phase I/O (del Rosario, Bordawekar and Choudhary, 1993).
     """
 
     def __init__(
@@ -2023,20 +1985,21 @@ class WholeFile:
         self._givers: dict[int, list[tuple[Box, int]]] = {}
         for rank, (tensor, _, _, box) in zip(sources.file.tolist(), sources.boxes(plan.tensors)):
             self._givers.setdefault(tensor, []).append((box, rank))
-        self._owned: list[list[int]] = [[] for _ in range(op.world_size)]
+        self._owned: list[list[int]] = [[] for _ in range(op.world_size)]  # first byte of each rank's blocks
         for low in range(0, self._data_bytes, st.BLOCK_BYTES):
-            given: Counter[int] = Counter(dict.fromkeys(range(op.world_size), 0))
-            for segment in self._segments(low, min(self._data_bytes, low + st.BLOCK_BYTES)):
-                given[segment.rank] += math.prod(segment.common.size) * self._dtypes[segment.tensor].itemsize
-            self._owned[min(given, key=lambda rank: (-given[rank], len(self._owned[rank]), rank))].append(low)
-        mine = self._owned[op.rank]
-        self.nbytes = sum(
-            min(st.BLOCK_BYTES, self._data_bytes - low) for low in mine
-        )  # that this rank writes
+            given = [0] * op.world_size
+            for rank, nbytes, *_ in self._segments(low):
+                given[rank] += nbytes
+            owner = min(range(op.world_size), key=lambda rank: (-given[rank], len(self._owned[rank])))
+            self._owned[owner].append(low)
+        # Bytes that this rank writes.
+        self.nbytes = sum(min(st.BLOCK_BYTES, self._data_bytes - low) for low in self._owned[op.rank])
 
-    def _segments(self, low: int, high: int) -> Iterator[Segment]:
-        """What bytes [low, high) of the data are made of."""
-        for begin, end, tensor, piece in self._rows[bisect.bisect_right(self._ends, low) :]:
+    def _segments(self, low: int) -> Iterator[Segment]:
+        """Yield the parts of the block that begins at byte `low` of the data."""
+        high = low + st.BLOCK_BYTES
+        for number in range(bisect.bisect_right(self._ends, low), len(self._rows)):
+            begin, end, tensor, piece = self._rows[number]
             if begin >= high:
                 return
             width = self._dtypes[tensor].itemsize
@@ -2044,91 +2007,68 @@ class WholeFile:
             for at, inside in st.row_boxes(piece.size, start, stop):
                 for box, rank in self._givers[tensor]:
                     if (common := box.intersect(inside)) is not None:
-                        yield Segment(rank, tensor, common, inside, begin + at * width - low)
+                        nbytes = math.prod(common.size) * width
+                        yield rank, nbytes, tensor, common, inside, begin + at * width - low
 
     def write(self, file: st.StoredFile, meter: Meter) -> dict[str, list[int]]:
-        """Exchange and write.
+        """Exchange and write this rank's blocks. Collective.
 
-        The CRC32s of the units of every block that this rank owns, by the block's first byte.
-
-        What one round has gathered is written while the next one is exchanged.
+        Returns the CRC32s of the units of each block, by the block's number. The blocks of a round are
+        written while the parts of the next round are exchanged.
         """
         crcs: dict[str, list[int]] = {}
-        most = max(map(len, self._owned), default=0)
-        buffers = [st.aligned_buffer(st.BLOCK_BYTES) for _ in range(2 * min(most, ROUND_BLOCKS))]
 
-        def write_block(item: tuple[int, Bytes], buffer: Bytes, gate: st.Gate) -> None:
-            low, data = item
+        def write_block(block: tuple[int, list[Part]], buffer: Bytes, gate: st.Gate) -> None:
+            low, parts = block
+            data = buffer[: min(st.BLOCK_BYTES, self._data_bytes - low)]
+            data[:] = 0  # gaps between entries
+            for elements, box, inside, at in parts:
+                area = torch.frombuffer(data, dtype=elements.dtype, count=math.prod(inside.size), offset=at)
+                area.view(inside.size)[box.within(inside)].copy_(elements)
             crcs[str(low // st.BLOCK_BYTES)] = crcs_of(data)
             file.write(self._start + low, data.data)
             meter.add(len(data))
 
-        with Background() as background:
-            for first in range(0, most, ROUND_BLOCKS):
-                owned = [blocks[first : first + ROUND_BLOCKS] for blocks in self._owned]
-                received = self._op.exchange(self._outgoing(owned))
-                filled = [
-                    (low, self._put_together(low, data, received))
-                    for low, data in zip(owned[self._op.rank], buffers)
-                ]
-                background.start(functools.partial(st.in_parallel, filled, write_block, most=2), meter.tick)
-                buffers = buffers[len(buffers) // 2 :] + buffers[: len(buffers) // 2]
-            background.finish(meter.tick)
+        writing = in_thread(lambda: None)
+        try:
+            for first in range(0, max(map(len, self._owned)), ROUND_BLOCKS):
+                blocks = self._exchange([owned[first : first + ROUND_BLOCKS] for owned in self._owned])
+                finish(writing, meter.tick)
+                writing = in_thread(functools.partial(st.in_parallel, blocks, write_block, most=2))
+            finish(writing, meter.tick)
+        finally:
+            wait([writing], st.STUCK_S)
         return crcs
 
-    def _outgoing(self, owned: Sequence[Sequence[int]]) -> dict[int, Bytes]:
-        """What the other ranks lack for their blocks, and this one gives."""
-        parts: dict[int, list[Bytes]] = {}
+    def _exchange(self, owned: Sequence[Sequence[int]]) -> list[tuple[int, list[Part]]]:
+        """Exchange parts for some blocks of each rank; return the blocks of this rank, with their parts."""
+        own, outgoing = self._op.rank, dict[int, list[Bytes]]()
         for owner, blocks in enumerate(owned):
-            for low in blocks if owner != self._op.rank else ():
-                for segment in self._segments(low, min(self._data_bytes, low + st.BLOCK_BYTES)):
-                    if segment.rank == self._op.rank:
-                        view = held_view(self._views, segment.tensor, segment.common)
-                        parts.setdefault(owner, []).append(out := np.empty(view.nbytes, np.uint8))
-                        st.copy_out(view, 0, out)
-        return {owner: np.concatenate(data) for owner, data in parts.items()}
-
-    def _put_together(self, low: int, buffer: Bytes, received: dict[int, Bytes]) -> Bytes:
-        """A block that this rank owns, from its own pieces and from received bytes, which it consumes."""
-        data = buffer[: min(st.BLOCK_BYTES, self._data_bytes - low)]
-        data[:] = 0  # gaps between entries
-        for rank, tensor, common, inside, at in self._segments(low, low + len(data)):
-            dtype = self._dtypes[tensor]
-            if rank == self._op.rank:
-                part = held_view(self._views, tensor, common)
-            else:
-                taken, received[rank] = np.split(received[rank], [math.prod(common.size) * dtype.itemsize])
-                part = torch.from_numpy(taken).view(dtype).view(common.size)
-            area = torch.from_numpy(data[at : at + math.prod(inside.size) * dtype.itemsize])
-            area.view(dtype).view(inside.size)[common.within(inside)].copy_(part)
-        return data
+            for low in blocks if owner != own else ():
+                for rank, nbytes, tensor, box, *_ in self._segments(low):
+                    if rank == own:
+                        outgoing.setdefault(owner, []).append(data := np.empty(nbytes, np.uint8))
+                        st.copy_out(held_view(self._views, tensor, box), 0, data)
+        received = self._op.exchange({owner: np.concatenate(parts) for owner, parts in outgoing.items()})
+        found = list[tuple[int, list[Part]]]()
+        for low in owned[own]:
+            parts = list[Part]()
+            for rank, nbytes, tensor, box, inside, at in self._segments(low):
+                if rank == own:
+                    elements = held_view(self._views, tensor, box)
+                else:
+                    data, received[rank] = np.split(received[rank], [nbytes])
+                    elements = torch.from_numpy(data).view(self._dtypes[tensor]).view(box.size)
+                parts.append((elements, box, inside, at))
+            found.append((low, parts))
+        return found
 
 
-class Background:
-    """One piece of work at a time beside this thread; what it raises is raised here."""
-
-    def __init__(self) -> None:
-        self._work: Future[None] | None = None
-
-    def __enter__(self) -> Background:
-        return self
-
-    def start(self, work: Callable[[], None], poll: Callable[[], None]) -> None:
-        """Once the work before is done."""
-        self.finish(poll)
-        self._work = in_thread(work)
-
-    def finish(self, poll: Callable[[], None]) -> None:
-        """Wait for the work; `poll` runs meanwhile, and may raise."""
-        while self._work is not None and not self._work.done():
-            wait([self._work], 0.05)
-            poll()
-        if self._work is not None:
-            self._work.result()
-
-    def __exit__(self, *exc: object) -> None:
-        if self._work is not None:
-            wait([self._work], st.STUCK_S)
+def finish(work: Future[None], poll: Callable[[], None]) -> None:
+    """Wait for `work`, and raise what it raised. `poll` runs meanwhile, and may raise."""
+    while not wait([work], 0.05).done:
+        poll()
+    work.result()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2136,44 +2076,31 @@ class Background:
 
 
 class Target(NamedTuple):
-    """Where stored bytes shall go.
-
-    `box` of the stored tensor `tensor` (its index) into `view`, of the box's size.
-    """
+    """Where stored elements go: a box of the stored tensor number `tensor` into `view`, of the same size."""
 
     tensor: int
     box: Box
     view: torch.Tensor
-    alone: bool = False  # no other rank wants these bytes
+    alone: bool = False  # no other rank needs these bytes
 
 
 class Fill(NamedTuple):
-    """Bytes [low, high) of a file's data, as a target wants them of one piece, which begins at `begin`."""
+    """Bytes [low, high) of a file's data that a target needs. They are bytes of one piece."""
 
+    file: int
     low: int
     high: int
-    begin: int
+    begin: int  # of the piece in the file's data
     piece: Box
     dtype: torch.dtype
-    frame_bytes: int  # what a compressed piece expands to; 0 where it is stored raw
+    frame_bytes: int  # the length of a compressed piece when expanded; 0 for a raw one
     target: Target
-    flat: Bytes | None  # the target's memory, where the whole piece goes there as it is
-
-    def wanted(self) -> float:
-        """How many of these bytes the target wants: where it has columns of a piece, its part of each row."""
-        if self.flat is not None or (common := self.piece.intersect(self.target.box)) is None:
-            return self.high - self.low
-        sizes = self.piece.size
-        steps = ((size - 1) * math.prod(sizes[dim + 1 :]) for dim, size in enumerate(common.size))
-        span = math.prod(sizes) if self.frame_bytes else 1 + sum(steps)  # of which [low, high) is a part
-        return (self.high - self.low) * math.prod(common.size) / span
+    flat: Bytes | None  # the target's memory, if the piece is copied there as it is
+    alone: float  # how much of these bytes this rank needs and no other: from 0 to 1
 
 
 class Read(NamedTuple):
-    """Units [low, high) of a file's data, and the fills in them, in order.
-
-    `high - low` is at most two blocks.
-    """
+    """Units [low, high) of a file's data, at most two blocks, and the fills in them, in order."""
 
     file: int
     low: int
@@ -2185,19 +2112,16 @@ class Read(NamedTuple):
         return self.high - self.low
 
     def alone(self) -> bool:
-        """Whether to read it past the cache: at least three quarters of it are for this rank alone."""
-        return 4 * sum(fill.wanted() for fill in self.fills if fill.target.alone) >= 3 * self.nbytes
+        """Whether at least three quarters of these bytes are for this rank alone."""
+        return 4 * sum(fill.alone * (fill.high - fill.low) for fill in self.fills) >= 3 * self.nbytes
 
 
 class Superseded(CheckpointException):
-    """The checkpoint was replaced while it was read: reading again finds the new one."""
-
-
-R = TypeVar("R", bound="CheckpointReader")
+    """The checkpoint was replaced while it was read. Another try reads the new one."""
 
 
 class CheckpointReader:
-    """Verified reads of one committed checkpoint: every byte that it gives has passed its unit's CRC32."""
+    """Verified reads of one committed checkpoint: every byte that it returns has passed its unit's CRC32."""
 
     def __init__(self, storage: st.CheckpointStorage, metadata: CheckpointMetadata) -> None:
         self.storage, self.metadata = storage, metadata
@@ -2206,13 +2130,12 @@ class CheckpointReader:
         self._lock = threading.Lock()
         self.meter = Meter()  # of long checks
         self._rows = np.searchsorted(metadata.pieces.tensor, np.arange(len(metadata.tensors) + 1)).tolist()
-        self.stored: dict[
-            str, dict[int | None, int]
-        ] = {}  # name -> rank that it is kept for, None: all -> its index
+        # The index of each tensor, by its name and the rank that it is kept for. None: for all ranks.
+        self.stored: dict[str, dict[int | None, int]] = {}
         for index, t in enumerate(metadata.tensors):
             self.stored.setdefault(t.name, {})[t.rank] = index
 
-    def __enter__(self: R) -> R:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -2220,28 +2143,28 @@ class CheckpointReader:
             file.close()
 
     def find(self, name: str, rank: int) -> int | None:
-        """The index of the copy of `name` that `rank` gets: the shared, its own, or the lowest rank's; None.
+        """Return the index of the tensor that `rank` gets by this name, or None if nothing is stored.
 
-        None.
+        That is the tensor of all ranks, else the rank's own, else the lowest rank's.
         """
-        if not (held := self.stored.get(name)):
+        if not (kept := self.stored.get(name)):
             return None
-        if (index := held.get(None, held.get(rank))) is None:
-            index = held[self.ranks(name)[0]]
+        if (index := kept.get(None, kept.get(rank))) is None:
+            index = kept[self.ranks(name)[0]]
         alias = self.metadata.tensors[index].alias_of
         return index if alias is None else alias
 
     def ranks(self, name: str) -> list[int]:
-        """Ranks for which `name` is kept apart."""
+        """Return the ranks that have their own tensor of this name, sorted."""
         return sorted(rank for rank in self.stored.get(name, {}) if rank is not None)
 
     def is_superseded(self) -> bool:
-        """Whether the checkpoint was overwritten or deleted since its record was read."""
+        """Return whether the checkpoint was overwritten or deleted since its record was read."""
         head = st.record_head(self.storage, self.metadata.prefix)
         return head is None or head.save_id != self.metadata.save_id
 
     def file(self, index: int) -> st.StoredFile:
-        """An open tensor file."""
+        """Return an open tensor file."""
         path = self.metadata.shard_path(index)
         with self._lock:
             if index not in self._files:
@@ -2254,242 +2177,206 @@ class CheckpointReader:
             return self._files[index]
 
     def unit_crcs(self, index: int) -> list[int]:
-        """The CRC32 of each unit of a file, from its header, which is checked."""
+        """Return the CRC32 of each unit of a file, from its header. CORRUPTED_CHECKPOINT if it is damaged."""
         if index not in self._crcs:
-            info, path, file = self.metadata.shards[index], self.metadata.shard_path(index), self.file(index)
-            if file.length() != info.length:
-                raise st.corrupted(f"{path}: {file.length()} bytes, the record says {info.length}", path)
-            header = bytearray(info.header_bytes)
-            file.read(0, memoryview(header))
-            if (crc := st.crc32(header)) != info.header_crc:
-                raise st.corrupted(
-                    f"{path}: header has CRC32 {crc:08x}, the record says {info.header_crc:08x}", path
-                )
-            try:
+            info, file = self.metadata.shards[index], self.file(index)
+            with self._blaming(index):
+                length = file.length()
+                st.require(length == info.length, f"{length} bytes, the record says {info.length}")
+                file.read(0, memoryview(header := bytearray(info.header_bytes)))
+                crc, expected = st.crc32(header), info.header_crc
+                st.require(crc == expected, f"header has CRC32 {crc:08x}, the record says {expected:08x}")
                 self._crcs[index] = st.unit_crcs(bytes(header), info.length - info.header_bytes)
-            except ValueError as error:
-                raise st.corrupted(f"{path}: malformed header: {error}", path) from error
         return self._crcs[index]
 
     def check_header(self, index: int) -> None:
-        """Whether a file's header says what the record says; CORRUPTED_CHECKPOINT if not."""
-        info, path = self.metadata.shards[index], self.metadata.shard_path(index)
-        crcs, header = self.unit_crcs(index), bytearray(info.header_bytes)
-        self.file(index).read(0, memoryview(header))
+        """Check that a file's header says what the record says; CORRUPTED_CHECKPOINT if not."""
+        info, crcs = self.metadata.shards[index], self.unit_crcs(index)
+        with self._blaming(index):
+            entries, data_bytes = self.metadata.entries(index), info.length - info.header_bytes
+            expected = st.with_crcs(st.encode_header(entries, data_bytes, info.header_bytes), crcs)
+            # The header itself has this CRC32, as `unit_crcs` has checked.
+            same = st.crc32(expected) == info.header_crc
+            st.require(same, "its header describes other entries than the record")
+
+    @contextmanager
+    def _blaming(self, index: int) -> Iterator[None]:
+        """Turn a ValueError into CORRUPTED_CHECKPOINT that names the file."""
+        path = self.metadata.shard_path(index)
         try:
-            expected = st.encode_header(
-                self.metadata.entries(index), info.length - info.header_bytes, info.header_bytes
-            )
+            yield
         except ValueError as error:
-            raise st.corrupted(f"{path}: malformed header: {error}", path) from error
-        if st.with_crcs(expected, crcs) != header:
-            raise st.corrupted(f"{path}: its header describes other entries than the record", path)
+            raise st.corrupted(f"{path}: {error}", path) from error
 
     def pieces_of_file(self, index: int) -> list[int]:
-        """The rows of the record that lie in a file."""
+        """Return the rows of the record that lie in a file."""
         return np.flatnonzero(self.metadata.pieces.file == index).tolist()
 
     def read_piece(self, row: int) -> torch.Tensor:
-        """The elements of one piece, verified."""
-        meta = self.metadata
-        ((tensor, _, _, box),) = meta.pieces.take(np.array([row])).boxes(meta.tensors)
-        out = torch.empty(box.size, dtype=st.DTYPES[meta.tensors[tensor].dtype])
-        self.fill([Target(tensor, box, out)])
-        return out
+        """Return the elements of one piece, verified."""
+        ((tensor, _, _, box),) = self.metadata.pieces.take(slice(row, row + 1)).boxes(self.metadata.tensors)
+        return self._read(tensor, box)
 
-    def pieces(self, tensor: int, box: Box) -> list[tuple[int, int, int, Box]]:
-        """Stored pieces of a tensor that overlap `box`: (file, begin, length, piece)."""
-        table, (low, high) = self.metadata.pieces, self._rows[tensor : tensor + 2]
-        ndim, rows, found = len(box.size), list(range(low, high)), []
-        if high - low > 4 and ndim:
-            start, size = table.box[low:high, 0, :ndim], table.box[low:high, 1, :ndim]
-            first, count = np.array(box.offset), np.array(box.size)
-            overlaps = ((start < first + count) & (start + size > first)).all(axis=1)
-            rows = (np.flatnonzero(overlaps) + low).tolist()
-        for row in rows:
-            offset, extent = table.box[row].tolist()
-            piece = Box(tuple(offset[:ndim]), tuple(extent[:ndim]))
-            if piece == box or piece.intersect(box) is not None:
-                found.append((int(table.file[row]), int(table.begin[row]), int(table.length[row]), piece))
-        return found
+    def read_value(self, tensor: int) -> object:
+        """Return a stored JSON value, still encoded."""
+        meta = self.metadata.tensors[tensor]
+        text = self._read(tensor, whole_box(meta.shape)).numpy().tobytes()
+        return st.parse_json(text, meta.name)
 
-    def _fills(self, target: Target) -> Iterator[tuple[int, Fill]]:
-        """What a target wants, as (file, fill)."""
-        meta, want = self.metadata.tensors[target.tensor], target.box
-        dtype, width = st.DTYPES[meta.dtype], st.itemsize(meta.dtype)
-        for file, begin, length, piece in self.pieces(target.tensor, want) if 0 not in want.size else ():
-            nbytes = math.prod(piece.size) * width
+    def _read(self, tensor: int, box: Box) -> torch.Tensor:
+        dtype = st.DTYPES[self.metadata.tensors[tensor].dtype]
+        view = torch.empty(box.size, dtype=dtype, device="cpu")
+        self.fill([Target(tensor, box, view)])
+        return view
+
+    def _fills(self, target: Target) -> Iterator[Fill]:
+        """Yield what a target needs of each piece. Raw pieces are cut where blocks end, frames are not."""
+        tensors, want = self.metadata.tensors, target.box
+        dtype = st.DTYPES[tensors[target.tensor].dtype]
+        width = dtype.itemsize
+        rows = self.metadata.pieces.take(slice(*self._rows[target.tensor : target.tensor + 2]))
+        if len(rows.file) > FEW:  # a tensor may have thousands
+            box = rows.box[:, :, : len(want.size)]
+            near = (box[:, 0] < np.add(*want)) & (box.sum(axis=1) > np.array(want.offset))
+            rows = rows.take(near.all(axis=1))
+        for file, (_, begin, length, piece) in zip(rows.file.tolist(), rows.boxes(tensors)):
+            if (common := piece.intersect(want)) is None:
+                continue
+            first, last = 0, 0  # needed elements, in the piece's row-major order
+            for at, size, start, count in zip(*piece, *common):
+                first, last = first * size + start - at, last * size + start - at + count - 1
+            low, high, frame_bytes = begin + first * width, begin + (last + 1) * width, 0
+            cuts = range((low // st.BLOCK_BYTES + 1) * st.BLOCK_BYTES, high, st.BLOCK_BYTES)
+            if length < (raw_bytes := math.prod(piece.size) * width):
+                low, high, frame_bytes, cuts = begin, begin + length, raw_bytes, range(0)
+            alone = target.alone * math.prod(common.size) * width / (frame_bytes or high - low)
             exact = piece == want and target.view.dtype == dtype
-            flat, first, last = st.byte_view(target.view) if exact else None, 0, 0
-            if piece == want or length < nbytes:
-                span = (0, length)
-            else:
-                for at, size, start, count in zip(*piece, *want):  # in the piece's row-major order
-                    low, high = max(0, start - at), min(size, start + count - at)
-                    first, last = first * size + low, last * size + high - 1
-                span = (first * width, (last + 1) * width)
-            frame = nbytes if length < nbytes else 0
-            yield file, Fill(begin + span[0], begin + span[1], begin, piece, dtype, frame, target, flat)
+            flat = st.byte_view(target.view) if exact else None
+            for start, stop in itertools.pairwise([low, *cuts, high]):
+                yield Fill(file, start, stop, begin, piece, dtype, frame_bytes, target, flat, alone)
 
     def plan(self, targets: Iterable[Target]) -> list[Read]:
-        """L3: which units to read, and what each is for; in the order of the files."""
-        blocks: dict[tuple[int, int], list[Fill]] = {}
-        for target in targets:
-            for file, fill in self._fills(target):
-                low = fill.low
-                while low < fill.high:  # raw fills are cut where blocks end, frames are not
-                    block = low // st.BLOCK_BYTES
-                    high = fill.high if fill.frame_bytes else min(fill.high, (block + 1) * st.BLOCK_BYTES)
-                    part = fill if (low, high) == fill[:2] else fill._replace(low=low, high=high)
-                    blocks.setdefault((file, block), []).append(part)
-                    low = high
-        reads = list[Read]()
-        for (file, _), fills in sorted(blocks.items()):
-            info = self.metadata.shards[file]
-            for fill in sorted(fills, key=lambda fill: (fill.low, fill.high)):
-                low = fill.low // st.UNIT_BYTES * st.UNIT_BYTES
-                high = min(-(-fill.high // st.UNIT_BYTES) * st.UNIT_BYTES, info.length - info.header_bytes)
-                if reads and reads[-1].file == file and reads[-1].low <= low <= reads[-1].high:
-                    if high <= reads[-1].low + 2 * st.BLOCK_BYTES:
-                        reads[-1].fills.append(fill)
-                        reads[-1] = reads[-1]._replace(high=max(high, reads[-1].high))
-                        continue
-                reads.append(Read(file, low, high, [fill]))
+        """L3: return which units to read, and what each is for. In the order of the files and their bytes.
+
+        A read begins and ends in one block; only a frame may reach into the next one.
+        """
+        reads, fills = list[Read](), [fill for target in targets for fill in self._fills(target)]
+        for fill in sorted(fills, key=lambda fill: fill[:3]):
+            info = self.metadata.shards[fill.file]
+            low = fill.low // st.UNIT_BYTES * st.UNIT_BYTES
+            high = min(st.unit_count(fill.high) * st.UNIT_BYTES, info.length - info.header_bytes)
+            last = reads[-1] if reads else Read(-1, 0, 0, [])
+            block = low // st.BLOCK_BYTES * st.BLOCK_BYTES
+            if last.file == fill.file and block <= last.low and low <= last.high:
+                reads[-1] = last._replace(high=max(high, last.high))
+                last.fills.append(fill)
+            else:
+                reads.append(Read(fill.file, low, high, [fill]))
         return reads
 
     def fill(self, targets: Iterable[Target], buffer: Bytes | None = None) -> None:
         """Read into targets at once, in this thread. `buffer`: at least two blocks."""
+        buffer = np.empty(2 * st.BLOCK_BYTES, np.uint8) if buffer is None else buffer
         for read in self.plan(targets):
-            buffer = np.empty(2 * st.BLOCK_BYTES, np.uint8) if buffer is None else buffer
             self.run(read, buffer, st.Gate(), Meter())
 
     def run(self, read: Read, buffer: Bytes, gate: st.Gate, meter: Meter) -> None:
-        """L4 for some units: read, verify, and put into place.
+        """L4 for some units: read, verify and copy them.
 
-        Optimisation (skip on first reading): what only this rank wants, and the page cache lacks, is read
-        past it at once. Bytes that go to tensors as they are come a unit at a time, so that they are still in
-        the processor's cache when they are checked and copied.
+        Optimisation (skip on first reading): bytes that only this rank needs, and that the page cache lacks,
+        are read without the cache. Of bytes in the page cache a unit is read, verified and copied at a time,
+        so that it is still in the processor's cache. That does not pay off for small pieces, nor for bytes
+        that are expanded, cast, scattered or sent to a device.
         """
         file, start = self.file(read.file), self.metadata.shards[read.file].header_bytes
-        direct = (
-            isinstance(file, st.LocalFile) and read.alone() and file.is_cold(start + read.low, read.nbytes)
-        )
-        by_units = not direct and all(fill.flat is not None and not fill.frame_bytes for fill in read.fills)
-        step = st.UNIT_BYTES if by_units else read.nbytes
+        fetch, step = file.read, read.nbytes
+        if isinstance(file, st.LocalFile) and read.alone() and file.is_cold(start + read.low, read.nbytes):
+            fetch = file.read_directly
+        elif len(read.fills) <= FEW and not any(fill.flat is None or fill.frame_bytes for fill in read.fills):
+            step = st.UNIT_BYTES
         for low in range(read.low, read.high, step):
-            data = buffer[: min(read.high, low + step) - low]
-            if direct and isinstance(file, st.LocalFile):
-                file.read_directly(start + low, data.data)
-            else:
-                file.read(start + low, data.data)
+            data = buffer[: min(read.high - low, step)]
+            fetch(start + low, data.data)
             self.place(read, low, data, gate)
         meter.add(read.nbytes)
 
     def place(self, read: Read, low: int, data: Bytes, gate: st.Gate) -> None:
-        """Verify units from byte `low` on, each before it is copied to where it belongs."""
-        crcs, fills, first = self.unit_crcs(read.file), read.fills, 0
+        """Verify units, which begin at byte `low` of the file's data. Then copy them to the targets.
 
-        def part_of(fill: Fill, begin: int, end: int) -> tuple[Bytes, int]:
-            begin, end = max(begin, fill.low), min(end, fill.high)
-            part = data[begin - low : end - low]
-            if fill.frame_bytes:
-                return st.expand_frame(part.tobytes(), fill.frame_bytes, fill.dtype.itemsize), 0
-            return part, begin - fill.begin
-
-        for begin in range(low, low + len(data), st.UNIT_BYTES):
-            unit = data[begin - low : begin - low + st.UNIT_BYTES]
-            if crcs and (crc := st.crc32(unit)) != crcs[begin // st.UNIT_BYTES]:
-                raise self._damage(read.file, begin // st.UNIT_BYTES, crc)
-            while first < len(fills) and fills[first].high <= begin:
-                first += 1
-            with gate:
-                for fill in itertools.islice(fills, first, None):
-                    if fill.low >= begin + len(unit):
-                        break
-                    if fill.high > begin and fill.flat is not None and not fill.frame_bytes:
-                        put(fill, *part_of(fill, begin, begin + len(unit)))
-        for fill in fills:  # what is expanded, cast, scattered or sent to a device: all of it at once
-            if fill.flat is None or fill.frame_bytes:
-                part = part_of(fill, low, low + len(data))
-                with gate:
-                    put(fill, *part)
+        CORRUPTED_CHECKPOINT if one is damaged; then nothing of `data` is copied.
+        """
+        for problem in self.damage(read.file, low, data):
+            raise st.corrupted(problem, self.metadata.shard_path(read.file))
+        with gate:
+            for fill in read.fills:
+                first, last = max(0, fill.low - low), fill.high - low
+                if last <= 0 or first >= len(data):
+                    continue
+                part, at = data[first:last], low + first - fill.begin
+                if fill.frame_bytes:
+                    part, at = st.expand_frame(part.tobytes(), fill.frame_bytes, fill.dtype.itemsize), 0
+                if fill.flat is None:
+                    st.copy_in(part, at, fill.dtype, fill.piece, fill.target.box, fill.target.view)
+                else:
+                    fill.flat[at : at + len(part)] = part
 
     def check_block(self, index: int, low: int, buffer: Bytes) -> list[str]:
-        """Read a block of a file; what is wrong with each of its units."""
-        info, crcs = self.metadata.shards[index], self.unit_crcs(index)
+        """Read the block that begins at byte `low` of a file's data. Return what is wrong with each unit."""
+        info, file = self.metadata.shards[index], self.file(index)
         data = buffer[: min(st.BLOCK_BYTES, info.length - info.header_bytes - low)]
-        file = self.file(index)
         getattr(file, "read_directly", file.read)(info.header_bytes + low, data.data)
-        found = crcs_of(data)
-        units = range(low // st.UNIT_BYTES, low // st.UNIT_BYTES + len(found))
-        return [str(self._damage(index, unit, crc)) for unit, crc in zip(units, found) if crc != crcs[unit]]
+        return self.damage(index, low, data)
 
-    def _damage(self, index: int, unit: int, crc: int) -> CheckpointException:
-        meta, low, path = self.metadata, unit * st.UNIT_BYTES, self.metadata.shard_path(index)
-        rows = meta.pieces.take(meta.pieces.file == index)
-        inside = rows.tensor[(rows.begin < low + st.UNIT_BYTES) & (rows.begin + rows.length > low)]
-        names = [meta.tensors[tensor].name for tensor in np.unique(inside).tolist()]
-        crcs = f"CRC32 {crc:08x}, expected {self.unit_crcs(index)[unit]:08x}"
-        return st.corrupted(f"{path}: unit {unit} has {crcs}; it holds {st.some(names)}", path)
-
-    def read_value(self, tensor: int) -> object:
-        """A stored JSON value, still encoded."""
-        meta = self.metadata.tensors[tensor]
-        out = torch.empty(meta.shape, dtype=torch.uint8)
-        self.fill([Target(tensor, whole_box(meta.shape), out)])
-        return st.parse_json(out.numpy().tobytes(), meta.name)
-
-
-def put(fill: Fill, part: Bytes, start: int) -> None:
-    """Copy bytes of a fill's piece, from byte `start` of the piece on, to where the target wants them."""
-    if fill.flat is not None:
-        fill.flat[start : start + len(part)] = part
-    else:
-        st.copy_in(part, start, fill.dtype, fill.piece, fill.target.box, fill.target.view)
+    def damage(self, index: int, low: int, data: Bytes) -> list[str]:
+        """Return what is wrong with units of a file, which begin at byte `low` of its data."""
+        expected, found, meta = self.unit_crcs(index), list[str](), self.metadata
+        for unit, crc in enumerate(crcs_of(data), low // st.UNIT_BYTES):
+            if crc != expected[unit]:
+                begin, rows = unit * st.UNIT_BYTES, meta.pieces.take(meta.pieces.file == index)
+                inside = (rows.begin < begin + st.UNIT_BYTES) & (rows.begin + rows.length > begin)
+                names = [meta.tensors[tensor].name for tensor in np.unique(rows.tensor[inside]).tolist()]
+                what = f"unit {unit} has CRC32 {crc:08x}, expected {expected[unit]:08x}"
+                found.append(f"{meta.shard_path(index)}: {what}; it holds {st.some(names)}")
+        return found
 
 
 def read_once(op: Operation, reader: CheckpointReader, reads: Sequence[Read], meter: Meter) -> None:
-    """L4, where every block is read by one of the ranks that need it, in turn, and sent to the others.
+    """L4 where each block is read by one of the ranks that need it, and sent to the others. Collective.
 
-    A few a round.
+    A round moves a few blocks. The ranks that need a block take turns in reading it.
     """
     mine: dict[tuple[int, int], list[Read]] = {}
     for read in reads:
         mine.setdefault((read.file, read.low // st.BLOCK_BYTES), []).append(read)
-    spans = [(*key, min(r.low for r in found), max(r.high for r in found)) for key, found in mine.items()]
-    columns = np.array(spans, np.int64).reshape(-1, 4).T
-    needs: dict[
-        tuple[int, int], tuple[int, int, list[int]]
-    ] = {}  # by file and block: the span, and who needs it
-    for rank, row in enumerate(op.gather([len(spans), *map(st.pack_ints, columns)])):
-        count, *texts = as_list(row)
-        for file, block, low, high in zip(*(st.unpack_ints(str(t), int(str(count))).tolist() for t in texts)):
-            start, stop, ranks = needs.get((file, block), (low, high, []))
-            needs[file, block] = min(start, low), max(stop, high), [*ranks, rank]
+    spans = np.array([read[:3] for read in reads], np.int64).reshape(-1, 3).T
+    needs: dict[tuple[int, int], tuple[int, int, list[int]]] = {}  # by block: bytes [low, high), and ranks
+    for rank, row in enumerate(op.gather([len(reads), *map(st.pack_ints, spans)])):
+        count, *columns = as_list(row)
+        for file, low, high in zip(*(st.unpack_ints(str(c), int(str(count))).tolist() for c in columns)):
+            start, stop, ranks = needs.get(block := (file, low // st.BLOCK_BYTES), (low, high, []))
+            needs[block] = min(start, low), max(stop, high), sorted({*ranks, rank})
     order = sorted(needs)
-    sender = {key: needs[key][2][n % len(needs[key][2])] for n, key in enumerate(order)}
+    sender = {block: needs[block][2][n % len(needs[block][2])] for n, block in enumerate(order)}
     for first in range(0, len(order), 2 * ROUND_BLOCKS):
-        batch, here = order[first : first + 2 * ROUND_BLOCKS], dict[tuple[int, int], Bytes]()
+        batch, found = order[first : first + 2 * ROUND_BLOCKS], dict[tuple[int, int], Bytes]()
 
-        def fetch(key: tuple[int, int], buffer: Bytes, gate: st.Gate) -> None:
-            low, high, _ = needs[key]
+        def fetch(block: tuple[int, int], buffer: Bytes, gate: st.Gate) -> None:
+            low, high, _ = needs[block]
             data = np.empty(high - low, np.uint8)
-            reader.file(key[0]).read(reader.metadata.shards[key[0]].header_bytes + low, data.data)
-            with gate:
-                here[key] = data
+            reader.file(block[0]).read(reader.metadata.shards[block[0]].header_bytes + low, data.data)
+            found[block] = data
 
-        st.in_parallel([key for key in batch if sender[key] == op.rank], fetch, op.poll)
+        st.in_parallel([block for block in batch if sender[block] == op.rank], fetch, op.poll)
         outgoing: dict[int, list[Bytes]] = {}
-        for key, data in sorted(here.items()):
-            for rank in needs[key][2]:
-                if rank != op.rank:
-                    outgoing.setdefault(rank, []).append(data)
+        for block in sorted(found):
+            for rank in set(needs[block][2]) - {op.rank}:
+                outgoing.setdefault(rank, []).append(found[block])
         received = op.exchange({rank: np.concatenate(parts) for rank, parts in outgoing.items()})
-        for key in (key for key in batch if key in mine):
-            low, high, _ = needs[key]
-            if sender[key] != op.rank:
-                here[key], received[sender[key]] = np.split(received[sender[key]], [high - low])
-            for read in mine[key]:
-                reader.place(read, read.low, here[key][read.low - low : read.high - low], st.Gate())
+        for block in (block for block in batch if block in mine):
+            low, high, _ = needs[block]
+            if (rank := sender[block]) != op.rank:
+                found[block], received[rank] = np.split(received[rank], [high - low])
+            for read in mine[block]:
+                reader.place(read, read.low, found[block][read.low - low : read.high - low], st.Gate())
                 meter.add(read.nbytes)
         meter.tick()

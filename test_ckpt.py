@@ -3484,7 +3484,7 @@ def test_only_what_is_to_three_quarters_one_ranks_alone_counts_as_such(tmp_path,
         box = st.Box((low, 0), (high - low, (1 << 14) // (halves or [1])[0]))
         view = torch.empty(box.size)
         reads = reader.plan([coord.Target(index, box, view, alone=True)])
-        own = sum(fill.wanted() for read in reads for fill in read.fills)
+        own = sum(fill.alone * (fill.high - fill.low) for read in reads for fill in read.fills)
         assert level is not CompressionLevel.NONE or own == pytest.approx(view.nbytes, rel=1e-4)
         assert {read.alone() for read in reads[1:-1]} == {alone}
         assert not any(read.alone() for read in reader.plan([coord.Target(index, box, view)]))
