@@ -5768,7 +5768,7 @@ def tensor_parallel(model):
     return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
-LAYOUTS = {
+SHARDINGS = {
     "plain": lambda model: model,
     "ddp": DistributedDataParallel,
     "fsdp2": fully_shard,
@@ -5778,7 +5778,7 @@ LAYOUTS = {
 
 def train_in_any_layout(layout, steps):
     """Continue from the newest checkpoint, of whatever layout and number of ranks; returns the step reached."""
-    model = LAYOUTS[layout](nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1)))
+    model = SHARDINGS[layout](nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1)))
     optimizer, step = torch.optim.AdamW(model.parameters()), 0
     with ckpt.DistributedCheckpoint(storage="./ckpts") as checkpoint:
         if (latest := checkpoint.latest_checkpoint()) is not None:
