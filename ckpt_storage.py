@@ -275,6 +275,7 @@ class CheckpointStorage(Protocol):
 
 
 _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+_REGION_BYTES = 64 << 20  # of a file that is in the page cache or not: one probe decides
 _MIN_DIRECT_BYTES = 256 << 10  # smaller writes and reads go through the page cache
 
 
@@ -289,6 +290,7 @@ class LocalFile:
     def __init__(self, name: str, fd: int, flags: int) -> None:
         self._name, self._fd, self._flags = name, fd, flags
         self._direct_fd: int | None = None  # None: not opened yet, -1: there is none
+        self._cold: dict[int, bool] = {}  # by region
         self._lock = threading.Lock()
         # `close` leaves the descriptors open while a call hangs: else their numbers could belong to other
         # files when the call goes on.
@@ -343,16 +345,19 @@ class LocalFile:
             return self._direct_fd
 
     def is_cold(self, offset: int, length: int) -> bool:
-        """Whether the page cache lacks the last one of these bytes, and so probably the others.
+        """Whether the page cache lacks the region of the file where these bytes begin.
 
-        The first ones may be there because the kernel has read ahead. The read returns at once: it waits for
-        no disk.
+        Decided once a region, by a read of the last byte that does not wait for the disk. The first bytes may
+        be there because the kernel has read ahead. A second probe may find what the first one has brought.
         """
-        try:
-            os.preadv(self._fd, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)
-        except OSError as error:
-            return error.errno == errno.EAGAIN
-        return False
+        region = offset // _REGION_BYTES
+        if region not in self._cold:
+            try:
+                os.preadv(self._fd, [bytearray(1)], offset + length - 1, os.RWF_NOWAIT)
+                self._cold[region] = False
+            except OSError as error:
+                self._cold[region] = error.errno == errno.EAGAIN
+        return self._cold[region]
 
     def length(self) -> int:
         return os.fstat(self._fd).st_size
