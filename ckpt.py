@@ -35,7 +35,6 @@ import contextlib
 import datetime
 import errno
 import functools
-import io
 import itertools
 import json
 import logging
@@ -1829,12 +1828,12 @@ class CheckpointValidator:
         """
         for _ in range(2):  # a second time if a save replaces the checkpoint meanwhile
             try:
-                _, meta = coord.committed(self.storage, checkpoint_prefix)
+                reader = _open_checkpoint(self.storage, checkpoint_prefix)
             except (CheckpointException, OSError) as error:
                 return ValidationResult([str(error)])
-            result = self.validate_metadata(meta)
-            with CheckpointReader(self.storage, meta) as reader:
-                reader.meter = coord.Meter("verify", meta.size_bytes(), progress)
+            with reader:
+                result = self.validate_metadata(reader.metadata)
+                reader.meter = coord.Meter("verify", reader.metadata.size_bytes(), progress)
                 result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
                 if result.is_valid or not reader.is_superseded():
                     break
@@ -1865,6 +1864,11 @@ class CheckpointValidator:
         return result
 
 
+def _open_checkpoint(storage: CheckpointStorage, prefix: str) -> CheckpointReader:
+    """A reader of a committed checkpoint. LOAD_FAILED if there is none of that name."""
+    return CheckpointReader(storage, coord.committed(storage, prefix)[1])
+
+
 def _findings(name: str, check: Callable[[], ValidationResult]) -> ValidationResult:
     """What a checker returns, or its exception as an error, unless that ends the whole operation."""
     try:
@@ -1893,8 +1897,12 @@ class _Exported(NamedTuple):
     """A tensor of an export."""
 
     stored: int  # the index of the tensor that holds its elements
-    dtype: str  # to which they are cast
-    entry: st.Entry  # what its file says of it; until its place is known, it begins at 0
+    cast: str  # the dtype that they get
+    name: str  # this, dtype and shape: what its file says
+    dtype: str
+    shape: st.Shape
+    nbytes: int
+    begin: int = 0  # its first byte in the file
 
 
 _Files = dict[str, tuple[bytes, list[_Exported]]]  # by name: the bytes before the data, and the tensors
@@ -1932,22 +1940,18 @@ def export_checkpoint(
         files = _lay_out(stem, _select(reader.metadata, model_only, dtype), max_shard_bytes)
         with _appearing(folder, stem, files) as opened:
 
-            def write(source: coord.Target, start: int, to: tuple[StoredFile, int, str]) -> None:
-                file, begin, code = to
-                data = _bytes_of(source.view.to(st.DTYPES[code]))
-                file.write(begin + start * st.itemsize(code), data.data)
+            def write(source: coord.Target, start: int, to: tuple[StoredFile, _Exported]) -> None:
+                file, exported = to
+                data = _bytes_of(source.view.to(st.DTYPES[exported.cast]))
+                file.write(exported.begin + start * st.itemsize(exported.cast), data.data)
 
             places = [
-                (exported.stored, (opened[part], len(head) + exported.entry.begin, exported.dtype))
-                for part, (head, tensors) in files.items()
+                (exported.stored, (opened[part], exported))
+                for part, (_, tensors) in files.items()
                 for exported in tensors
             ]
             _read_in_parts(reader, places, write, progress)
     return [os.path.join(folder, part) for part in files]
-
-
-def _open_checkpoint(storage: CheckpointStorage, prefix: str) -> CheckpointReader:
-    return CheckpointReader(storage, coord.committed(storage, prefix)[1])
 
 
 def _bytes_of(tensor: torch.Tensor) -> st.Bytes:
@@ -2017,9 +2021,9 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
         form, shape = st.stored_form(code, t.shape)
         if form != code:
             notes["complex, exported as pairs of floats (see torch.view_as_complex)"].append(name)
-        entry = st.Entry(name, form, shape, 0, math.prod(t.shape) * st.itemsize(code))
-        chosen.append(_Exported(index if t.alias_of is None else t.alias_of, code, entry))
-    names = Counter(["__metadata__", *(exported.entry.name for exported in chosen)])  # safetensors' own entry
+        stored, nbytes = index if t.alias_of is None else t.alias_of, math.prod(t.shape) * st.itemsize(code)
+        chosen.append(_Exported(stored, code, name, form, shape, nbytes))
+    names = Counter(["__metadata__", *(exported.name for exported in chosen)])  # safetensors' own entry
     if twice := [name for name, count in names.items() if count > 1]:
         raise ValueError(f"{meta.prefix}: two entries of the export would have one name: {st.some(twice)}")
     with _well_formed(meta.prefix):
@@ -2034,17 +2038,17 @@ def _lay_out(stem: str, chosen: Iterable[_Exported], limit_bytes: int) -> _Files
     """The files of an export: one, or several and, last, their index."""
     groups, size = [list[_Exported]()], 0
     for exported in chosen:
-        size += exported.entry.end
-        if groups[-1] and size > limit_bytes:
+        if groups[-1] and size + exported.nbytes > limit_bytes:
             groups.append([])
-            size = exported.entry.end
+            size = 0
         groups[-1].append(exported)
+        size += exported.nbytes
     if len(groups) == 1:
         return {f"{stem}.safetensors": _with_header(groups[0])}
     many = len(groups)
     files = {f"{stem}-{n:05d}-of-{many:05d}.safetensors": _with_header(g) for n, g in enumerate(groups, 1)}
-    weights = {exported.entry.name: part for part, (_, tensors) in files.items() for exported in tensors}
-    total = sum(tensors[-1].entry.end for _, tensors in files.values())
+    weights = {exported.name: part for part, (_, tensors) in files.items() for exported in tensors}
+    total = sum(exported.nbytes for group in groups for exported in group)
     index = {"metadata": {"total_size": total}, "weight_map": weights}
     text = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
     return files | {f"{stem}.safetensors.index.json": (text, [])}
@@ -2055,18 +2059,19 @@ def _with_header(group: Iterable[_Exported]) -> tuple[bytes, list[_Exported]]:
 
     Wide elements come first, so that every tensor is aligned.
     """
-    order, placed, end = _SERIALIZED.split(), list[_Exported](), 0
+    order, size = _SERIALIZED.split(), 0
+    group = sorted(group, key=lambda exported: (order.index(exported.dtype), exported.name))
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for exported in sorted(group, key=lambda found: (order.index(found.entry.dtype), found.entry.name)):
-        name, dtype, shape, _, nbytes = exported.entry
-        begin, end = end, end + nbytes
-        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-        placed.append(exported._replace(entry=exported.entry._replace(begin=begin, end=end)))
+    for _, _, name, dtype, shape, nbytes, _ in group:
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [size, size + nbytes]}
+        size += nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > st.MAX_HEADER_BYTES:
-        what = f"a header for {len(placed)} tensors is over the limit of safetensors"
+        what = f"a header for {len(group)} tensors is over the limit of safetensors"
         raise ValueError(f"{what}; make smaller files")
+    begins = itertools.accumulate((exported.nbytes for exported in group), initial=8 + len(text))
+    placed = [exported._replace(begin=begin) for exported, begin in zip(group, begins)]
     return len(text).to_bytes(8, "little") + text, placed
 
 
@@ -2082,7 +2087,7 @@ def _appearing(folder: str, stem: str, files: _Files) -> Iterator[Mapping[str, S
     try:
         for part, (head, tensors) in files.items():
             opened[part] = file = directory.create(part + ending)
-            file.resize(len(head) + (tensors[-1].entry.end if tensors else 0))
+            file.resize(len(head) + sum(exported.nbytes for exported in tensors))
             file.write(0, memoryview(head))
         yield opened
         for file in opened.values():
@@ -2367,8 +2372,7 @@ def _as_record(source: str, rename: Rename | None) -> CheckpointMetadata:
 
     ValueError if two tensors get one name.
     """
-    shards, tensors, rows = list[ShardMetadata](), dict[str, TensorMetadata](), list[tuple[int, ...]]()
-    boxes = list[st.Box]()
+    shards, tensors, rows = list[ShardMetadata](), dict[str, TensorMetadata](), list[tuple[int, int, int]]()
     for name, (path, (_, dtype, shape, begin, end)) in _read_parts(source, _read_header).items():
         new = rename(name) if callable(rename) else (rename or {}).get(name, name)
         if new is None:
@@ -2380,11 +2384,10 @@ def _as_record(source: str, rename: Rename | None) -> CheckpointMetadata:
         if not shards or shards[-1].file != file or (begin - shards[-1].header_bytes) % st.itemsize(dtype):
             shards.append(ShardMetadata(file, end, begin, 0))
         shards[-1] = shards[-1]._replace(length=end)
-        if begin < end:
-            rows.append((len(tensors), len(shards) - 1, begin - shards[-1].header_bytes, end - begin))
-            boxes.append(st.whole_box(shape))
+        rows.append((len(shards) - 1, begin - shards[-1].header_bytes, end - begin))
         tensors[new] = TensorMetadata(f"model/{new}", dtype, shape)
-    tensor, shard, begins, lengths = np.array(rows, np.int64).reshape(-1, 4).T
+    shard, begins, lengths = np.array(rows, np.int64).reshape(-1, 3).T
+    boxes = coord.stack_boxes([st.whole_box(t.shape) for t in tensors.values()])
     return CheckpointMetadata(
         prefix=source if os.path.isdir(source) else os.path.dirname(source),
         save_id="",
@@ -2397,7 +2400,7 @@ def _as_record(source: str, rename: Rename | None) -> CheckpointMetadata:
         custom_metadata={},
         shards=tuple(shards),
         tensors=tuple(tensors.values()),
-        pieces=st.Pieces(tensor, shard, begins, lengths, coord.stack_boxes(boxes)),
+        pieces=st.Pieces(np.arange(len(rows)), shard, begins, lengths, boxes),
     )
 
 
@@ -2466,7 +2469,7 @@ def _by_name(meta: CheckpointMetadata) -> dict[str, tuple[int, TensorMetadata]]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Command line: a command prints its text, and returns its exit code and the value that --json prints instead
+# Command line: a command returns its exit code, and a value that is printed as text or, with --json, as JSON
 
 _Result = tuple[int, object]
 
@@ -2498,19 +2501,28 @@ class _Warnings(logging.Handler):
 
 
 def _cell(key: str, value: object) -> str:
+    """A value on one line: bytes in units, shapes as 3x5, nothing for None."""
     if isinstance(value, int) and "bytes" in key:
         return _human(value)
     if isinstance(value, tuple):
         return "x".join(map(str, value)) or "scalar"
-    return "" if value is None else _escaped(str(value))
+    return "" if value is None else _escaped(f"{value:.3g}" if isinstance(value, float) else str(value))
 
 
-def _table(columns: str, rows: Iterable[Mapping[str, object]]) -> None:
-    """Print rows in aligned columns, under the names of the columns."""
-    keys = columns.split()
-    cells = [list(map(str.upper, keys)), *([_cell(key, row[key]) for key in keys] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    _say(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells))
+def _text(value: object) -> Iterator[str]:
+    """The lines for a value: a table for a list of objects; a line for each item of a list or an object."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(item, list):
+                yield from (f"{key}:", *_text(item))
+            else:
+                yield f"{key:16} {_cell(key, item)}"
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        cells = [list(map(str.upper, value[0])), *([_cell(*item) for item in row.items()] for row in value)]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        yield from ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+    elif isinstance(value, list):
+        yield from map(str, value)
 
 
 @contextlib.contextmanager
@@ -2538,36 +2550,32 @@ def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
 def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """List the committed checkpoints below DIR."""
     infos = [vars(CheckpointInfo.of(meta)) for meta in st.list_committed(storage)]
-    infos = [{**info, "timestamp": info["timestamp"].isoformat()} for info in infos]
-    _table("prefix timestamp world_size size_bytes format", infos)
-    return 0, infos
+    return 0, [{**info, "timestamp": info["timestamp"].isoformat()} for info in infos]
 
 
 def _show(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Show the tensors, shards and metadata of a checkpoint."""
     _, meta = coord.committed(storage, args.prefix)
     keys = "prefix save_id sequence version timestamp world_size format compression torch_version"
-    head = {key: vars(meta)[key] for key in keys.split()} | {"size_bytes": meta.size_bytes()}
-    head["custom_metadata"] = st.encode_value(dict(meta.custom_metadata), "custom_metadata")
     counts = np.bincount(meta.pieces.tensor, minlength=len(meta.tensors)).tolist()
-    tensors = [
-        {
-            "name": t.name,
-            "dtype": t.dtype,
-            "shape": t.shape,
-            "rank": t.rank,
-            "pieces": count,
-            "bytes": math.prod(t.shape) * st.itemsize(t.dtype),
-            "tied_to": None if t.alias_of is None else meta.tensors[t.alias_of].name,
-        }
-        for t, count in zip(meta.tensors, counts)
-    ]
-    shards = [{"file": shard.file, "bytes": shard.length} for shard in meta.shards]
-    _say(*(f"{key:16} {_cell(key, value)}" for key, value in head.items()), "")
-    _table("file bytes", shards)
-    _say("")
-    _table("name dtype shape bytes pieces rank tied_to", tensors)
-    return 0, {**head, "shards": shards, "tensors": tensors}
+    return 0, {
+        **{key: vars(meta)[key] for key in keys.split()},
+        "size_bytes": meta.size_bytes(),
+        "custom_metadata": st.encode_value(dict(meta.custom_metadata), "custom_metadata"),
+        "shards": [{"file": shard.file, "bytes": shard.length} for shard in meta.shards],
+        "tensors": [
+            {
+                "name": t.name,
+                "dtype": t.dtype,
+                "shape": t.shape,
+                "rank": t.rank,
+                "pieces": count,
+                "bytes": math.prod(t.shape) * st.itemsize(t.dtype),
+                "tied_to": None if t.alias_of is None else meta.tensors[t.alias_of].name,
+            }
+            for t, count in zip(meta.tensors, counts)
+        ],
+    }
 
 
 def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
@@ -2577,8 +2585,9 @@ def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
         with _bar(f"verify {prefix}") as show:
             result = validator.validate_checkpoint(prefix, show)
         report[prefix] = {"valid": result.is_valid, **vars(result)}
-        problems = (f"  {problem}" for problem in (*result.errors, *result.warnings))
-        _say(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}", *problems)
+        if not args.json:
+            problems = (f"  {problem}" for problem in (*result.errors, *result.warnings))
+            _say(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}", *problems)
     return 0 if all(found["valid"] for found in report.values()) else 1, report
 
 
@@ -2594,7 +2603,6 @@ def _export(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
             max_shard_bytes=args.max_shard_size,
             progress=show,
         )
-    _say(*(f"{file}  {_human(os.path.getsize(file))}" for file in files))
     return 0, {"files": files}
 
 
@@ -2605,41 +2613,33 @@ def _import(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     with _bar(f"import {args.prefix}") as show:
         prefix = import_checkpoint(args.source, storage, args.prefix, progress=show)
     meta = st.read_committed(storage, prefix)
-    extra = sorted(t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON")
-    count = sum(t.name.startswith("model/") for t in meta.tensors)
-    _say(f"imported {prefix}: {_human(meta.size_bytes())}, {count} tensors of the model")
-    if extra:
-        _say(f"as extra_state: {st.some(extra)}")
-    return 0, {"imported": prefix}
+    extra = [t.name for t in meta.tensors if t.name.startswith("extra/") and t.dtype == "JSON"]
+    return 0, {"imported": prefix, "size_bytes": meta.size_bytes(), "extra_state": extra}
 
 
 def _diff(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Show what differs between checkpoints A and B; exit code 0: nothing, 1: something, 2: trouble."""
     found = diff_checkpoints(storage, args.a, args.b, values=args.values)
-    signs = {"removed": "-", "added": "+", "changed": "~"}
-    for name, kind, what, change in found:
-        largest = "" if change is None else f"  largest change {change:.3g}"
-        _say(f"{signs[kind]} {name}  {what}{largest}")
     return 1 if found else 0, [difference._asdict() for difference in found]
 
 
 def _rm(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Delete a checkpoint."""
     st.delete_committed(storage, args.prefix)
-    _say(f"deleted {args.prefix}")
     return 0, {"deleted": args.prefix}
 
 
 def _gc(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Remove what crashed saves left behind."""
-    removed = st.collect_garbage(storage, args.min_age * 3600)
-    _say(*removed, f"{len(removed)} file(s) removed")
-    return 0, {"removed": removed}
+    return 0, {"removed": st.collect_garbage(storage, args.min_age * 3600)}
 
 
-def size(text: str) -> int:
+def _byte_count(text: str) -> int:
     """5GB, 500 MB, 1GiB, 4096."""
-    (number, unit), *_ = re.findall(r"^([\d.]+) *((?:[kMGT]i?)?)B?$", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *((?:[kMGT]i?)?)B?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 5GB or 500MiB")
+    number, unit = match.groups()
     return int(float(number) * (1024 if unit[1:] else 1000) ** " kmgt".index(unit[:1].lower() or " "))
 
 
@@ -2670,7 +2670,7 @@ def _parser() -> argparse.ArgumentParser:
     export, diff, gc = (commands.choices[name].add_argument for name in ("export", "diff", "gc"))
     export("--model-only", action="store_true", help="leave out optimizer and extra state")
     export("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
-    export("--max-shard-size", type=size, default="5GB", help="of each file; default 5GB")
+    export("--max-shard-size", type=_byte_count, default="5GB", help="of each file; default 5GB")
     diff("--values", action="store_true", help="show the largest change of each tensor")
     gc(
         "--min-age",
@@ -2689,10 +2689,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command != "import" and not os.path.isdir(args.dir):
             raise ValueError(f"{args.dir}: no such directory")
-        with contextlib.redirect_stdout(io.StringIO()) if args.json else contextlib.nullcontext():
-            code, value = args.run(LocalStorage(args.dir), args)
+        code, value = args.run(LocalStorage(args.dir), args)
         if args.json:
             print(json.dumps(value))
+        elif args.command != "verify":  # which has printed each checkpoint when it was done
+            for line in _text(value):
+                _say(line)
         sys.stdout.flush()
         return int(code)
     except BrokenPipeError:  # the reader, such as head, has seen enough
