@@ -299,46 +299,41 @@ class CheckpointCoordinator:
         """
         with op.step("S3 plan"):
             holdings = gather_holdings(op, data)
-            if op.world_size > 1:
-                self._compare_replicas(op, asked, data, holdings)
-            if holdings:
-                plan, sources = lay_out(holdings, ticket, asked.format, op.world_size)
-                self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
-                for index, shard in enumerate(plan.shards):
-                    if shard.header_bytes:
-                        with closing(self.storage.create(plan.shard_path(index))) as file:
-                            file.resize(shard.length)
-                if asked.compression is not st.CompressionLevel.NONE and plan.shards[0].header_bytes:
-                    self.warnings.append(
-                        f"{plan.shards[0].file} is not compressed: other readers could not read it"
-                    )
-                op.broadcast(pack_plan(plan, sources))
-                return plan, sources
-            return unpack_plan(op.broadcast(None), ticket, op.rank)
+            self._compare_replicas(op, asked, data, holdings)
+            if not holdings:
+                return unpack_plan(op.broadcast(None), ticket, op.rank)
+            plan, sources = lay_out(holdings, ticket, asked.format)
+            self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
+            for index, shard in enumerate(plan.shards):
+                if shard.header_bytes:
+                    with closing(self.storage.create(plan.shard_path(index))) as file:
+                        file.resize(shard.length)
+                    if asked.compression is not st.CompressionLevel.NONE:
+                        self.warnings.append(
+                            f"{shard.file} is not compressed: other readers could not read it"
+                        )
+            op.broadcast(pack_plan(plan, sources))
+            return plan, sources
 
     def _compare_replicas(
         self, op: Operation, asked: SaveRequest, data: ShardData, holdings: Holdings | None
     ) -> None:
-        """Checksum what several ranks hold. Copies that differ are then kept per rank or mesh."""
-        rows, asks = np.empty(0, np.int64), list[list[object]]()
+        """Compare what several ranks hold by checksums. Copies that differ are then kept per rank or mesh."""
+        requests = list[object]()
         if holdings:
-            rows, on_device = holdings.replicas(asked.verify_replicas)
-            members = holdings.members.take(rows)
-            edges = np.searchsorted(members.rank, np.arange(op.world_size + 1)).tolist()
-            for low, high in itertools.pairwise(edges):
-                columns = (members.source[low:high], on_device[low:high])
-                asks.append([high - low, *map(st.pack_ints, columns)])
-        asked_of = as_list(op.broadcast(asks if len(rows) else []))
-        if asked_of:
-            count, *texts = as_list(asked_of[op.rank])
-            sources, devices = (st.unpack_ints(str(text), int(str(count))).tolist() for text in texts)
-            views = [view for t in data.tensors for _, view in t.pieces]
-            sums = checksums([views[index] for index in sources], devices, Meter(poll=op.poll))
-            answers = op.gather_at_0(sums)
-            if holdings:
-                found = itertools.chain.from_iterable(map(as_list, answers))
-                holdings.keep_differing(rows, np.fromiter(found, np.uint64, len(rows)), self.warnings)
+            compared, on_device = holdings.replicas(asked.verify_replicas)
+            rows = holdings.rows.take(compared)
+            ends = np.searchsorted(rows.file, np.arange(1, op.world_size))
+            requests += [
+                pack_columns(*part) for part in np.split(np.stack((rows.begin, on_device)), ends, axis=1)
+            ]
+        numbers, devices = unpack_columns(as_list(op.broadcast(requests))[op.rank])
+        views = [view for t in data.tensors for _, view in t.pieces]
+        sums = checksums([views[n] for n in numbers.tolist()], devices.tolist(), Meter(poll=op.poll))
+        answers = op.gather_at_0(sums)
         if holdings:
+            found = itertools.chain.from_iterable(map(as_list, answers))
+            holdings.keep_differing(compared, np.fromiter(found, np.uint64, len(compared)), self.warnings)
             holdings.check_steps()
 
     # S4
@@ -1393,293 +1388,263 @@ def in_model(name: str) -> bool:
 # S3: the plan, made on rank 0 from every rank's description, in columns of numpy arrays
 
 
-class Told(NamedTuple):
-    """A tensor as a rank describes it."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    alias_of: str
-    per_rank: bool
+_NONE: Ints = np.empty(0, np.int64)
+NO_PIECES = Pieces(_NONE, _NONE, _NONE, _NONE, np.empty((0, 2, 0), np.int64))
+_STEP = re.compile("optimizer/(.+)/step")  # where a torch optimizer keeps the number of a parameter's updates
 
 
-def gather_holdings(op: Operation, data: ShardData) -> Holdings | None:
-    """What all ranks hold, on rank 0; None elsewhere.
-
-    Optimisation (skip on first reading): a rank whose tensors have the names and shapes of rank 0's leaves
-    them out, as a digest tells. At 4,096 ranks of 1,000 tensors each that is 240 MB of 250.
-    """
-    digest = hashlib.sha256(st.dump_json(_told(data))).hexdigest()
-    gathered = op.gather_at_0(describe(data, alike=op.broadcast(digest) == digest and op.rank > 0))
-    return Holdings(list(map(Fields, gathered))) if op.rank == 0 else None
+def pack_columns(*columns: Ints) -> list[object]:
+    """Columns of one length as JSON: that length, and each column."""
+    return [len(columns[0]), *map(st.pack_ints, columns)]
 
 
-def _told(data: ShardData) -> list[list[object]]:
-    """The tensors of a rank but for the lengths of values, which differ between ranks."""
-    return [
-        [t.name, t.dtype, [] if t.dtype == "JSON" else t.shape, t.alias_of or "", t.per_rank]
-        for t in data.tensors
-    ]
+def unpack_columns(packed: object) -> Iterator[Ints]:
+    """Inverse of `pack_columns`; expands one column at a time."""
+    count, *texts = as_list(packed)
+    return (st.unpack_ints(str(text), int(str(count))) for text in texts)
 
 
-def describe(data: ShardData, alike: bool) -> dict[str, object]:
-    """What a rank holds, for the planner. `alike`: its tensors are rank 0's."""
-    held = [(n, box, view.is_cuda) for n, t in enumerate(data.tensors) for box, view in t.pieces]
-    meshes = {mesh: number for number, mesh in enumerate(dict.fromkeys(t.mesh for t in data.tensors))}
-    # An empty tensor has no box, but its shape counts.
-    width = max((len(t.shape) for t in data.tensors), default=0)
-    columns = {
-        "tensor": np.array([n for n, _, _ in held], np.int64),
-        "on_device": np.array([on_device for _, _, on_device in held], np.int64),
-    }
-    return {
-        "tensors": None if alike else _told(data),
-        "lengths": [t.shape[0] for t in data.tensors if t.dtype == "JSON"],
-        "meshes": [[len(mesh), st.pack_ints(np.array(mesh, np.int64))] for mesh in meshes],
-        "mesh": st.pack_ints(np.array([meshes[t.mesh] for t in data.tensors], np.int64)),
-        "steps": dict(data.steps),
-        "pieces": st.pack_table(columns, stack_boxes([box for _, box, _ in held], width)),
-    }
+def pack_pieces(pieces: Pieces) -> list[object]:
+    """Pieces as JSON."""
+    return pack_columns(pieces.file, pieces.tensor, pieces.begin, pieces.length, *box_columns(pieces.box))
 
 
-def stack_boxes(boxes: Sequence[Box], least_width: int = 0) -> Ints:
-    """Boxes as an array (rows, 2, dimensions), padded with offset 0 and size 1."""
-    width = max([least_width, *(len(box.size) for box in boxes)])
+def unpack_pieces(packed: object, files: Sequence[int] | None = None) -> Pieces:
+    """Inverse of `pack_pieces`, for the rows of `files` or all. Takes memory for one column of all rows."""
+    columns = unpack_columns(packed)
+    file = next(columns)
+    kept = np.ones(len(file), bool) if files is None else np.isin(file, files)
+    tensor, begin, length, *boxes = (column[kept] for column in columns)
+    box = np.array(boxes, np.int64).reshape(2, len(boxes) // 2, len(tensor)).transpose(2, 0, 1)
+    return Pieces(tensor, file[kept], begin, length, box)
+
+
+def stack_boxes(boxes: Sequence[Box], width: int) -> Ints:
+    """Boxes as an array (rows, 2, `width`), padded with offset 0 and size 1."""
     pads = [width - len(box.size) for box in boxes]
     rows = [(box.offset + (0,) * pad, box.size + (1,) * pad) for box, pad in zip(boxes, pads)]
     return np.array(rows, np.int64).reshape(len(boxes), 2, width)
 
 
-class Rows(NamedTuple):
-    """Pieces that ranks hold, in columns.
+def box_columns(box: Ints) -> Ints:
+    """Boxes (rows, 2, dimensions) as columns (2 * dimensions, rows)."""
+    return np.concatenate(box.transpose(1, 2, 0))
 
-    Who (`rank`), as which of its pieces (`source`), of which tensor, and where.
+
+def join(parts: Sequence[Pieces]) -> Pieces:
+    """The rows of all parts, with boxes of the same number of dimensions."""
+    width = max(part.box.shape[2] for part in parts)
+    pads = (((0, 0), (0, 0), (0, width - part.box.shape[2])) for part in parts)
+    padded = (part._replace(box=np.pad(part.box, pad)) for part, pad in zip(parts, pads))
+    joined = Pieces(*map(np.concatenate, zip(*padded)))
+    joined.box[:, 1] = np.maximum(joined.box[:, 1], 1)
+    return joined
+
+
+def starts(*columns: Ints) -> npt.NDArray[np.bool_]:
+    """Whether each row differs from the row before it."""
+    first = np.ones(len(columns[0]), bool)
+    first[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return first
+
+
+class Described(NamedTuple):
+    """A tensor as ranks describe it, without its pieces."""
+
+    name: str
+    dtype: str
+    shape: Shape  # () for a value: its length may differ between ranks
+    alias_of: str  # "": not tied
+    per_rank: bool
+    on_device: bool  # in the memory of a CUDA device
+    mesh: int  # the number of its mesh; 0: a plain tensor
+
+
+def describe(data: ShardData) -> dict[str, object]:
+    """Describe what a rank holds, for the planner."""
+    meshes = {
+        mesh: number for number, mesh in enumerate(dict.fromkeys([(), *(t.mesh for t in data.tensors)]))
+    }
+    tensors, indices, boxes, width = list[object](), list[int](), list[Box](), 1
+    for index, t in enumerate(data.tensors):
+        shape, on_device = () if t.dtype == "JSON" else t.shape, any(view.is_cuda for _, view in t.pieces)
+        tensors.append([t.name, t.dtype, shape, t.alias_of or "", t.per_rank, on_device, meshes[t.mesh]])
+        indices += [index] * len(t.pieces)
+        boxes += [box for box, _ in t.pieces]
+        width = max(width, len(t.shape))
+    numbers = np.arange(len(boxes))
+    pieces = Pieces(np.array(indices, np.int64), numbers, numbers, numbers, stack_boxes(boxes, width))
+    return {
+        "tensors": tensors,
+        "meshes": [pack_columns(np.array(mesh, np.int64)) for mesh in meshes],
+        "pieces": pack_pieces(pieces),
+        "steps": dict(data.steps),
+    }
+
+
+def gather_holdings(op: Operation, data: ShardData) -> Holdings | None:
+    """Gather what all ranks hold, on rank 0; None elsewhere.
+
+    Optimisation (skip on first reading): a rank whose tensors have the names and shapes of rank 0's leaves
+    them out. At 4,096 ranks of 1,000 tensors each that is 240 MB of 250.
     """
-
-    rank: Ints
-    source: Ints
-    tensor: Ints
-    mesh: Ints  # the lowest rank of the tensor's mesh, -1 for a plain tensor
-    on_device: Ints  # 1: in the memory of a CUDA device
-    box: Ints  # (rows, 2, dimensions)
-
-    def take(self, index: Ints | npt.NDArray[np.bool_]) -> Rows:
-        """The rows at `index`."""
-        return Rows(*(column[index] for column in self))
+    body = describe(data)
+    digest = hashlib.sha256(st.dump_json(body["tensors"])).hexdigest()
+    if op.broadcast(digest) == digest and op.rank > 0:
+        body["tensors"] = None
+    bodies = op.gather_at_0(body)
+    return Holdings(list(map(Fields, bodies))) if op.rank == 0 else None
 
 
-class Table(NamedTuple):
-    """The tensors that a rank has described, and the ranks of each one's mesh; () for a plain tensor."""
-
-    tensors: list[Told]
-    meshes: list[Shape]
+def _read_described(row: object, meshes: Sequence[int]) -> Described:
+    name, dtype, shape, alias_of, per_rank, on_device, mesh = as_list(row)
+    texts = str(name), str(dtype), st.int_tuple(shape), str(alias_of)
+    return Described(*texts, per_rank is True, on_device is True, meshes[int(str(mesh))])
 
 
 class Holdings:
-    """Every rank's description put together.
+    """What all ranks hold, in columns, on rank 0.
 
-    One list of tensors, the rows of all their pieces, and which are equal.
+    A *copy* of a tensor is a plain tensor on one rank, or a DTensor on one mesh. Its owner is that rank, or
+    the lowest rank of the mesh. Copies of one name are one tensor if their dtypes, shapes, boxes and bytes
+    are equal. Otherwise the name is in `apart`, and each copy is a tensor of its own.
 
-    A name is one tensor for all ranks, unless it is in `apart`: then it is one for each rank, or mesh of
-    ranks. Equal pieces (same tensor, same box) form a group: `members` are the rows group by group, each from
-    its lowest rank on.
+    `name`, `owner` and `kind` are columns of the copies, sorted by name and owner; they index `names`, ranks
+    and `kinds`. `rows` are the pieces of all ranks, sorted by name, box, owner and rank, so that equal pieces
+    are neighbours. In them `tensor` is the copy, `file` the rank, and `begin` which piece of its rank it is.
     """
 
-    def __init__(self, descriptions: Sequence[Fields]) -> None:
-        self._tables: list[Table] = []  # of each rank; one object where ranks have the same
-        self._steps = [body.child("steps").all for body in descriptions]
-        seen, rows = dict[bytes, Table](), list[tuple[Ints, Ints, Ints]]()
-        for body in descriptions:
-            own = body.all["tensors"]  # None: those of rank 0
-            key = st.dump_json([body.array("lengths"), body.array("meshes"), body.text("mesh")])
-            if own is not None or key not in seen:
-                told = self._tables[0].tensors if own is None else list(map(_read_told, as_list(own)))
-                lengths = iter(map(int, map(str, body.array("lengths"))))
-                told = [t._replace(shape=(next(lengths),)) if t.dtype == "JSON" else t for t in told]
-                meshes = [
-                    tuple(st.unpack_ints(str(text), int(str(count))).tolist())
-                    for count, text in map(as_list, body.array("meshes"))
-                ]
-                of_tensor = [meshes[n] for n in st.unpack_ints(body.text("mesh"), len(told)).tolist()]
-                table = Table(told, of_tensor)
-                if own is None or not self._tables:
-                    seen[key] = table
-            else:
-                table = seen[key]
-            self._tables.append(table)
-            pieces = body.child("pieces")
-            count = pieces.number("count")
-            local, device = (st.unpack_ints(pieces.text(name), count) for name in ("tensor", "on_device"))
-            rows.append((local, device, st.unpack_box(pieces, count)))
-        counts, width = [len(box) for _, _, box in rows], max([1, *(box.shape[2] for _, _, box in rows)])
-        boxes = np.zeros((sum(counts), 2, width), np.int64)
-        boxes[:, 1] = 1
-        for part, (_, _, box) in zip(np.split(boxes, np.cumsum(counts)), rows):
-            part[:, :, : box.shape[2]] = box
-        rank, source = (
-            np.arange(len(counts)).repeat(counts),
-            np.concatenate([np.arange(count) for count in counts]),
-        )
-        self._local = [local for local, _, _ in rows]
-        nothing, on_device = np.zeros_like(rank), np.concatenate([device for _, device, _ in rows])
-        self._held = Rows(rank, source, nothing, nothing, on_device, boxes)
-        self._dropped = np.zeros(len(rank), bool)
-        self.known, self.apart, several = self._compare({id(table): table for table in self._tables}.values())
-        self.arrange(set())
-        self.arrange(self._unlike_boxes(several))
+    def __init__(self, bodies: Sequence[Fields]) -> None:
+        kinds, meshes, tables = dict[Described, int](), {(): 0}, dict[bytes, Ints]()
+        held, parts = list[Ints](), list[Pieces]()
+        for rank, body in enumerate(bodies):
+            rows, packed = body.all["tensors"], body.array("meshes")
+            if (key := st.dump_json([rows, packed])) not in tables:
+                local = [tuple(next(unpack_columns(mesh)).tolist()) for mesh in packed]
+                numbers = [meshes.setdefault(mesh, len(meshes)) for mesh in local]
+                rows = bodies[0].all["tensors"] if rows is None else rows
+                described = [_read_described(row, numbers) for row in as_list(rows)]
+                tables[key] = np.array([kinds.setdefault(kind, len(kinds)) for kind in described], np.int64)
+            held.append(tables[key])
+            pieces = unpack_pieces(body.all["pieces"])
+            parts.append(pieces._replace(file=np.full_like(pieces.file, rank)))
+        self.steps = [body.child("steps").all for body in bodies]
+        self.kinds, kind, counts = list(kinds), np.concatenate(held), np.array(list(map(len, held)))
+        ranks = np.arange(len(held)).repeat(counts)
+        self._compare(list(meshes), ranks, kind)
+        # Copies, from the tensors of all ranks.
+        number = {name: index for index, name in enumerate(self.names)}
+        name = np.array([number[k.name] for k in kinds], np.int64)[kind]
+        lowest = np.array([min(mesh, default=-1) for mesh in meshes], np.int64)[[k.mesh for k in kinds]][kind]
+        owner = np.where(lowest < 0, ranks, lowest)
+        found, first, copy = np.unique(name * len(held) + owner, return_index=True, return_inverse=True)
+        (self.name, self.owner), self.kind = np.divmod(found, len(held)), kind[first]
+        # Pieces, with the copy that each belongs to.
+        rows = join(parts)
+        index = rows.tensor + (np.cumsum(counts) - counts)[rows.file]
+        tensor = copy[index]
+        order = np.lexsort((self.owner[tensor], *box_columns(rows.box)[::-1], self.name[tensor]))
+        self.rows = rows._replace(tensor=tensor).take(order)
+        self.on_device = np.array([k.on_device for k in kinds], np.int64)[kind[index]][order]
+        by_box, by_copy = self._starts()
+        holders, of_name = np.bincount(np.cumsum(by_box) - 1, by_copy), self.name[self.rows.tensor[by_box]]
+        self._keep_apart(of_name[holders != np.bincount(self.name)[of_name]])
 
-    def _compare(self, tables: Iterable[Table]) -> tuple[dict[str, Told], set[str], dict[str, int]]:
-        """The first description of each name; the names that ranks keep apart.
+    def _compare(self, meshes: Sequence[Shape], ranks: Ints, kinds: Ints) -> None:
+        """Compare what ranks have described. CheckpointException where they cannot mean the same tensor."""
+        by_name = dict[str, dict[int, Described]]()
+        for index, kind in enumerate(self.kinds):
+            by_name.setdefault(kind.name, {})[index] = kind
+        self.names = sorted(by_name, key=lambda name: not name.startswith("model"))
+        self.apart, self.tied = set[str](), dict[str, str]()
+        for name, same in by_name.items():
+            on_rank = dict[int, Described]()
+            for kind in same.values():
+                for rank in meshes[kind.mesh]:
+                    other = on_rank.setdefault(rank, kind)
+                    if other.mesh != kind.mesh:
+                        one, two = (f"a mesh of ranks {list(meshes[k.mesh])}" for k in (other, kind))
+                        raise _disagreement(name, one, two)
+                    if other[1:3] != kind[1:3]:
+                        raise _disagreement(name, *(f"{k.dtype}{list(k.shape)}" for k in (other, kind)))
+            plain = [index for index, kind in same.items() if not kind.mesh]
+            if plain and on_rank:
+                one = f"a plain tensor on rank(s) {st.some(ranks[np.isin(kinds, plain)].tolist())}"
+                raise _disagreement(name, one, f"a DTensor on {sorted(on_rank)}")
+            if len({kind[1:3] for kind in same.values()}) > 1 or any(kind.per_rank for kind in same.values()):
+                self.apart.add(name)
+            if kind.alias_of and all(other.alias_of == kind.alias_of for other in same.values()):
+                self.tied[name] = kind.alias_of
 
-        The number of meshes of a name, if several.
+    def _starts(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which rows begin the pieces of a name that have one box; and of those, the ones of each copy."""
+        by_box = starts(self.name[self.rows.tensor], *box_columns(self.rows.box))
+        return by_box, by_box | starts(self.rows.tensor)
 
-        A tensor is tied if all ranks say so. CheckpointException where ranks cannot mean the same tensor by a
-        name.
-        """
-        known, apart, of_mesh = dict[str, Told](), set[str](), dict[str, dict[Shape, Told]]()
-        for t, mesh in itertools.chain(*(zip(*table) for table in tables)):
-            first = known.setdefault(t.name, t)
-            same = of_mesh.setdefault(t.name, {}).setdefault(mesh, t)
-            if t.alias_of != first.alias_of:
-                known[t.name] = first._replace(alias_of="")
-            if mesh and (t.dtype, t.shape) != (same.dtype, same.shape):
-                raise _disagreement(t.name, f"{same.dtype}{list(same.shape)}", f"{t.dtype}{list(t.shape)}")
-            if (t.dtype, t.shape) != (first.dtype, first.shape) or t.per_rank:
-                apart.add(t.name)
-        several = {name: len(meshes) for name, meshes in of_mesh.items() if len(meshes) > 1}
-        for name in several:
-            seen: dict[int, Shape] = {}
-            for mesh in of_mesh[name]:
-                if other := next((seen[rank] for rank in mesh if rank in seen), ()):
-                    raise _disagreement(name, f"a mesh of ranks {list(other)}", f"one of ranks {list(mesh)}")
-                seen |= dict.fromkeys(mesh, mesh)
-            if () in of_mesh[name]:
-                plain = [rank for rank, table in enumerate(self._tables) if (name, ()) in _names(table)]
-                raise _disagreement(
-                    name, f"a plain tensor on rank(s) {st.some(plain)}", f"a DTensor on {sorted(seen)}"
-                )
-        return known, apart, several
+    def _keep_apart(self, names: Ints) -> None:
+        """Keep names apart, and what is tied to them."""
+        self.apart |= {self.names[name] for name in np.unique(names).tolist()} - self.tied.keys()
+        self.apart |= {name for name, origin in self.tied.items() if origin in self.apart}
 
-    def _unlike_boxes(self, several: Mapping[str, int]) -> set[str]:
-        """Of the tensors of several meshes, those that the meshes cut into different boxes.
-
-        Each mesh keeps its own.
-        """
-        meshes = np.array([several.get(t.name, 0) for t in self.tensors], np.int64)
-        inside = np.flatnonzero(meshes[self.members.tensor] > 0)
-        pairs = np.unique(np.stack((self.of_member[inside], self.members.mesh[inside])), axis=1)
-        found = np.bincount(pairs[0], minlength=len(self.start))
-        unlike = np.flatnonzero((found > 0) & (found != meshes[self.members.tensor[self.start]]))
-        return {
-            self.tensors[index].name for index in np.unique(self.members.tensor[self.start[unlike]]).tolist()
-        }
-
-    def arrange(self, apart: set[str]) -> None:
-        """Keep the tensors `apart`, and what is tied to them, for each rank or mesh.
-
-        Tied tensors store no bytes.
-        """
-        self.apart |= apart | {t.name for t in self.known.values() if t.alias_of in apart}
-        self.tensors: list[TensorMetadata] = []
-        self._ids: dict[tuple[str, int | None], int] = {}  # by name, and the rank that it is kept for
-        columns, meshes = list[Ints](), list[Ints]()
-        shared: dict[
-            int, tuple[Ints, Ints, list[int]]
-        ] = {}  # what is the same for all ranks that have one table
-        for rank, (table, local) in enumerate(zip(self._tables, self._local)):
-            if id(table) not in shared:
-                lowest = [min(mesh, default=-1) for mesh in table.meshes]
-                ids = [self._number(t, low if low >= 0 else rank) for t, low in zip(table.tensors, lowest)]
-                own = [n for n, t in enumerate(table.tensors) if t.name in self.apart and lowest[n] < 0]
-                shared[id(table)] = np.array(ids, np.int64), np.array(lowest, np.int64), own
-            common, low, own = shared[id(table)]
-            column = common.copy()
-            column[own] = [self._number(table.tensors[n], rank) for n in own]
-            columns.append(column[local])
-            meshes.append(low[local])
-        model_first = sorted(
-            range(len(self.tensors)), key=lambda n: not self.tensors[n].name.startswith("model")
-        )
-        self.tensors, moved = [self.tensors[n] for n in model_first], np.argsort(model_first)
-        for index, t in enumerate(self.tensors):
-            if (target := self._ids.get((self.known[t.name].alias_of, t.rank))) is not None:
-                self.tensors[index] = t._replace(alias_of=int(moved[target]))
-        stored = np.array([t.alias_of is None for t in self.tensors], bool)
-        self.itemsize = np.array([st.itemsize(t.dtype) for t in self.tensors], np.int64)
-        rows = self._held._replace(tensor=moved[np.concatenate(columns)], mesh=np.concatenate(meshes))
-        rows = rows.take(stored[rows.tensor] & ~self._dropped)
-        flat = rows.box.reshape(len(rows.box), math.prod(rows.box.shape[1:])).T
-        self.members = rows.take(np.lexsort((*flat[::-1], rows.tensor)))  # stable: within a group by rank
-        tensor, box, first = self.members.tensor, self.members.box, np.ones(len(rows.tensor), bool)
-        first[1:] = (tensor[1:] != tensor[:-1]) | (box[1:] != box[:-1]).any(axis=(1, 2))
-        self.start = np.flatnonzero(first)
-        self.count = np.diff(self.start, append=len(first))
-        self.of_member = np.arange(len(self.count)).repeat(self.count)
-
-    def _number(self, told: Told, owner: int) -> int:
-        """The index of a tensor, added at first sight. `owner`.
-
-        The rank that it is kept for, if it is kept apart.
-        """
-        own = owner if told.name in self.apart else None
-        index = self._ids.setdefault((told.name, own), len(self.tensors))
-        if index == len(self.tensors):
-            self.tensors.append(TensorMetadata(told.name, told.dtype, told.shape, own))
-        return index
+    def tensors(self) -> tuple[list[TensorMetadata], Pieces]:
+        """The tensors as the record names them, and all pieces of them, those of tied ones too."""
+        apart = np.array([name in self.apart for name in self.names], bool)[self.name]
+        first = apart | starts(self.name)
+        rows = self.rows._replace(tensor=(np.cumsum(first) - 1)[self.rows.tensor])
+        lengths = np.zeros(len(self.name), np.int64)
+        lengths[rows.tensor] = rows.box[:, 1, 0]
+        found = []
+        for copy, length in zip(np.flatnonzero(first).tolist(), lengths.tolist()):
+            kind, owner = self.kinds[self.kind[copy]], int(self.owner[copy]) if apart[copy] else None
+            shape = (length,) if kind.dtype == "JSON" else kind.shape
+            found.append(TensorMetadata(kind.name, kind.dtype, shape, owner))
+        index = {(t.name, t.rank): number for number, t in enumerate(found)}
+        return [t._replace(alias_of=index.get((self.tied.get(t.name, ""), t.rank))) for t in found], rows
 
     def replicas(self, verify: bool) -> tuple[Ints, Ints]:
-        """Which members are to be checksummed, by rank and source, and 1 for those on the device.
+        """The rows to checksum, by rank and piece; and 1 for those to checksum on their device.
 
-        That is every copy, or unless `verify` those of values and of the optimizer's steps, which tell
-        whether ranks are at the same step.
+        These are all replicas, or unless `verify` only those of values and of the optimizer's steps, which
+        tell whether ranks are at the same step.
         """
-        small = (verify or t.dtype == "JSON" or bool(_STEP.fullmatch(t.name)) for t in self.tensors)
-        chosen = np.fromiter(small, bool, len(self.tensors))
-        asked = np.flatnonzero((self.count > 1)[self.of_member] & chosen[self.members.tensor])
-        on_device = np.minimum.reduceat(self.members.on_device, self.start) if len(self.start) else self.start
-        asked = asked[np.lexsort((self.members.source[asked], self.members.rank[asked]))]
-        return asked, on_device[self.of_member[asked]]
+        tensors, rows = self.tensors()
+        chosen = [
+            t.alias_of is None and (verify or t.dtype == "JSON" or bool(_STEP.fullmatch(t.name)))
+            for t in tensors
+        ]
+        start = np.flatnonzero(starts(rows.tensor, *box_columns(rows.box)))
+        count = np.diff(start, append=len(rows.tensor))
+        compared = ((count > 1) & np.array(chosen, bool)[rows.tensor[start]]).repeat(count)
+        on_device = np.minimum.reduceat(self.on_device, start).repeat(count)
+        order = np.lexsort((rows.begin, rows.file))
+        order = order[compared[order]]
+        return order, on_device[order]
 
-    def keep_differing(self, asked: Ints, sums: npt.NDArray[np.uint64], warnings: list[str]) -> None:
-        """Keep apart what differs between plain tensors, or between meshes.
+    def keep_differing(self, compared: Ints, sums: npt.NDArray[np.uint64], warnings: list[str]) -> None:
+        """Keep apart the names whose copies differ.
 
-        Within a mesh the lowest rank's copy is kept.
+        Where replicas within a copy differ, the lowest rank's stays, with a warning.
         """
-        members, of_member, apart = self.members, self.of_member, set[str]()
-        found = np.zeros(len(of_member), np.uint64)
-        found[asked] = sums
-        one_mesh = (
-            of_member * (int(members.mesh.max(initial=0)) + 2) + members.mesh + 1
-        )  # of a group, on one mesh
-        _, first, inverse = np.unique(one_mesh, return_index=True, return_inverse=True)
-        reference = first[inverse]
-        declared = dict[str, list[int]]()  # by name: ranks whose copy differs from their mesh's lowest
-        for row in np.flatnonzero(found != found[reference]).tolist():
-            name = self.tensors[members.tensor[row]].name
-            if members.mesh[row] < 0:
-                apart.add(name)
-            else:
-                declared.setdefault(name, []).append(int(members.rank[row]))
-                self._dropped[np.searchsorted(self._held.rank, members.rank[row]) + members.source[row]] = (
-                    True
-                )
-        between = np.flatnonzero(found[reference] != found[self.start[of_member]])
-        apart |= {self.tensors[index].name for index in np.unique(members.tensor[between]).tolist()}
-        for name, ranks in declared.items():
-            what = (
-                f"rank(s) {st.some(sorted(set(ranks)), 20)} from the lowest of their mesh, whose copy is kept"
+        found = np.zeros(len(self.rows.tensor), np.uint64)
+        found[compared] = sums
+        first_of_box, first_of_copy = (
+            np.maximum.accumulate(np.where(first, np.arange(len(first)), 0)) for first in self._starts()
+        )
+        name, differs = self.name[self.rows.tensor], found != found[first_of_copy]
+        self._keep_apart(name[found[first_of_copy] != found[first_of_box]])
+        for index in np.unique(name[differs]).tolist():
+            ranks = np.unique(self.rows.file[differs & (name == index)]).tolist()
+            warnings.append(
+                f"{self.names[index]}: copies that its placement declares equal differ: rank(s) "
+                f"{st.some(ranks, 20)} from the lowest of their mesh, whose copy is kept"
             )
-            warnings.append(f"{name}: copies that its placement declares equal differ: {what}")
-        if apart or declared:
-            self.arrange(apart)
+        self.rows = self.rows.take(~differs)
 
     def check_steps(self) -> None:
-        """An optimizer's step of a parameter is the same on all ranks, unless the parameter itself is kept
-        apart.
-        """
-        at, differing = dict[str, object](), {m[1] for name in self.apart if (m := _STEP.fullmatch(name))}
-        for steps in self._steps:
-            differing |= {name for name, step in steps.items() if at.setdefault(name, step) != step}
+        """Check that ranks have the same optimizer step of each parameter that is not itself kept apart."""
+        first, differing = dict[str, object](), {m[1] for name in self.apart if (m := _STEP.fullmatch(name))}
+        for steps in self.steps:
+            differing |= {name for name, step in steps.items() if first.setdefault(name, step) != step}
         # A parameter that several optimizers hold is named <optimizer>/<parameter>.
         wrong = sorted(
             p for p in differing if not {f"model/{p}", f"model/{p.partition('/')[2]}"} & self.apart
@@ -1690,70 +1655,6 @@ class Holdings:
                 "a save? Bring all ranks to one step, by loading the last checkpoint or restarting, first"
             )
 
-    def check_complete(self) -> None:
-        """Every tensor's pieces must make up the whole of it, each element once; else VALIDATION_FAILED."""
-        tensor, box = self.members.tensor[self.start], self.members.box[self.start]
-        wrong = st.not_covered_once(
-            tensor, box, [t.shape if t.alias_of is None else None for t in self.tensors]
-        )
-        if wrong:
-            t, held = self.tensors[wrong[0]], int(box[tensor == wrong[0], 1].prod(axis=1).sum())
-            raise CheckpointException(
-                f"{t.name}: the ranks together hold {held} elements of its {math.prod(t.shape)}, with holes "
-                f"or overlaps (and {len(wrong) - 1} more tensors so): save with all ranks of its mesh, and "
-                "the same parallelism on each",
-                type=ExceptionType.VALIDATION_FAILED,
-            )
-
-    def share_out(self, world_size: int) -> Pieces:
-        """One writer for every byte (I1): the only holder, else all holders an equal part.
-
-        `file` is the writer's rank.
-
-        Replicas of less than two parts go whole to the holder with the least to write.
-        """
-        rows = self.members.take(self.start)
-        nbytes = rows.box[:, 1].prod(axis=1) * self.itemsize[rows.tensor]
-        load = np.bincount(rows.rank, nbytes * (self.count == 1), world_size).tolist()
-        writer, cuts = rows.rank.copy(), list[tuple[int, int, int, int]]()
-        for group in np.flatnonzero(self.count > 1).tolist():
-            start, size = int(self.start[group]), int(nbytes[group])
-            holders = self.members.rank[start : start + int(self.count[group])].tolist()
-            dim = int(np.argmax(rows.box[group, 1] > 1)) if size >= 2 * SPLIT_BYTES else 0
-            length = int(rows.box[group, 1, dim])
-            ways = min(len(holders), length, size // SPLIT_BYTES) if size >= 2 * SPLIT_BYTES else 1
-            if ways > 1:
-                holders = sorted(holders, key=load.__getitem__)[:ways]
-                edges = [length * part // ways for part in range(ways + 1)]
-                cuts += [(group, rank, low, high - low) for rank, low, high in zip(holders, edges, edges[1:])]
-                for rank, low, high in zip(holders, edges, edges[1:]):
-                    load[rank] += size * (high - low) / length
-            else:
-                writer[group] = rank = min(holders, key=load.__getitem__)
-                load[rank] += size
-        whole = np.ones(len(writer), bool)
-        whole[[group for group, *_ in cuts]] = False
-        groups, ranks, lows, sizes = np.array(cuts, np.int64).reshape(-1, 4).T
-        box, at = rows.box[groups], np.arange(len(groups))
-        dims = np.argmax(box[:, 1] > 1, axis=1)
-        box[at, 0, dims] += lows
-        box[at, 1, dims] = sizes
-        tensor = np.concatenate((rows.tensor[whole], rows.tensor[groups]))
-        boxes = np.concatenate((rows.box[whole], box))
-        return Pieces(tensor, np.concatenate((writer[whole], ranks)), tensor * 0, tensor * 0, boxes)
-
-
-_STEP = re.compile("optimizer/(.+)/step")  # where a torch optimizer keeps the number of a parameter's updates
-
-
-def _names(table: Table) -> Iterator[tuple[str, Shape]]:
-    return ((t.name, mesh) for t, mesh in zip(table.tensors, table.meshes))
-
-
-def _read_told(row: object) -> Told:
-    name, dtype, shape, alias_of, per_rank = as_list(row)
-    return Told(str(name), str(dtype), st.int_tuple(shape), str(alias_of), per_rank is True)
-
 
 def _disagreement(name: str, one: str, other: str) -> CheckpointException:
     what = "give it the same layout on all of them, or another name"
@@ -1761,62 +1662,90 @@ def _disagreement(name: str, one: str, other: str) -> CheckpointException:
     return CheckpointException(message, type=ExceptionType.VALIDATION_FAILED)
 
 
-_NONE: Ints = np.empty(0, np.int64)
-NO_PIECES = Pieces(_NONE, _NONE, _NONE, _NONE, np.empty((0, 2, 0), np.int64))
+def check_complete(tensors: Sequence[TensorMetadata], rows: Pieces) -> None:
+    """Every tensor's pieces must make up the whole of it, each element once; else VALIDATION_FAILED."""
+    wrong = st.not_covered_once(
+        rows.tensor, rows.box, [t.shape if t.alias_of is None else None for t in tensors]
+    )
+    if wrong:
+        t, held = tensors[wrong[0]], int(rows.box[rows.tensor == wrong[0], 1].prod(axis=1).sum())
+        raise CheckpointException(
+            f"{t.name}: the ranks together hold {held} elements of its {math.prod(t.shape)}, with holes "
+            f"or overlaps (and {len(wrong) - 1} more tensors so): save with all ranks of its mesh, and "
+            "the same parallelism on each",
+            type=ExceptionType.VALIDATION_FAILED,
+        )
+
+
+def share_out(rows: Pieces, itemsizes: Ints, world_size: int) -> Pieces:
+    """Give every byte one writer, as `file` (I1): its only holder, or an equal part to each of its holders.
+
+    Replicas of less than two parts go whole to the holder with the least to write.
+    """
+    start = np.flatnonzero(starts(rows.tensor, *box_columns(rows.box)))
+    count, nbytes = np.diff(start, append=len(rows.tensor)), rows.nbytes(itemsizes)
+    alone = start[count == 1]
+    load = np.bincount(rows.file[alone], nbytes[alone], world_size)
+    parts = [rows.take(alone)]
+    for first, copies in zip(start[count > 1].tolist(), count[count > 1].tolist()):
+        holders, size = rows.file[first : first + copies], rows.box[first, 1]
+        dim = int(np.argmax(size > 1))
+        ways = max(1, min(copies, size[dim], nbytes[first] // SPLIT_BYTES))
+        edges = size[dim] * np.arange(ways + 1) // ways
+        part = rows.take(np.full(ways, first))
+        part.file[:] = holders[np.argsort(load[holders], kind="stable")[:ways]]
+        part.box[:, 0, dim] += edges[:-1]
+        part.box[:, 1, dim] = np.diff(edges)
+        load[part.file] += part.nbytes(itemsizes)
+        parts.append(part)
+    return join(parts)
 
 
 def lay_out(
-    holdings: Holdings, ticket: CheckpointMetadata, form: CheckpointFormat, world_size: int
+    holdings: Holdings, ticket: CheckpointMetadata, form: CheckpointFormat
 ) -> tuple[CheckpointMetadata, Pieces]:
-    """The plan: the record but for lengths and CRCs; and of whole files which rank gives which box (`file`.
+    """The plan, which is the record without lengths and CRCs; and who gives which boxes to a whole file.
 
-    A rank).
+    In the latter `file` is the rank.
     """
-    holdings.check_complete()
-    tensors, rows, sources = list(holdings.tensors), holdings.share_out(world_size), NO_PIECES
-    shards, whole, packed = list[st.ShardMetadata](), set[int](), ticket.compression != "none"
-    if form is not CheckpointFormat.MULTI_SHARD:
-        whole = set(range(len(tensors)))
-        if form is CheckpointFormat.CONSOLIDATED:
-            whole = st.in_model_file(tensors)
-        inside = np.isin(rows.tensor, list(whole))
-        sources, rows = rows.take(inside), rows.take(~inside)
-        if form is CheckpointFormat.CONSOLIDATED:
-            for number in whole:  # a tied name gets a copy of its own
-                if (origin := tensors[number].alias_of) is not None:
-                    copy = sources.take(sources.tensor == origin)
-                    sources = join(sources, copy._replace(tensor=np.full_like(copy.tensor, number)))
-                    tensors[number] = tensors[number]._replace(alias_of=None)
-        part = "model" if form is CheckpointFormat.CONSOLIDATED else ""
-        shards.append(st.ShardMetadata(st.whole_file_name(ticket.save_id, part), 0, 0, 0))
-    if form is not CheckpointFormat.SINGLE_FILE:
-        rows = rows._replace(file=rows.file + len(shards))
-        names = (st.own_file_name(ticket.save_id, rank, world_size) for rank in range(world_size))
-        shards += [st.ShardMetadata(name, 0, 0, 0) for name in names]
+    tensors, rows = holdings.tensors()
+    rows = rows.take(np.array([t.alias_of is None for t in tensors], bool)[rows.tensor])
     itemsizes = np.array([st.itemsize(t.dtype) for t in tensors], np.int64)
-    if packed:
-        rows = cut_up(rows, itemsizes, st.BLOCK_BYTES)
-    else:
-        rows = place(rows, tensors, itemsizes)
-    stored = [n for n in sorted(whole) if tensors[n].alias_of is None and 0 not in tensors[n].shape]
-    if stored:
-        index, boxes = np.array(stored, np.int64), [whole_box(tensors[n].shape) for n in stored]
-        pieces = Pieces(index, index * 0, index * 0, index * 0, stack_boxes(boxes, rows.box.shape[2]))
-        rows = join(place(pieces, tensors, itemsizes), rows)
-    rows = rows._replace(box=rows.box[:, :, : max((len(t.shape) for t in tensors), default=0)])
-    rows = rows.take(np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor)))
-    plan = dataclasses.replace(ticket, shards=tuple(shards), tensors=tuple(tensors), pieces=rows)
+    rows = share_out(rows, itemsizes, ticket.world_size)
+    check_complete(tensors, rows)
+    rows = rows._replace(begin=np.zeros_like(rows.tensor), length=np.zeros_like(rows.tensor))
+    files, whole, consolidated = list[str](), list[int](), form is CheckpointFormat.CONSOLIDATED
     if form is not CheckpointFormat.MULTI_SHARD:
-        data_bytes = int((rows.begin + rows.length)[rows.file == 0].max(initial=0))
-        header = st.encode_header(plan.entries(0), data_bytes)
-        shards[0] = shards[0]._replace(length=len(header) + data_bytes, header_bytes=len(header))
-        plan = dataclasses.replace(plan, shards=tuple(shards))
-    return plan, sources
-
-
-def join(one: Pieces, other: Pieces) -> Pieces:
-    """The rows of both."""
-    return Pieces(*map(np.concatenate, zip(one, other)))
+        files.append(st.whole_file_name(ticket.save_id, "model" if consolidated else ""))
+        whole = sorted(st.in_model_file(tensors)) if consolidated else list(range(len(tensors)))
+    inside = np.isin(rows.tensor, whole)
+    sources, rows = rows.take(inside), rows.take(~inside)
+    rows = rows._replace(file=rows.file + len(files))
+    for number in whole if consolidated else ():  # a tied name gets a copy of its own
+        if (origin := tensors[number].alias_of) is not None:
+            copy = sources.take(sources.tensor == origin)
+            sources = join([sources, copy._replace(tensor=np.full_like(copy.tensor, number))])
+            tensors[number] = tensors[number]._replace(alias_of=None)
+    if form is not CheckpointFormat.SINGLE_FILE:
+        world_size = ticket.world_size
+        files += [st.own_file_name(ticket.save_id, rank, world_size) for rank in range(world_size)]
+    if ticket.compression != "none":
+        rows = cut_up(rows, itemsizes, st.BLOCK_BYTES)
+    stored = [n for n in whole if tensors[n].alias_of is None and 0 not in tensors[n].shape]
+    boxes = stack_boxes([whole_box(tensors[n].shape) for n in stored], rows.box.shape[2])
+    index = np.array(stored, np.int64)
+    zeros = np.zeros_like(index)
+    rows = place(join([Pieces(index, zeros, zeros, zeros, boxes), rows]), tensors, itemsizes)
+    rows = rows.take(np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor)))
+    rows = rows._replace(box=rows.box[:, :, : max((len(t.shape) for t in tensors), default=0)])
+    shards = [st.ShardMetadata(name, 0, 0, 0) for name in files]
+    plan = dataclasses.replace(ticket, shards=tuple(shards), tensors=tuple(tensors), pieces=rows)
+    if form is CheckpointFormat.MULTI_SHARD:
+        return plan, sources
+    data_bytes = int((rows.begin + rows.length)[rows.file == 0].max(initial=0))
+    header = st.encode_header(plan.entries(0), data_bytes)
+    shards[0] = shards[0]._replace(length=len(header) + data_bytes, header_bytes=len(header))
+    return dataclasses.replace(plan, shards=tuple(shards)), sources
 
 
 def place(rows: Pieces, tensors: Sequence[TensorMetadata], itemsizes: Ints) -> Pieces:
@@ -1824,79 +1753,52 @@ def place(rows: Pieces, tensors: Sequence[TensorMetadata], itemsizes: Ints) -> P
 
     So every entry is aligned to its element size, since each of the two sections starts on 16 bytes.
     """
-    nbytes = rows.nbytes(itemsizes)
-    section = np.array([not t.name.startswith("model") for t in tensors], np.int64)[rows.tensor]
-    order = (
-        *rows.box[:, 0].T[::-1],
-        rows.tensor,
-        nbytes < SMALL_BYTES,
-        -itemsizes[rows.tensor],
-        section,
-        rows.file,
-    )
-    by_place = np.lexsort(order)
-    rows, section, nbytes = rows.take(by_place), section[by_place], nbytes[by_place]
-    first = np.ones(len(nbytes), bool)
-    first[1:] = rows.file[1:] != rows.file[:-1]
-    of_file = np.cumsum(first) - 1
-    model_bytes = np.bincount(of_file, nbytes * (1 - section)).astype(np.int64)
-    begin = np.cumsum(nbytes) - nbytes
-    begin += (-model_bytes % 16)[of_file] * section - begin[np.flatnonzero(first)][of_file]
-    return rows._replace(begin=begin, length=nbytes)
+    section = np.array([not t.name.startswith("model") for t in tensors], np.int64)
+    small, widths = rows.nbytes(itemsizes) < SMALL_BYTES, itemsizes[rows.tensor]
+    order = (*rows.box[:, 0].T[::-1], rows.tensor, small, -widths, section[rows.tensor], rows.file)
+    rows = rows.take(np.lexsort(order))
+    nbytes, number = rows.nbytes(itemsizes), np.cumsum(starts(rows.file, section[rows.tensor])) - 1
+    gaps = -np.bincount(number, nbytes).astype(np.int64) % 16  # behind each section
+    begin = np.cumsum(nbytes) - nbytes + (np.cumsum(gaps) - gaps)[number]
+    return rows._replace(begin=begin - begin[np.searchsorted(rows.file, rows.file)], length=nbytes)
 
 
 def cut_up(rows: Pieces, itemsizes: Ints, most: int) -> Pieces:
     """Cut pieces of more than `most` bytes, between rows of their first dimension, then of the next."""
     for dim in range(rows.box.shape[2]):
         nbytes, size = rows.nbytes(itemsizes), rows.box[:, 1, dim]
-        step = np.maximum(1, most * size // np.maximum(1, nbytes))
-        ways = np.where(nbytes > most, -(-size // step), 1)
-        number = np.arange(ways.sum()) - (np.cumsum(ways) - ways).repeat(ways)
-        rows, step, size = rows.take(np.arange(len(ways)).repeat(ways)), step.repeat(ways), size.repeat(ways)
-        cut = ways.repeat(ways) > 1
-        rows.box[cut, 0, dim] += (number * step)[cut]
-        rows.box[cut, 1, dim] = np.minimum(step, size - number * step)[cut]
+        step = np.where(nbytes > most, np.maximum(1, most * size // nbytes), size)
+        ways = -(-size // step)
+        index = np.arange(len(ways)).repeat(ways)
+        first = (np.arange(len(index)) - (np.cumsum(ways) - ways)[index]) * step[index]
+        rows = rows.take(index)
+        rows.box[:, 0, dim] += first
+        rows.box[:, 1, dim] = np.minimum(step[index], size[index] - first)
     return rows
 
 
 def pack_plan(plan: CheckpointMetadata, sources: Pieces) -> dict[str, object]:
-    """The plan for the other ranks."""
-    columns = {"file": sources.file, "tensor": sources.tensor}
-    return {**st.encode_tables(plan), "sources": st.pack_table(columns, sources.box)}
+    """Pack the plan for the other ranks."""
+    tables = {"pieces": pack_pieces(plan.pieces), "sources": pack_pieces(sources)}
+    return {"files": [[*s] for s in plan.shards], "tensors": [[*t] for t in plan.tensors], **tables}
 
 
 def unpack_plan(packed: object, ticket: CheckpointMetadata, rank: int) -> tuple[CheckpointMetadata, Pieces]:
-    """The plan with the rows of whole files and of this rank's own; and who gives which box to whole files.
-
-    Takes memory for one column of all rows at a time.
-    """
+    """The plan, with the rows of whole files and of this rank's own; and who gives which box to them."""
     body = Fields(packed)
-    files = [(str(name), st.int_tuple(numbers[:2])) for name, *numbers in map(as_list, body.array("files"))]
-    shards = tuple(st.ShardMetadata(name, length, header, 0) for name, (length, header) in files)
-    own = len(shards) - ticket.world_size + rank if len(shards) >= ticket.world_size else -1
+    shards = [
+        st.ShardMetadata(str(name), *st.int_tuple(sizes))
+        for name, *sizes in map(as_list, body.array("files"))
+    ]
+    own = len(shards) - ticket.world_size + rank
     wanted = [n for n, shard in enumerate(shards) if shard.header_bytes or n == own]
-    table, sources = body.child("pieces"), body.child("sources")
-    count = table.number("count")
-    mine = np.isin(st.unpack_ints(table.text("file"), count), wanted)
-
-    def column(name: str) -> Ints:
-        return st.unpack_ints(table.text(name), count)[mine]
-
     plan = dataclasses.replace(
         ticket,
-        shards=shards,
+        shards=tuple(shards),
         tensors=st.decode_tensors(body.array("tensors")),
-        pieces=Pieces(
-            column("tensor"),
-            column("file"),
-            column("begin"),
-            column("length"),
-            st.unpack_box(table, count)[mine],
-        ),
+        pieces=unpack_pieces(body.all["pieces"], wanted),
     )
-    given = sources.number("count")
-    ranks, tensor = (st.unpack_ints(sources.text(name), given) for name in ("file", "tensor"))
-    return plan, Pieces(tensor, ranks, tensor * 0, tensor * 0, st.unpack_box(sources, given))
+    return plan, unpack_pieces(body.all["sources"])
 
 
 # ----------------------------------------------------------------------------------------------------------
