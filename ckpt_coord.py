@@ -1181,14 +1181,12 @@ def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     placements = () if sharded is None else sharded.placements
     _refuse_unsupported(name, local, placements)
     code, shape, local = st.CODES[local.dtype], tuple(tensor.shape), local.detach()
-    if sharded is None:
-        return LocalTensor(name, code, shape, [(whole_box(shape), local)] if local.numel() else [])
-    boxes = shard_boxes(name, sharded, tuple(local.shape)) if local.numel() else []
-    all_of_it = whole_box(tuple(local.shape))
-    pieces = [(box, local if part == all_of_it else local[part.within(all_of_it)]) for box, part in boxes]
-    return LocalTensor(
-        name, code, shape, pieces, mesh_ranks(sharded), any(p.is_replicate() for p in placements)
-    )
+    whole, boxes = whole_box(tuple(local.shape)), list[tuple[Box, Box]]()
+    if local.numel():
+        boxes = [(whole, whole)] if sharded is None else shard_boxes(name, sharded, whole.size)
+    pieces = [(box, local if part == whole else local[part.within(whole)]) for box, part in boxes]
+    replicated = sharded is None or any(placement.is_replicate() for placement in placements)
+    return LocalTensor(name, code, shape, pieces, mesh_ranks(tensor), replicated)
 
 
 def mesh_ranks(tensor: object) -> Shape:
@@ -1232,102 +1230,83 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Pl
         raise CheckpointException(f"{name} {problem}")  # of the type that fits the call
 
 
-Runs = list[tuple[int, int]]  # parts [begin, end) of one dimension, one behind the other in the local tensor
 Cut = tuple[int, int, int, int]  # dimension, number of shards, which of them, split factor
 
 
 def shard_boxes(name: str, tensor: DTensor, local_shape: Shape) -> list[tuple[Box, Box]]:
     """The boxes of a DTensor that this rank holds, each with its box in the local tensor.
 
-    None outside of its mesh.
-
-    Placements can be read in two ways: as torch cuts a tensor by them, and as FSDP2 makes them of a tensor-
-    parallel one. Usually both give the same. CheckpointException where not exactly one result has the local
-    shape.
+    There are none outside of its mesh. Placements can be read in two ways: as torch cuts a tensor by them,
+    and as FSDP2 makes them of a tensor-parallel one. Usually both give the same. CheckpointException where
+    not exactly one result has the local shape.
     """
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return []
-    shape, readings = tuple(tensor.shape), list[list[Runs]]()
+    shape, readings = tuple(tensor.shape), list[list[list[range]]]()
     for cuts in _cuts(tensor, coordinate):
-        dims: list[Runs] = [[(0, size)] for size in shape]
-        for dim, ways, index, split_factor in cuts:
-            dims[dim] = _cut_runs(dims[dim], ways, index, split_factor)
-        fits = local_shape == tuple(sum(end - begin for begin, end in runs) for runs in dims)
-        if fits and dims not in readings:
+        dims = [[range(size)] for size in shape]
+        for dim, *cut in cuts:
+            dims[dim] = _cut_runs(dims[dim], *cut)
+        if dims not in readings and local_shape == tuple(sum(map(len, runs)) for runs in dims):
             readings.append(dims)
     if len(readings) != 1:
         what = "fit two layouts of" if readings else "do not fit"
         raise CheckpointException(
             f"{name}: placements {tensor.placements} on a mesh of shape {tuple(tensor.device_mesh.shape)} "
-            f"{what} "
-            f"its shape {list(shape)} and local shape {list(local_shape)}; redistribute it to Shard() and "
-            "Replicate() "
-            "placements, or choose a size that divides evenly"
+            f"{what} its shape {list(shape)} and local shape {list(local_shape)}; redistribute it to Shard() "
+            "and Replicate() placements, or choose a size that divides evenly"
         )
-    boxes = [(Box((), ()), Box((), ()))]
-    for runs in readings[0]:
-        starts = itertools.accumulate((end - begin for begin, end in runs), initial=0)
-        parts = [(begin, start, end - begin) for (begin, end), start in zip(runs, starts)]
-        boxes = [
-            (
-                Box((*whole.offset, begin), (*whole.size, size)),
-                Box((*local.offset, start), (*local.size, size)),
-            )
-            for whole, local in boxes
-            for begin, start, size in parts
-        ]
+    placed = [zip(runs, itertools.accumulate(map(len, runs), initial=0)) for runs in readings[0]]
+    boxes = []
+    for parts in itertools.product(*placed):
+        size = tuple(len(run) for run, _ in parts)
+        inside = Box(tuple(at for _, at in parts), size)
+        boxes.append((Box(tuple(run.start for run, _ in parts), size), inside))
     return boxes
 
 
 def _cuts(tensor: DTensor, coordinate: Sequence[int]) -> Iterator[list[Cut]]:
-    """The cuts that placements stand for, in their order.
-
-    As torch applies them, and as FSDP2 has applied them.
+    """The cuts that placements stand for, in order: as torch applies them, and as FSDP2 has applied them.
 
     FSDP2 cuts what tensor parallelism has left, but its placement comes first, with the number of shards that
     it found as split factor. Torch cuts by such a placement group by group, with another result where sizes
     do not divide.
     """
-    mesh, placements = tensor.device_mesh, tensor.placements
-    declared = getattr(
-        getattr(tensor, "_spec", None), "shard_order", None
-    )  # from torch 2.10 on, where not the default
-    order = [i for entry in declared for i in entry.mesh_dims] if declared else list(range(mesh.ndim))
-    cuts = dict[int, Cut]()
-    for i in order:
+    mesh, placements, cuts = tensor.device_mesh, tensor.placements, dict[int, Cut]()
+    # Torch has this from 2.10 on, where the order is not the default.
+    declared = getattr(getattr(tensor, "_spec", None), "shard_order", None)
+    for i in [i for entry in declared for i in entry.mesh_dims] if declared else range(mesh.ndim):
         if not placements[i].is_replicate():
             dim: int = getattr(placements[i], "dim")
-            cuts[i] = (dim, mesh.size(i), coordinate[i], getattr(placements[i], "split_factor", 1))
+            cuts[i] = dim, mesh.size(i), coordinate[i], getattr(placements[i], "split_factor", 1)
     yield list(cuts.values())
-    plain = [i for i, (_, _, _, split_factor) in cuts.items() if split_factor == 1]
+    plain = [i for i in cuts if cuts[i][3] == 1]
     strided = [i for i in cuts if i not in plain]
-    found = {i: math.prod(cuts[j][1] for j in plain if j > i and cuts[j][0] == cuts[i][0]) for i in strided}
-    if strided and all(cuts[i][3] == found[i] for i in strided):
+    found = (math.prod(cuts[j][1] for j in plain if j > i and cuts[j][0] == cuts[i][0]) for i in strided)
+    if [cuts[i][3] for i in strided] == list(found):
         yield [(*cuts[i][:3], 1) for i in plain + strided[::-1]]
 
 
-def _cut_runs(runs: Runs, ways: int, index: int, split_factor: int) -> Runs:
-    """Cut the elements of `runs` into `split_factor` groups, each of them into `ways` shards.
+def _cut_runs(runs: list[range], ways: int, index: int, split_factor: int) -> list[range]:
+    """Cut the elements of `runs` into `split_factor` groups, each into `ways` shards; shard `index` of each.
 
-    Shard `index` of each.
+    Runs are parts of one dimension, which lie one behind the other in the local tensor.
     """
 
-    def chunk(length: int, count: int, at: int) -> tuple[int, int]:  # as torch.chunk
-        size = -(-length // count)
-        return min(length, size * at), min(length, size * (at + 1))
+    def chunk(whole: range, count: int, number: int) -> range:  # as torch.chunk
+        size = -(-len(whole) // count)
+        return whole[size * number : size * (number + 1)]
 
-    length, found = sum(end - begin for begin, end in runs), Runs()
-    for group in range(min(split_factor, length)):
-        first, last = chunk(length, split_factor, group)
-        low, high = (first + at for at in chunk(last - first, ways, index))
-        at = 0
-        for begin, end in runs:
-            part = begin + max(0, low - at), min(end, begin + high - at)
-            at += end - begin
-            if part[0] < part[1]:
-                joined = bool(found) and found[-1][1] == part[0]
-                found.append((found.pop()[0], part[1]) if joined else part)
+    positions, found = range(sum(map(len, runs))), list[range]()
+    for group in range(split_factor):
+        wanted, at = chunk(chunk(positions, split_factor, group), ways, index), 0
+        for run in runs:
+            part = run[max(0, wanted.start - at) : max(0, wanted.stop - at)]
+            at += len(run)
+            if part and found and found[-1].stop == part.start:
+                part = range(found.pop().start, part.stop)
+            found += [part] if part else []
     return found
 
 
@@ -1339,22 +1318,16 @@ def identity(view: torch.Tensor) -> tuple[object, ...]:
 
 def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
     """Mark those that are the same views of the same memory as an earlier one: they are stored once."""
-    seen: dict[object, str] = {}
-    marked = []
+    seen, marked = dict[object, str](), []
     for item in tensors:
-        if item.pieces:
-            views = tuple((box, *identity(view)) for box, view in item.pieces)
-            first = seen.setdefault((item.dtype, item.shape, views), item.name)
-            item = item if first == item.name else item._replace(alias_of=first)
-        marked.append(item)
+        views = tuple((box, *identity(view)) for box, view in item.pieces)
+        first = seen.setdefault((item.dtype, item.shape, views), item.name) if views else item.name
+        marked.append(item if first == item.name else item._replace(alias_of=first))
     return marked
 
 
 class ShardData(NamedTuple):
-    """What S2 collects on a rank.
-
-    Tensors and values, and an optimizer's steps that are numbers instead of tensors.
-    """
+    """What S2 collects on a rank: tensors, values, and optimizer steps that are numbers, not tensors."""
 
     tensors: list[LocalTensor]
     steps: Mapping[str, float] = types.MappingProxyType({})  # by parameter
@@ -1371,12 +1344,8 @@ def views_by_index(
 ) -> dict[int, list[tuple[Box, torch.Tensor]]]:
     """What this rank holds of each tensor of a plan, by its index."""
     index = {(t.name, t.rank): number for number, t in enumerate(meta.tensors)}
-    found = {}
-    for t in data.tensors:
-        number = index.get((t.name, None), index.get((t.name, min(t.mesh, default=op.rank))))
-        if number is not None:
-            found[number] = t.pieces
-    return found
+    owners = ((t, (None, min(t.mesh, default=op.rank))) for t in data.tensors)
+    return {index[t.name, r]: t.pieces for t, ranks in owners for r in ranks if (t.name, r) in index}
 
 
 def in_model(name: str) -> bool:
@@ -1437,8 +1406,7 @@ def join(parts: Sequence[Pieces]) -> Pieces:
     pads = (((0, 0), (0, 0), (0, width - part.box.shape[2])) for part in parts)
     padded = (part._replace(box=np.pad(part.box, pad)) for part, pad in zip(parts, pads))
     joined = Pieces(*map(np.concatenate, zip(*padded)))
-    joined.box[:, 1] = np.maximum(joined.box[:, 1], 1)
-    return joined
+    return joined._replace(box=np.maximum(joined.box, [[0], [1]]))
 
 
 def starts(*columns: Ints) -> npt.NDArray[np.bool_]:
@@ -1456,28 +1424,23 @@ class Described(NamedTuple):
     shape: Shape  # () for a value: its length may differ between ranks
     alias_of: str  # "": not tied
     per_rank: bool
-    on_device: bool  # in the memory of a CUDA device
     mesh: int  # the number of its mesh; 0: a plain tensor
 
 
 def describe(data: ShardData) -> dict[str, object]:
     """Describe what a rank holds, for the planner."""
-    meshes = {
-        mesh: number for number, mesh in enumerate(dict.fromkeys([(), *(t.mesh for t in data.tensors)]))
-    }
-    tensors, indices, boxes, width = list[object](), list[int](), list[Box](), 1
-    for index, t in enumerate(data.tensors):
-        shape, on_device = () if t.dtype == "JSON" else t.shape, any(view.is_cuda for _, view in t.pieces)
-        tensors.append([t.name, t.dtype, shape, t.alias_of or "", t.per_rank, on_device, meshes[t.mesh]])
-        indices += [index] * len(t.pieces)
-        boxes += [box for box, _ in t.pieces]
-        width = max(width, len(t.shape))
-    numbers = np.arange(len(boxes))
-    pieces = Pieces(np.array(indices, np.int64), numbers, numbers, numbers, stack_boxes(boxes, width))
+    meshes = {mesh: number for number, mesh in enumerate(dict.fromkeys(t.mesh for t in data.tensors))}
+    held = [(index, view.is_cuda) for index, t in enumerate(data.tensors) for _, view in t.pieces]
+    width = max([1, *(len(t.shape) for t in data.tensors)])
+    boxes = stack_boxes([box for t in data.tensors for box, _ in t.pieces], width)
+    tensor, on_device = np.array(held, np.int64).reshape(-1, 2).T
     return {
-        "tensors": tensors,
+        "tensors": [
+            [t.name, t.dtype, () if t.dtype == "JSON" else t.shape, t.alias_of, t.per_rank, meshes[t.mesh]]
+            for t in data.tensors
+        ],
         "meshes": [pack_columns(np.array(mesh, np.int64)) for mesh in meshes],
-        "pieces": pack_pieces(pieces),
+        "pieces": pack_pieces(Pieces(tensor, tensor * 0, np.arange(len(held)), on_device, boxes)),
         "steps": dict(data.steps),
     }
 
@@ -1497,9 +1460,9 @@ def gather_holdings(op: Operation, data: ShardData) -> Holdings | None:
 
 
 def _read_described(row: object, meshes: Sequence[int]) -> Described:
-    name, dtype, shape, alias_of, per_rank, on_device, mesh = as_list(row)
-    texts = str(name), str(dtype), st.int_tuple(shape), str(alias_of)
-    return Described(*texts, per_rank is True, on_device is True, meshes[int(str(mesh))])
+    name, dtype, shape, alias_of, per_rank, mesh = as_list(row)
+    form = str(name), str(dtype), st.int_tuple(shape), str(alias_of or "")
+    return Described(*form, per_rank is True, meshes[int(str(mesh))])
 
 
 class Holdings:
@@ -1511,7 +1474,8 @@ class Holdings:
 
     `name`, `owner` and `kind` are columns of the copies, sorted by name and owner; they index `names`, ranks
     and `kinds`. `rows` are the pieces of all ranks, sorted by name, box, owner and rank, so that equal pieces
-    are neighbours. In them `tensor` is the copy, `file` the rank, and `begin` which piece of its rank it is.
+    are neighbours. In them `tensor` is the copy, `file` the rank, `begin` which piece of its rank it is, and
+    `length` whether it is in the memory of a CUDA device.
     """
 
     def __init__(self, bodies: Sequence[Fields]) -> None:
@@ -1523,58 +1487,58 @@ class Holdings:
                 local = [tuple(next(unpack_columns(mesh)).tolist()) for mesh in packed]
                 numbers = [meshes.setdefault(mesh, len(meshes)) for mesh in local]
                 rows = bodies[0].all["tensors"] if rows is None else rows
-                described = [_read_described(row, numbers) for row in as_list(rows)]
-                tables[key] = np.array([kinds.setdefault(kind, len(kinds)) for kind in described], np.int64)
+                found = (_read_described(row, numbers) for row in as_list(rows))
+                tables[key] = np.array([kinds.setdefault(kind, len(kinds)) for kind in found], np.int64)
             held.append(tables[key])
             pieces = unpack_pieces(body.all["pieces"])
             parts.append(pieces._replace(file=np.full_like(pieces.file, rank)))
         self.steps = [body.child("steps").all for body in bodies]
-        self.kinds, kind, counts = list(kinds), np.concatenate(held), np.array(list(map(len, held)))
+        self.kinds, kind, counts = list(kinds), np.concatenate(held), np.array([len(ids) for ids in held])
         ranks = np.arange(len(held)).repeat(counts)
         self._compare(list(meshes), ranks, kind)
         # Copies, from the tensors of all ranks.
         number = {name: index for index, name in enumerate(self.names)}
-        name = np.array([number[k.name] for k in kinds], np.int64)[kind]
-        lowest = np.array([min(mesh, default=-1) for mesh in meshes], np.int64)[[k.mesh for k in kinds]][kind]
-        owner = np.where(lowest < 0, ranks, lowest)
-        found, first, copy = np.unique(name * len(held) + owner, return_index=True, return_inverse=True)
-        (self.name, self.owner), self.kind = np.divmod(found, len(held)), kind[first]
+        lowest = [min(mesh, default=-1) for mesh in meshes]
+        columns = np.array([(number[k.name], lowest[k.mesh]) for k in kinds], np.int64).reshape(-1, 2)
+        name, owner = columns[kind].T
+        owner = np.where(owner < 0, ranks, owner)
+        copies, firsts, copy = np.unique(name * len(held) + owner, return_index=True, return_inverse=True)
+        (self.name, self.owner), self.kind = np.divmod(copies, len(held)), kind[firsts]
         # Pieces, with the copy that each belongs to.
         rows = join(parts)
-        index = rows.tensor + (np.cumsum(counts) - counts)[rows.file]
-        tensor = copy[index]
-        order = np.lexsort((self.owner[tensor], *box_columns(rows.box)[::-1], self.name[tensor]))
-        self.rows = rows._replace(tensor=tensor).take(order)
-        self.on_device = np.array([k.on_device for k in kinds], np.int64)[kind[index]][order]
+        rows = rows._replace(tensor=copy[rows.tensor + (np.cumsum(counts) - counts)[rows.file]])
+        order = (self.owner[rows.tensor], *box_columns(rows.box)[::-1], self.name[rows.tensor])
+        self.rows = rows.take(np.lexsort(order))
         by_box, by_copy = self._starts()
-        holders, of_name = np.bincount(np.cumsum(by_box) - 1, by_copy), self.name[self.rows.tensor[by_box]]
-        self._keep_apart(of_name[holders != np.bincount(self.name)[of_name]])
+        holders, names = np.bincount(np.cumsum(by_box) - 1, by_copy), self.name[self.rows.tensor[by_box]]
+        self._keep_apart(names[holders != np.bincount(self.name)[names]])
 
     def _compare(self, meshes: Sequence[Shape], ranks: Ints, kinds: Ints) -> None:
         """Compare what ranks have described. CheckpointException where they cannot mean the same tensor."""
-        by_name = dict[str, dict[int, Described]]()
-        for index, kind in enumerate(self.kinds):
-            by_name.setdefault(kind.name, {})[index] = kind
+        by_name = dict[str, list[Described]]()
+        for kind in self.kinds:
+            by_name.setdefault(kind.name, []).append(kind)
         self.names = sorted(by_name, key=lambda name: not name.startswith("model"))
         self.apart, self.tied = set[str](), dict[str, str]()
         for name, same in by_name.items():
             on_rank = dict[int, Described]()
-            for kind in same.values():
+            for kind in same:
                 for rank in meshes[kind.mesh]:
                     other = on_rank.setdefault(rank, kind)
-                    if other.mesh != kind.mesh:
-                        one, two = (f"a mesh of ranks {list(meshes[k.mesh])}" for k in (other, kind))
-                        raise _disagreement(name, one, two)
-                    if other[1:3] != kind[1:3]:
-                        raise _disagreement(name, *(f"{k.dtype}{list(k.shape)}" for k in (other, kind)))
-            plain = [index for index, kind in same.items() if not kind.mesh]
-            if plain and on_rank:
+                    if (other.mesh, *other[1:3]) != (kind.mesh, *kind[1:3]):
+                        sides = (
+                            f"{k.dtype}{list(k.shape)} on ranks {list(meshes[k.mesh])}" for k in (other, kind)
+                        )
+                        raise _disagreement(name, *sides)
+            plain = [self.kinds.index(kind) for kind in same if on_rank and not kind.mesh]
+            if plain:
                 one = f"a plain tensor on rank(s) {st.some(ranks[np.isin(kinds, plain)].tolist())}"
                 raise _disagreement(name, one, f"a DTensor on {sorted(on_rank)}")
-            if len({kind[1:3] for kind in same.values()}) > 1 or any(kind.per_rank for kind in same.values()):
+            if len({kind[1:3] for kind in same}) > 1 or any(kind.per_rank for kind in same):
                 self.apart.add(name)
-            if kind.alias_of and all(other.alias_of == kind.alias_of for other in same.values()):
-                self.tied[name] = kind.alias_of
+            ties = {kind.alias_of for kind in same}
+            if len(ties) == 1 and "" not in ties:
+                self.tied[name] = ties.pop()
 
     def _starts(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Which rows begin the pieces of a name that have one box; and of those, the ones of each copy."""
@@ -1615,7 +1579,7 @@ class Holdings:
         start = np.flatnonzero(starts(rows.tensor, *box_columns(rows.box)))
         count = np.diff(start, append=len(rows.tensor))
         compared = ((count > 1) & np.array(chosen, bool)[rows.tensor[start]]).repeat(count)
-        on_device = np.minimum.reduceat(self.on_device, start).repeat(count)
+        on_device = np.minimum.reduceat(rows.length, start).repeat(count)
         order = np.lexsort((rows.begin, rows.file))
         order = order[compared[order]]
         return order, on_device[order]
@@ -1713,7 +1677,7 @@ def lay_out(
     itemsizes = np.array([st.itemsize(t.dtype) for t in tensors], np.int64)
     rows = share_out(rows, itemsizes, ticket.world_size)
     check_complete(tensors, rows)
-    rows = rows._replace(begin=np.zeros_like(rows.tensor), length=np.zeros_like(rows.tensor))
+    rows = rows._replace(begin=rows.tensor * 0, length=rows.tensor * 0)
     files, whole, consolidated = list[str](), list[int](), form is CheckpointFormat.CONSOLIDATED
     if form is not CheckpointFormat.MULTI_SHARD:
         files.append(st.whole_file_name(ticket.save_id, "model" if consolidated else ""))
@@ -1734,8 +1698,8 @@ def lay_out(
     stored = [n for n in whole if tensors[n].alias_of is None and 0 not in tensors[n].shape]
     boxes = stack_boxes([whole_box(tensors[n].shape) for n in stored], rows.box.shape[2])
     index = np.array(stored, np.int64)
-    zeros = np.zeros_like(index)
-    rows = place(join([Pieces(index, zeros, zeros, zeros, boxes), rows]), tensors, itemsizes)
+    rows = join([Pieces(index, index * 0, index * 0, index * 0, boxes), rows])
+    rows = place(rows, tensors, itemsizes)
     rows = rows.take(np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor)))
     rows = rows._replace(box=rows.box[:, :, : max((len(t.shape) for t in tensors), default=0)])
     shards = [st.ShardMetadata(name, 0, 0, 0) for name in files]
