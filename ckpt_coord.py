@@ -1403,7 +1403,7 @@ def box_columns(box: Ints) -> Ints:
 def join(parts: Sequence[Pieces]) -> Pieces:
     """The rows of all parts, with boxes of the same number of dimensions."""
     width = max(part.box.shape[2] for part in parts)
-    pads = (((0, 0), (0, 0), (0, width - part.box.shape[2])) for part in parts)
+    pads = ([(0, 0), (0, 0), (0, width - part.box.shape[2])] for part in parts)
     padded = (part._replace(box=np.pad(part.box, pad)) for part, pad in zip(parts, pads))
     joined = Pieces(*map(np.concatenate, zip(*padded)))
     return joined._replace(box=np.maximum(joined.box, [[0], [1]]))
@@ -1459,12 +1459,6 @@ def gather_holdings(op: Operation, data: ShardData) -> Holdings | None:
     return Holdings(list(map(Fields, bodies))) if op.rank == 0 else None
 
 
-def _read_described(row: object, meshes: Sequence[int]) -> Described:
-    name, dtype, shape, alias_of, per_rank, mesh = as_list(row)
-    form = str(name), str(dtype), st.int_tuple(shape), str(alias_of or "")
-    return Described(*form, per_rank is True, meshes[int(str(mesh))])
-
-
 class Holdings:
     """What all ranks hold, in columns, on rank 0.
 
@@ -1487,7 +1481,17 @@ class Holdings:
                 local = [tuple(next(unpack_columns(mesh)).tolist()) for mesh in packed]
                 numbers = [meshes.setdefault(mesh, len(meshes)) for mesh in local]
                 rows = bodies[0].all["tensors"] if rows is None else rows
-                found = (_read_described(row, numbers) for row in as_list(rows))
+                found = (
+                    Described(
+                        str(name),
+                        str(dtype),
+                        st.int_tuple(shape),
+                        str(origin or ""),
+                        own is True,
+                        numbers[int(str(mesh))],
+                    )
+                    for name, dtype, shape, origin, own, mesh in map(as_list, as_list(rows))
+                )
                 tables[key] = np.array([kinds.setdefault(kind, len(kinds)) for kind in found], np.int64)
             held.append(tables[key])
             pieces = unpack_pieces(body.all["pieces"])
@@ -1509,9 +1513,7 @@ class Holdings:
         rows = rows._replace(tensor=copy[rows.tensor + (np.cumsum(counts) - counts)[rows.file]])
         order = (self.owner[rows.tensor], *box_columns(rows.box)[::-1], self.name[rows.tensor])
         self.rows = rows.take(np.lexsort(order))
-        by_box, by_copy = self._starts()
-        holders, names = np.bincount(np.cumsum(by_box) - 1, by_copy), self.name[self.rows.tensor[by_box]]
-        self._keep_apart(names[holders != np.bincount(self.name)[names]])
+        self.first_of_box = starts(self.name[self.rows.tensor], *box_columns(self.rows.box))
 
     def _compare(self, meshes: Sequence[Shape], ranks: Ints, kinds: Ints) -> None:
         """Compare what ranks have described. CheckpointException where they cannot mean the same tensor."""
@@ -1540,62 +1542,44 @@ class Holdings:
             if len(ties) == 1 and "" not in ties:
                 self.tied[name] = ties.pop()
 
-    def _starts(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Which rows begin the pieces of a name that have one box; and of those, the ones of each copy."""
-        by_box = starts(self.name[self.rows.tensor], *box_columns(self.rows.box))
-        return by_box, by_box | starts(self.rows.tensor)
-
-    def _keep_apart(self, names: Ints) -> None:
-        """Keep names apart, and what is tied to them."""
-        self.apart |= {self.names[name] for name in np.unique(names).tolist()} - self.tied.keys()
-        self.apart |= {name for name, origin in self.tied.items() if origin in self.apart}
-
-    def tensors(self) -> tuple[list[TensorMetadata], Pieces]:
-        """The tensors as the record names them, and all pieces of them, those of tied ones too."""
-        apart = np.array([name in self.apart for name in self.names], bool)[self.name]
-        first = apart | starts(self.name)
-        rows = self.rows._replace(tensor=(np.cumsum(first) - 1)[self.rows.tensor])
-        lengths = np.zeros(len(self.name), np.int64)
-        lengths[rows.tensor] = rows.box[:, 1, 0]
-        found = []
-        for copy, length in zip(np.flatnonzero(first).tolist(), lengths.tolist()):
-            kind, owner = self.kinds[self.kind[copy]], int(self.owner[copy]) if apart[copy] else None
-            shape = (length,) if kind.dtype == "JSON" else kind.shape
-            found.append(TensorMetadata(kind.name, kind.dtype, shape, owner))
-        index = {(t.name, t.rank): number for number, t in enumerate(found)}
-        return [t._replace(alias_of=index.get((self.tied.get(t.name, ""), t.rank))) for t in found], rows
-
     def replicas(self, verify: bool) -> tuple[Ints, Ints]:
         """The rows to checksum, by rank and piece; and 1 for those to checksum on their device.
 
         These are all replicas, or unless `verify` only those of values and of the optimizer's steps, which
         tell whether ranks are at the same step.
         """
-        tensors, rows = self.tensors()
         chosen = [
-            t.alias_of is None and (verify or t.dtype == "JSON" or bool(_STEP.fullmatch(t.name)))
-            for t in tensors
+            kind.name not in self.tied
+            and (verify or kind.dtype == "JSON" or bool(_STEP.fullmatch(kind.name)))
+            for kind in self.kinds
         ]
-        start = np.flatnonzero(starts(rows.tensor, *box_columns(rows.box)))
-        count = np.diff(start, append=len(rows.tensor))
-        compared = ((count > 1) & np.array(chosen, bool)[rows.tensor[start]]).repeat(count)
-        on_device = np.minimum.reduceat(rows.length, start).repeat(count)
-        order = np.lexsort((rows.begin, rows.file))
+        start = np.flatnonzero(self.first_of_box)
+        count = np.diff(start, append=len(self.first_of_box))
+        compared = (count > 1).repeat(count) & np.array(chosen, bool)[self.kind[self.rows.tensor]]
+        on_device = np.minimum.reduceat(self.rows.length, start).repeat(count)
+        order = np.lexsort((self.rows.begin, self.rows.file))
         order = order[compared[order]]
         return order, on_device[order]
 
     def keep_differing(self, compared: Ints, sums: npt.NDArray[np.uint64], warnings: list[str]) -> None:
-        """Keep apart the names whose copies differ.
+        """Keep apart the names whose copies have different boxes, or different bytes.
 
-        Where replicas within a copy differ, the lowest rank's stays, with a warning.
+        `sums` are the checksums of the rows `compared`. Where replicas within a copy differ, the lowest
+        rank's stays, with a warning.
         """
-        found = np.zeros(len(self.rows.tensor), np.uint64)
+        name, found = self.name[self.rows.tensor], np.zeros(len(self.rows.tensor), np.uint64)
         found[compared] = sums
-        first_of_box, first_of_copy = (
-            np.maximum.accumulate(np.where(first, np.arange(len(first)), 0)) for first in self._starts()
+        first_of_copy = self.first_of_box | starts(self.rows.tensor)
+        copies = np.bincount(np.cumsum(self.first_of_box) - 1, first_of_copy)  # that have a box
+        of_box, of_copy = (
+            found[np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))]
+            for first in (self.first_of_box, first_of_copy)
         )
-        name, differs = self.name[self.rows.tensor], found != found[first_of_copy]
-        self._keep_apart(name[found[first_of_copy] != found[first_of_box]])
+        unlike = name[self.first_of_box][copies != np.bincount(self.name)[name[self.first_of_box]]]
+        apart = np.unique(np.append(unlike, name[of_box != of_copy])).tolist()
+        self.apart |= {self.names[index] for index in apart} - self.tied.keys()
+        self.apart |= {tied for tied, origin in self.tied.items() if origin in self.apart}
+        differs = found != of_copy
         for index in np.unique(name[differs]).tolist():
             ranks = np.unique(self.rows.file[differs & (name == index)]).tolist()
             warnings.append(
@@ -1618,6 +1602,21 @@ class Holdings:
                 f"ranks are at different optimizer steps of {st.some(wrong)}: has a rank skipped a step, or "
                 "a save? Bring all ranks to one step, by loading the last checkpoint or restarting, first"
             )
+
+    def tensors(self) -> tuple[list[TensorMetadata], Pieces]:
+        """The tensors as the record names them, and all pieces of them, those of tied ones too."""
+        apart = np.array([name in self.apart for name in self.names], bool)[self.name]
+        first = apart | starts(self.name)
+        rows = self.rows._replace(tensor=(np.cumsum(first) - 1)[self.rows.tensor])
+        lengths = np.zeros(len(self.name), np.int64)
+        lengths[rows.tensor] = rows.box[:, 1, 0]
+        found = []
+        for copy, length in zip(np.flatnonzero(first).tolist(), lengths.tolist()):
+            kind, owner = self.kinds[self.kind[copy]], int(self.owner[copy]) if apart[copy] else None
+            shape = (length,) if kind.dtype == "JSON" else kind.shape
+            found.append(TensorMetadata(kind.name, kind.dtype, shape, owner))
+        index = {(t.name, t.rank): number for number, t in enumerate(found)}
+        return [t._replace(alias_of=index.get((self.tied.get(t.name, ""), t.rank))) for t in found], rows
 
 
 def _disagreement(name: str, one: str, other: str) -> CheckpointException:
@@ -1678,23 +1677,24 @@ def lay_out(
     rows = share_out(rows, itemsizes, ticket.world_size)
     check_complete(tensors, rows)
     rows = rows._replace(begin=rows.tensor * 0, length=rows.tensor * 0)
-    files, whole, consolidated = list[str](), list[int](), form is CheckpointFormat.CONSOLIDATED
-    if form is not CheckpointFormat.MULTI_SHARD:
-        files.append(st.whole_file_name(ticket.save_id, "model" if consolidated else ""))
-        whole = sorted(st.in_model_file(tensors)) if consolidated else list(range(len(tensors)))
+    files, whole = list[str](), list[int]()
+    if form is CheckpointFormat.SINGLE_FILE:
+        files, whole = [st.whole_file_name(ticket.save_id)], list(range(len(tensors)))
+    elif form is CheckpointFormat.CONSOLIDATED:
+        files, whole = [st.whole_file_name(ticket.save_id, "model")], sorted(st.in_model_file(tensors))
+        for number in whole:  # a tied name gets a copy of its own
+            if (origin := tensors[number].alias_of) is not None:
+                copy = rows.take(rows.tensor == origin)
+                rows = join([rows, copy._replace(tensor=np.full_like(copy.tensor, number))])
+                tensors[number] = tensors[number]._replace(alias_of=None)
     inside = np.isin(rows.tensor, whole)
     sources, rows = rows.take(inside), rows.take(~inside)
     rows = rows._replace(file=rows.file + len(files))
-    for number in whole if consolidated else ():  # a tied name gets a copy of its own
-        if (origin := tensors[number].alias_of) is not None:
-            copy = sources.take(sources.tensor == origin)
-            sources = join([sources, copy._replace(tensor=np.full_like(copy.tensor, number))])
-            tensors[number] = tensors[number]._replace(alias_of=None)
     if form is not CheckpointFormat.SINGLE_FILE:
-        world_size = ticket.world_size
-        files += [st.own_file_name(ticket.save_id, rank, world_size) for rank in range(world_size)]
+        numbers = range(ticket.world_size)
+        files += [st.own_file_name(ticket.save_id, rank, ticket.world_size) for rank in numbers]
     if ticket.compression != "none":
-        rows = cut_up(rows, itemsizes, st.BLOCK_BYTES)
+        rows = cut_up(rows, itemsizes)
     stored = [n for n in whole if tensors[n].alias_of is None and 0 not in tensors[n].shape]
     boxes = stack_boxes([whole_box(tensors[n].shape) for n in stored], rows.box.shape[2])
     index = np.array(stored, np.int64)
@@ -1727,11 +1727,11 @@ def place(rows: Pieces, tensors: Sequence[TensorMetadata], itemsizes: Ints) -> P
     return rows._replace(begin=begin - begin[np.searchsorted(rows.file, rows.file)], length=nbytes)
 
 
-def cut_up(rows: Pieces, itemsizes: Ints, most: int) -> Pieces:
-    """Cut pieces of more than `most` bytes, between rows of their first dimension, then of the next."""
+def cut_up(rows: Pieces, itemsizes: Ints) -> Pieces:
+    """Cut pieces of more than a block, between rows of their first dimension, then of the next."""
     for dim in range(rows.box.shape[2]):
         nbytes, size = rows.nbytes(itemsizes), rows.box[:, 1, dim]
-        step = np.where(nbytes > most, np.maximum(1, most * size // nbytes), size)
+        step = np.where(nbytes > st.BLOCK_BYTES, np.maximum(1, st.BLOCK_BYTES * size // nbytes), size)
         ways = -(-size // step)
         index = np.arange(len(ways)).repeat(ways)
         first = (np.arange(len(index)) - (np.cumsum(ways) - ways)[index]) * step[index]
@@ -1809,30 +1809,30 @@ class Meter:
 
 
 def checksums(views: Sequence[torch.Tensor], on_device: Sequence[int], meter: Meter) -> list[int]:
-    """A checksum of the row-major bytes of each view.
-
-    A CRC32 of CRC32s, or where asked, a sum made on its device.
-    """
-    rows = [
-        [0] * (0 if device else -(-view.nbytes // st.BLOCK_BYTES)) for view, device in zip(views, on_device)
+    """A checksum of the row-major bytes of each view: CRC32s of its blocks, or a sum made on its device."""
+    sums: list[torch.Tensor | int] = [
+        st.device_sum(view) if device else 0 for view, device in zip(views, on_device)
     ]
+    crcs: dict[tuple[int, int], int] = {}
 
     def checksum(place: tuple[int, int], buffer: Bytes, gate: st.Gate) -> None:
-        index, block = place
-        view, start = views[index], block * st.BLOCK_BYTES
-        stop = min(start + st.BLOCK_BYTES, view.nbytes)
-        if (flat := st.byte_view(view)) is None:
-            st.copy_out(view, start, flat := buffer[: stop - start])
-            start, stop = 0, stop - start
-        rows[index][block] = st.crc32(flat[start:stop])
+        index, start = place
+        stop = min(start + st.BLOCK_BYTES, views[index].nbytes)
+        if (flat := st.byte_view(views[index])) is None:
+            st.copy_out(views[index], start, block := buffer[: stop - start])
+        else:
+            block = flat[start:stop]
+        crcs[place] = st.crc32(block)
 
-    places = [(index, block) for index, row in enumerate(rows) for block in range(len(row))]
-    st.in_parallel(places, checksum, meter.tick, len(places))
-    on_devices = [st.device_sum(view) if device else None for view, device in zip(views, on_device)]
-    return [
-        st.crc32(np.array(row, np.uint32)) if device is None else int(device) % (1 << 64)
-        for row, device in zip(rows, on_devices)
+    places = [
+        (index, start)
+        for index, view in enumerate(views)
+        for start in range(0, 0 if on_device[index] else view.nbytes, st.BLOCK_BYTES)
     ]
+    st.in_parallel(places, checksum, meter.tick, len(places))
+    for place in places:
+        sums[place[0]] = st.crc32(np.array([int(sums[place[0]]), crcs[place]], np.uint32))
+    return [int(total) % (1 << 64) for total in sums]
 
 
 Views = Mapping[int, Sequence[tuple[Box, torch.Tensor]]]  # what a rank holds of each tensor, by index
