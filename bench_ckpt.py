@@ -1314,9 +1314,10 @@ def _simulated(rank: int, ranks: int) -> ckpt.ShardData:
 
 def _plan_ours(ranks: int) -> dict[str, float]:
     """Seconds and bytes of rank 0's plan, of the record, and of one rank's load plan at half the ranks."""
+    described = (ckpt_coord.describe(_simulated(rank, ranks)) for rank in range(ranks))
     told = [
-        ckpt_storage.dump_json(ckpt_coord.describe(_simulated(rank, ranks), rank > 0))
-        for rank in range(ranks)
+        ckpt_storage.dump_json(body | ({"tensors": None} if rank else {}))
+        for rank, body in enumerate(described)
     ]
     tensors: tuple[ckpt.TensorMetadata, ...] = ()
     nothing = ckpt_coord.NO_PIECES
@@ -1328,7 +1329,7 @@ def _plan_ours(ranks: int) -> dict[str, float]:
     with ckpt_coord.no_garbage_collection():
         holdings = ckpt_coord.Holdings([ckpt_storage.Fields(json.loads(text)) for text in told])
         alone = time.perf_counter()
-        plan, sources = ckpt_coord.lay_out(holdings, ticket, ckpt.CheckpointFormat.MULTI_SHARD, ranks)
+        plan, sources = ckpt_coord.lay_out(holdings, ticket, ckpt.CheckpointFormat.MULTI_SHARD)
         alone = time.perf_counter() - alone
         order = ckpt_storage.dump_json(ckpt_coord.pack_plan(plan, sources))
         shards = tuple(shard._replace(length=1 << 40, header_bytes=100_000_000) for shard in plan.shards)

@@ -2025,7 +2025,8 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
         chosen.append(_Exported(stored, code, name, form, shape, nbytes))
     names = Counter(["__metadata__", *(exported.name for exported in chosen)])  # safetensors' own entry
     if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"{meta.prefix}: two entries of the export would have one name: {st.some(twice)}")
+        what = f"two entries of the export would have one name: {st.some(twice)}"
+        raise ValueError(f"{meta.prefix}: {what}; rename one (safetensors itself uses '__metadata__')")
     with _well_formed(meta.prefix):
         for name in names:
             st.check_name(name)
@@ -2387,7 +2388,8 @@ def _as_record(source: str, rename: Rename | None) -> CheckpointMetadata:
         rows.append((len(shards) - 1, begin - shards[-1].header_bytes, end - begin))
         tensors[new] = TensorMetadata(f"model/{new}", dtype, shape)
     shard, begins, lengths = np.array(rows, np.int64).reshape(-1, 3).T
-    boxes = coord.stack_boxes([st.whole_box(t.shape) for t in tensors.values()])
+    width = max((len(t.shape) for t in tensors.values()), default=0)
+    boxes = coord.stack_boxes([st.whole_box(t.shape) for t in tensors.values()], width)
     return CheckpointMetadata(
         prefix=source if os.path.isdir(source) else os.path.dirname(source),
         save_id="",

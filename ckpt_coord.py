@@ -250,11 +250,10 @@ class CheckpointCoordinator:
         """
         with op.step("S3 plan"):
             holdings = gather_holdings(op, data)
-            if op.world_size > 1:
-                self._compare_replicas(op, self.request, data, holdings)
+            self._compare_replicas(op, self.request, data, holdings)
             if not holdings:
                 return unpack_plan(op.broadcast(None), ticket, op.rank)
-            plan, sources = lay_out(holdings, ticket, CheckpointFormat(ticket.format), op.world_size)
+            plan, sources = lay_out(holdings, ticket, CheckpointFormat(ticket.format))
             self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
             if (whole := plan.shards[0]).header_bytes:
                 with closing(self.storage.create(plan.shard_path(0))) as file:
@@ -267,26 +266,22 @@ class CheckpointCoordinator:
     def _compare_replicas(
         self, op: Operation, asked: Message, data: ShardData, holdings: Holdings | None
     ) -> None:
-        """Checksum what several ranks hold. Copies that differ are then kept per rank or mesh."""
-        rows, asks = np.empty(0, np.int64), list[list[object]]()
+        """Compare what several ranks hold by checksums. Copies that differ are then kept per rank or mesh."""
+        requests = list[object]()
         if holdings:
-            rows, on_device = holdings.replicas(asked["verify_replicas"])
-            members = holdings.members.take(rows)
-            edges = np.searchsorted(members.rank, np.arange(op.world_size + 1)).tolist()
-            for low, high in itertools.pairwise(edges):
-                columns = (members.source[low:high], on_device[low:high])
-                asks.append([high - low, *map(st.pack_ints, columns)])
-        asked_of = as_list(op.broadcast(asks if len(rows) else []))
-        if asked_of:
-            count, *texts = as_list(asked_of[op.rank])
-            sources, devices = (st.unpack_ints(str(text), int(str(count))).tolist() for text in texts)
-            views = [view for t in data.tensors for _, view in t.pieces]
-            sums = checksums([views[index] for index in sources], devices, Meter(poll=op.poll))
-            answers = op.gather_at_0(sums)
-            if holdings:
-                found = itertools.chain.from_iterable(map(as_list, answers))
-                holdings.keep_differing(rows, np.fromiter(found, np.uint64, len(rows)), self.warnings)
+            compared, on_device = holdings.replicas(asked["verify_replicas"])
+            rows = holdings.rows.take(compared)
+            ends = np.searchsorted(rows.file, np.arange(1, op.world_size))
+            requests += [
+                pack_columns(*part) for part in np.split(np.stack((rows.begin, on_device)), ends, axis=1)
+            ]
+        numbers, devices = unpack_columns(op.broadcast(requests)[op.rank])
+        views = [view for t in data.tensors for _, view in t.pieces]
+        sums = checksums([views[n] for n in numbers.tolist()], devices.tolist(), Meter(poll=op.poll))
+        answers = op.gather_at_0(sums)
         if holdings:
+            found = itertools.chain.from_iterable(answers)
+            holdings.keep_differing(compared, np.fromiter(found, np.uint64, len(compared)), self.warnings)
             holdings.check_steps()
 
     # S4
@@ -1052,14 +1047,12 @@ def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     placements = () if sharded is None else sharded.placements
     _refuse_unsupported(name, local, placements)
     code, shape, local = st.CODES[local.dtype], tuple(tensor.shape), local.detach()
-    if sharded is None:
-        return LocalTensor(name, code, shape, [(whole_box(shape), local)] if local.numel() else [])
-    boxes = shard_boxes(name, sharded, tuple(local.shape)) if local.numel() else []
-    all_of_it = whole_box(tuple(local.shape))
-    pieces = [(box, local if part == all_of_it else local[part.within(all_of_it)]) for box, part in boxes]
-    return LocalTensor(
-        name, code, shape, pieces, mesh_ranks(sharded), any(p.is_replicate() for p in placements)
-    )
+    whole, boxes = whole_box(tuple(local.shape)), list[tuple[Box, Box]]()
+    if local.numel():
+        boxes = [(whole, whole)] if sharded is None else shard_boxes(name, sharded, whole.size)
+    pieces = [(box, local if part == whole else local[part.within(whole)]) for box, part in boxes]
+    replicated = sharded is None or any(placement.is_replicate() for placement in placements)
+    return LocalTensor(name, code, shape, pieces, mesh_ranks(tensor), replicated)
 
 
 def mesh_ranks(tensor: object) -> Shape:
@@ -1103,102 +1096,83 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Pl
         raise CheckpointException(f"{name} {problem}")  # of the type that fits the call
 
 
-Runs = list[tuple[int, int]]  # parts [begin, end) of one dimension, one behind the other in the local tensor
 Cut = tuple[int, int, int, int]  # dimension, number of shards, which of them, split factor
 
 
 def shard_boxes(name: str, tensor: DTensor, local_shape: Shape) -> list[tuple[Box, Box]]:
     """The boxes of a DTensor that this rank holds, each with its box in the local tensor.
 
-    None outside of its mesh.
-
-    Placements can be read in two ways: as torch cuts a tensor by them, and as FSDP2 makes them of a tensor-
-    parallel one. Usually both give the same. CheckpointException where not exactly one result has the local
-    shape.
+    There are none outside of its mesh. Placements can be read in two ways: as torch cuts a tensor by them,
+    and as FSDP2 makes them of a tensor-parallel one. Usually both give the same. CheckpointException where
+    not exactly one result has the local shape.
     """
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return []
-    shape, readings = tuple(tensor.shape), list[list[Runs]]()
+    shape, readings = tuple(tensor.shape), list[list[list[range]]]()
     for cuts in _cuts(tensor, coordinate):
-        dims: list[Runs] = [[(0, size)] for size in shape]
-        for dim, ways, index, split_factor in cuts:
-            dims[dim] = _cut_runs(dims[dim], ways, index, split_factor)
-        fits = local_shape == tuple(sum(end - begin for begin, end in runs) for runs in dims)
-        if fits and dims not in readings:
+        dims = [[range(size)] for size in shape]
+        for dim, *cut in cuts:
+            dims[dim] = _cut_runs(dims[dim], *cut)
+        if dims not in readings and local_shape == tuple(sum(map(len, runs)) for runs in dims):
             readings.append(dims)
     if len(readings) != 1:
         what = "fit two layouts of" if readings else "do not fit"
         raise CheckpointException(
             f"{name}: placements {tensor.placements} on a mesh of shape {tuple(tensor.device_mesh.shape)} "
-            f"{what} "
-            f"its shape {list(shape)} and local shape {list(local_shape)}; redistribute it to Shard() and "
-            "Replicate() "
-            "placements, or choose a size that divides evenly"
+            f"{what} its shape {list(shape)} and local shape {list(local_shape)}; redistribute it to Shard() "
+            "and Replicate() placements, or choose a size that divides evenly"
         )
-    boxes = [(Box((), ()), Box((), ()))]
-    for runs in readings[0]:
-        starts = itertools.accumulate((end - begin for begin, end in runs), initial=0)
-        parts = [(begin, start, end - begin) for (begin, end), start in zip(runs, starts)]
-        boxes = [
-            (
-                Box((*whole.offset, begin), (*whole.size, size)),
-                Box((*local.offset, start), (*local.size, size)),
-            )
-            for whole, local in boxes
-            for begin, start, size in parts
-        ]
+    placed = [zip(runs, itertools.accumulate(map(len, runs), initial=0)) for runs in readings[0]]
+    boxes = []
+    for parts in itertools.product(*placed):
+        size = tuple(len(run) for run, _ in parts)
+        inside = Box(tuple(at for _, at in parts), size)
+        boxes.append((Box(tuple(run.start for run, _ in parts), size), inside))
     return boxes
 
 
 def _cuts(tensor: DTensor, coordinate: Sequence[int]) -> Iterator[list[Cut]]:
-    """The cuts that placements stand for, in their order.
-
-    As torch applies them, and as FSDP2 has applied them.
+    """The cuts that placements stand for, in order: as torch applies them, and as FSDP2 has applied them.
 
     FSDP2 cuts what tensor parallelism has left, but its placement comes first, with the number of shards that
     it found as split factor. Torch cuts by such a placement group by group, with another result where sizes
     do not divide.
     """
-    mesh, placements = tensor.device_mesh, tensor.placements
-    declared = getattr(
-        getattr(tensor, "_spec", None), "shard_order", None
-    )  # from torch 2.10 on, where not the default
-    order = [i for entry in declared for i in entry.mesh_dims] if declared else list(range(mesh.ndim))
-    cuts = dict[int, Cut]()
-    for i in order:
+    mesh, placements, cuts = tensor.device_mesh, tensor.placements, dict[int, Cut]()
+    # Torch has this from 2.10 on, where the order is not the default.
+    declared = getattr(getattr(tensor, "_spec", None), "shard_order", None)
+    for i in [i for entry in declared for i in entry.mesh_dims] if declared else range(mesh.ndim):
         if not placements[i].is_replicate():
             dim: int = getattr(placements[i], "dim")
-            cuts[i] = (dim, mesh.size(i), coordinate[i], getattr(placements[i], "split_factor", 1))
+            cuts[i] = dim, mesh.size(i), coordinate[i], getattr(placements[i], "split_factor", 1)
     yield list(cuts.values())
-    plain = [i for i, (_, _, _, split_factor) in cuts.items() if split_factor == 1]
+    plain = [i for i in cuts if cuts[i][3] == 1]
     strided = [i for i in cuts if i not in plain]
-    found = {i: math.prod(cuts[j][1] for j in plain if j > i and cuts[j][0] == cuts[i][0]) for i in strided}
-    if strided and all(cuts[i][3] == found[i] for i in strided):
+    found = (math.prod(cuts[j][1] for j in plain if j > i and cuts[j][0] == cuts[i][0]) for i in strided)
+    if [cuts[i][3] for i in strided] == list(found):
         yield [(*cuts[i][:3], 1) for i in plain + strided[::-1]]
 
 
-def _cut_runs(runs: Runs, ways: int, index: int, split_factor: int) -> Runs:
-    """Cut the elements of `runs` into `split_factor` groups, each of them into `ways` shards.
+def _cut_runs(runs: list[range], ways: int, index: int, split_factor: int) -> list[range]:
+    """Cut the elements of `runs` into `split_factor` groups, each into `ways` shards; shard `index` of each.
 
-    Shard `index` of each.
+    Runs are parts of one dimension, which lie one behind the other in the local tensor.
     """
 
-    def chunk(length: int, count: int, at: int) -> tuple[int, int]:  # as torch.chunk
-        size = -(-length // count)
-        return min(length, size * at), min(length, size * (at + 1))
+    def chunk(whole: range, count: int, number: int) -> range:  # as torch.chunk
+        size = -(-len(whole) // count)
+        return whole[size * number : size * (number + 1)]
 
-    length, found = sum(end - begin for begin, end in runs), Runs()
-    for group in range(min(split_factor, length)):
-        first, last = chunk(length, split_factor, group)
-        low, high = (first + at for at in chunk(last - first, ways, index))
-        at = 0
-        for begin, end in runs:
-            part = begin + max(0, low - at), min(end, begin + high - at)
-            at += end - begin
-            if part[0] < part[1]:
-                joined = bool(found) and found[-1][1] == part[0]
-                found.append((found.pop()[0], part[1]) if joined else part)
+    positions, found = range(sum(map(len, runs))), list[range]()
+    for group in range(split_factor):
+        wanted, at = chunk(chunk(positions, split_factor, group), ways, index), 0
+        for run in runs:
+            part = run[max(0, wanted.start - at) : max(0, wanted.stop - at)]
+            at += len(run)
+            if part and found and found[-1].stop == part.start:
+                part = range(found.pop().start, part.stop)
+            found += [part] if part else []
     return found
 
 
@@ -1210,22 +1184,16 @@ def identity(view: torch.Tensor) -> tuple[object, ...]:
 
 def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
     """Mark those that are the same views of the same memory as an earlier one: they are stored once."""
-    seen: dict[object, str] = {}
-    marked = []
+    seen, marked = dict[object, str](), []
     for item in tensors:
-        if item.pieces:
-            views = tuple((box, *identity(view)) for box, view in item.pieces)
-            first = seen.setdefault((item.dtype, item.shape, views), item.name)
-            item = item if first == item.name else item._replace(alias_of=first)
-        marked.append(item)
+        views = tuple((box, *identity(view)) for box, view in item.pieces)
+        first = seen.setdefault((item.dtype, item.shape, views), item.name) if views else item.name
+        marked.append(item if first == item.name else item._replace(alias_of=first))
     return marked
 
 
 class ShardData(NamedTuple):
-    """What S2 collects on a rank.
-
-    Tensors and values, and an optimizer's steps that are numbers instead of tensors.
-    """
+    """What S2 collects on a rank: tensors, values, and optimizer steps that are numbers, not tensors."""
 
     tensors: list[LocalTensor]
     steps: Mapping[str, float] = types.MappingProxyType({})  # by parameter
@@ -1242,12 +1210,8 @@ def views_by_index(
 ) -> dict[int, list[tuple[Box, torch.Tensor]]]:
     """What this rank holds of each tensor of a plan, by its index."""
     index = {(t.name, t.rank): number for number, t in enumerate(meta.tensors)}
-    found = {}
-    for t in data.tensors:
-        number = index.get((t.name, None), index.get((t.name, min(t.mesh, default=op.rank))))
-        if number is not None:
-            found[number] = t.pieces
-    return found
+    owners = ((t, (None, min(t.mesh, default=op.rank))) for t in data.tensors)
+    return {index[t.name, r]: t.pieces for t, ranks in owners for r in ranks if (t.name, r) in index}
 
 
 def in_model(name: str) -> bool:
@@ -1259,293 +1223,242 @@ def in_model(name: str) -> bool:
 # S3: the plan, made on rank 0 from every rank's description, in columns of numpy arrays
 
 
-class Told(NamedTuple):
-    """A tensor as a rank describes it."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    alias_of: str
-    per_rank: bool
+_NONE: Ints = np.empty(0, np.int64)
+NO_PIECES = Pieces(_NONE, _NONE, _NONE, _NONE, np.empty((0, 2, 0), np.int64))
+_STEP = re.compile("optimizer/(.+)/step")  # where a torch optimizer keeps the number of a parameter's updates
 
 
-def gather_holdings(op: Operation, data: ShardData) -> Holdings | None:
-    """What all ranks hold, on rank 0; None elsewhere.
-
-    Optimisation (skip on first reading): a rank whose tensors have the names and shapes of rank 0's leaves
-    them out, as a digest tells. At 4,096 ranks of 1,000 tensors each that is 240 MB of 250.
-    """
-    digest = hashlib.sha256(st.dump_json(_told(data))).hexdigest()
-    gathered = op.gather_at_0(describe(data, alike=op.broadcast(digest) == digest and op.rank > 0))
-    return Holdings(list(map(Fields, gathered))) if op.rank == 0 else None
+def pack_columns(*columns: Ints) -> list[object]:
+    """Columns of one length as JSON: that length, and each column."""
+    return [len(columns[0]), *map(st.pack_ints, columns)]
 
 
-def _told(data: ShardData) -> list[list[object]]:
-    """The tensors of a rank but for the lengths of values, which differ between ranks."""
-    return [
-        [t.name, t.dtype, [] if t.dtype == "JSON" else t.shape, t.alias_of or "", t.per_rank]
-        for t in data.tensors
-    ]
+def unpack_columns(packed: object) -> Iterator[Ints]:
+    """Inverse of `pack_columns`; expands one column at a time."""
+    count, *texts = as_list(packed)
+    return (st.unpack_ints(str(text), int(str(count))) for text in texts)
 
 
-def describe(data: ShardData, alike: bool) -> dict[str, object]:
-    """What a rank holds, for the planner. `alike`: its tensors are rank 0's."""
-    held = [(n, box, view.is_cuda) for n, t in enumerate(data.tensors) for box, view in t.pieces]
-    meshes = {mesh: number for number, mesh in enumerate(dict.fromkeys(t.mesh for t in data.tensors))}
-    # An empty tensor has no box, but its shape counts.
-    width = max((len(t.shape) for t in data.tensors), default=0)
-    columns = {
-        "tensor": np.array([n for n, _, _ in held], np.int64),
-        "on_device": np.array([on_device for _, _, on_device in held], np.int64),
-    }
-    return {
-        "tensors": None if alike else _told(data),
-        "lengths": [t.shape[0] for t in data.tensors if t.dtype == "JSON"],
-        "meshes": [[len(mesh), st.pack_ints(np.array(mesh, np.int64))] for mesh in meshes],
-        "mesh": st.pack_ints(np.array([meshes[t.mesh] for t in data.tensors], np.int64)),
-        "steps": dict(data.steps),
-        "pieces": st.pack_table(columns, stack_boxes([box for _, box, _ in held], width)),
-    }
+def pack_pieces(pieces: Pieces) -> list[object]:
+    """Pieces as JSON."""
+    return pack_columns(pieces.file, pieces.tensor, pieces.begin, pieces.length, *box_columns(pieces.box))
 
 
-def stack_boxes(boxes: Sequence[Box], least_width: int = 0) -> Ints:
-    """Boxes as an array (rows, 2, dimensions), padded with offset 0 and size 1."""
-    width = max([least_width, *(len(box.size) for box in boxes)])
+def unpack_pieces(packed: object, files: Sequence[int] | None = None) -> Pieces:
+    """Inverse of `pack_pieces`, for the rows of `files` or all. Takes memory for one column of all rows."""
+    columns = unpack_columns(packed)
+    file = next(columns)
+    kept = np.ones(len(file), bool) if files is None else np.isin(file, files)
+    tensor, begin, length, *boxes = (column[kept] for column in columns)
+    box = np.array(boxes, np.int64).reshape(2, len(boxes) // 2, len(tensor)).transpose(2, 0, 1)
+    return Pieces(tensor, file[kept], begin, length, box)
+
+
+def stack_boxes(boxes: Sequence[Box], width: int) -> Ints:
+    """Boxes as an array (rows, 2, `width`), padded with offset 0 and size 1."""
     pads = [width - len(box.size) for box in boxes]
     rows = [(box.offset + (0,) * pad, box.size + (1,) * pad) for box, pad in zip(boxes, pads)]
     return np.array(rows, np.int64).reshape(len(boxes), 2, width)
 
 
-class Rows(NamedTuple):
-    """Pieces that ranks hold, in columns.
+def box_columns(box: Ints) -> Ints:
+    """Boxes (rows, 2, dimensions) as columns (2 * dimensions, rows)."""
+    return np.concatenate(box.transpose(1, 2, 0))
 
-    Who (`rank`), as which of its pieces (`source`), of which tensor, and where.
+
+def join(parts: Sequence[Pieces]) -> Pieces:
+    """The rows of all parts, with boxes of the same number of dimensions."""
+    width = max(part.box.shape[2] for part in parts)
+    pads = ([(0, 0), (0, 0), (0, width - part.box.shape[2])] for part in parts)
+    padded = (part._replace(box=np.pad(part.box, pad)) for part, pad in zip(parts, pads))
+    joined = Pieces(*map(np.concatenate, zip(*padded)))
+    return joined._replace(box=np.maximum(joined.box, [[0], [1]]))
+
+
+def starts(*columns: Ints) -> npt.NDArray[np.bool_]:
+    """Whether each row differs from the row before it."""
+    first = np.ones(len(columns[0]), bool)
+    first[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return first
+
+
+class Described(NamedTuple):
+    """A tensor as ranks describe it, without its pieces."""
+
+    name: str
+    dtype: str
+    shape: Shape  # () for a value: its length may differ between ranks
+    alias_of: str  # "": not tied
+    per_rank: bool
+    mesh: int  # the number of its mesh; 0: a plain tensor
+
+
+def describe(data: ShardData) -> dict[str, object]:
+    """Describe what a rank holds, for the planner."""
+    meshes = {mesh: number for number, mesh in enumerate(dict.fromkeys(t.mesh for t in data.tensors))}
+    held = [(index, view.is_cuda) for index, t in enumerate(data.tensors) for _, view in t.pieces]
+    width = max([1, *(len(t.shape) for t in data.tensors)])
+    boxes = stack_boxes([box for t in data.tensors for box, _ in t.pieces], width)
+    tensor, on_device = np.array(held, np.int64).reshape(-1, 2).T
+    return {
+        "tensors": [
+            [t.name, t.dtype, () if t.dtype == "JSON" else t.shape, t.alias_of, t.per_rank, meshes[t.mesh]]
+            for t in data.tensors
+        ],
+        "meshes": [pack_columns(np.array(mesh, np.int64)) for mesh in meshes],
+        "pieces": pack_pieces(Pieces(tensor, tensor * 0, np.arange(len(held)), on_device, boxes)),
+        "steps": dict(data.steps),
+    }
+
+
+def gather_holdings(op: Operation, data: ShardData) -> Holdings | None:
+    """Gather what all ranks hold, on rank 0; None elsewhere.
+
+    Optimisation (skip on first reading): a rank whose tensors have the names and shapes of rank 0's leaves
+    them out. At 4,096 ranks of 1,000 tensors each that is 240 MB of 250.
     """
-
-    rank: Ints
-    source: Ints
-    tensor: Ints
-    mesh: Ints  # the lowest rank of the tensor's mesh, -1 for a plain tensor
-    on_device: Ints  # 1: in the memory of a CUDA device
-    box: Ints  # (rows, 2, dimensions)
-
-    def take(self, index: Ints | npt.NDArray[np.bool_]) -> Rows:
-        """The rows at `index`."""
-        return Rows(*(column[index] for column in self))
-
-
-class Table(NamedTuple):
-    """The tensors that a rank has described, and the ranks of each one's mesh; () for a plain tensor."""
-
-    tensors: list[Told]
-    meshes: list[Shape]
+    body = describe(data)
+    digest = hashlib.sha256(st.dump_json(body["tensors"])).hexdigest()
+    if op.broadcast(digest) == digest and op.rank > 0:
+        body["tensors"] = None
+    bodies = op.gather_at_0(body)
+    return Holdings(list(map(Fields, bodies))) if op.rank == 0 else None
 
 
 class Holdings:
-    """Every rank's description put together.
+    """What all ranks hold, in columns, on rank 0.
 
-    One list of tensors, the rows of all their pieces, and which are equal.
+    A *copy* of a tensor is a plain tensor on one rank, or a DTensor on one mesh. Its owner is that rank, or
+    the lowest rank of the mesh. Copies of one name are one tensor if their dtypes, shapes, boxes and bytes
+    are equal. Otherwise the name is in `apart`, and each copy is a tensor of its own.
 
-    A name is one tensor for all ranks, unless it is in `apart`: then it is one for each rank, or mesh of
-    ranks. Equal pieces (same tensor, same box) form a group: `members` are the rows group by group, each from
-    its lowest rank on.
+    `name`, `owner` and `kind` are columns of the copies, sorted by name and owner; they index `names`, ranks
+    and `kinds`. `rows` are the pieces of all ranks, sorted by name, box, owner and rank, so that equal pieces
+    are neighbours. In them `tensor` is the copy, `file` the rank, `begin` which piece of its rank it is, and
+    `length` whether it is in the memory of a CUDA device.
     """
 
-    def __init__(self, descriptions: Sequence[Fields]) -> None:
-        self._tables: list[Table] = []  # of each rank; one object where ranks have the same
-        self._steps = [body.child("steps").all for body in descriptions]
-        seen, rows = dict[bytes, Table](), list[tuple[Ints, Ints, Ints]]()
-        for body in descriptions:
-            own = body.all["tensors"]  # None: those of rank 0
-            key = st.dump_json([body.array("lengths"), body.array("meshes"), body.text("mesh")])
-            if own is not None or key not in seen:
-                told = self._tables[0].tensors if own is None else list(map(_read_told, as_list(own)))
-                lengths = iter(map(int, map(str, body.array("lengths"))))
-                told = [t._replace(shape=(next(lengths),)) if t.dtype == "JSON" else t for t in told]
-                meshes = [
-                    tuple(st.unpack_ints(str(text), int(str(count))).tolist())
-                    for count, text in map(as_list, body.array("meshes"))
-                ]
-                of_tensor = [meshes[n] for n in st.unpack_ints(body.text("mesh"), len(told)).tolist()]
-                table = Table(told, of_tensor)
-                if own is None or not self._tables:
-                    seen[key] = table
-            else:
-                table = seen[key]
-            self._tables.append(table)
-            pieces = body.child("pieces")
-            count = pieces.number("count")
-            local, device = (st.unpack_ints(pieces.text(name), count) for name in ("tensor", "on_device"))
-            rows.append((local, device, st.unpack_box(pieces, count)))
-        counts, width = [len(box) for _, _, box in rows], max([1, *(box.shape[2] for _, _, box in rows)])
-        boxes = np.zeros((sum(counts), 2, width), np.int64)
-        boxes[:, 1] = 1
-        for part, (_, _, box) in zip(np.split(boxes, np.cumsum(counts)), rows):
-            part[:, :, : box.shape[2]] = box
-        rank, source = (
-            np.arange(len(counts)).repeat(counts),
-            np.concatenate([np.arange(count) for count in counts]),
-        )
-        self._local = [local for local, _, _ in rows]
-        nothing, on_device = np.zeros_like(rank), np.concatenate([device for _, device, _ in rows])
-        self._held = Rows(rank, source, nothing, nothing, on_device, boxes)
-        self._dropped = np.zeros(len(rank), bool)
-        self.known, self.apart, several = self._compare({id(table): table for table in self._tables}.values())
-        self.arrange(set())
-        self.arrange(self._unlike_boxes(several))
-
-    def _compare(self, tables: Iterable[Table]) -> tuple[dict[str, Told], set[str], dict[str, int]]:
-        """The first description of each name; the names that ranks keep apart.
-
-        The number of meshes of a name, if several.
-
-        A tensor is tied if all ranks say so. CheckpointException where ranks cannot mean the same tensor by a
-        name.
-        """
-        known, apart, of_mesh = dict[str, Told](), set[str](), dict[str, dict[Shape, Told]]()
-        for t, mesh in itertools.chain(*(zip(*table) for table in tables)):
-            first = known.setdefault(t.name, t)
-            same = of_mesh.setdefault(t.name, {}).setdefault(mesh, t)
-            if t.alias_of != first.alias_of:
-                known[t.name] = first._replace(alias_of="")
-            if mesh and (t.dtype, t.shape) != (same.dtype, same.shape):
-                raise _disagreement(t.name, f"{same.dtype}{list(same.shape)}", f"{t.dtype}{list(t.shape)}")
-            if (t.dtype, t.shape) != (first.dtype, first.shape) or t.per_rank:
-                apart.add(t.name)
-        several = {name: len(meshes) for name, meshes in of_mesh.items() if len(meshes) > 1}
-        for name in several:
-            seen: dict[int, Shape] = {}
-            for mesh in of_mesh[name]:
-                if other := next((seen[rank] for rank in mesh if rank in seen), ()):
-                    raise _disagreement(name, f"a mesh of ranks {list(other)}", f"one of ranks {list(mesh)}")
-                seen |= dict.fromkeys(mesh, mesh)
-            if () in of_mesh[name]:
-                plain = [rank for rank, table in enumerate(self._tables) if (name, ()) in _names(table)]
-                raise _disagreement(
-                    name, f"a plain tensor on rank(s) {st.some(plain)}", f"a DTensor on {sorted(seen)}"
+    def __init__(self, bodies: Sequence[Fields]) -> None:
+        kinds, meshes, tables = dict[Described, int](), {(): 0}, dict[bytes, Ints]()
+        held, parts = list[Ints](), list[Pieces]()
+        for rank, body in enumerate(bodies):
+            rows, packed = body.all["tensors"], body.array("meshes")
+            if (key := st.dump_json([rows, packed])) not in tables:
+                local = [tuple(next(unpack_columns(mesh)).tolist()) for mesh in packed]
+                numbers = [meshes.setdefault(mesh, len(meshes)) for mesh in local]
+                rows = bodies[0].all["tensors"] if rows is None else rows
+                found = (
+                    Described(
+                        str(name),
+                        str(dtype),
+                        st.int_tuple(shape),
+                        str(origin or ""),
+                        own is True,
+                        numbers[int(str(mesh))],
+                    )
+                    for name, dtype, shape, origin, own, mesh in map(as_list, as_list(rows))
                 )
-        return known, apart, several
+                tables[key] = np.array([kinds.setdefault(kind, len(kinds)) for kind in found], np.int64)
+            held.append(tables[key])
+            pieces = unpack_pieces(body.all["pieces"])
+            parts.append(pieces._replace(file=np.full_like(pieces.file, rank)))
+        self.steps = [body.child("steps").all for body in bodies]
+        self.kinds, kind, counts = list(kinds), np.concatenate(held), np.array([len(ids) for ids in held])
+        ranks = np.arange(len(held)).repeat(counts)
+        self._compare(list(meshes), ranks, kind)
+        # Copies, from the tensors of all ranks.
+        number = {name: index for index, name in enumerate(self.names)}
+        lowest = [min(mesh, default=-1) for mesh in meshes]
+        columns = np.array([(number[k.name], lowest[k.mesh]) for k in kinds], np.int64).reshape(-1, 2)
+        name, owner = columns[kind].T
+        owner = np.where(owner < 0, ranks, owner)
+        copies, firsts, copy = np.unique(name * len(held) + owner, return_index=True, return_inverse=True)
+        (self.name, self.owner), self.kind = np.divmod(copies, len(held)), kind[firsts]
+        # Pieces, with the copy that each belongs to.
+        rows = join(parts)
+        rows = rows._replace(tensor=copy[rows.tensor + (np.cumsum(counts) - counts)[rows.file]])
+        order = (self.owner[rows.tensor], *box_columns(rows.box)[::-1], self.name[rows.tensor])
+        self.rows = rows.take(np.lexsort(order))
+        self.first_of_box = starts(self.name[self.rows.tensor], *box_columns(self.rows.box))
 
-    def _unlike_boxes(self, several: Mapping[str, int]) -> set[str]:
-        """Of the tensors of several meshes, those that the meshes cut into different boxes.
-
-        Each mesh keeps its own.
-        """
-        meshes = np.array([several.get(t.name, 0) for t in self.tensors], np.int64)
-        inside = np.flatnonzero(meshes[self.members.tensor] > 0)
-        pairs = np.unique(np.stack((self.of_member[inside], self.members.mesh[inside])), axis=1)
-        found = np.bincount(pairs[0], minlength=len(self.start))
-        unlike = np.flatnonzero((found > 0) & (found != meshes[self.members.tensor[self.start]]))
-        return {
-            self.tensors[index].name for index in np.unique(self.members.tensor[self.start[unlike]]).tolist()
-        }
-
-    def arrange(self, apart: set[str]) -> None:
-        """Keep the tensors `apart`, and what is tied to them, for each rank or mesh.
-
-        Tied tensors store no bytes.
-        """
-        self.apart |= apart | {t.name for t in self.known.values() if t.alias_of in apart}
-        self.tensors: list[TensorMetadata] = []
-        self._ids: dict[tuple[str, int | None], int] = {}  # by name, and the rank that it is kept for
-        columns, meshes = list[Ints](), list[Ints]()
-        shared: dict[
-            int, tuple[Ints, Ints, list[int]]
-        ] = {}  # what is the same for all ranks that have one table
-        for rank, (table, local) in enumerate(zip(self._tables, self._local)):
-            if id(table) not in shared:
-                lowest = [min(mesh, default=-1) for mesh in table.meshes]
-                ids = [self._number(t, low if low >= 0 else rank) for t, low in zip(table.tensors, lowest)]
-                own = [n for n, t in enumerate(table.tensors) if t.name in self.apart and lowest[n] < 0]
-                shared[id(table)] = np.array(ids, np.int64), np.array(lowest, np.int64), own
-            common, low, own = shared[id(table)]
-            column = common.copy()
-            column[own] = [self._number(table.tensors[n], rank) for n in own]
-            columns.append(column[local])
-            meshes.append(low[local])
-        model_first = sorted(
-            range(len(self.tensors)), key=lambda n: not self.tensors[n].name.startswith("model")
-        )
-        self.tensors, moved = [self.tensors[n] for n in model_first], np.argsort(model_first)
-        for index, t in enumerate(self.tensors):
-            if (target := self._ids.get((self.known[t.name].alias_of, t.rank))) is not None:
-                self.tensors[index] = t._replace(alias_of=int(moved[target]))
-        stored = np.array([t.alias_of is None for t in self.tensors], bool)
-        self.itemsize = st.itemsizes(self.tensors)
-        rows = self._held._replace(tensor=moved[np.concatenate(columns)], mesh=np.concatenate(meshes))
-        rows = rows.take(stored[rows.tensor] & ~self._dropped)
-        flat = rows.box.reshape(len(rows.box), math.prod(rows.box.shape[1:])).T
-        self.members = rows.take(np.lexsort((*flat[::-1], rows.tensor)))  # stable: within a group by rank
-        tensor, box, first = self.members.tensor, self.members.box, np.ones(len(rows.tensor), bool)
-        first[1:] = (tensor[1:] != tensor[:-1]) | (box[1:] != box[:-1]).any(axis=(1, 2))
-        self.start = np.flatnonzero(first)
-        self.count = np.diff(self.start, append=len(first))
-        self.of_member = np.arange(len(self.count)).repeat(self.count)
-
-    def _number(self, told: Told, owner: int) -> int:
-        """The index of a tensor, added at first sight. `owner`.
-
-        The rank that it is kept for, if it is kept apart.
-        """
-        own = owner if told.name in self.apart else None
-        index = self._ids.setdefault((told.name, own), len(self.tensors))
-        if index == len(self.tensors):
-            self.tensors.append(TensorMetadata(told.name, told.dtype, told.shape, own))
-        return index
+    def _compare(self, meshes: Sequence[Shape], ranks: Ints, kinds: Ints) -> None:
+        """Compare what ranks have described. CheckpointException where they cannot mean the same tensor."""
+        by_name = dict[str, list[Described]]()
+        for kind in self.kinds:
+            by_name.setdefault(kind.name, []).append(kind)
+        self.names = sorted(by_name, key=lambda name: not name.startswith("model"))
+        self.apart, self.tied = set[str](), dict[str, str]()
+        for name, same in by_name.items():
+            on_rank = dict[int, Described]()
+            for kind in same:
+                for rank in meshes[kind.mesh]:
+                    other = on_rank.setdefault(rank, kind)
+                    if (other.mesh, *other[1:3]) != (kind.mesh, *kind[1:3]):
+                        sides = (
+                            f"{k.dtype}{list(k.shape)} on ranks {list(meshes[k.mesh])}" for k in (other, kind)
+                        )
+                        raise _disagreement(name, *sides)
+            plain = [self.kinds.index(kind) for kind in same if on_rank and not kind.mesh]
+            if plain:
+                one = f"a plain tensor on rank(s) {st.some(ranks[np.isin(kinds, plain)].tolist())}"
+                raise _disagreement(name, one, f"a DTensor on {sorted(on_rank)}")
+            if len({kind[1:3] for kind in same}) > 1 or any(kind.per_rank for kind in same):
+                self.apart.add(name)
+            ties = {kind.alias_of for kind in same}
+            if len(ties) == 1 and "" not in ties:
+                self.tied[name] = ties.pop()
 
     def replicas(self, verify: bool) -> tuple[Ints, Ints]:
-        """Which members are to be checksummed, by rank and source, and 1 for those on the device.
+        """The rows to checksum, by rank and piece; and 1 for those to checksum on their device.
 
-        That is every copy, or unless `verify` those of values and of the optimizer's steps, which tell
-        whether ranks are at the same step.
+        These are all replicas, or unless `verify` only those of values and of the optimizer's steps, which
+        tell whether ranks are at the same step.
         """
-        small = (verify or t.dtype == "JSON" or bool(_STEP.fullmatch(t.name)) for t in self.tensors)
-        chosen = np.fromiter(small, bool, len(self.tensors))
-        asked = np.flatnonzero((self.count > 1)[self.of_member] & chosen[self.members.tensor])
-        on_device = np.minimum.reduceat(self.members.on_device, self.start) if len(self.start) else self.start
-        asked = asked[np.lexsort((self.members.source[asked], self.members.rank[asked]))]
-        return asked, on_device[self.of_member[asked]]
+        chosen = [
+            kind.name not in self.tied
+            and (verify or kind.dtype == "JSON" or bool(_STEP.fullmatch(kind.name)))
+            for kind in self.kinds
+        ]
+        start = np.flatnonzero(self.first_of_box)
+        count = np.diff(start, append=len(self.first_of_box))
+        compared = (count > 1).repeat(count) & np.array(chosen, bool)[self.kind[self.rows.tensor]]
+        on_device = np.minimum.reduceat(self.rows.length, start).repeat(count)
+        order = np.lexsort((self.rows.begin, self.rows.file))
+        order = order[compared[order]]
+        return order, on_device[order]
 
-    def keep_differing(self, asked: Ints, sums: npt.NDArray[np.uint64], warnings: list[str]) -> None:
-        """Keep apart what differs between plain tensors, or between meshes.
+    def keep_differing(self, compared: Ints, sums: npt.NDArray[np.uint64], warnings: list[str]) -> None:
+        """Keep apart the names whose copies have different boxes, or different bytes.
 
-        Within a mesh the lowest rank's copy is kept.
+        `sums` are the checksums of the rows `compared`. Where replicas within a copy differ, the lowest
+        rank's stays, with a warning.
         """
-        members, of_member, apart = self.members, self.of_member, set[str]()
-        found = np.zeros(len(of_member), np.uint64)
-        found[asked] = sums
-        one_mesh = (
-            of_member * (int(members.mesh.max(initial=0)) + 2) + members.mesh + 1
-        )  # of a group, on one mesh
-        _, first, inverse = np.unique(one_mesh, return_index=True, return_inverse=True)
-        reference = first[inverse]
-        declared = dict[str, list[int]]()  # by name: ranks whose copy differs from their mesh's lowest
-        for row in np.flatnonzero(found != found[reference]).tolist():
-            name = self.tensors[members.tensor[row]].name
-            if members.mesh[row] < 0:
-                apart.add(name)
-            else:
-                declared.setdefault(name, []).append(int(members.rank[row]))
-                self._dropped[np.searchsorted(self._held.rank, members.rank[row]) + members.source[row]] = (
-                    True
-                )
-        between = np.flatnonzero(found[reference] != found[self.start[of_member]])
-        apart |= {self.tensors[index].name for index in np.unique(members.tensor[between]).tolist()}
-        for name, ranks in declared.items():
-            what = (
-                f"rank(s) {st.some(sorted(set(ranks)), 20)} from the lowest of their mesh, whose copy is kept"
+        name, found = self.name[self.rows.tensor], np.zeros(len(self.rows.tensor), np.uint64)
+        found[compared] = sums
+        first_of_copy = self.first_of_box | starts(self.rows.tensor)
+        copies = np.bincount(np.cumsum(self.first_of_box) - 1, first_of_copy)  # that have a box
+        of_box, of_copy = (
+            found[np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))]
+            for first in (self.first_of_box, first_of_copy)
+        )
+        unlike = name[self.first_of_box][copies != np.bincount(self.name)[name[self.first_of_box]]]
+        apart = np.unique(np.append(unlike, name[of_box != of_copy])).tolist()
+        self.apart |= {self.names[index] for index in apart} - self.tied.keys()
+        self.apart |= {tied for tied, origin in self.tied.items() if origin in self.apart}
+        differs = found != of_copy
+        for index in np.unique(name[differs]).tolist():
+            ranks = np.unique(self.rows.file[differs & (name == index)]).tolist()
+            warnings.append(
+                f"{self.names[index]}: copies that its placement declares equal differ: rank(s) "
+                f"{st.some(ranks, 20)} from the lowest of their mesh, whose copy is kept"
             )
-            warnings.append(f"{name}: copies that its placement declares equal differ: {what}")
-        if apart or declared:
-            self.arrange(apart)
+        self.rows = self.rows.take(~differs)
 
     def check_steps(self) -> None:
-        """An optimizer's step of a parameter is the same on all ranks, unless the parameter itself is kept
-        apart.
-        """
-        at, differing = dict[str, object](), {m[1] for name in self.apart if (m := _STEP.fullmatch(name))}
-        for steps in self._steps:
-            differing |= {name for name, step in steps.items() if at.setdefault(name, step) != step}
+        """Check that ranks have the same optimizer step of each parameter that is not itself kept apart."""
+        first, differing = dict[str, object](), {m[1] for name in self.apart if (m := _STEP.fullmatch(name))}
+        for steps in self.steps:
+            differing |= {name for name, step in steps.items() if first.setdefault(name, step) != step}
         # A parameter that several optimizers hold is named <optimizer>/<parameter>.
         wrong = sorted(
             p for p in differing if not {f"model/{p}", f"model/{p.partition('/')[2]}"} & self.apart
@@ -1556,67 +1469,20 @@ class Holdings:
                 "a save? Bring all ranks to one step, by loading the last checkpoint or restarting, first"
             )
 
-    def check_complete(self) -> None:
-        """Every tensor's pieces must make up the whole of it, each element once; else VALIDATION_FAILED."""
-        tensor, box = self.members.tensor[self.start], self.members.box[self.start]
-        wrong = st.not_covered_once(self.tensors, tensor, box)
-        if wrong:
-            t, held = self.tensors[wrong[0]], int(box[tensor == wrong[0], 1].prod(axis=1).sum())
-            raise CheckpointException(
-                f"{t.name}: the ranks together hold {held} elements of its {math.prod(t.shape)}, with holes "
-                f"or overlaps (and {len(wrong) - 1} more tensors so): save with all ranks of its mesh, and "
-                "the same parallelism on each",
-                type=ExceptionType.VALIDATION_FAILED,
-            )
-
-    def share_out(self, world_size: int) -> Pieces:
-        """One writer for every byte (I1): the only holder, else all holders an equal part.
-
-        `file` is the writer's rank.
-
-        Replicas of less than two parts go whole to the holder with the least to write.
-        """
-        rows = self.members.take(self.start)
-        nbytes = rows.box[:, 1].prod(axis=1) * self.itemsize[rows.tensor]
-        load = np.bincount(rows.rank, nbytes * (self.count == 1), world_size).tolist()
-        writer, cuts = rows.rank.copy(), list[tuple[int, int, int, int]]()
-        for group in np.flatnonzero(self.count > 1).tolist():
-            start, size = int(self.start[group]), int(nbytes[group])
-            holders = self.members.rank[start : start + int(self.count[group])].tolist()
-            dim = int(np.argmax(rows.box[group, 1] > 1)) if size >= 2 * SPLIT_BYTES else 0
-            length = int(rows.box[group, 1, dim])
-            ways = min(len(holders), length, size // SPLIT_BYTES) if size >= 2 * SPLIT_BYTES else 1
-            if ways > 1:
-                holders = sorted(holders, key=load.__getitem__)[:ways]
-                edges = [length * part // ways for part in range(ways + 1)]
-                cuts += [(group, rank, low, high - low) for rank, low, high in zip(holders, edges, edges[1:])]
-                for rank, low, high in zip(holders, edges, edges[1:]):
-                    load[rank] += size * (high - low) / length
-            else:
-                writer[group] = rank = min(holders, key=load.__getitem__)
-                load[rank] += size
-        whole = np.ones(len(writer), bool)
-        whole[[group for group, *_ in cuts]] = False
-        groups, ranks, lows, sizes = np.array(cuts, np.int64).reshape(-1, 4).T
-        box, at = rows.box[groups], np.arange(len(groups))
-        dims = np.argmax(box[:, 1] > 1, axis=1)
-        box[at, 0, dims] += lows
-        box[at, 1, dims] = sizes
-        tensor = np.concatenate((rows.tensor[whole], rows.tensor[groups]))
-        boxes = np.concatenate((rows.box[whole], box))
-        return Pieces(tensor, np.concatenate((writer[whole], ranks)), tensor * 0, tensor * 0, boxes)
-
-
-_STEP = re.compile("optimizer/(.+)/step")  # where a torch optimizer keeps the number of a parameter's updates
-
-
-def _names(table: Table) -> Iterator[tuple[str, Shape]]:
-    return ((t.name, mesh) for t, mesh in zip(table.tensors, table.meshes))
-
-
-def _read_told(row: object) -> Told:
-    name, dtype, shape, alias_of, per_rank = as_list(row)
-    return Told(str(name), str(dtype), st.int_tuple(shape), str(alias_of), per_rank is True)
+    def tensors(self) -> tuple[list[TensorMetadata], Pieces]:
+        """The tensors as the record names them, and all pieces of them, those of tied ones too."""
+        apart = np.array([name in self.apart for name in self.names], bool)[self.name]
+        first = apart | starts(self.name)
+        rows = self.rows._replace(tensor=(np.cumsum(first) - 1)[self.rows.tensor])
+        lengths = np.zeros(len(self.name), np.int64)
+        lengths[rows.tensor] = rows.box[:, 1, 0]
+        found = []
+        for copy, length in zip(np.flatnonzero(first).tolist(), lengths.tolist()):
+            kind, owner = self.kinds[self.kind[copy]], int(self.owner[copy]) if apart[copy] else None
+            shape = (length,) if kind.dtype == "JSON" else kind.shape
+            found.append(TensorMetadata(kind.name, kind.dtype, shape, owner))
+        index = {(t.name, t.rank): number for number, t in enumerate(found)}
+        return [t._replace(alias_of=index.get((self.tied.get(t.name, ""), t.rank))) for t in found], rows
 
 
 def _disagreement(name: str, one: str, other: str) -> CheckpointException:
@@ -1625,62 +1491,88 @@ def _disagreement(name: str, one: str, other: str) -> CheckpointException:
     return CheckpointException(message, type=ExceptionType.VALIDATION_FAILED)
 
 
-_NONE: Ints = np.empty(0, np.int64)
-NO_PIECES = Pieces(_NONE, _NONE, _NONE, _NONE, np.empty((0, 2, 0), np.int64))
+def check_complete(tensors: Sequence[TensorMetadata], rows: Pieces) -> None:
+    """Every tensor's pieces must make up the whole of it, each element once; else VALIDATION_FAILED."""
+    if wrong := st.not_covered_once(tensors, rows.tensor, rows.box):
+        t, held = tensors[wrong[0]], int(rows.box[rows.tensor == wrong[0], 1].prod(axis=1).sum())
+        raise CheckpointException(
+            f"{t.name}: the ranks together hold {held} elements of its {math.prod(t.shape)}, with holes "
+            f"or overlaps (and {len(wrong) - 1} more tensors so): save with all ranks of its mesh, and "
+            "the same parallelism on each",
+            type=ExceptionType.VALIDATION_FAILED,
+        )
+
+
+def share_out(rows: Pieces, itemsizes: Ints, world_size: int) -> Pieces:
+    """Give every byte one writer, as `file` (I1): its only holder, or an equal part to each of its holders.
+
+    Replicas of less than two parts go whole to the holder with the least to write.
+    """
+    start = np.flatnonzero(starts(rows.tensor, *box_columns(rows.box)))
+    count, nbytes = np.diff(start, append=len(rows.tensor)), rows.nbytes(itemsizes)
+    alone = start[count == 1]
+    load = np.bincount(rows.file[alone], nbytes[alone], world_size)
+    parts = [rows.take(alone)]
+    for first, copies in zip(start[count > 1].tolist(), count[count > 1].tolist()):
+        holders, size = rows.file[first : first + copies], rows.box[first, 1]
+        dim = int(np.argmax(size > 1))
+        ways = max(1, min(copies, size[dim], nbytes[first] // SPLIT_BYTES))
+        edges = size[dim] * np.arange(ways + 1) // ways
+        part = rows.take(np.full(ways, first))
+        part.file[:] = holders[np.argsort(load[holders], kind="stable")[:ways]]
+        part.box[:, 0, dim] += edges[:-1]
+        part.box[:, 1, dim] = np.diff(edges)
+        load[part.file] += part.nbytes(itemsizes)
+        parts.append(part)
+    return join(parts)
 
 
 def lay_out(
-    holdings: Holdings, ticket: CheckpointMetadata, form: CheckpointFormat, world_size: int
+    holdings: Holdings, ticket: CheckpointMetadata, form: CheckpointFormat
 ) -> tuple[CheckpointMetadata, Pieces]:
-    """The plan: the record but for lengths and CRCs; and of whole files which rank gives which box (`file`.
+    """The plan, which is the record without lengths and CRCs; and who gives which boxes to a whole file.
 
-    A rank).
+    In the latter `file` is the rank.
     """
-    holdings.check_complete()
-    tensors, rows, sources = list(holdings.tensors), holdings.share_out(world_size), NO_PIECES
-    shards, whole, packed = list[st.ShardMetadata](), set[int](), ticket.compression != "none"
-    if form is not CheckpointFormat.MULTI_SHARD:
-        whole = set(range(len(tensors)))
-        if form is CheckpointFormat.CONSOLIDATED:
-            whole = st.in_model_file(tensors)
-        inside = np.isin(rows.tensor, list(whole))
-        sources, rows = rows.take(inside), rows.take(~inside)
-        if form is CheckpointFormat.CONSOLIDATED:
-            for number in whole:  # a tied name gets a copy of its own
-                if (origin := tensors[number].alias_of) is not None:
-                    copy = sources.take(sources.tensor == origin)
-                    sources = join(sources, copy._replace(tensor=np.full_like(copy.tensor, number)))
-                    tensors[number] = tensors[number]._replace(alias_of=None)
-        part = "model" if form is CheckpointFormat.CONSOLIDATED else ""
-        shards.append(st.ShardMetadata(st.whole_file_name(ticket.save_id, part), 0, 0, 0))
-    if form is not CheckpointFormat.SINGLE_FILE:
-        rows = rows._replace(file=rows.file + len(shards))
-        names = (st.own_file_name(ticket.save_id, rank, world_size) for rank in range(world_size))
-        shards += [st.ShardMetadata(name, 0, 0, 0) for name in names]
+    tensors, rows = holdings.tensors()
+    rows = rows.take(np.array([t.alias_of is None for t in tensors], bool)[rows.tensor])
     itemsizes = st.itemsizes(tensors)
-    if packed:
-        rows = cut_up(rows, itemsizes, st.BLOCK_BYTES)
-    else:
-        rows = place(rows, tensors, itemsizes)
-    stored = [n for n in sorted(whole) if tensors[n].alias_of is None and 0 not in tensors[n].shape]
-    if stored:
-        index, boxes = np.array(stored, np.int64), [whole_box(tensors[n].shape) for n in stored]
-        pieces = Pieces(index, index * 0, index * 0, index * 0, stack_boxes(boxes, rows.box.shape[2]))
-        rows = join(place(pieces, tensors, itemsizes), rows)
-    rows = rows._replace(box=rows.box[:, :, : max((len(t.shape) for t in tensors), default=0)])
+    rows = share_out(rows, itemsizes, ticket.world_size)
+    check_complete(tensors, rows)
+    rows = rows._replace(begin=rows.tensor * 0, length=rows.tensor * 0)
+    files, whole = list[str](), list[int]()
+    if form is CheckpointFormat.SINGLE_FILE:
+        files, whole = [st.whole_file_name(ticket.save_id)], list(range(len(tensors)))
+    elif form is CheckpointFormat.CONSOLIDATED:
+        files, whole = [st.whole_file_name(ticket.save_id, "model")], sorted(st.in_model_file(tensors))
+        for number in whole:  # a tied name gets a copy of its own
+            if (origin := tensors[number].alias_of) is not None:
+                copy = rows.take(rows.tensor == origin)
+                rows = join([rows, copy._replace(tensor=np.full_like(copy.tensor, number))])
+                tensors[number] = tensors[number]._replace(alias_of=None)
+    inside = np.isin(rows.tensor, whole)
+    sources, rows = rows.take(inside), rows.take(~inside)
+    rows = rows._replace(file=rows.file + len(files))
+    if form is not CheckpointFormat.SINGLE_FILE:
+        numbers = range(ticket.world_size)
+        files += [st.own_file_name(ticket.save_id, rank, ticket.world_size) for rank in numbers]
+    if ticket.compression != "none":
+        rows = cut_up(rows, itemsizes)
+    stored = [n for n in whole if tensors[n].alias_of is None and 0 not in tensors[n].shape]
+    boxes = stack_boxes([whole_box(tensors[n].shape) for n in stored], rows.box.shape[2])
+    index = np.array(stored, np.int64)
+    rows = join([Pieces(index, index * 0, index * 0, index * 0, boxes), rows])
+    rows = place(rows, tensors, itemsizes)
     rows = rows.take(np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor)))
+    rows = rows._replace(box=rows.box[:, :, : max((len(t.shape) for t in tensors), default=0)])
+    shards = [st.ShardMetadata(name, 0, 0, 0) for name in files]
     plan = dataclasses.replace(ticket, shards=tuple(shards), tensors=tuple(tensors), pieces=rows)
-    if form is not CheckpointFormat.MULTI_SHARD:
-        data_bytes = int((rows.begin + rows.length)[rows.file == 0].max(initial=0))
-        header = st.encode_header(plan.entries(0), data_bytes)
-        shards[0] = shards[0]._replace(length=len(header) + data_bytes, header_bytes=len(header))
-        plan = dataclasses.replace(plan, shards=tuple(shards))
-    return plan, sources
-
-
-def join(one: Pieces, other: Pieces) -> Pieces:
-    """The rows of both."""
-    return Pieces(*map(np.concatenate, zip(one, other)))
+    if form is CheckpointFormat.MULTI_SHARD:
+        return plan, sources
+    data_bytes = int((rows.begin + rows.length)[rows.file == 0].max(initial=0))
+    header = st.encode_header(plan.entries(0), data_bytes)
+    shards[0] = shards[0]._replace(length=len(header) + data_bytes, header_bytes=len(header))
+    return dataclasses.replace(plan, shards=tuple(shards)), sources
 
 
 def place(rows: Pieces, tensors: Sequence[TensorMetadata], itemsizes: Ints) -> Pieces:
@@ -1688,79 +1580,52 @@ def place(rows: Pieces, tensors: Sequence[TensorMetadata], itemsizes: Ints) -> P
 
     So every entry is aligned to its element size, since each of the two sections starts on 16 bytes.
     """
-    nbytes = rows.nbytes(itemsizes)
-    section = np.array([not t.name.startswith("model") for t in tensors], np.int64)[rows.tensor]
-    order = (
-        *rows.box[:, 0].T[::-1],
-        rows.tensor,
-        nbytes < SMALL_BYTES,
-        -itemsizes[rows.tensor],
-        section,
-        rows.file,
-    )
-    by_place = np.lexsort(order)
-    rows, section, nbytes = rows.take(by_place), section[by_place], nbytes[by_place]
-    first = np.ones(len(nbytes), bool)
-    first[1:] = rows.file[1:] != rows.file[:-1]
-    of_file = np.cumsum(first) - 1
-    model_bytes = np.bincount(of_file, nbytes * (1 - section)).astype(np.int64)
-    begin = np.cumsum(nbytes) - nbytes
-    begin += (-model_bytes % 16)[of_file] * section - begin[np.flatnonzero(first)][of_file]
-    return rows._replace(begin=begin, length=nbytes)
+    section = np.array([not t.name.startswith("model") for t in tensors], np.int64)
+    small, widths = rows.nbytes(itemsizes) < SMALL_BYTES, itemsizes[rows.tensor]
+    order = (*rows.box[:, 0].T[::-1], rows.tensor, small, -widths, section[rows.tensor], rows.file)
+    rows = rows.take(np.lexsort(order))
+    nbytes, number = rows.nbytes(itemsizes), np.cumsum(starts(rows.file, section[rows.tensor])) - 1
+    gaps = -np.bincount(number, nbytes).astype(np.int64) % 16  # behind each section
+    begin = np.cumsum(nbytes) - nbytes + (np.cumsum(gaps) - gaps)[number]
+    return rows._replace(begin=begin - begin[np.searchsorted(rows.file, rows.file)], length=nbytes)
 
 
-def cut_up(rows: Pieces, itemsizes: Ints, most: int) -> Pieces:
-    """Cut pieces of more than `most` bytes, between rows of their first dimension, then of the next."""
+def cut_up(rows: Pieces, itemsizes: Ints) -> Pieces:
+    """Cut pieces of more than a block, between rows of their first dimension, then of the next."""
     for dim in range(rows.box.shape[2]):
         nbytes, size = rows.nbytes(itemsizes), rows.box[:, 1, dim]
-        step = np.maximum(1, most * size // np.maximum(1, nbytes))
-        ways = np.where(nbytes > most, -(-size // step), 1)
-        number = np.arange(ways.sum()) - (np.cumsum(ways) - ways).repeat(ways)
-        rows, step, size = rows.take(np.arange(len(ways)).repeat(ways)), step.repeat(ways), size.repeat(ways)
-        cut = ways.repeat(ways) > 1
-        rows.box[cut, 0, dim] += (number * step)[cut]
-        rows.box[cut, 1, dim] = np.minimum(step, size - number * step)[cut]
+        step = np.where(nbytes > st.BLOCK_BYTES, np.maximum(1, st.BLOCK_BYTES * size // nbytes), size)
+        ways = -(-size // step)
+        index = np.arange(len(ways)).repeat(ways)
+        first = (np.arange(len(index)) - (np.cumsum(ways) - ways)[index]) * step[index]
+        rows = rows.take(index)
+        rows.box[:, 0, dim] += first
+        rows.box[:, 1, dim] = np.minimum(step[index], size[index] - first)
     return rows
 
 
 def pack_plan(plan: CheckpointMetadata, sources: Pieces) -> dict[str, object]:
-    """The plan for the other ranks."""
-    columns = {"file": sources.file, "tensor": sources.tensor}
-    return {**st.encode_tables(plan), "sources": st.pack_table(columns, sources.box)}
+    """Pack the plan for the other ranks."""
+    tables = {"pieces": pack_pieces(plan.pieces), "sources": pack_pieces(sources)}
+    return {"files": [[*s] for s in plan.shards], "tensors": [[*t] for t in plan.tensors], **tables}
 
 
 def unpack_plan(packed: object, ticket: CheckpointMetadata, rank: int) -> tuple[CheckpointMetadata, Pieces]:
-    """The plan with the rows of whole files and of this rank's own; and who gives which box to whole files.
-
-    Takes memory for one column of all rows at a time.
-    """
+    """The plan, with the rows of whole files and of this rank's own; and who gives which box to them."""
     body = Fields(packed)
-    files = [(str(name), st.int_tuple(numbers[:2])) for name, *numbers in map(as_list, body.array("files"))]
-    shards = tuple(st.ShardMetadata(name, length, header, 0) for name, (length, header) in files)
-    own = len(shards) - ticket.world_size + rank if len(shards) >= ticket.world_size else -1
+    shards = [
+        st.ShardMetadata(str(name), *st.int_tuple(sizes))
+        for name, *sizes in map(as_list, body.array("files"))
+    ]
+    own = len(shards) - ticket.world_size + rank
     wanted = [n for n, shard in enumerate(shards) if shard.header_bytes or n == own]
-    table, sources = body.child("pieces"), body.child("sources")
-    count = table.number("count")
-    mine = np.isin(st.unpack_ints(table.text("file"), count), wanted)
-
-    def column(name: str) -> Ints:
-        return st.unpack_ints(table.text(name), count)[mine]
-
     plan = dataclasses.replace(
         ticket,
-        shards=shards,
+        shards=tuple(shards),
         tensors=st.decode_tensors(body.array("tensors")),
-        pieces=Pieces(
-            column("tensor"),
-            column("file"),
-            column("begin"),
-            column("length"),
-            st.unpack_box(table, count)[mine],
-        ),
+        pieces=unpack_pieces(body.all["pieces"], wanted),
     )
-    given = sources.number("count")
-    ranks, tensor = (st.unpack_ints(sources.text(name), given) for name in ("file", "tensor"))
-    return plan, Pieces(tensor, ranks, tensor * 0, tensor * 0, st.unpack_box(sources, given))
+    return plan, unpack_pieces(body.all["sources"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1802,30 +1667,30 @@ class Meter:
 
 
 def checksums(views: Sequence[torch.Tensor], on_device: Sequence[int], meter: Meter) -> list[int]:
-    """A checksum of the row-major bytes of each view.
-
-    A CRC32 of CRC32s, or where asked, a sum made on its device.
-    """
-    rows = [
-        [0] * (0 if device else -(-view.nbytes // st.BLOCK_BYTES)) for view, device in zip(views, on_device)
+    """A checksum of the row-major bytes of each view: CRC32s of its blocks, or a sum made on its device."""
+    sums: list[torch.Tensor | int] = [
+        st.device_sum(view) if device else 0 for view, device in zip(views, on_device)
     ]
+    crcs: dict[tuple[int, int], int] = {}
 
     def checksum(place: tuple[int, int], buffer: Bytes, gate: st.Gate) -> None:
-        index, block = place
-        view, start = views[index], block * st.BLOCK_BYTES
-        stop = min(start + st.BLOCK_BYTES, view.nbytes)
-        if (flat := st.byte_view(view)) is None:
-            st.copy_out(view, start, flat := buffer[: stop - start])
-            start, stop = 0, stop - start
-        rows[index][block] = st.crc32(flat[start:stop])
+        index, start = place
+        stop = min(start + st.BLOCK_BYTES, views[index].nbytes)
+        if (flat := st.byte_view(views[index])) is None:
+            st.copy_out(views[index], start, block := buffer[: stop - start])
+        else:
+            block = flat[start:stop]
+        crcs[place] = st.crc32(block)
 
-    places = [(index, block) for index, row in enumerate(rows) for block in range(len(row))]
-    st.in_parallel(places, checksum, meter.tick, len(places))
-    on_devices = [st.device_sum(view) if device else None for view, device in zip(views, on_device)]
-    return [
-        st.crc32(np.array(row, np.uint32)) if device is None else int(device) % (1 << 64)
-        for row, device in zip(rows, on_devices)
+    places = [
+        (index, start)
+        for index, view in enumerate(views)
+        for start in range(0, 0 if on_device[index] else view.nbytes, st.BLOCK_BYTES)
     ]
+    st.in_parallel(places, checksum, meter.tick, len(places))
+    for place in places:
+        sums[place[0]] = st.crc32(np.array([int(sums[place[0]]), crcs[place]], np.uint32))
+    return [int(total) % (1 << 64) for total in sums]
 
 
 Views = Mapping[int, Sequence[tuple[Box, torch.Tensor]]]  # the boxes that a rank holds of each tensor
