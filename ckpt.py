@@ -732,7 +732,8 @@ class DistributedCheckpoint:
         chosen = None if retain is None else lambda metas: retain([CheckpointInfo.of(meta) for meta in metas])
         saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, chosen, self._warned)
         collect = collect or (lambda: self._collect(given))
-        prefix, op = self._run(given, "save", lambda op: saver.coordinate_save(op, request, collect))
+        save = functools.partial(saver.coordinate_save, request=request, collect=collect)
+        prefix, op = self._run(given, "save", save)
         count = saver.size_bytes or saver.bytes_written  # rank 0 knows that of all ranks
         who = f"rank {op.rank}" if op.rank else f"{op.world_size} rank(s)"
         what = f"saved {prefix}: {count / 1e9:.3f} GB by {who}"
