@@ -470,8 +470,7 @@ def sync(files: Sequence[Path]) -> None:
 
 def library(bench: Bench, world: World) -> ckpt.DistributedCheckpoint:
     """The library under test over the ranks of one world."""
-    coordinator, quiet = ckpt.TorchCoordinator(process_group=world.group), logging.getLogger("bench_ckpt")
-    return ckpt.DistributedCheckpoint(coordinator, bench.scratch / "ours", logger=quiet)
+    return ckpt.DistributedCheckpoint(ckpt.TorchCoordinator(world.group), bench.scratch / "ours")
 
 
 def our_saves(bench: Bench, world: World, state: State, form: Form = Form.MULTI_SHARD) -> list[Candidate]:
@@ -1088,8 +1087,7 @@ def report(bench: Bench) -> None:
 def work(settings: Settings) -> int:
     """One rank of the benchmark, or of a job in fresh processes; its exit code."""
     warnings.simplefilter("ignore")  # the peers' deprecation notes would hide the tables
-    for name in ("torch", "bench_ckpt"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
     given, scratch = os.environ.get("CKPT_BENCH_DIR"), [""]
     if dist.get_rank() == 0:
@@ -1118,17 +1116,20 @@ def launch(ranks: int, argv: Sequence[str], extra: Mapping[str, str], errors: in
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), **extra}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     command, started = [sys.executable, os.path.abspath(__file__), *argv], list[subprocess.Popen[bytes]]()
+    end_with_parent = partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    # In a session of its own: Ctrl-C reaches only this process, which then ends the ranks.
+    start = partial(subprocess.Popen, command, start_new_session=True, preexec_fn=end_with_parent)
     try:
         for rank in map(str, range(ranks)):
-            environment = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
-            # In a session of its own: Ctrl-C reaches only this process, which then ends the ranks.
-            started.append(subprocess.Popen(command, env=environment, stderr=errors, start_new_session=True))
+            variables = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}
+            started.append(start(env=variables, stderr=errors))
         while any(rank.poll() is None for rank in started) and not any(rank.poll() for rank in started):
             time.sleep(0.02)
         return next((rank.returncode for rank in started if rank.poll()), 0)
     finally:
         for process in started:
             process.kill()  # its files are in the scratch directory, which is deleted as a whole
+        for process in started:
             process.wait()
 
 
@@ -1166,7 +1167,8 @@ def parse(argv: Sequence[str]) -> Settings:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     if min(given.nproc, given.rounds, given.size) < 1:
         parser.error("--nproc, --rounds and --size must be at least 1")
-    given.dir = os.path.abspath(given.dir)
+    width, given.dir = gpt2_width(given.size), os.path.abspath(given.dir)
+    given.size = 12 * (144 * width**2 + 50_415 * width)  # of a model that exists
     return given
 
 
@@ -1174,8 +1176,6 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark; the exit code."""
     settings = parse(argv)
     if "RANK" in os.environ:  # a rank, started by `launch` or by torchrun
-        if "CKPT_BENCH_DIR" in os.environ:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the launching process
         if "CKPT_BENCH_DIR" not in os.environ or "CKPT_BENCH_JOB" in os.environ or torch.cuda.is_available():
             settings.nproc = 0  # no rank has been started only to load
         return work(settings)
