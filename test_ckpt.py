@@ -11036,15 +11036,56 @@ def carry_out(plan, pids, names):
         time.sleep(plan.pause_s)
 
 
-def test_the_benchmarks_row_for_the_plan_has_a_figure_for_all_that_it_names(monkeypatch):
+def test_the_benchmarks_rows_for_growth_have_a_figure_for_all_that_they_name(tmp_path, monkeypatch):
     import bench_ckpt
 
-    monkeypatch.setattr(bench_ckpt, "PLAN_RANKS", (4,))
-    monkeypatch.setattr(bench_ckpt, "PLAN_TENSORS", 8)
-    single = types.SimpleNamespace(member=True)
-    bench = types.SimpleNamespace(rows=[], single=single, release=lambda: None, progress=lambda text: None)
-    bench_ckpt.bench_plan(bench)
-    ((lines, notes),) = [(row.lines, row.notes) for row in bench.rows]
-    assert (
-        len(lines) == 4 and all(line.median > 0 for line in lines) and "37 pieces" in notes[-1]
-    )  # 8 x 4, and 5 values
+    def ignore(*words):
+        pass
+
+    monkeypatch.setattr(bench_ckpt, "GROWTH_RANKS", (4,))
+    monkeypatch.setattr(bench_ckpt, "GROWTH_TENSORS", 8)
+    bench = types.SimpleNamespace(rows=[], scratch=tmp_path, remove=ignore, progress=ignore)
+    bench_ckpt.growth(bench)
+    for row in bench.rows:
+        assert [line.unit for line in row.lines] == ["s", "s", "MiB", "MB", "MB"]
+        assert all(line.median > 0 for line in row.lines if line.unit != "MiB")
+    # 8 tensors of 4 shards each, or of one piece; and a value of each rank
+    assert [row.notes for row in bench.rows] == [["36 pieces"], ["12 pieces"]]
+
+
+def test_the_benchmark_refuses_a_load_that_gives_other_bits():
+    import bench_ckpt
+
+    state = bench_ckpt.State(nn.ParameterList(torch.empty(6, 4) for _ in range(3)), None).filled()
+    saved = [tensor.clone() for tensor in state.tensors()]
+
+    def load(order):
+        for tensor, number in zip(state.tensors(), order):
+            tensor.copy_(saved[number])
+
+    state.check(lambda: load((0, 1, 2)))
+    for wrong in (lambda: None, lambda: load((0, 2, 1)), lambda: load((0, 1))):
+        with pytest.raises(RuntimeError, match="other bits"):
+            state.check(wrong)
+
+
+def test_the_quick_benchmark_ends_in_one_sentence(tmp_path):
+    line = [
+        sys.executable,
+        str(HERE / "bench_ckpt.py"),
+        "--quick",
+        "--size=1M",
+        "--rounds=1",
+        "--dir",
+        tmp_path,
+    ]
+    line += ["--rows=save-fsdp,reshard-up", "--json", tmp_path / "out.json"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        r"Saved .* GB from 2 ranks, loaded it on 4 and verified every bit: .* the load .*", last
+    )
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["summary"] == last and [row["key"] for row in found["rows"]] == ["save-fsdp", "reshard-up"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
