@@ -645,12 +645,12 @@ class Simulation(ckpt.LocalCoordinator):
     def run(self, coordinator: ckpt.LocalCoordinator) -> ckpt.CheckpointMetadata:
         """S1 to S3 on one rank; the plan."""
         op = ckpt_coord.Operation(coordinator, "save", WAIT.total_seconds())
-        form, level = Form.MULTI_SHARD, ckpt.CompressionLevel.NONE
-        request = ckpt_coord.SaveRequest("x", form, level, True, True, ("model",), {})
+        names = {"prefix": "x", "format": "multi_shard", "compression": "none", "contents": ["model"]}
+        request = {**names, "overwrite": True, "verify_replicas": True, "custom_metadata": {}}
         save = ckpt_coord.CheckpointCoordinator(coordinator, self.storage)
-        asked, ticket = save.agree(op, lambda: request)
+        ticket = save.agree(op, lambda: request)
         data = save.collect(op, lambda: self.collect(coordinator.rank))
-        return save.plan(op, asked, ticket, data)[0]
+        return save.plan(op, ticket, data)[0]
 
     def all_gather(self, value: object, timeout: float = 600.0) -> list[object]:
         """Every rank's value, as JSON and back."""

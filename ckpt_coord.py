@@ -168,6 +168,7 @@ class CheckpointCoordinator:
     # Sets of names that a warning has named as kept per rank.
     warned: set[tuple[str, ...]] = field(default_factory=set)
 
+    warnings: list[str] = field(init=False, default_factory=list)  # of the last save
     bytes_written = 0  # by this rank in the last save
     size_bytes = 0  # of the last checkpoint, on rank 0
 
