@@ -1837,9 +1837,10 @@ def test_a_tied_name_that_only_one_rank_has_is_stored_whole(tmp_path, form, hold
 
 def save_a_tie_of_one_rank(rank, world_size, tmp, form, holder):
     w = torch.arange(6.0)
-    opened(tmp).save(Bag(w=w, **({"tied": w} if rank == holder else {})), None, to(format=form))
+    state = {"w": w, "tied": w} if rank == holder else {"w": w}
+    opened(tmp).save(Bag(**state), None, to(format=form, include_rng_state=False))
     target = Bag(w=torch.zeros(6), tied=torch.zeros(6))
-    opened(tmp).load(target, None, at())
+    opened(tmp).load(target, None, at(load_rng_state=False))
     return torch.equal(target.state["w"], w) and torch.equal(target.state["tied"], w)
 
 
