@@ -1536,21 +1536,21 @@ def lay_out(
     In the latter `file` is the rank.
     """
     tensors, rows = holdings.tensors()
-    rows = rows.take(np.array([t.alias_of is None for t in tensors], bool)[rows.tensor])
     itemsizes = st.itemsizes(tensors)
-    rows = share_out(rows, itemsizes, ticket.world_size)
-    check_complete(tensors, rows)
-    rows = rows._replace(begin=rows.tensor * 0, length=rows.tensor * 0)
+    stored = np.array([t.alias_of is None for t in tensors], bool)[rows.tensor]
     files, whole = list[str](), list[int]()
     if form is CheckpointFormat.SINGLE_FILE:
         files, whole = [st.whole_file_name(ticket.save_id)], list(range(len(tensors)))
     elif form is CheckpointFormat.CONSOLIDATED:
         files, whole = [st.whole_file_name(ticket.save_id, "model")], sorted(st.in_model_file(tensors))
-        for number in whole:  # a tied name gets a copy of its own
+        for number in whole:  # a tied name gets a copy of its own, from ranks that hold both
             if (origin := tensors[number].alias_of) is not None:
-                copy = rows.take(rows.tensor == origin)
-                rows = join([rows, copy._replace(tensor=np.full_like(copy.tensor, number))])
+                givers = rows.file[rows.tensor == origin]
+                stored |= (rows.tensor == number) & np.isin(rows.file, givers)
                 tensors[number] = tensors[number]._replace(alias_of=None)
+    rows = share_out(rows.take(stored), itemsizes, ticket.world_size)
+    check_complete(tensors, rows)
+    rows = rows._replace(begin=rows.tensor * 0, length=rows.tensor * 0)
     inside = np.isin(rows.tensor, whole)
     sources, rows = rows.take(inside), rows.take(~inside)
     rows = rows._replace(file=rows.file + len(files))
@@ -1559,9 +1559,9 @@ def lay_out(
         files += [st.own_file_name(ticket.save_id, rank, ticket.world_size) for rank in numbers]
     if ticket.compression != "none":
         rows = cut_up(rows, itemsizes)
-    stored = [n for n in whole if tensors[n].alias_of is None and 0 not in tensors[n].shape]
-    boxes = stack_boxes([whole_box(tensors[n].shape) for n in stored], rows.box.shape[2])
-    index = np.array(stored, np.int64)
+    filled = [n for n in whole if tensors[n].alias_of is None and 0 not in tensors[n].shape]
+    boxes = stack_boxes([whole_box(tensors[n].shape) for n in filled], rows.box.shape[2])
+    index = np.array(filled, np.int64)
     rows = join([Pieces(index, index * 0, index * 0, index * 0, boxes), rows])
     rows = place(rows, tensors, itemsizes)
     rows = rows.take(np.lexsort((*rows.box[:, 0].T[::-1], rows.tensor)))

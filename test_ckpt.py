@@ -1832,6 +1832,21 @@ def save_replicas(rank, world_size, tmp):
     opened(tmp).save(Bag(w=torch.arange(4 * MiB, dtype=torch.int32)), None, to())
 
 
+@pytest.mark.parametrize("holder", [0, 1])
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_tied_name_that_only_one_rank_has_is_stored_whole(tmp_path, form, holder):
+    assert run(2, save_a_tie_of_one_rank, tmp_path, form, holder) == [True, True]
+
+
+def save_a_tie_of_one_rank(rank, world_size, tmp, form, holder):
+    w = torch.arange(6.0)
+    state = {"w": w, "tied": w} if rank == holder else {"w": w}
+    opened(tmp).save(Bag(**state), None, to(format=form, include_rng_state=False))
+    target = Bag(w=torch.zeros(6), tied=torch.zeros(6))
+    opened(tmp).load(target, None, at(load_rng_state=False))
+    return torch.equal(target.state["w"], w) and torch.equal(target.state["tied"], w)
+
+
 def test_twenty_thousand_small_tensors_cost_what_their_bytes_cost(tmp_path):
     bag = Bag(**{f"t{i}": torch.full((16,), i, dtype=torch.int32) for i in range(20_000)})
     files = Seam()
