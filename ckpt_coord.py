@@ -91,7 +91,6 @@ if TYPE_CHECKING or __package__:
         CheckpointException,
         CheckpointMetadata,
         ExceptionType,
-        Fields,
         Ints,
         Pieces,
         Shape,
@@ -107,7 +106,6 @@ else:
         CheckpointException,
         CheckpointMetadata,
         ExceptionType,
-        Fields,
         Ints,
         Pieces,
         Shape,
@@ -268,7 +266,7 @@ class CheckpointCoordinator:
         self, op: Operation, asked: Message, data: ShardData, holdings: Holdings | None
     ) -> None:
         """Compare what several ranks hold by checksums. Copies that differ are then kept per rank or mesh."""
-        requests = list[object]()
+        requests = list[Packed]()
         if holdings:
             compared, on_device = holdings.replicas(asked["verify_replicas"])
             rows = holdings.rows.take(compared)
@@ -432,13 +430,6 @@ class CheckpointCoordinator:
             message = f"{ticket.prefix!r} may have been committed: its record cannot be read: {error}"
             raise OSError(message) from error
         return head is not None and head.save_id == ticket.save_id
-
-
-def as_list(value: object) -> list[object]:
-    """A value that another rank sent, which is a list; ValueError if not."""
-    if not isinstance(value, list):
-        raise ValueError(f"expected a list, found {type(value).__name__}")
-    return value
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1229,23 +1220,26 @@ NO_PIECES = Pieces(_NONE, _NONE, _NONE, _NONE, np.empty((0, 2, 0), np.int64))
 _STEP = re.compile("optimizer/(.+)/step")  # where a torch optimizer keeps the number of a parameter's updates
 
 
-def pack_columns(*columns: Ints) -> list[object]:
-    """Columns of one length as JSON: that length, and each column."""
+Packed = list[Any]  # columns of one length as JSON: that length, and a text for each column
+
+
+def pack_columns(*columns: Ints) -> Packed:
+    """Pack columns for other ranks."""
     return [len(columns[0]), *map(st.pack_ints, columns)]
 
 
-def unpack_columns(packed: object) -> Iterator[Ints]:
+def unpack_columns(packed: Packed) -> Iterator[Ints]:
     """Inverse of `pack_columns`; expands one column at a time."""
-    count, *texts = as_list(packed)
-    return (st.unpack_ints(str(text), int(str(count))) for text in texts)
+    count, *texts = packed
+    return (st.unpack_ints(text, count) for text in texts)
 
 
-def pack_pieces(pieces: Pieces) -> list[object]:
-    """Pieces as JSON."""
+def pack_pieces(pieces: Pieces) -> Packed:
+    """Pack pieces for other ranks."""
     return pack_columns(pieces.file, pieces.tensor, pieces.begin, pieces.length, *box_columns(pieces.box))
 
 
-def unpack_pieces(packed: object, files: Sequence[int] | None = None) -> Pieces:
+def unpack_pieces(packed: Packed, files: Sequence[int] | None = None) -> Pieces:
     """Inverse of `pack_pieces`, for the rows of `files` or all. Takes memory for one column of all rows."""
     columns = unpack_columns(packed)
     file = next(columns)
@@ -1294,7 +1288,7 @@ class Described(NamedTuple):
     mesh: int  # the number of its mesh; 0: a plain tensor
 
 
-def describe(data: ShardData) -> dict[str, object]:
+def describe(data: ShardData) -> Message:
     """Describe what a rank holds, for the planner."""
     meshes = {mesh: number for number, mesh in enumerate(dict.fromkeys(t.mesh for t in data.tensors))}
     held = [(index, view.is_cuda) for index, t in enumerate(data.tensors) for _, view in t.pieces]
@@ -1323,7 +1317,7 @@ def gather_holdings(op: Operation, data: ShardData) -> Holdings | None:
     if op.broadcast(digest) == digest and op.rank > 0:
         body["tensors"] = None
     bodies = op.gather_at_0(body)
-    return Holdings(list(map(Fields, bodies))) if op.rank == 0 else None
+    return Holdings(bodies) if op.rank == 0 else None
 
 
 class Holdings:
@@ -1339,31 +1333,24 @@ class Holdings:
     `length` whether it is in the memory of a CUDA device.
     """
 
-    def __init__(self, bodies: Sequence[Fields]) -> None:
+    def __init__(self, bodies: Sequence[Message]) -> None:
         kinds, meshes, tables = dict[Described, int](), {(): 0}, dict[bytes, Ints]()
         held, parts = list[Ints](), list[Pieces]()
         for rank, body in enumerate(bodies):
-            rows, packed = body.all["tensors"], body.array("meshes")
+            rows, packed = body["tensors"], body["meshes"]
             if (key := st.dump_json([rows, packed])) not in tables:
                 local = [tuple(next(unpack_columns(mesh)).tolist()) for mesh in packed]
                 numbers = [meshes.setdefault(mesh, len(meshes)) for mesh in local]
-                rows = bodies[0].all["tensors"] if rows is None else rows
+                rows = bodies[0]["tensors"] if rows is None else rows
                 found = (
-                    Described(
-                        str(name),
-                        str(dtype),
-                        st.int_tuple(shape),
-                        str(origin or ""),
-                        own is True,
-                        numbers[int(str(mesh))],
-                    )
-                    for name, dtype, shape, origin, own, mesh in map(as_list, as_list(rows))
+                    Described(name, dtype, tuple(shape), origin or "", own, numbers[mesh])
+                    for name, dtype, shape, origin, own, mesh in rows
                 )
                 tables[key] = np.array([kinds.setdefault(kind, len(kinds)) for kind in found], np.int64)
             held.append(tables[key])
-            pieces = unpack_pieces(body.all["pieces"])
+            pieces = unpack_pieces(body["pieces"])
             parts.append(pieces._replace(file=np.full_like(pieces.file, rank)))
-        self.steps = [body.child("steps").all for body in bodies]
+        self.steps = [body["steps"] for body in bodies]
         self.kinds, kind, counts = list(kinds), np.concatenate(held), np.array([len(ids) for ids in held])
         ranks = np.arange(len(held)).repeat(counts)
         self._compare(list(meshes), ranks, kind)
@@ -1457,7 +1444,7 @@ class Holdings:
 
     def check_steps(self) -> None:
         """Check that ranks have the same optimizer step of each parameter that is not itself kept apart."""
-        first, differing = dict[str, object](), {m[1] for name in self.apart if (m := _STEP.fullmatch(name))}
+        first, differing = dict[str, float](), {m[1] for name in self.apart if (m := _STEP.fullmatch(name))}
         for steps in self.steps:
             differing |= {name for name, step in steps.items() if first.setdefault(name, step) != step}
         # A parameter that several optimizers hold is named <optimizer>/<parameter>.
@@ -1605,28 +1592,20 @@ def cut_up(rows: Pieces, itemsizes: Ints) -> Pieces:
     return rows
 
 
-def pack_plan(plan: CheckpointMetadata, sources: Pieces) -> dict[str, object]:
+def pack_plan(plan: CheckpointMetadata, sources: Pieces) -> Message:
     """Pack the plan for the other ranks."""
     tables = {"pieces": pack_pieces(plan.pieces), "sources": pack_pieces(sources)}
     return {"files": [[*s] for s in plan.shards], "tensors": [[*t] for t in plan.tensors], **tables}
 
 
-def unpack_plan(packed: object, ticket: CheckpointMetadata, rank: int) -> tuple[CheckpointMetadata, Pieces]:
+def unpack_plan(packed: Message, ticket: CheckpointMetadata, rank: int) -> tuple[CheckpointMetadata, Pieces]:
     """The plan, with the rows of whole files and of this rank's own; and who gives which box to them."""
-    body = Fields(packed)
-    shards = [
-        st.ShardMetadata(str(name), *st.int_tuple(sizes))
-        for name, *sizes in map(as_list, body.array("files"))
-    ]
+    shards = tuple(st.ShardMetadata(*row) for row in packed["files"])
     own = len(shards) - ticket.world_size + rank
     wanted = [n for n, shard in enumerate(shards) if shard.header_bytes or n == own]
-    plan = dataclasses.replace(
-        ticket,
-        shards=tuple(shards),
-        tensors=st.decode_tensors(body.array("tensors")),
-        pieces=unpack_pieces(body.all["pieces"], wanted),
-    )
-    return plan, unpack_pieces(body.all["sources"])
+    tensors, pieces = st.decode_tensors(packed["tensors"]), unpack_pieces(packed["pieces"], wanted)
+    plan = dataclasses.replace(ticket, shards=shards, tensors=tensors, pieces=pieces)
+    return plan, unpack_pieces(packed["sources"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2215,9 +2194,8 @@ def read_once(op: Operation, reader: CheckpointReader, reads: Sequence[Read], me
         mine.setdefault((read.file, read.low // st.BLOCK_BYTES), []).append(read)
     spans = np.array([read[:3] for read in reads], np.int64).reshape(-1, 3).T
     needs: dict[tuple[int, int], tuple[int, int, list[int]]] = {}  # by block: bytes [low, high), and ranks
-    for rank, row in enumerate(op.gather([len(reads), *map(st.pack_ints, spans)])):
-        count, *columns = as_list(row)
-        for file, low, high in zip(*(st.unpack_ints(str(c), int(str(count))).tolist() for c in columns)):
+    for rank, packed in enumerate(op.gather(pack_columns(*spans))):
+        for file, low, high in zip(*(column.tolist() for column in unpack_columns(packed))):
             start, stop, ranks = needs.get(block := (file, low // st.BLOCK_BYTES), (low, high, []))
             needs[block] = min(start, low), max(stop, high), sorted({*ranks, rank})
     order, sender = sorted(needs), {b: ranks[sum(b) % len(ranks)] for b, (_, _, ranks) in needs.items()}
