@@ -994,11 +994,6 @@ class Collecting:
         for name, (value, per_rank) in self._values.items():
             text = st.dump_json(self.encode(value, name))
             self.data.tensors.append(coord.local_value(name, text, per_rank))
-        try:
-            for name in (*self.live, *self._values):
-                st.check_name(name)
-        except ValueError as error:
-            raise CheckpointException(str(error), type=ExceptionType.SAVE_FAILED) from error
         return self.data
 
 
@@ -1753,8 +1748,11 @@ class SizeIntegrityChecker:
     name = "size"
 
     def check_integrity(self, reader: CheckpointReader, shard: int) -> ValidationResult:
+        info, result = reader.metadata.shards[shard], ValidationResult()
         reader.unit_crcs(shard)
-        return ValidationResult()
+        if (length := reader.file(shard).length()) != info.length:
+            result.errors.append(f"{info.file}: {length} bytes, the record says {info.length}")
+        return result
 
 
 class ChecksumIntegrityChecker:

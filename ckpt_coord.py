@@ -235,6 +235,8 @@ class CheckpointCoordinator:
         """Collect what this rank holds. A rank outside of a DTensor's mesh has no part of it."""
         with op.step("S2 collect"):
             data = collect()
+            for t in data.tensors:
+                st.check_name(t.name)
             tensors = [t._replace(mesh=op.own_ranks(t.mesh)) for t in data.tensors]
             return data._replace(tensors=mark_tied([t for t in tensors if not t.mesh or op.rank in t.mesh]))
 
