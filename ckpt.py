@@ -753,7 +753,7 @@ class DistributedCheckpoint:
             into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
         if given.options.include_rng_state:
             into.value("rng/state", rng_state(), per_rank=True)
-        return into.finish()
+        return into.finish(saving=True)
 
     @coord.no_garbage_collection()
     def _stage(self, given: Given[SaveOptions], pending: PendingSave) -> Callable[[], ShardData]:
@@ -988,13 +988,16 @@ class Collecting:
         """Add a non-tensor value, with the tensors inside it."""
         self._values[name] = value, per_rank
 
-    def finish(self) -> ShardData:
-        """All of it. The tensors inside values get their names last, so that none takes a value's name."""
+    def finish(self, saving: bool) -> ShardData:
+        """All of it. The tensors inside values get their names last, so that none takes a value's name.
+
+        `saving`: SAVE_FAILED for a name that UTF-8 cannot encode. A load may find it in a record.
+        """
         for name, (value, per_rank) in self._values.items():
             text = st.dump_json(self.encode(value, name))
             self.data.tensors.append(coord.local_value(name, text, per_rank))
         try:
-            for name in (*self.live, *self._values):
+            for name in (*self.live, *self._values) if saving else ():
                 st.check_name(name)
         except ValueError as error:
             raise CheckpointException(str(error), type=ExceptionType.SAVE_FAILED) from error
@@ -1473,7 +1476,7 @@ class Restore:
         for key, live in given.extra_state.items():
             if isinstance(live, Stateful):
                 into.value(f"extra/{key}", live.state_dict())
-        into.finish()
+        into.finish(saving=False)
         self.unexpected = {t.name for t in reader.metadata.tensors if t.name.startswith("model/")}
         self.unexpected |= set(filter(coord.in_model, values))
         self._model.fill(self, tensors)
