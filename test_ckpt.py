@@ -7939,7 +7939,6 @@ def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_
 
 RECORD = "p.metadata.json"
 REFUSALS = ("CORRUPTED_CHECKPOINT", "INCOMPATIBLE_VERSION", "VALIDATION_FAILED")
-FUZZ_LEVELS = [CompressionLevel.NONE, CompressionLevel.FAST]
 SPECIMEN_EXTRA = {"table": {"x": [7, 1.5, None], "y": torch.tensor(2.5)}}
 
 
@@ -7949,7 +7948,7 @@ def specimen_state(change=0):
     return {"a": ramp + change, "b": torch.zeros(40) + change, "c": torch.ones(2, 3, dtype=torch.bool)}
 
 
-def specimen(tmp, form=CheckpointFormat.MULTI_SHARD, level=CompressionLevel.NONE, world_size=1, change=0):
+def specimen(tmp, form=CheckpointFormat.MULTI_SHARD, level="none", world_size=1, change=0):
     """The files of a tiny checkpoint. One rank makes one piece of each tensor: a, b, c, table.y, table."""
     custom = {"epoch": 3, "best": [0.5, "x"]}
     options = to(include_rng_state=False, format=form, compression_level=level, custom_metadata=custom)
@@ -7970,11 +7969,31 @@ def load_specimen(files):
     return "exact" if identical(found, (specimen_state(), SPECIMEN_EXTRA)) else "other"
 
 
-def check_damage(files, context):
+def check_bad_input(files, context="", seconds=1.0, write=False):
+    """Only typed refusals come out of bad files, in little processor time. What a load and a validation say.
+
+    With `write`: nor do they stop a listing, a clean-up, a save or a delete.
+    """
+    started, storage = time.process_time(), Memory(files)
+    outcome, checkpoint = load_specimen(files), over(storage, keep_last=3)
+    assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
+    valid = checkpoint.validate_checkpoint("p")
+    valid.get_summary()
+    if write:
+        checkpoint.list_checkpoints()
+        st.collect_garbage(storage)
+        assert save_word(checkpoint, "new", "q") == "q" and seen(storage, "q") == "new", context
+        assert "q" in [info.prefix for info in checkpoint.list_checkpoints()]
+        checkpoint.delete_checkpoint("p")
+    took = time.process_time() - started
+    assert took < seconds, (took, context)
+    return outcome, valid.is_valid
+
+
+def check_damage(context, files):
     """Damaged files are rejected by a validation; a load rejects them, or returns the exact state."""
-    assert not over(Memory(files)).validate_checkpoint("p").is_valid, context
-    outcome = load_specimen(files)
-    assert outcome == "exact" or outcome[0] in REFUSALS, (context, outcome)
+    outcome, valid = check_bad_input(files, context)
+    assert not valid and outcome != "other", (outcome, context)
     return outcome
 
 
@@ -7999,9 +8018,7 @@ def of_other_lengths(files):
 # Whole files are never compressed: a level changes nothing but the rank's own files.
 @pytest.mark.parametrize("form, level", [*((form, "none") for form in FORMATS), (FORMATS[0], "fast")])
 @pytest.mark.parametrize("damage", [flipped, of_other_lengths])
-def test_each_bit_and_each_length_of_every_file_is_missed_by_no_validation_and_by_no_load(
-    ram, damage, form, level
-):
+def test_each_bit_and_each_length_is_missed_by_no_validation_and_no_load(ram, damage, form, level):
     cores = len(os.sched_getaffinity(0))
     tried = run(cores, check_share, ram, damage, form, level, limit_s=6 * HANG_S)  # minutes of work
     COUNTS["bits flipped" if damage is flipped else "lengths"] += sum(tried)
@@ -8014,30 +8031,27 @@ def check_share(rank, world_size, tmp, damage, form, level):
     files, count = specimen(tmp / str(rank), form, level), 0
     assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
     for context, broken in itertools.islice(damage(files), rank, None, world_size):
-        assert check_damage(broken, context) != "exact", context  # this load needs every block
+        assert check_damage(context, broken) != "exact", context  # this load needs every block
         count += 1
     return count
 
 
-@pytest.mark.parametrize("level", FUZZ_LEVELS)
+@pytest.mark.parametrize("level", ["none", "fast"])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_shards_swapped_duplicated_missing_or_replayed_from_another_save_are_rejected(
+def test_shards_swapped_duplicated_missing_or_replayed_are_rejected(
     ram, tiny_blocks, world_size, form, level
 ):
     files, other = (specimen(ram / "s", form, level, world_size, change) for change in (0, 1))
-    names, theirs = ([name for name in sorted(found) if name != RECORD] for found in (files, other))
+    names, theirs = (sorted(found.keys() - {RECORD}) for found in (files, other))
     assert len(names) == len(theirs) and not set(names) & set(theirs)
-    changed = {mine: other[their] for mine, their in zip(names, theirs) if files[mine] != other[their]}
-    assert changed
-    moved = [{a: files[b], b: files[a]} for a, b in itertools.combinations(names, 2)]  # swapped
-    moved += [{a: files[b]} for a, b in itertools.permutations(names, 2)]  # duplicated
-    moved += [{name: data} for name, data in changed.items()]  # replayed, under the name that is expected
-    moved += [changed, {RECORD: other[RECORD]}]
-    damaged = [files | change for change in moved]
+    contents, replayed = {*files.values(), *other.values()}, dict(zip(names, map(other.get, theirs)))
+    changes = [{name: data} for name in files for data in sorted(contents - {files[name]})]
+    changes += [{a: files[b], b: files[a]} for a, b in itertools.combinations(names, 2)]
+    damaged = [files | change for change in [*changes, replayed]]
     damaged += [{name: data for name, data in files.items() if name != gone} for gone in names]
     for number, broken in enumerate(damaged):
-        check_damage(broken, number)
+        check_damage(number, broken)
 
 
 # Row 15, 16: fuzz, seeded. Only what is documented comes out, with little work and in little memory
@@ -8057,7 +8071,12 @@ def with_record(files, record):
 
 
 def edited(files, changes):
-    """The files with a record in which each {path: new} was put: a value, or a function of what is there."""
+    """The files with a record in which each {path: new} was put: a value, or a function of what is there.
+
+    Or other files, if `changes` is a function of the files.
+    """
+    if callable(changes):
+        return changes(files)
     record = expanded(json.loads(files[RECORD]))
     for path, new in changes.items():
         *above, last = (int(key) if key.isdigit() else key for key in path.split("/"))
@@ -8099,13 +8118,11 @@ NASTY_TEXT = r"""
 {"$ndarray":["|O",[1],"gASVAA=="]} {"$scalar":["<f4",[1000000000,1000000000],""]} {"$int":"zz"} {"$int":""}
 {"$device":"moon:1"} {"$dtype":"nn"} {"$float":"00"} {"$datetime":"now"} {"$Size":[-1]} {"$Size":["x"]}
 {"$Counter":[[1,"x"]]} {"$bytes":"="} {"$str":"gA=="} {"$str":5} {"$eval":"1"} {"$":1}
+"=" "AAAA" "eJwDAAAAAAE=" "eJwDeJwDeJwDeJwD" ["","="]
 """
 NASTY = [*NASTY_TEXT.split(), "1" + "0" * 30, "9" * 5000, "[" * 100_000, '{"a":' * 900 + "1" + "}" * 900]
 NASTY += ["[" * depth + "]" * depth for depth in (500, 900)]
-JUNK = ["", "=", "AAAA", "eJwDAAAAAAE=", "eJwD" * 9, *map(packed, ([], [1 << 62] * 3, range(50_000)))]
-NASTY += map(json.dumps, [*JUNK, JUNK[:2]])
-
-
+NASTY += [json.dumps(packed(column)) for column in ([], [1 << 62] * 3, range(50_000))]
 COLUMNS = ("tensor", "file", "begin", "length")
 
 
@@ -8141,21 +8158,13 @@ def mutated(rng, tree):
 
 
 def smeared(rng, text):
-    """JSON text with some bytes changed, lost or repeated."""
-    data = bytearray(text)
+    """JSON text of which some bytes are others, lost or repeated."""
     for _ in range(rng.choice((1, 1, 2, 8))):
-        place, other = rng.randrange(len(data)), rng.randrange(len(data))
-        flipped, stray = (
-            data[place] ^ 1 << rng.randrange(8),
-            rng.choice(b'0123456789-.eE{}[],:" \\\xff\xc0\x00'),
-        )
-        new = rng.choice(
-            (b"", data[other : other + rng.choice((1, 5, 50))], bytes([flipped]), bytes([stray]))
-        )
-        data[place : place + rng.choice((0, 1, 1, 1, 3, 30))] = new
-        if not data:
-            break
-    return bytes(data)
+        place, other = rng.randrange(len(text)), rng.randrange(len(text))
+        stray = bytes([rng.choice(b'0123456789-.eE{}[],:" \\\xff\xc0\x00')])
+        new = rng.choice((b"", stray, stray, text[other : other + rng.choice((1, 5, 50))]))
+        text = text[:place] + new + text[place + rng.choice((0, 1, 1, 1, 3, 30)) :] or b"{"
+    return text
 
 
 def fuzzed(rng, text):
@@ -8187,33 +8196,10 @@ def fuzzed_header(rng, files):
     return files
 
 
-def check_bad_input(files, context="", seconds=1.0, write=True):
-    """Only typed refusals come out of damaged or lying files, with little work; they stop nothing else.
-
-    `seconds` are of this process, in all its threads, whatever else the machine does.
-    """
-    started = time.process_time()
-    outcome = load_specimen(files)
-    assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
-    checkpoint = over(storage := Memory(files), keep_last=3)
-    checkpoint.list_checkpoints()
-    valid = checkpoint.validate_checkpoint("p")
-    valid.get_summary()
-    if write:
-        st.collect_garbage(storage)
-        assert save_word(checkpoint, "new", "q") == "q" and seen(storage, "q") == "new", context
-        assert "q" in [info.prefix for info in checkpoint.list_checkpoints()]
-        checkpoint.delete_checkpoint("p")
-    took = time.process_time() - started
-    assert took < seconds, (took, context)
-    return outcome, valid.is_valid
-
-
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("what", ["record", "header", "import"])
-def test_fuzz_of_headers_and_records_raises_only_what_is_documented_in_little_time_and_memory(
-    ram, form, what
-):
+def test_fuzz_of_headers_and_records_raises_only_what_is_documented(ram, form, what):
+    """And takes little time and memory."""
     count, outcomes = apart(fuzz, ram, what, form, limit_s=HANG_S * ROUNDS)
     COUNTS["fuzz cases"] += count
     # The fuzz reaches the checks: an import looks at entries alone, a load at the CRC of all of the header.
@@ -8222,7 +8208,9 @@ def test_fuzz_of_headers_and_records_raises_only_what_is_documented_in_little_ti
 
 def fuzz(tmp, what, form):
     outcomes, count, taken = Counter(), 1700 * ROUNDS, 0
-    bases = [specimen(tmp / "s", form, level, world_size) for level in FUZZ_LEVELS for world_size in (1, 2)]
+    bases = [
+        specimen(tmp / "s", form, level, world_size) for level in ["none", "fast"] for world_size in (1, 2)
+    ]
     for number in range(-20, count):  # a few to warm up
         context = what, form, seed = what, form, max(0, number)
         rng, base = random.Random(seed), bases[seed % len(bases)]
@@ -8236,9 +8224,9 @@ def fuzz(tmp, what, form):
             assert outcome[0] in ("returned", "ValueError", *REFUSALS), (context, outcome)
             assert time.process_time() - started < 1.0, context
         else:
-            outcome, valid = check_bad_input(files, context, write=seed % 8 == 0)
-            if what == "header" and files != base:  # which a load does not need, but for its CRCs
-                assert not valid and outcome != "other", (context, outcome)
+            outcome, valid = check_bad_input(files, context, write=seed % 4 == 0)
+            # A load does not need the header, but for its CRCs.
+            assert what == "record" or files == base or (not valid and outcome != "other"), (context, outcome)
         if number >= 0:
             outcomes[outcome if isinstance(outcome, str) else outcome[0]] += 1
     taken += resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -8254,12 +8242,8 @@ def of_shape(row, shape, **more):
     sizes = [[24, 40, 2, 1, 50], [1, 1, 3, 1, 1], *([1] * 5 for _ in shape[2:])]
     for column, size in itertools.zip_longest(sizes, shape, fillvalue=1):
         column[row] = size
-    return {
-        f"tensors/{row}/2": shape,
-        "pieces/offset": [[0] * 5 for _ in sizes],
-        "pieces/size": sizes,
-        **more,
-    }
+    offsets = [[0] * 5 for _ in sizes]
+    return {f"tensors/{row}/2": shape, "pieces/offset": offsets, "pieces/size": sizes, **more}
 
 
 def with_entries(files, count):
@@ -8275,8 +8259,8 @@ def with_shared_bytes(files):
     places = range(0, 24 * 40, 24)
     tree = {f"model/a@{n}": {"dtype": "I32", "shape": [24], "data_offsets": [0, 96]} for n in places}
     tree = {"__metadata__": json.loads(header)["__metadata__"], **tree}
-    pieces = {"count": 40, "offset": [[*places]], "size": [[24] * 40], "length": [96] * 40}
-    pieces = dict.fromkeys(COLUMNS, [0] * 40) | pieces
+    pieces = dict.fromkeys(COLUMNS, [0] * 40) | {"count": 40, "length": [96] * 40}
+    pieces |= {"offset": [[*places]], "size": [[24] * 40]}
     tensors = [["model/a", "I32", [24 * 40], None, None]]
     record = {"tensors": tensors, "compression": "none", "pieces": pieces}
     return edited(with_shard(files, name, tree, data), record)
@@ -8337,10 +8321,6 @@ LIES |= {what: {"custom_metadata/epoch": value} for what, value in UNDECODABLE.i
 TRUE_FOR_A_LOAD = ("10^9 ranks", "a sequence number at the limit", "10^6 entries")  # it needs none of that
 
 
-def lying(files, lie):
-    return LIES[lie](files) if callable(LIES[lie]) else edited(files, LIES[lie])
-
-
 def traced(call):
     """What a call returns, and the most memory that was taken meanwhile."""
     tracemalloc.start()
@@ -8350,33 +8330,31 @@ def traced(call):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("level", FUZZ_LEVELS)
-@pytest.mark.parametrize("lie", LIES)
-def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, lie, level):
-    files = lying(specimen(ram / "s", level=level), lie)
-    outcome, valid = check_bad_input(files)
-    _, taken = traced(lambda: check_bad_input(files, seconds=60.0))  # the tracing takes its time
-    assert taken < 2 * sum(map(len, files.values())) + 64 * MiB
-    if lie in TRUE_FOR_A_LOAD:
-        assert outcome == "exact" and valid is ("entries" not in lie)
-    else:
-        assert outcome[0] in REFUSALS and not valid, outcome
+@pytest.mark.parametrize("level", ["none", "fast"])
+def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, level):
+    """At last in a process without address space for it, where whoever tries to take it fails."""
+    COUNTS["lies"] += apart(meet_lies, ram, level)
 
 
-def test_a_lie_never_takes_the_memory_that_it_speaks_of(ram):
-    """In a process that has no more address space than the files need: whoever tries to take it fails."""
-    assert apart(load_with_little_room, ram)
-
-
-def load_with_little_room(tmp):
-    bases = [specimen(tmp / "s", level=level) for level in FUZZ_LEVELS]
-    for files in bases:
-        check_bad_input(files)
+def meet_lies(tmp, level):
+    honest = specimen(tmp / "s", level=level)
+    check_bad_input(honest, write=True)
+    for lie, changes in LIES.items():
+        files = edited(honest, changes)
+        outcome, valid = check_bad_input(files, lie, write=True)
+        taken = traced(lambda: check_bad_input(files, lie, seconds=60.0, write=True))[
+            1
+        ]  # which takes its time
+        assert taken < 2 * sum(map(len, files.values())) + 64 * MiB, lie
+        if lie in TRUE_FOR_A_LOAD:
+            assert outcome == "exact" and valid is ("entries" not in lie), (lie, outcome)
+        else:
+            assert outcome[0] in REFUSALS and not valid, (lie, outcome)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * PAGE + 512 * MiB,) * 2)
-    for lie, files in itertools.product(LIES, bases):
-        check_bad_input(lying(files, lie), lie, seconds=30.0)
-    return True
+    for lie, changes in LIES.items():
+        check_bad_input(edited(honest, changes), lie, seconds=30.0, write=True)
+    return len(LIES)
 
 
 def test_a_decompression_bomb_stops_at_its_declared_size(ram):
@@ -8400,27 +8378,14 @@ def test_a_decompression_bomb_stops_at_its_declared_size(ram):
 
 # Row 19: names
 
-OWN = "{own}.safetensors"
-BAD_NAMES = [
-    "..",
-    ".",
-    "",
-    "\0",
-    "../outside.safetensors",
-    "../../outside.safetensors",
-    "/etc/passwd",
-    f" {OWN}",
-]
-BAD_NAMES += ["x/../../outside.safetensors", "~/outside.safetensors", "link/outside.safetensors", f"./{OWN}"]
-BAD_NAMES += [
-    "file:///etc/passwd",
-    f"{OWN}/../../../outside.safetensors",
-    "outside.safetensors",
-    "outside\\x",
-]
-BAD_NAMES += ["..\\outside.safetensors", f"{OWN}\0", f"{OWN}\n", "{own}.SAFETENSORS", "ü.safetensors", RECORD]
-BAD_NAMES += ["{own}.\N{LATIN SMALL LETTER LONG S}afetensors", "{own}\N{FULLWIDTH DIGIT ZERO}.safetensors"]
-BAD_NAMES += ["n" * 300, f"{OWN}{'n' * 300}"]
+NAMES = (
+    "..|.||\0|../outside.safetensors|../../outside.safetensors|/etc/passwd|x/../../outside.safetensors"
+    "|~/outside.safetensors|link/outside.safetensors|./{own}.safetensors|file:///etc/passwd"
+    "|{own}.safetensors/../../../outside.safetensors|outside.safetensors|..\\outside.safetensors|outside\\x"
+    "|{own}.safetensors\0|{own}.safetensors\n| {own}.safetensors|{own}.SAFETENSORS|ü.safetensors"
+    "|{own}.\N{LATIN SMALL LETTER LONG S}afetensors|{own}\N{FULLWIDTH DIGIT ZERO}.safetensors|p.metadata.json"
+)
+BAD_NAMES = [*NAMES.split("|"), "n" * 300, "{own}.safetensors" + "n" * 300]
 BAD_PATHS = [name for name in BAD_NAMES if "/" in name or name in ("..", ".", "", "\0")]
 
 
@@ -8453,7 +8418,7 @@ def check_bad_name(tmp, name):
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
-def test_a_bad_name_in_a_record_is_refused_and_nothing_that_it_may_mean_is_touched(ram, name):
+def test_a_bad_name_in_a_record_is_refused_and_nothing_outside_is_touched(ram, name):
     check_bad_name(ram, name)
 
 
@@ -8500,21 +8465,14 @@ def _device(path, outside):
         path.symlink_to("/dev/zero")
 
 
-def _directory(path, outside):
-    path.mkdir()
-    (path / "mine").write_text("mine")
-
-
 IMPOSTORS = {
     "a symbolic link": lambda path, outside: path.symlink_to(outside),
     "a dangling link": lambda path, outside: path.symlink_to(outside / "nothing"),
     "a link to itself": lambda path, outside: path.symlink_to(path.name),
     "a FIFO": lambda path, outside: os.mkfifo(path),
     "a device": _device,
-    "a hard link": lambda path, outside: (
-        os.link(outside, path) if outside.is_file() else path.symlink_to(outside)
-    ),
-    "a directory": _directory,
+    "a hard link": lambda path, outside: (os.link if outside.is_file() else os.symlink)(outside, path),
+    "a directory": lambda path, outside: (path.mkdir(), (path / "mine").write_text("mine")),
 }
 VICTIMS = {"shard": "p/*", "record": RECORD, "directory": "p", "temporary": f"{RECORD}.0badf00d.tmp"}
 HARMLESS = [("a hard link", "shard"), ("a hard link", "record")]  # the same bytes, in a regular file
@@ -8574,13 +8532,12 @@ def test_a_link_below_the_base_path_is_a_storage_error_that_says_so_and_is_never
         message = refusal(load, ExceptionType.STORAGE_ERROR)
         assert says in message and message.startswith(str(path.relative_to(base)))
     assert says in checkpoint.validate_checkpoint("runs/p").errors[0]
-    code, text, _ = command(capsys, "verify", base, "runs/p")
-    assert code == 1 and says in text
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["before"] and says in caplog.text
-    caplog.clear()
-    assert checkpoint.latest_checkpoint().prefix == "before" and says in caplog.text
-    code, text, _ = command(capsys, "ls", base)
-    assert code == 0 and says in text and "before" in text
+    for word, expected in (("verify", 1), ("ls", 0)):
+        code, text, _ = command(capsys, word, base)
+        assert code == expected and says in text and "before" in text
+    for find in (lambda: checkpoint.list_checkpoints()[-1], checkpoint.latest_checkpoint):
+        caplog.clear()
+        assert find().prefix == "before" and says in caplog.text
     put(base, "next", "after", keep_last=1)
     assert [seen(checkpoint.storage, prefix) for prefix in ("after", "before")] == ["next", "absent"]
     assert st.collect_garbage(checkpoint.storage) == []
@@ -8593,15 +8550,6 @@ def test_a_link_below_the_base_path_is_a_storage_error_that_says_so_and_is_never
 # Row 21: pickles
 
 
-def planted_values(payload):
-    text = base64.b64encode(payload).decode()
-    for tag in ("$pickle", "$object", "$reduce", "$bytes", "$dtype", "$device"):
-        yield {tag: text}
-    for tag, kind in (("$ndarray", "|O"), ("$scalar", "|O"), ("$ndarray", "O")):
-        yield {tag: [kind, [1], text]}
-    yield {"$dtype": "serialization.pickle"}
-
-
 def plant_pickles(files, payload):
     """Files with a pickle in every place where bytes or values are."""
     name, header, data = shard_of(files)
@@ -8612,7 +8560,10 @@ def plant_pickles(files, payload):
     yield edited({**files, name: payload}, {"files/0/1": len(payload)})
     yield {**files, name: payload.ljust(len(files[name]), b"\0")}
     yield with_shard(files, name, payload, data)
-    values = list(planted_values(payload))
+    code = base64.b64encode(payload).decode()
+    values = [{tag: code} for tag in ("$pickle", "$object", "$reduce", "$bytes", "$dtype", "$device")]
+    values += [{"$ndarray": [kind, [1], code]} for kind in ("|O", "O")]
+    values += [{"$scalar": ["|O", [1], code]}, {"$dtype": "serialization.pickle"}]
     for value in values:
         yield edited(files, {"custom_metadata/epoch": value})
     for key in tree.keys() - {"__metadata__"}:
@@ -8648,9 +8599,7 @@ def read_pickles(tmp):
 
 
 @pytest.mark.parametrize("years", [(0, -10, 10, -10), (10, 0, -10, -10), (-10, 10, 0, 5)], ids=str)
-def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_latest_nor_what_is_kept(
-    ram, monkeypatch, years
-):
+def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_what_is_kept(ram, monkeypatch, years):
     class Shifted(datetime.datetime):
         years = 0
 
@@ -8715,9 +8664,8 @@ def test_no_stored_name_and_no_metadata_reaches_a_terminal_unescaped_and_json_is
     shown = json.loads(command(capsys, "show", tmp_path, "p", "--json")[2])
     assert {f"model/{name}" for name in names} < {tensor["name"] for tensor in shown["tensors"]}
     assert shown["custom_metadata"] == custom
-    opened(tmp_path).load(
-        loaded := Bag(**{name: torch.zeros_like(bag.state[name]) for name in names}), None, at("q")
-    )
+    loaded = Bag(**{name: torch.zeros_like(bag.state[name]) for name in names})
+    opened(tmp_path).load(loaded, None, at("q"))
     assert identical(loaded.state, bag.state)
     if encodable:
         assert set(contents(tmp_path / "m.safetensors")) == set(names)
@@ -8756,22 +8704,13 @@ def _socket(path, outside):
         bound.bind(str(path))
 
 
-def places_of_files(tmp):
-    """Sources of an import, each with one of its files."""
-    state = {"a": torch.ones(1), "b": torch.ones(2)}
-    for name in ("folder", "index", "dcp"):
-        (tmp / name).mkdir(parents=True)
-    index = as_index(tmp / "index", state)
-    dcp.save(dict(state), checkpoint_id=tmp / "dcp", no_dist=True)
-    return [
-        (safetensors_file(tmp / "m.safetensors", state),) * 2,
-        (as_torch(tmp, state),) * 2,
-        (index, index.parent / "m-1.safetensors"),
-        (index.parent, index),
-        (tmp / "folder", safetensors_file(tmp / "folder" / "m.safetensors", state)),
-        (tmp / "dcp", tmp / "dcp" / "__0_0.distcp"),
-        (tmp / "dcp", tmp / "dcp" / ".metadata"),
-    ]
+SOURCES = [("m.safetensors", "m.safetensors"), ("m.pt", "m.pt"), ("folder", "folder/m.safetensors")]
+SOURCES += [
+    ("index", "index/m.safetensors.index.json"),
+    ("dcp", "dcp/__0_0.distcp"),
+    ("dcp", "dcp/.metadata"),
+]
+SOURCES += [("index/m.safetensors.index.json", "index/m-1.safetensors")]  # each with one of its files
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
@@ -8785,13 +8724,20 @@ def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram
 
 
 def import_impostors(tmp, kind):
-    found = []
-    for number in range(7):
-        source, path = places_of_files(tmp / str(number))[number]
-        path.unlink()
-        {**IMPOSTORS, "a socket": _socket}[kind](path, tmp)
-        answer = told(lambda: ckpt.import_checkpoint(source, ckpt.LocalStorage(tmp / "c"), "p"))
-        found.append((str(source), str(path), answer, listing(tmp / "c")))
+    found, state, whole = [], {"a": torch.ones(1), "b": torch.ones(2)}, tmp / "whole"
+    for name in ("folder", "index"):
+        (whole / name).mkdir(parents=True)
+    for path in (whole, whole / "folder"):
+        safetensors_file(path / "m.safetensors", state)
+    as_torch(whole, state)
+    as_index(whole / "index", state)
+    dcp.save(dict(state), checkpoint_id=whole / "dcp", no_dist=True)
+    for source, victim in SOURCES:
+        shutil.copytree(whole, here := tmp / victim.replace("/", "-"))
+        (here / victim).unlink()
+        {**IMPOSTORS, "a socket": _socket}[kind](here / victim, here)
+        answer = told(lambda: ckpt.import_checkpoint(here / source, ckpt.LocalStorage(tmp / "c"), "p"))
+        found.append((str(here / source), str(here / victim), answer, listing(tmp / "c")))
     return found
 
 
@@ -8806,18 +8752,15 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO], ids=errno.errorcode.get)
 @pytest.mark.parametrize("what", UNREADABLE)
-def test_an_unreadable_record_stops_only_who_asks_for_it_and_is_else_skipped_with_a_warning(
-    ram, what, code, caplog
-):
+def test_an_unreadable_record_is_skipped_with_a_warning_by_all_who_do_not_ask_for_it(ram, what, code, caplog):
     call, path = UNREADABLE[what]
     put(ram, "old")
     put(ram, "other", "theirs/q")
     orphan = ram / "theirs" / "q" / "0badf00d-00000-of-00001.safetensors"
     orphan.write_bytes(b"")
-    whole, theirs = ckpt.LocalStorage(ram), listing(ram / "theirs")
-    storage = Storage(
-        ram, Seam(Strike(0, fail(code), lambda op: op[0] == call and op.path.endswith(path), FOREVER))
-    )
+    theirs = listing(ram / "theirs")
+    failing = Strike(0, fail(code), lambda op: op.call == call and op.path.endswith(path), FOREVER)
+    storage = Storage(ram, Seam(failing))
     checkpoint = over(storage)
 
     def warned(result):
@@ -8832,13 +8775,11 @@ def test_an_unreadable_record_stops_only_who_asks_for_it_and_is_else_skipped_wit
     warned(put(storage, "new", "r", keep_last=2))
     warned(put(storage, "next", "s", keep_last=2))
     expected = {"p": "absent", "r": "new", "s": "next", "theirs/q": "other"}
-    assert {prefix: seen(whole, prefix) for prefix in expected} == expected
+    assert {prefix: seen(ckpt.LocalStorage(ram), prefix) for prefix in expected} == expected
     assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["r", "s"]
     if "directory" not in what:
-        for ask in (
-            lambda: put(storage, "new", "theirs/q"),
-            lambda: checkpoint.load(value("old"), None, at("theirs/q")),
-        ):
+        load = functools.partial(checkpoint.load, value("old"), None, at("theirs/q"))
+        for ask in (lambda: put(storage, "new", "theirs/q"), load):
             assert os.strerror(code) in refusal(ask, ExceptionType.STORAGE_ERROR)
         assert os.strerror(code) in checkpoint.validate_checkpoint("theirs/q").errors[0]
     caplog.clear()
@@ -8851,25 +8792,22 @@ def test_an_unreadable_record_stops_only_who_asks_for_it_and_is_else_skipped_wit
     assert found.prefix == "r" and identical(target.state, value("new").state)
     assert "skipped theirs" in caplog.text
     orphan.unlink()
-    assert {info.prefix for info in over(whole).list_checkpoints()} == {"r", "s", "theirs/q"}
+    assert {info.prefix for info in over(ram).list_checkpoints()} == {"r", "s", "theirs/q"}
 
 
 # Row 2, more of it: every kind of save and of delete
 
 
 def losses(ranks):
-    """Saves and deletes by a number of ranks: name, what was done before, what is done, {prefix: before, after}."""
+    """Saves and deletes: name, what is done before, what is done, {prefix: (seen before, seen after)}."""
 
     def put_all(word, prefix="p", **options):
         return lambda s: together(ranks, lambda c: put(s, word, prefix, coordinator=c, **options))
 
     def extra(level):
-        options, extra_state = (
-            to(include_rng_state=False, compression_level=level),
-            {"word": "new", "n": [1, 2]},
-        )
-        save = functools.partial(value("new"), None, options, extra_state=extra_state)
-        return lambda s: together(ranks, lambda c: save(over(s, c)))
+        options, extra = to(include_rng_state=False, compression_level=level), {"word": "new", "n": [1, 2]}
+        save = lambda c, s: over(s, c).save(value("new"), None, options, extra_state=extra)  # noqa: E731
+        return lambda s: together(ranks, lambda c: save(c, s))
 
     def nothing(storage):
         Path(storage.base_path).mkdir(exist_ok=True)
@@ -8888,12 +8826,8 @@ def losses(ranks):
     yield "two in a row", old, both, over_old | {"q": ("absent", "other")}
     for form in FORMATS:
         for level in (CompressionLevel.FAST, CompressionLevel.MAXIMUM):
-            yield (
-                f"{form.name}, {level.name}",
-                old,
-                put_all("new", format=form, compression_level=level),
-                over_old,
-            )
+            new = put_all("new", format=form, compression_level=level)
+            yield f"{form.name}, {level.name}", old, new, over_old
         yield f"{form.name}, overwrite=False", nothing, put_all("new", overwrite=False, format=form), first
         before, after = (put_all(word, "run/a/b", format=form) for word in ("old", "new"))
         yield f"{form.name}, deeper", before, after, {"run/a/b": ("old", "new")}
@@ -8913,25 +8847,21 @@ def test_a_power_loss_during_any_kind_of_save_or_delete_leaves_old_or_new(ram, t
     check_states_recover(ram / "left", sample, {"p", *allowed})
 
 
-# The harness itself: twelve mutants of the library, each of which a checker above must catch. Those of its file
-# operations are made at the seam, which does, and logs, something else than what it is asked for.
+# The harness itself: twelve mutants of the library, each of which a checker above must catch
 
 
 def at_seam(**acts):
-    """A mutation: where the library asks for `call`, `act(real, seam, *args)` is done."""
+    """A mutation: where the library asks for `call`, `act(real, seam, *args)` is done and logged instead."""
 
-    def mutate(patch):
-        for call, act in acts.items():
-            real = getattr(Seam, call)
-            patch.setattr(
-                Seam, call, lambda self, *args, a=act, r=real: a(functools.partial(r, self), self, *args)
-            )
+    def replace(patch, call, act):
+        real = getattr(Seam, call)
+        patch.setattr(Seam, call, lambda self, *args: act(functools.partial(real, self), self, *args))
 
-    return mutate
+    return lambda patch: [replace(patch, call, act) for call, act in acts.items()]
 
 
 def after_the_commit(call, pattern):
-    """A mutation: the `call` for files whose path matches is said to be done, and is done after the rename."""
+    """A mutation: a `call` for a file whose path matches returns at once, and is made after the rename."""
     late, write, sync = [], Seam.pwrite, Seam.fsync
 
     def promise(real, seam, fd, *args):
@@ -8951,6 +8881,12 @@ def after_the_commit(call, pattern):
             seam.close(fd)
 
     return at_seam(**{call: promise, "rename": keep_it})
+
+
+def _unlink_before_rename(rename, seam, source, target):
+    if os.path.exists(target):
+        seam.unlink(target)
+    rename(source, target)
 
 
 def _overwrite_in_place(rename, seam, source, target):
@@ -9005,32 +8941,20 @@ def _unchecked_join(patch):
     patch.setattr(st.LocalStorage, "_path", lambda self, name, file=True: f"{self.base_path}/{name}")
 
 
-def check_bits(tmp):
-    for context, broken in itertools.islice(flipped(specimen(tmp / "s")), 0, None, 97):
-        check_damage(broken, context)
-
-
 def check_duplicate_keys(tmp):
-    """A key that comes twice is refused, even if both values are the same: in a record, and in an imported file.
+    """Twice with the same value, even: in a record, and in an imported file.
 
     No load looks into a header of our own, whose every byte the record vouches for; a validation does.
     """
     files = specimen(tmp / "s")
-    record = json.loads(files[RECORD])
-    del record["crc32"]
-    text = dumped(record)
-    again = [text.replace(b"{", b'{"sequence":1,', 1)]
-    again += [
-        text.replace(start, start + b'"twice":1,"twice":1,')
-        for start in (b'"custom_metadata":{', b'"pieces":{')
-    ]
-    assert text not in again
-    for number, broken in enumerate(again):
-        outcome = load_specimen(with_record(files, broken))
-        assert outcome[0] == "CORRUPTED_CHECKPOINT" and "duplicate" in outcome[1], (number, outcome)
+    text = files[RECORD].rpartition(b",")[0] + b"}"
+    again = [(b"{", b'"sequence":1,'), (b'data":{', b'"x":1,"x":1,'), (b'"pieces":{', b'"count":5,')]
+    for start, twice in again:
+        outcome = load_specimen(with_record(files, text.replace(start, start + twice, 1)))
+        assert outcome[0] == "CORRUPTED_CHECKPOINT" and "duplicate" in outcome[1], (start, outcome)
     name, header, data = shard_of(files)
-    entry = json.loads(header)["model/a"]
-    broken = with_shard(files, name, header.replace(b'"},', b'"},"model/a":%s,' % dumped(entry), 1), data)
+    twice = b'"},"model/a":%s,' % dumped(json.loads(header)["model/a"])
+    broken = with_shard(files, name, header.replace(b'"},', twice, 1), data)
     assert load_specimen(broken) == "exact"
     assert "describes other entries" in over(Memory(broken)).validate_checkpoint("p").get_summary()
     (tmp / "foreign.safetensors").write_bytes(broken[name])
@@ -9045,12 +8969,7 @@ def test_a_key_that_comes_twice_is_refused_in_the_record_and_in_a_header(ram):
 CAUGHT_BY_A_POWER_LOSS = {
     "no file fsync": at_seam(fsync=lambda fsync, seam, fd: fd in seam.directories and fsync(fd)),
     "no directory fsync": at_seam(fsync=lambda fsync, seam, fd: fd in seam.directories or fsync(fd)),
-    "unlink before rename": at_seam(
-        rename=lambda rename, seam, *names: (
-            os.path.exists(names[1]) and seam.unlink(names[1]),
-            rename(*names),
-        )
-    ),
+    "unlink before rename": at_seam(rename=_unlink_before_rename),
     "overwrite in place": at_seam(rename=_overwrite_in_place),
     "commit before all ranks reported": after_the_commit("pwrite", "-00001-of-"),
     "record written before shards are durable": after_the_commit("fsync", "safetensors$"),
@@ -9063,9 +8982,14 @@ MUTANTS = {
     ),
     "thread error swallowed": (
         _swallow_thread_errors,
-        lambda tmp: check_thread_error(tmp, OSError("bad disk")),
+        lambda tmp: check_thread_error(tmp, OSError(5, "")),
     ),
-    "CRC not checked": (_crc_not_checked, check_bits),
+    "CRC not checked": (
+        _crc_not_checked,
+        lambda tmp: [
+            check_damage(*case) for case in itertools.islice(flipped(specimen(tmp / "s")), 0, None, 97)
+        ],
+    ),
     "duplicate keys accepted": (_duplicate_keys, check_duplicate_keys),
     "unchecked path join": (_unchecked_join, lambda tmp: check_bad_name(tmp, "../../outside.safetensors")),
 }
