@@ -8016,7 +8016,9 @@ def of_other_lengths(files):
 
 
 # Whole files are never compressed: a level changes nothing but the rank's own files.
-@pytest.mark.parametrize("form, level", [*((form, "none") for form in FORMATS), (FORMATS[0], "fast")])
+@pytest.mark.parametrize(
+    "form, level", [*((f, "none") for f in FORMATS), (CheckpointFormat.MULTI_SHARD, "fast")]
+)
 @pytest.mark.parametrize("damage", [flipped, of_other_lengths])
 def test_each_bit_and_each_length_is_missed_by_no_validation_and_no_load(ram, damage, form, level):
     cores = len(os.sched_getaffinity(0))
