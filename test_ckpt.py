@@ -34,7 +34,6 @@ error where nothing was ever committed; once `save` has returned, only the new o
     14  | cut, extended; shards swapped, replayed          | each_bit_and_each_length_..., shards_swapped_duplicated_...
     15  | tensor-file header fuzz, seeded                  | fuzz_of_headers_and_records_... (header, import), a_key_that_...
     16  | record fuzz, seeded                              | fuzz_of_headers_and_records_... (record), a_key_that_comes_twice_...
-    17  | well-formed lies: 10^6 entries, too large shapes | a_well_formed_lie_..., a_lie_never_takes_...
     18  | decompression bomb                               | a_decompression_bomb_...
     19  | names: '..', absolute, NUL, backslash, long      | a_bad_name_in_a_record_..., a_bad_path_..., a_bad_prefix_...,
         |                                                  | files_with_names_that_no_checkpoint_can_have_...
@@ -62,8 +61,7 @@ error where nothing was ever committed; once `save` has returned, only the new o
     32  | one name on disjoint meshes                      | a_name_on_disjoint_meshes_...
     33  | copies drift apart outside of their mesh         | copies_that_drift_apart_outside_of_their_mesh_...
     34  | layouts of several boxes, uneven, empty          | every_layout_of_a_tensor_..., a_shard_of_several_runs_...
-    35  | names: control, bidi characters, lone surrogates | a_name_that_utf_8_cannot_encode_..., no_stored_name_...,
-        |                                                  | a_lone_surrogate_in_a_record_...
+    35  | names: control, bidi characters, lone surrogates | a_name_that_utf_8_cannot_encode_..., no_stored_name_...
     36  | a FIFO, device, directory as source of an import | what_is_no_regular_file_...
     37  | a record that cannot be read beside good ones    | an_unreadable_record_...
     38  | no hard links, no O_DIRECT, no directory fsync   | a_file_system_without_something_...
@@ -7952,63 +7950,63 @@ def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_
 
 # Row 13, 14: damage to any bit, any length, any file out of place
 
-FUZZ_LEVELS = [CompressionLevel.NONE, CompressionLevel.FAST]
-CORES = len(os.sched_getaffinity(0))
-SMALL_BLOCK, SMALL_UNIT = 320, 64  # so that a file of few bytes, of which each bit can be tried, has several
+RECORD = "p.metadata.json"
+REFUSALS = ("CORRUPTED_CHECKPOINT", "INCOMPATIBLE_VERSION", "VALIDATION_FAILED")
+SPECIMEN_EXTRA = {"table": {"x": [7, 1.5, None], "y": torch.tensor(2.5)}}
 
 
-def specimen_state():
+def specimen_state(change=0):
     """Tensors of several kinds and sizes, some of which shrink when compressed."""
     ramp = torch.arange(24, dtype=torch.int32)
-    return {"a": ramp, "b": torch.zeros(40), "c": torch.ones(2, 3, dtype=torch.bool)}
+    return {"a": ramp + change, "b": torch.zeros(40) + change, "c": torch.ones(2, 3, dtype=torch.bool)}
 
 
-def specimen_extra():
-    return {"table": {"x": [7, 1.5, None], "y": torch.tensor(2.5)}}
-
-
-def specimen(tmp, form, level=CompressionLevel.NONE, world_size=1, change=0):
-    """The files of a tiny checkpoint, as a dict."""
-    state = {
-        name: tensor if tensor.dtype == torch.bool else tensor + change
-        for name, tensor in specimen_state().items()
-    }
-    options = {
-        "format": form,
-        "compression_level": level,
-        "custom_metadata": {"epoch": 3, "best": [0.5, "x"]},
-    }
-
-    def save(c):
-        options_now = to(include_rng_state=False, **options)
-        over(tmp, coordinator=c).save(Bag(**state), None, options_now, extra_state=specimen_extra())
-
-    together(world_size, save)
+def specimen(tmp, form=CheckpointFormat.MULTI_SHARD, level="none", world_size=1, change=0):
+    """The files of a tiny checkpoint. One rank makes one piece of each tensor: a, b, c, table.y, table."""
+    custom = {"epoch": 3, "best": [0.5, "x"]}
+    options = to(include_rng_state=False, format=form, compression_level=level, custom_metadata=custom)
+    bag = Bag(**specimen_state(change))
+    together(world_size, lambda c: over(tmp, c).save(bag, None, options, extra_state=SPECIMEN_EXTRA))
     files = listing(tmp)
     shutil.rmtree(tmp)
     return files
 
 
 def load_specimen(files):
-    """What a load of these files says: "exact", "other", or (type, message) of its refusal."""
+    """What a load of these files gives: "exact", "other", or (type, message) of its refusal."""
     target = Bag(**{name: torch.zeros_like(tensor) for name, tensor in specimen_state().items()})
     kind, _, result = told(lambda: over(Memory(files)).load(target, None, at(load_rng_state=False)))
     if kind != "returned":
         return kind, result
-    exact = identical(target.state, specimen_state()) and identical(
-        dict(result.extra_state), specimen_extra()
-    )
-    return "exact" if exact else "other"
+    found = target.state, dict(result.extra_state)
+    return "exact" if identical(found, (specimen_state(), SPECIMEN_EXTRA)) else "other"
 
 
-REFUSALS = ("CORRUPTED_CHECKPOINT", "INCOMPATIBLE_VERSION", "VALIDATION_FAILED")
+def check_bad_input(files, context="", seconds=1.0, write=False):
+    """Only typed refusals come out of bad files, in little processor time. What a load and a validation say.
+
+    With `write`: nor do they stop a listing, a clean-up, a save or a delete.
+    """
+    started, storage = time.process_time(), Memory(files)
+    outcome, checkpoint = load_specimen(files), over(storage, keep_last=3)
+    assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
+    valid = checkpoint.validate_checkpoint("p")
+    valid.get_summary()
+    if write:
+        checkpoint.list_checkpoints()
+        st.collect_garbage(storage)
+        assert save_word(checkpoint, "new", "q") == "q" and seen(storage, "q") == "new", context
+        assert "q" in [info.prefix for info in checkpoint.list_checkpoints()]
+        checkpoint.delete_checkpoint("p")
+    took = time.process_time() - started
+    assert took < seconds, (took, context)
+    return outcome, valid.is_valid
 
 
-def check_damage(files, context):
+def check_damage(context, files):
     """Damaged files are rejected by a validation; a load rejects them, or returns the exact state."""
-    assert not over(Memory(files)).validate_checkpoint("p").is_valid, context
-    outcome = load_specimen(files)
-    assert outcome == "exact" or outcome[0] in REFUSALS, (context, outcome)
+    outcome, valid = check_bad_input(files, context)
+    assert not valid and outcome != "other", (outcome, context)
     return outcome
 
 
@@ -8030,62 +8028,45 @@ def of_other_lengths(files):
             yield (name, more), {**files, name: whole + more}
 
 
-def check_all(ram, monkeypatch, damage, form, level):
-    """Each of the damages that `damage(files)` makes, shared out over the processor's cores. How many."""
-    monkeypatch.setattr(st, "BLOCK_BYTES", SMALL_BLOCK)
-    monkeypatch.setattr(st, "UNIT_BYTES", SMALL_UNIT)
-    files = specimen(ram / "s", form, level)
+# Whole files are never compressed: a level changes nothing but the rank's own files.
+@pytest.mark.parametrize(
+    "form, level", [*((f, "none") for f in FORMATS), (CheckpointFormat.MULTI_SHARD, "fast")]
+)
+@pytest.mark.parametrize("damage", [flipped, of_other_lengths])
+def test_each_bit_and_each_length_is_missed_by_no_validation_and_no_load(ram, damage, form, level):
+    cores = len(os.sched_getaffinity(0))
+    tried = run(cores, check_share, ram, damage, form, level, limit_s=6 * HANG_S)  # minutes of work
+    COUNTS["bits flipped" if damage is flipped else "lengths"] += sum(tried)
+
+
+def check_share(rank, world_size, tmp, damage, form, level):
+    """A rank's share of the damages, on a core of its own, where the I/O threads of a load take turns."""
+    st.BLOCK_BYTES, st.UNIT_BYTES = 320, 64  # a file of so few bytes that each bit can be tried has several
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    files, count = specimen(tmp / str(rank), form, level), 0
     assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
-    return sum(run(CORES, check_share, ram, damage, files, limit_s=6 * HANG_S))  # minutes of work
-
-
-def check_share(rank, world_size, tmp, damage, files):
-    st.BLOCK_BYTES, st.UNIT_BYTES, count = SMALL_BLOCK, SMALL_UNIT, 0
-    os.sched_setaffinity(
-        0, {sorted(os.sched_getaffinity(0))[rank]}
-    )  # the I/O threads of one load: they take turns
     for context, broken in itertools.islice(damage(files), rank, None, world_size):
-        assert check_damage(broken, context) != "exact", context  # this load needs every block
+        assert check_damage(context, broken) != "exact", context  # this load needs every block
         count += 1
     return count
 
 
-# Whole files are never compressed: a level changes nothing but the rank's own files.
-BYTE_FORMS = [(form, CompressionLevel.NONE) for form in FORMATS]
-BYTE_FORMS.append((CheckpointFormat.MULTI_SHARD, CompressionLevel.FAST))
-
-
-@pytest.mark.parametrize("form, level", BYTE_FORMS)
-@pytest.mark.parametrize("damage", [flipped, of_other_lengths])
-def test_each_bit_and_each_length_of_every_file_is_missed_by_no_validation_and_by_no_load(
-    ram, monkeypatch, damage, form, level
-):
-    COUNTS["bits flipped" if damage is flipped else "lengths"] += check_all(
-        ram, monkeypatch, damage, form, level
-    )
-
-
-@pytest.mark.parametrize("level", FUZZ_LEVELS)
+@pytest.mark.parametrize("level", ["none", "fast"])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_shards_swapped_duplicated_missing_or_replayed_from_another_save_are_rejected(
+def test_shards_swapped_duplicated_missing_or_replayed_are_rejected(
     ram, tiny_blocks, world_size, form, level
 ):
     files, other = (specimen(ram / "s", form, level, world_size, change) for change in (0, 1))
-    record = "p.metadata.json"
-    names, theirs = ([name for name in sorted(found) if name != record] for found in (files, other))
+    names, theirs = (sorted(found.keys() - {RECORD}) for found in (files, other))
     assert len(names) == len(theirs) and not set(names) & set(theirs)
-    moved = [{**files, a: files[b], b: files[a]} for a, b in itertools.combinations(names, 2)]  # swapped
-    moved += [{**files, a: files[b]} for a, b in itertools.permutations(names, 2)]  # duplicated
-    moved += [{name: data for name, data in files.items() if name != gone} for gone in names]
-    changed = [(a, b) for a, b in zip(names, theirs) if files[a] != other[b]]
-    assert changed
-    moved += [
-        {**files, a: other[b]} for a, b in changed
-    ]  # one shard, under the name that is expected, or all of them
-    moved += [{**files, **{a: other[b] for a, b in changed}}, {**files, record: other[record]}]
-    for number, broken in enumerate(moved):
-        check_damage(broken, number)
+    contents, replayed = {*files.values(), *other.values()}, dict(zip(names, map(other.get, theirs)))
+    changes = [{name: data} for name in files for data in sorted(contents - {files[name]})]
+    changes += [{a: files[b], b: files[a]} for a, b in itertools.combinations(names, 2)]
+    damaged = [files | change for change in [*changes, replayed]]
+    damaged += [{name: data for name, data in files.items() if name != gone} for gone in names]
+    for number, broken in enumerate(damaged):
+        check_damage(number, broken)
 
 
 # Row 15, 16: fuzz, seeded. Only what is documented comes out, with little work and in little memory
@@ -8093,47 +8074,71 @@ def test_shards_swapped_duplicated_missing_or_replayed_from_another_save_are_rej
 ROUNDS = int(os.environ.get("CKPT_FUZZ_ROUNDS", "1"))  # more of them: more cases of the same kinds
 
 
+def dumped(tree):
+    return json.dumps(tree, separators=(",", ":")).encode()
+
+
 def with_record(files, record):
     """The files with another record: a dict, or JSON text that ends in `}`. Its CRC is right."""
     if isinstance(record, bytes):
-        return {**files, "p.metadata.json": record[:-1] + b',"crc32":"%08x"}\n' % zlib.crc32(record[:-1])}
-    return {**files, "p.metadata.json": sealed(record)}
+        return {**files, RECORD: record[:-1] + b',"crc32":"%08x"}\n' % zlib.crc32(record[:-1])}
+    return {**files, RECORD: sealed(record)}
+
+
+def edited(files, changes):
+    """The files with a record in which each {path: new} was put: a value, or a function of what is there.
+
+    Or other files, if `changes` is a function of the files.
+    """
+    if callable(changes):
+        return changes(files)
+    record = expanded(json.loads(files[RECORD]))
+    for path, new in changes.items():
+        *above, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        node = functools.reduce(lambda node, key: node[key], above, record)
+        node[last] = new(node[last]) if callable(new) else new
+    return with_record(files, record)
 
 
 def with_shard(files, name, header, data):
-    """Replace a file: header text, data. The record knows its new length and the CRC of its header."""
+    """Replace a tensor file: its header (text, or a dict, which gets the right CRCs) and data.
+
+    The record knows its new length and the CRC of its header.
+    """
+    if isinstance(header, dict):
+        units = [data[start : start + UNIT] for start in range(0, len(data), UNIT)]
+        crcs = "".join(f"{zlib.crc32(unit):08x}" for unit in units)
+        header = dumped(header | {"__metadata__": header["__metadata__"] | {"crc32": crcs}})
     header += b" " * (-(8 + len(header)) % PAGE)
     start = struct.pack("<Q", len(header)) + header
-    record = json.loads(files["p.metadata.json"])
+    record = json.loads(files[RECORD])
     (row,) = (row for row in record["files"] if f"p/{row[0]}" == name)
     row[1:] = len(start + data), len(start), f"{zlib.crc32(start):08x}"
     return with_record({**files, name: start + data}, record)
 
 
-def crcs_of(data):
-    """The CRC32 of each unit, as a header has them."""
-    return "".join(f"{zlib.crc32(data[at : at + UNIT]):08x}" for at in range(0, len(data), UNIT))
+def shard_of(files, choose=min):
+    """Name, header text and data of one of the tensor files."""
+    name = choose(sorted(name for name in files if name != RECORD))
+    (length,) = struct.unpack("<Q", files[name][:8])
+    return name, files[name][8 : 8 + length].rstrip(b" "), files[name][8 + length :]
 
 
-def header_of(content):
-    """Header text and data of a shard."""
-    (length,) = struct.unpack("<Q", content[:8])
-    return content[8 : 8 + length].rstrip(b" "), content[8 + length :]
-
-
-NASTY = [
-    "-1", "0", "1", "3", "4096", str(1 << 31), str((1 << 53) + 1), str((1 << 62) - 1), str(1 << 62), str(1 << 63), str(1 << 64),
-    "1" + "0" * 30, "9" * 5000, "-0", "1.0", "1e3", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "true", "null", '""',
-    '".."', '"\\u0000"', '"\\ud800"', '"\xff"', "[]", "{}", "[[]]", "[0,0,1000000000]", "[1,1,1]", "[0,-1,5]", "[9,9]",
-    "[4611686018427387903,1,9]", "[4611686018427387903,4611686018427387903]", '{"a":1,"a":2}', "[" * 100_000,
-    "[" * 500 + "]" * 500,
-    "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900,
-    '"F32"', '"U8"', '"JSON"', '"BOOL"', '"F4"', '"C32"', '"C64"', '"00000000"', '"0"',
-    '{"$tensor":"x"}', '{"$tensor":[]}', '{"$dict":[[[],1]]}', '{"$dict":[1]}', '{"$set":[[]]}', '{"$ndarray":["<f4",[-1],""]}',
-    '{"$ndarray":["|O",[1],"gASVAA=="]}', '{"$scalar":["<f4",[1000000000,1000000000],""]}', '{"$int":"zz"}', '{"$int":""}',
-    '{"$device":"moon:1"}', '{"$dtype":"nn"}', '{"$float":"00"}', '{"$datetime":"now"}', '{"$Size":[-1]}', '{"$Size":["x"]}',
-    '{"$Counter":[[1,"x"]]}', '{"$bytes":"="}', '{"$str":"gA=="}', '{"$str":5}', '{"$eval":"1"}', '{"$":1}',
-]  # fmt: skip
+NASTY_TEXT = r"""
+-1 0 1 3 4096 2147483648 9007199254740993 4611686018427387903 4611686018427387904 9223372036854775808
+18446744073709551616 -0 1.0 1e3 1e999 -1e999 NaN Infinity -Infinity true null "" ".." "\u0000" "\ud800" "ÿ"
+[] {} [[]] [0,0,1000000000] [1,1,1] [0,-1,5] [9,9] [4611686018427387903,1,9] {"a":1,"a":2}
+[4611686018427387903,4611686018427387903] "F32" "U8" "JSON" "BOOL" "F4" "C32" "C64" "00000000" "0"
+{"$tensor":"x"} {"$tensor":[]} {"$dict":[[[],1]]} {"$dict":[1]} {"$set":[[]]} {"$ndarray":["<f4",[-1],""]}
+{"$ndarray":["|O",[1],"gASVAA=="]} {"$scalar":["<f4",[1000000000,1000000000],""]} {"$int":"zz"} {"$int":""}
+{"$device":"moon:1"} {"$dtype":"nn"} {"$float":"00"} {"$datetime":"now"} {"$Size":[-1]} {"$Size":["x"]}
+{"$Counter":[[1,"x"]]} {"$bytes":"="} {"$str":"gA=="} {"$str":5} {"$eval":"1"} {"$":1}
+"=" "AAAA" "eJwDAAAAAAE=" "eJwDeJwDeJwDeJwD" ["","="]
+"""
+NASTY = [*NASTY_TEXT.split(), "1" + "0" * 30, "9" * 5000, "[" * 100_000, '{"a":' * 900 + "1" + "}" * 900]
+NASTY += ["[" * depth + "]" * depth for depth in (500, 900)]
+NASTY += [json.dumps(packed(column)) for column in ([], [1 << 62] * 3, range(50_000))]
+COLUMNS = ("tensor", "file", "begin", "length")
 
 
 def places(node):
@@ -8145,503 +8150,305 @@ def places(node):
 
 
 def mutated(rng, tree):
-    """JSON text of a tree with some change: of its values, of its structure, or of its text."""
-    tree = copy.deepcopy(tree)
-    marks = {}
+    """JSON text of a tree of which some has another value, or is lost, copied, doubled or renamed."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         node, key = rng.choice(list(places(tree)))
-        old = node[key]
-        kind = rng.randrange(8)
-        if kind <= 2 or (kind == 3 and not isinstance(old, int)):
-            mark = f"@@{len(marks)}@@"
-            marks[f'"{mark}"'], node[key] = rng.choice(NASTY), mark
-        elif kind == 3:
-            node[key] = old + rng.choice((-1, 1, 8, -8, 1 << 20, 1 << 61))
+        old, kind = node[key], rng.randrange(8)
+        if kind == 0 and type(old) is int:
+            node[key] = old + rng.choice((-8, -1, 1, 8, 1 << 20, 1 << 61))
+        elif kind <= 3:
+            node[key] = f"@@{rng.randrange(len(NASTY))}@@"
         elif kind == 4:
             del node[key]
-        elif kind == 5 and isinstance(node, dict):
-            marks["@@twice@@"], node[f"@@twice@@{key}"] = "", copy.deepcopy(old)
-        elif kind == 6:
-            node[key] = copy.deepcopy(rng.choice([n[k] for n, k in places(tree)]))
+        elif kind == 5:
+            node[key] = copy.deepcopy(rng.choice([node[key] for node, key in places(tree)]))
         elif isinstance(node, list):
             node.insert(key, copy.deepcopy(old))
         else:
-            node[f"{key}x"] = node.pop(key)
+            node[f"@@twice@@{key}" if kind == 6 else f"{key}x"] = copy.deepcopy(old)
         if not tree:
             break
-    text = json.dumps(tree)
-    for mark, literal in marks.items():
-        text = text.replace(mark, literal)
-    return text.encode("latin-1")
+    text = re.sub('"@@([0-9]+)@@"', lambda mark: NASTY[int(mark[1])], json.dumps(tree))
+    return text.replace("@@twice@@", "").encode("latin-1")
 
 
 def smeared(rng, text):
-    """JSON text with some bytes changed, lost or repeated."""
-    data = bytearray(text)
+    """JSON text of which some bytes are others, lost or repeated."""
     for _ in range(rng.choice((1, 1, 2, 8))):
-        at = rng.randrange(len(data))
-        other = rng.randrange(len(data))
-        kind = rng.randrange(5)
-        if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at : at + rng.choice((1, 3, 30))] = b""
-        elif kind == 2:
-            data[at:at] = data[other : other + rng.choice((1, 5, 50))]
-        elif kind == 3:
-            data[at] = rng.choice(b'0123456789-.eE{}[],:" \\\xff\xc0\x00')
-        else:
-            digits = [index for index, byte in enumerate(data) if chr(byte).isdigit()]
-            if digits:
-                data[rng.choice(digits)] = rng.choice(b"0123456789")
-        if len(data) < 2:
-            break
-    return bytes(data)
+        place, other = rng.randrange(len(text)), rng.randrange(len(text))
+        stray = bytes([rng.choice(b'0123456789-.eE{}[],:" \\\xff\xc0\x00')])
+        new = rng.choice((b"", stray, stray, text[other : other + rng.choice((1, 5, 50))]))
+        text = text[:place] + new + text[place + rng.choice((0, 1, 1, 1, 3, 30)) :] or b"{"
+    return text
 
 
-WILD = (-1, 0, 1, 1 << 31, (1 << 53) + 1, 1 << 61, 1 << 62, (1 << 63) - 1, -(1 << 63))
-JUNK = (
-    "",
-    "=",
-    "AAAA",
-    "eJwDAAAAAAE=",
-    "\xff",
-    packed([]),
-    packed([1 << 62] * 3),
-    packed(range(50_000)),
-    "eJwD" * 9,
-)
-
-
-def fuzzed_columns(rng, record):
-    """A record with some change to the columns of its pieces: numbers, rows, or how they are packed."""
-    pieces = expanded(record)["pieces"]
-    columns = [
-        c
-        for key in pieces
-        if key != "count"
-        for c in (pieces[key] if key in ("offset", "size") else [pieces[key]])
-    ]
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        kind, column = rng.randrange(5), rng.choice(columns)
-        row = rng.randrange(len(column)) if column else 0
-        if kind <= 1 and column:
-            column[row] = rng.choice((*WILD, column[row] + rng.choice((-8, -1, 1, 8)), rng.choice(column)))
-        elif kind == 2:
-            for each in columns if rng.random() < 0.5 else [column]:
-                each[row : row + 1] = each[row : row + 1] * rng.choice((0, 2, 2, 40))
-            pieces["count"] = len(column)
-        elif kind == 3:
-            key = rng.choice(list(pieces))
-            pieces[key] = (
-                rng.choice((*JUNK, [], 7, None, [*JUNK[:2]])) if key != "count" else rng.choice(WILD)
-            )
-        elif len(column) > 1:
-            other = rng.randrange(len(column))
-            for each in columns:  # two rows change places
-                if len(each) > max(row, other):
-                    each[row], each[other] = each[other], each[row]
-    return record
+def fuzzed(rng, text):
+    return mutated(rng, json.loads(text)) if rng.random() < 0.7 else smeared(rng, text)
 
 
 def fuzzed_record(rng, files):
-    record, kind = json.loads(files["p.metadata.json"]), rng.random()
+    record, kind = json.loads(files[RECORD]), rng.random()
     del record["crc32"]
-    if kind < 0.4:
-        return with_record(files, fuzzed_columns(rng, record))
-    text = json.dumps(record, separators=(",", ":")).encode()
-    return with_record(files, mutated(rng, record) if kind < 0.8 else smeared(rng, text))
+    if kind < 0.1:  # rows of all columns are lost, or become copies of another one
+        pieces = expanded(record)["pieces"]
+        (row, other), times = rng.sample(range(pieces["count"]), 2), rng.choice((0, 1, 2, 40))
+        for column in (*pieces["offset"], *pieces["size"], *(pieces[key] for key in COLUMNS)):
+            column[row : row + 1] = [column[other]] * times
+        pieces["count"] += times - 1
+        return with_record(files, record)
+    if kind < 0.4:  # numbers in columns, which are packed if they still are numbers
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            return with_record(files, json.loads(fuzzed(rng, dumped(expanded(record)))))
+    return with_record(files, fuzzed(rng, dumped(record)))
 
 
 def fuzzed_header(rng, files):
-    name = rng.choice([name for name in sorted(files) if name.endswith(".safetensors")])
-    header, data = header_of(files[name])
-    text = mutated(rng, json.loads(header)) if rng.random() < 0.7 else smeared(rng, header)
-    files = with_shard(files, name, text, data)
+    name, header, data = shard_of(files, rng.choice)
+    files = with_shard(files, name, fuzzed(rng, header), data)
     if rng.random() < 0.1:  # the length field
         length = rng.choice((0, 1, 2, len(data), 1 << 31, 1 << 63, (1 << 64) - 1, rng.randrange(1 << 20)))
         files[name] = struct.pack("<Q", length) + files[name][8:]
     return files
 
 
-FUZZERS = {"record": fuzzed_record, "header": fuzzed_header}
-
-
-def check_bad_input(files, context="", seconds=1.0, save=True):
-    """Only typed refusals come out of damaged or lying files, with little work; nor do they stop a save.
-
-    `seconds` are of this process, in all its threads, whatever else the machine does.
-    """
-    started = time.process_time()
-    outcome = load_specimen(files)
-    assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
-    checkpoint = over(Memory(files))
-    checkpoint.list_checkpoints()
-    valid = checkpoint.validate_checkpoint("p")
-    valid.get_summary()
-    assert not save or save_word(checkpoint, "new", "q") == "q", context
-    took = time.process_time() - started
-    assert took < seconds, (took, context)
-    return outcome, valid.is_valid
-
-
-SEALED = {
-    "a float of one byte": {"$float": "00"},
-    "a list in lists": functools.reduce(lambda node, _: [node], range(900), 0),
-    "an object in objects": functools.reduce(lambda node, _: {"a": node}, range(900), 0),
-    "a tuple in tuples": functools.reduce(lambda node, _: {"$tuple": [node]}, range(400), 0),
-    "a mapping with a list as key": {"$dict": [[[], 1]]},
-    "an array of objects": {"$ndarray": ["|O", [1], "gASVAA=="]},
-    "an array larger than its bytes": {"$ndarray": ["<f4", [1 << 40], ""]},
-    "a number of a million digits": {"$int": "f" * 1_000_000},
-    "a dtype that is a module": {"$dtype": "nn"},
-    "an unknown kind": {"$eval": "1"},
-}
-
-
-@pytest.mark.parametrize("value", SEALED)
-def test_a_value_in_a_sealed_record_that_cannot_be_decoded_never_stops_a_listing_a_clean_up_or_a_save(
-    ram, value
-):
-    files = edited(
-        specimen(ram / "s", CheckpointFormat.MULTI_SHARD),
-        lambda r: r["custom_metadata"].update(epoch=SEALED[value]),
-    )
-    check_bad_input(files)
-    storage = Memory(files)
-    st.collect_garbage(storage)
-    put(storage, "new", "q", keep_last=3)
-    assert seen(storage, "q") == "new" and "q" in [info.prefix for info in over(storage).list_checkpoints()]
-    over(storage).delete_checkpoint("p")
-
-
-def most_memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("what", [*FUZZERS, "import"])
-def test_fuzz_of_headers_and_records_raises_only_what_is_documented_in_little_time_and_memory(
-    ram, form, what
-):
+@pytest.mark.parametrize("what", ["record", "header", "import"])
+def test_fuzz_of_headers_and_records_raises_only_what_is_documented(ram, form, what):
+    """And takes little time and memory."""
     count, outcomes = apart(fuzz, ram, what, form, limit_s=HANG_S * ROUNDS)
     COUNTS["fuzz cases"] += count
     # The fuzz reaches the checks: an import looks at entries alone, a load at the CRC of all of the header.
-    assert outcomes["CORRUPTED_CHECKPOINT"] > count // 4, outcomes
+    assert outcomes["CORRUPTED_CHECKPOINT"] + outcomes["ValueError"] > count // 4, outcomes
 
 
 def fuzz(tmp, what, form):
-    outcomes, count, started = Counter(), 1700 * ROUNDS, 0
-    bases = [specimen(tmp / "s", form, level, world_size) for level in FUZZ_LEVELS for world_size in (1, 2)]
+    outcomes, count, taken = Counter(), 1700 * ROUNDS, 0
+    bases = [
+        specimen(tmp / "s", form, level, world_size) for level in ["none", "fast"] for world_size in (1, 2)
+    ]
     for number in range(-20, count):  # a few to warm up
-        seed = max(0, number)
+        context = what, form, seed = what, form, max(0, number)
         rng, base = random.Random(seed), bases[seed % len(bases)]
-        files = FUZZERS["header" if what == "import" else what](rng, base)
+        files = fuzzed_record(rng, base) if what == "record" else fuzzed_header(rng, base)
         if number == 0:
-            started = most_memory()
+            taken = -resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if what == "import":
-            outcome = fuzz_import(tmp / "m.safetensors", files, (form, seed))
+            (tmp / "m.safetensors").write_bytes(files[shard_of(files)[0]])
+            started = time.process_time()
+            outcome = told(lambda: ckpt.import_checkpoint(tmp / "m.safetensors", Memory({}), "p"))
+            assert outcome[0] in ("returned", "ValueError", *REFUSALS), (context, outcome)
+            assert time.process_time() - started < 1.0, context
         else:
-            outcome, valid = check_bad_input(files, (what, form, seed), save=seed % 8 == 0)
-            if what == "header" and files != base:  # which a load does not need, but for its CRCs
-                assert not valid and outcome != "other", (form, seed, outcome)
+            outcome, valid = check_bad_input(files, context, write=seed % 4 == 0)
+            # A load does not need the header, but for its CRCs.
+            assert what == "record" or files == base or (not valid and outcome != "other"), (context, outcome)
         if number >= 0:
             outcomes[outcome if isinstance(outcome, str) else outcome[0]] += 1
-    assert most_memory() - started < 64 * MiB, "memory"
+    taken += resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert taken * 1024 < 64 * MiB, "memory"
     return count, outcomes
-
-
-def fuzz_import(path, files, context):
-    """A tensor file with a fuzzed header as the source of an import."""
-    (name, *_) = [name for name in sorted(files) if name.endswith(".safetensors")]
-    path.write_bytes(files[name])
-    started = time.process_time()
-    kind, _, message = told(lambda: ckpt.import_checkpoint(path, Memory({}), "p"))
-    assert kind in ("returned", "ValueError", *REFUSALS), (context, kind, message)
-    assert time.process_time() - started < 1.0, context
-    return "CORRUPTED_CHECKPOINT" if kind == "ValueError" else kind
 
 
 # Row 17, 18: lies that are well formed. They are refused before memory is taken for them
 
 
-def dumped(tree):
-    return json.dumps(tree, separators=(",", ":")).encode()
+def of_shape(row, shape, **more):
+    """A tensor, and its piece, of another shape."""
+    sizes = [[24, 40, 2, 1, 50], [1, 1, 3, 1, 1], *([1] * 5 for _ in shape[2:])]
+    for column, size in itertools.zip_longest(sizes, shape, fillvalue=1):
+        column[row] = size
+    offsets = [[0] * 5 for _ in sizes]
+    return {f"tensors/{row}/2": shape, "pieces/offset": offsets, "pieces/size": sizes, **more}
 
 
-def edited(files, edit):
-    """The files with a record changed by `edit(dict)`, which gets columns as lists, and sealed again."""
-    record = expanded(json.loads(files["p.metadata.json"]))
-    edit(record)
-    return with_record(files, record)
-
-
-def _tensor(record, name):
-    """The index of a tensor, and that of its only piece."""
-    (number,) = (number for number, row in enumerate(record["tensors"]) if row[0] == name)
-    return number, record["pieces"]["tensor"].index(number)
-
-
-def _shape(name, shape, piece=True, length=False):
-    """A tensor of another shape. So is its piece, and its length is right too, if wished."""
-
-    def edit(record):
-        (number, row), pieces = _tensor(record, name), record["pieces"]
-        record["tensors"][number][2] = shape
-        for key, default in (("offset", 0), ("size", 1)):
-            width = max(len(t[2]) for t in record["tensors"])
-            pieces[key] += [[default] * pieces["count"] for _ in range(width - len(pieces[key]))]
-            for dim in range(width if piece else 0):
-                pieces[key][dim][row] = shape[dim] if key == "size" and dim < len(shape) else default
-        if length:
-            pieces["length"][row] = math.prod(shape) * (1 if record["tensors"][number][1] == "JSON" else 4)
-
-    return lambda files: edited(files, edit)
-
-
-def _entries(files, count):
+def with_entries(files, count):
     """A header with a great many entries of nothing."""
-    path = next(name for name in files if name.endswith(".safetensors"))
-    header, data = header_of(files[path])
+    name, header, data = shard_of(files)
     more = b",".join(b'"z%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(count))
-    return with_shard(files, path, header[:-1] + b"," + more + b"}", data)
+    return with_shard(files, name, header[:-1] + b"," + more + b"}", data)
 
 
-def _pieces(**columns):
-    """Columns of the pieces replaced: by another one, or by a function of the one that is there."""
-
-    def edit(record):
-        pieces = record["pieces"]
-        pieces |= {key: new(pieces[key]) if callable(new) else new for key, new in columns.items()}
-
-    return lambda files: edited(files, edit)
-
-
-def _row(column, number, of="model/a"):
-    """One number of a column replaced."""
-
-    def edit(record):
-        record["pieces"][column][_tensor(record, of)[1]] = number
-
-    return lambda files: edited(files, edit)
+def with_shared_bytes(files):
+    """All pieces of a large tensor are the same few bytes of a file; header and record agree on it."""
+    name, header, data = shard_of(files)
+    places = range(0, 24 * 40, 24)
+    tree = {f"model/a@{n}": {"dtype": "I32", "shape": [24], "data_offsets": [0, 96]} for n in places}
+    tree = {"__metadata__": json.loads(header)["__metadata__"], **tree}
+    pieces = dict.fromkeys(COLUMNS, [0] * 40) | {"count": 40, "length": [96] * 40}
+    pieces |= {"offset": [[*places]], "size": [[24] * 40]}
+    tensors = [["model/a", "I32", [24 * 40], None, None]]
+    record = {"tensors": tensors, "compression": "none", "pieces": pieces}
+    return edited(with_shard(files, name, tree, data), record)
 
 
-def _share(files):
-    """A file in which all pieces of a large tensor are the same few bytes; header and record agree on it."""
-    path = next(name for name in files if name.endswith(".safetensors"))
-    header, data = header_of(files[path])
-    tree = {"__metadata__": json.loads(header)["__metadata__"]}
-    for n in range(40):
-        tree[f"model/a@{24 * n}"] = {"dtype": "I32", "shape": [24], "data_offsets": [0, 96]}
-
-    def edit(record):
-        record["tensors"], record["compression"] = [["model/a", "I32", [24 * 40], None, None]], "none"
-        columns = {"tensor": [0] * 40, "file": [0] * 40, "begin": [0] * 40, "length": [96] * 40}
-        record["pieces"] = {"count": 40, **columns, "offset": [[*range(0, 24 * 40, 24)]], "size": [[24] * 40]}
-
-    text = dumped(tree)
-    return edited(with_shard(files, path, text, data), edit)
+def epoch(value):
+    return {"custom_metadata/epoch": value}
 
 
-def _files(times=1, **fields):
-    """A record whose file has another length or header length, or is named several times."""
-
-    def edit(record):
-        name, length, header_bytes, crc = record["files"][0]
-        row = [name, fields.get("length", length), fields.get("header_bytes", header_bytes), crc]
-        record["files"] = [row] * times
-
-    return lambda files: edited(files, edit)
-
-
-def _claim(**fields):
-    return lambda files: edited(files, lambda record: record.update(fields))
-
-
-BILLION = 10**9
+BILLION, TOP, HUGE = 10**9, (1 << 63) - 1, 1 << 40
 BOMB = base64.b64encode(zlib.compress(bytes(256 * MiB), 9)).decode()  # a column of 33 million zeros
 LIES = {
-    "10^9 pieces": _pieces(count=BILLION),
-    "2^62 pieces": _pieces(count=(1 << 62) - 1),
-    "pieces of 64 dimensions": _pieces(
-        offset=lambda old: old + [[0] * len(old[0])] * 62, size=lambda old: old + [[1] * len(old[0])] * 62
-    ),
-    "pieces of 10^4 dimensions": _pieces(
-        offset=lambda old: old[:1] * 10**4, size=lambda old: old[:1] * 10**4
-    ),
-    "a column that inflates to 256 MiB": _pieces(begin=BOMB),
-    "columns that inflate to 256 MiB": _pieces(offset=[BOMB] * 2, size=[BOMB] * 2),
-    "a column of more rows": _pieces(begin=lambda old: old + old),
-    "a column of fewer rows": _pieces(length=lambda old: old[:-1]),
-    "a column with bytes behind its end": _pieces(
-        file=lambda old: base64.b64encode(base64.b64decode(packed(old)) + b"\0").decode()
-    ),
-    "a begin of which the end overflows": _row("begin", (1 << 63) - 1),
-    "a length of 2^63 - 1": _row("length", (1 << 63) - 1),
-    "a negative begin": _row("begin", -1),
-    "a negative length": _row("length", -96),
-    "a tensor of a negative number": _row("tensor", -1),
-    "a file of a negative number": _row("file", -1),
-    "an offset and a size that overflow": lambda f: edited(
-        f, lambda r: [r["pieces"][key][0].__setitem__(0, (1 << 63) - 1) for key in ("offset", "size")]
-    ),
-    "pieces that share their bytes": _share,
-    "a shape over the file's size": _shape("model/a", [1 << 40]),
-    "a shape over the file's size, and its length": _shape("model/a", [1 << 40], length=True),
-    "a shape over the file's size, extra state": _shape("extra/table.y", [1 << 40]),
-    "a value over the file's size": _shape("extra/table", [1 << 40]),
-    "a value over the file's size, and its length": _shape("extra/table", [1 << 40], length=True),
-    "a shape of 64 dimensions": _shape("model/a", [2] * 64),
-    "a shape that overflows": _shape("model/a", [1 << 61] * 8),
-    "a shape in the list of tensors alone": _shape("model/b", [1 << 40], piece=False),
-    "10^6 entries": lambda f: _entries(f, 10**6),
-    "5,000 files that are one": _files(times=5000),
-    "10^9 ranks": _claim(world_size=BILLION),
-    "a sequence number at the limit": _claim(sequence=(1 << 62) - 1),
-    "a sequence number over the limit": _claim(sequence=1 << 62),
-    "a file of 2^61 bytes": _files(length=1 << 61),
-    "a header of 2^61 bytes": _files(length=1 << 61, header_bytes=1 << 61),
-    "a header as long as the file": _files(header_bytes=4096 + 262),
+    "10^9 pieces": {"pieces/count": BILLION},
+    "2^62 pieces": {"pieces/count": (1 << 62) - 1},
+    "pieces of 64 dimensions": {"pieces/offset": [[0] * 5] * 64, "pieces/size": [[1] * 5] * 64},
+    "pieces of 10^4 dimensions": {"pieces/offset": [[0] * 5] * 10**4, "pieces/size": [[1] * 5] * 10**4},
+    "a column that inflates to 256 MiB": {"pieces/begin": BOMB},
+    "columns that inflate to 256 MiB": {"pieces/offset": [BOMB] * 2, "pieces/size": [BOMB] * 2},
+    "a column of more rows": {"pieces/begin": lambda old: old + old},
+    "a column of fewer rows": {"pieces/length": lambda old: old[:-1]},
+    "a column with bytes behind its end": {
+        "pieces/file": lambda old: base64.b64encode(base64.b64decode(packed(old)) + b"\0").decode()
+    },
+    "a begin of which the end overflows": {"pieces/begin/0": TOP},
+    "a length of 2^63 - 1": {"pieces/length/0": TOP},
+    "a negative begin": {"pieces/begin/0": -1},
+    "a negative length": {"pieces/length/0": -96},
+    "a tensor of a negative number": {"pieces/tensor/0": -1},
+    "a file of a negative number": {"pieces/file/0": -1},
+    "an offset and a size that overflow": {"pieces/offset/0/0": TOP, "pieces/size/0/0": TOP},
+    "pieces that share their bytes": with_shared_bytes,
+    "a shape over the file's size": of_shape(0, [HUGE]),
+    "a shape over the file's size, and its length": of_shape(0, [HUGE], **{"pieces/length/0": 4 * HUGE}),
+    "a shape over the file's size, extra state": of_shape(3, [HUGE]),
+    "a value over the file's size": of_shape(4, [HUGE]),
+    "a value over the file's size, and its length": of_shape(4, [HUGE], **{"pieces/length/4": HUGE}),
+    "a shape of 64 dimensions": of_shape(0, [2] * 64),
+    "a shape that overflows": of_shape(0, [1 << 61] * 8),
+    "a shape in the list of tensors alone": {"tensors/1/2": [HUGE]},
+    "10^6 entries": lambda files: with_entries(files, 10**6),
+    "5,000 files that are one": {"files": lambda rows: rows * 5000},
+    "10^9 ranks": {"world_size": BILLION},
+    "a sequence number at the limit": {"sequence": (1 << 62) - 1},
+    "a sequence number over the limit": {"sequence": 1 << 62},
+    "a file of 2^61 bytes": {"files/0/1": 1 << 61},
+    "a header of 2^61 bytes": {"files/0/1": 1 << 61, "files/0/2": 1 << 61},
+    "a header as long as the file": {"files/0/2": 4096 + 262},
+    "a float of one byte": epoch({"$float": "00"}),
+    "lists 900 deep": epoch(functools.reduce(lambda node, _: [node], range(900), 0)),
+    "objects 900 deep": epoch(functools.reduce(lambda node, _: {"a": node}, range(900), 0)),
+    "tuples 400 deep": epoch(functools.reduce(lambda node, _: {"$tuple": [node]}, range(400), 0)),
+    "a mapping with a list as key": epoch({"$dict": [[[], 1]]}),
+    "an array of objects": epoch({"$ndarray": ["|O", [1], "gASVAA=="]}),
+    "an array larger than its bytes": epoch({"$ndarray": ["<f4", [1 << 40], ""]}),
+    "a number of a million digits": epoch({"$int": "f" * 1_000_000}),
+    "a dtype that is a module": epoch({"$dtype": "nn"}),
+    "an unknown kind": epoch({"$eval": "1"}),
 }
-TRUE_FOR_A_LOAD = ("10^9 ranks", "a sequence number at the limit", "10^6 entries")  # it needs none of that
+EXACT = ["10^9 ranks", "a sequence number at the limit", "a number of a million digits", "10^6 entries"]
 
 
-@pytest.mark.parametrize("level", FUZZ_LEVELS)
-@pytest.mark.parametrize("lie", LIES)
-def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, lie, level):
-    honest = specimen(ram / "s", CheckpointFormat.MULTI_SHARD, level)
-    lying = LIES[lie](honest)
-    size = sum(map(len, lying.values()))
-    outcome, valid = check_bad_input(lying)
-    tracemalloc.start()  # which takes its time
+def traced(call):
+    """What a call returns, and the most memory that was taken meanwhile."""
+    tracemalloc.start()
     try:
-        check_bad_input(lying, seconds=60.0)
-        assert tracemalloc.get_traced_memory()[1] < 2 * size + 64 * MiB
+        return call(), tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    if lie in TRUE_FOR_A_LOAD:
-        assert outcome == "exact" and valid is ("entries" not in lie)
-    else:
-        assert outcome[0] in REFUSALS and not valid, outcome
 
 
-def test_a_lie_never_takes_the_memory_that_it_speaks_of(ram):
-    """In a process that has no more address space than the files need: whoever tries to take it fails."""
-    assert apart(load_with_little_room, ram)
+@pytest.mark.parametrize("level", ["none", "fast"])
+def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, level):
+    """At last in a process without address space for it, where whoever tries to take it fails."""
+    COUNTS["lies"] += apart(meet_lies, ram, level)
 
 
-def load_with_little_room(tmp):
-    bases = [specimen(tmp / "s", CheckpointFormat.MULTI_SHARD, level) for level in FUZZ_LEVELS]
-    for files in bases:
-        check_bad_input(files)
+def meet_lies(tmp, level):
+    honest = specimen(tmp / "s", level=level)
+    check_bad_input(honest, write=True)
+    for lie, changes in LIES.items():
+        files = edited(honest, changes)
+        outcome, valid = check_bad_input(files, lie, write=True)
+        taken = traced(lambda: check_bad_input(files, lie, seconds=60.0, write=True))[
+            1
+        ]  # which takes its time
+        assert taken < 2 * sum(map(len, files.values())) + 64 * MiB, lie
+        if lie in EXACT:
+            assert outcome == "exact" and valid is ("entries" not in lie), (lie, outcome)
+        elif "deep" not in lie:  # the interpreter says how deep is too deep
+            assert outcome[0] in REFUSALS and not valid, (lie, outcome)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * PAGE + 512 * MiB,) * 2)
-    for lie in LIES:
-        for files in bases:
-            check_bad_input(LIES[lie](files), lie, seconds=30.0)
-    return True
+    for lie, changes in LIES.items():
+        check_bad_input(edited(honest, changes), lie, seconds=30.0, write=True)
+    return len(LIES)
 
 
 def test_a_decompression_bomb_stops_at_its_declared_size(ram):
     live, options = Bag(a=torch.arange(9), b=torch.zeros(1 << 18)), at(load_rng_state=False)
-    over(ram).save(live, None, to(compression_level=CompressionLevel.FAST, include_rng_state=False))
-    files = listing(ram)
-    (path,) = [name for name in files if name.endswith(".safetensors")]
-    header, data = header_of(files[path])
+    over(ram).save(live, None, to(compression_level="fast", include_rng_state=False))
+    name, header, data = shard_of(listing(ram))
     tree = json.loads(header)
     first, last = tree["model/b"]["data_offsets"]
     assert last == len(data)
-    bomb = zlib.compress(bytes(200 * MiB), 9)
-    plane = zlib.compress(bytes(1 << 18), 9)  # as it is declared
+    bomb, plane = (zlib.compress(bytes(size), 9) for size in (200 * MiB, 1 << 18))  # 2^18: as it is declared
     for planes in ([bomb] * 4, [bomb, plane, plane, plane], [plane, plane, plane, bomb]):
         frame = struct.pack("<B4I", 4, *map(len, planes)) + b"".join(planes)
         body = data[:first] + frame
         tree["model/b"] = {"dtype": "U8", "shape": [len(frame)], "data_offsets": [first, len(body)]}
-        tree["__metadata__"]["crc32"] = crcs_of(body)
-        bombed = with_shard(files, path, dumped(tree), body)
-        bombed = edited(
-            bombed, lambda r: r["pieces"]["length"].__setitem__(_tensor(r, "model/b")[1], len(frame))
-        )
-        tracemalloc.start()
-        try:
-            kind, _, message = told(lambda: over(Memory(bombed)).load(live, None, options))
-            taken = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+        files = edited(with_shard(listing(ram), name, tree, body), {"pieces/length/1": len(frame)})
+        load = functools.partial(over(Memory(files)).load, live, None, options)
+        (kind, _, message), taken = traced(lambda: told(load))
         assert kind == "CORRUPTED_CHECKPOINT" and "frame is damaged" in message, message
-        assert taken < 2 * sum(map(len, bombed.values())) + 64 * MiB
+        assert taken < 2 * sum(map(len, files.values())) + 64 * MiB
 
 
 # Row 19: names
 
-
-BAD_NAMES = [
-    "..", ".", "", "../outside.safetensors", "../../outside.safetensors", "/etc/passwd", "x/../../outside.safetensors",
-    "{id}-00000-of-00001.safetensors/../../../outside.safetensors", "{id}-00000-of-00001.safetensors\0", "\0", "outside\\x",
-    "..\\outside.safetensors", "n" * 300, "{id}-00000-of-00001.safetensors" + "n" * 300, "ü.safetensors", "p.metadata.json",
-    "{id}-00000-of-00001.\N{LATIN SMALL LETTER LONG S}afetensors", "{id}-00000-of-00001.SAFETENSORS", "~/outside.safetensors",
-    "{id}-\N{FULLWIDTH DIGIT ZERO}0000-of-00001.safetensors", "{id}-00000-of-00001.safetensors\n", "link/outside.safetensors",
-    " {id}-00000-of-00001.safetensors", "./{id}-00000-of-00001.safetensors", "file:///etc/passwd", "outside.safetensors",
-]  # fmt: skip
+NAMES = (
+    "..|.||\0|../outside.safetensors|../../outside.safetensors|/etc/passwd|x/../../outside.safetensors"
+    "|~/outside.safetensors|link/outside.safetensors|./{own}.safetensors|file:///etc/passwd"
+    "|{own}.safetensors/../../../outside.safetensors|outside.safetensors|..\\outside.safetensors|outside\\x"
+    "|{own}.safetensors\0|{own}.safetensors\n| {own}.safetensors|{own}.SAFETENSORS|ü.safetensors"
+    "|{own}.\N{LATIN SMALL LETTER LONG S}afetensors|{own}\N{FULLWIDTH DIGIT ZERO}.safetensors|p.metadata.json"
+)
+BAD_NAMES = [*NAMES.split("|"), "n" * 300, "{own}.safetensors" + "n" * 300]
 
 
 def check_bad_name(tmp, name):
     """A file has a bad name in its record: readers refuse it; nothing outside is read, written or deleted."""
+
+    def others():
+        return {name: data for name, data in listing(tmp).items() if "metadata.json" not in name}
+
     base = tmp / "base"
     put(base, "old")
     (path,) = shards(base)
-    outside = [tmp / "outside.safetensors", base / "outside.safetensors", base / "p" / "outside.safetensors"]
-    for copied in outside:
-        shutil.copy(path, copied)
+    copies = ["outside.safetensors", "base/outside.safetensors", "base/p/outside.safetensors", "outside\\x"]
+    for outside in [*copies, "base/p/outside\\x"]:
+        shutil.copy(path, tmp / outside)
     (base / "p" / "link").symlink_to(tmp)
-    for tree in (tmp, base / "p"):
-        (tree / "outside\\x").write_bytes(path.read_bytes())
-    name = name.replace("{id}", path.name[:8])
-    reseal(base / "p.metadata.json", lambda record: record["files"][0].__setitem__(0, name))
-    before, files = {k: v for k, v in listing(tmp).items() if "metadata.json" not in k}, Seam()
-    checkpoint = over(Storage(base, files))
+    name = name.replace("{own}", path.stem)
+    reseal(base / RECORD, lambda record: record["files"][0].__setitem__(0, name))
+    before, checkpoint = others(), over(Storage(base, files := Seam()))
     assert seen(checkpoint.storage).startswith("CORRUPTED_CHECKPOINT"), (name, seen(checkpoint.storage))
     assert not checkpoint.validate_checkpoint("p").is_valid and checkpoint.list_checkpoints() == []
     assert not any(op.call == "pread" and not op.path.endswith(".metadata.json") for op in files.log), name
     st.collect_garbage(checkpoint.storage)
-    assert {k: v for k, v in listing(tmp).items() if "metadata.json" not in k} == before, name
+    assert others() == before, name
     told(lambda: put(checkpoint.storage, "new", "q"))
     told(lambda: checkpoint.delete_checkpoint("p"))
     told(lambda: put(checkpoint.storage, "new"))
-    after = listing(tmp)
-    own = str(path.relative_to(tmp))
-    assert all(after.get(k) == v for k, v in before.items() if k != own), name
+    del before[str(path.relative_to(tmp))]
+    assert before.items() <= others().items(), name
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
-def test_a_bad_name_in_a_record_is_refused_and_nothing_that_it_may_mean_is_touched(ram, name):
+def test_a_bad_name_in_a_record_is_refused_and_nothing_outside_is_touched(ram, name):
     check_bad_name(ram, name)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in BAD_NAMES if n.count("/") or n in ("..", ".", "", "\0")], ids=ascii
-)
+@pytest.mark.parametrize("name", [n for n in BAD_NAMES if "/" in n or n in ("..", ".", "", "\0")], ids=ascii)
 def test_a_bad_path_is_refused_by_the_storage_itself(ram, name):
-    (ram / "outside.safetensors").write_text("mine")
     (ram / "base" / "p").mkdir(parents=True)
     (ram / "base" / "p" / "link").symlink_to(ram)
-    storage, before = ckpt.LocalStorage(ram / "base"), listing(ram)
-    for path in (f"p/{name}", name):
-        calls = [
-            storage.open,
-            storage.create,
-            storage.delete,
-            storage.length,
-            storage.sync_directory,
-            storage.names,
-            storage.age_s,
-        ]
-        for call in calls:
-            with contextlib.suppress(ValueError, OSError, CheckpointException):
-                result = call(path)
-                assert not result or call is storage.create or name.count("..") == 0, (call, path)
-    after = {k: v for k, v in listing(ram).items() if not k.startswith("base/")}
-    assert after == {k: v for k, v in before.items() if not k.startswith("base/")}
+    (ram / "outside.safetensors").write_text("mine")
+    calls = ("open", "create", "delete", "length", "sync_directory", "names", "age_s")
+    for path, call in itertools.product((f"p/{name}", name), calls):
+        with contextlib.suppress(ValueError, OSError, CheckpointException):
+            result = getattr(ckpt.LocalStorage(ram / "base"), call)(path)
+            assert not result or call == "create" or ".." not in name, (call, path)
+    left = {name: data for name, data in listing(ram).items() if not name.startswith("base/")}
+    assert left == {"outside.safetensors": b"mine"}
 
 
 @pytest.mark.parametrize(
@@ -8650,25 +8457,19 @@ def test_a_bad_path_is_refused_by_the_storage_itself(ram, name):
 def test_files_with_names_that_no_checkpoint_can_have_disturb_nobody(ram, name):
     put(ram, "old")
     for stray in (f"{name}.metadata.json", f"{name}.metadata.json.0badf00d.tmp", f"p/{name}.safetensors"):
-        (ram / stray).write_bytes((ram / "p.metadata.json").read_bytes())
+        (ram / stray).write_bytes((ram / RECORD).read_bytes())
     (ram / f"{name}x").mkdir()
-    before = listing(ram)
-    checkpoint = over(ram)
+    before, checkpoint = listing(ram), over(ram)
     assert "p" in [info.prefix for info in checkpoint.list_checkpoints()]
-    assert seen(ckpt.LocalStorage(ram)) == "old"
+    assert seen(checkpoint.storage) == "old"
     put(ram, "new")
-    assert seen(ckpt.LocalStorage(ram)) == "new"
+    assert seen(checkpoint.storage) == "new"
     st.collect_garbage(checkpoint.storage)
-    assert all(
-        listing(ram).get(k) == v for k, v in before.items() if name in k and ".tmp" not in k and k[0] != "p"
-    )
+    mine = [path for path in before if name in path and ".tmp" not in path and path[0] != "p"]
+    assert all(listing(ram).get(path) == before[path] for path in mine)
 
 
 # Row 20: something else where a file of ours should be
-
-
-def _fifo(path, outside):
-    os.mkfifo(path)
 
 
 def _device(path, outside):
@@ -8678,48 +8479,23 @@ def _device(path, outside):
         path.symlink_to("/dev/zero")
 
 
-def _directory(path, outside):
-    path.mkdir()
-    (path / "mine").write_text("mine")
-
-
 IMPOSTORS = {
     "a symbolic link": lambda path, outside: path.symlink_to(outside),
     "a dangling link": lambda path, outside: path.symlink_to(outside / "nothing"),
     "a link to itself": lambda path, outside: path.symlink_to(path.name),
-    "a FIFO": _fifo,
+    "a FIFO": lambda path, outside: os.mkfifo(path),
     "a device": _device,
-    "a hard link": lambda path, outside: (
-        os.link(outside, path) if outside.is_file() else path.symlink_to(outside)
-    ),
-    "a directory": _directory,
+    "a hard link": lambda path, outside: (os.link if outside.is_file() else os.symlink)(outside, path),
+    "a directory": lambda path, outside: (path.mkdir(), (path / "mine").write_text("mine")),
 }
-VICTIMS = ["shard", "record", "directory", "temporary"]
-
-
-def impostor(tmp, victim, kind):
-    """A base path in which one thing was replaced by something else, which looks to a copy of it outside."""
-    base, outside = tmp / "base", tmp / "outside"
-    put(base, "old")
-    (shard,) = shards(base)
-    path = {
-        "shard": shard,
-        "record": base / "p.metadata.json",
-        "directory": base / "p",
-        "temporary": base / "p.metadata.json.0badf00d.tmp",
-    }[victim]
-    if victim == "temporary":
-        shutil.copy(base / "p.metadata.json", path)
-    shutil.move(path, outside)
-    IMPOSTORS[kind](path, outside)
-    return base, path, {k: v for k, v in listing(tmp).items() if k.startswith("outside")}
-
-
+VICTIMS = {"shard": "p/*", "record": RECORD, "directory": "p", "temporary": f"{RECORD}.0badf00d.tmp"}
+HARMLESS = [("a hard link", "shard"), ("a hard link", "record")]  # the same bytes, in a regular file
+HARMLESS += [(kind, "temporary") for kind in IMPOSTORS]
 IMPOSED = {
     "load": seen,
-    "list": lambda s: over(s).list_checkpoints(),
+    "list": lambda s: str(over(s).list_checkpoints()),
     "validate": lambda s: over(s).validate_checkpoint("p").is_valid,
-    "gc": lambda s: st.collect_garbage(s),
+    "gc": lambda s: str(st.collect_garbage(s)),
     "save elsewhere": lambda s: told(lambda: put(s, "other", "q")),
     "save": lambda s: told(lambda: put(s, "new")),
     "save, overwrite=False": lambda s: told(lambda: put(s, "new", overwrite=False)),
@@ -8731,207 +8507,139 @@ IMPOSED = {
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_nobody(ram, victim, kind):
     """Each call in turn, on a fresh copy: it comes back, and nothing outside has changed."""
-    for name, outcome, whole in apart(meet_impostor, ram, victim, kind):
-        assert whole, f"{name} changed what is outside: {outcome}"
-        if name == "load" and victim != "temporary" and (kind, victim) not in HARMLESS:
-            assert outcome not in WORDS, (name, outcome)
-        if name == "validate" and victim != "temporary" and (kind, victim) not in HARMLESS:
-            assert outcome is False, name
-        if name == "save elsewhere":
-            assert outcome[0] == "returned", outcome
-        assert not (isinstance(outcome, str) and outcome.startswith("raw")), (name, outcome)
-
-
-HARMLESS = {("a hard link", "shard"), ("a hard link", "record")}  # the same bytes, in a regular file
+    apart(meet_impostor, ram, victim, kind)
 
 
 def meet_impostor(tmp, victim, kind):
-    found = []
-    for number, (name, call) in enumerate(IMPOSED.items()):
-        here = tmp / str(number)
-        base, _, before = impostor(here, victim, kind)
-        try:
-            outcome = call(ckpt.LocalStorage(base))
-        except Exception as error:
-            outcome = f"raw {type(error).__name__} {error}"
-        after = {k: v for k, v in listing(here).items() if k.startswith("outside")}
-        found.append(
-            (name, outcome if isinstance(outcome, (str, bool, tuple)) else str(outcome), after == before)
-        )
-        shutil.rmtree(here)
-    return found
+    outcomes = {}
+    for name, call in IMPOSED.items():
+        base, outside = tmp / name / "base", tmp / name / "outside"
+        put(base, "old")
+        if victim == "temporary":
+            shutil.copy(base / RECORD, base / VICTIMS[victim])
+        (path,) = base.glob(VICTIMS[victim])
+        shutil.move(path, outside)
+        IMPOSTORS[kind](path, outside)
+        before = listing(outside) or outside.read_bytes()
+        outcomes[name] = call(ckpt.LocalStorage(base))
+        assert (listing(outside) or outside.read_bytes()) == before, f"{name} changed what is outside"
+    assert outcomes["save elsewhere"][0] == "returned", outcomes
+    if (kind, victim) not in HARMLESS:
+        assert outcomes["load"] not in WORDS and outcomes["validate"] is False, outcomes
 
 
 @pytest.mark.parametrize("victim", ["runs", "runs/p", "runs/p/*", "runs/p.metadata.json"])
 def test_a_link_below_the_base_path_is_a_storage_error_that_says_so_and_is_never_followed(
     ram, victim, capsys, caplog
 ):
-    base = ram / "base"
+    base, outside, says = ram / "base", ram / "outside", "symbolic link"
     put(base, "old", "before")
     put(base, "new", "runs/p")
     (path,) = base.glob(victim)
-    shutil.move(path, ram / "outside")
-    path.symlink_to(ram / "outside")
-    says, before = "symbolic link", listing(ram / "outside") or listing(ram)["outside"]
+    shutil.move(path, outside)
+    path.symlink_to(outside)
+    before, checkpoint = listing(outside) or outside.read_bytes(), over(base)
     for fallback in (False, True):
-        load = functools.partial(over(base).load, value("old"), None, at("runs/p", fallback=fallback))
+        load = functools.partial(checkpoint.load, value("old"), None, at("runs/p", fallback=fallback))
         message = refusal(load, ExceptionType.STORAGE_ERROR)
         assert says in message and message.startswith(str(path.relative_to(base)))
-    assert says in over(base).validate_checkpoint("runs/p").errors[0]
-    code, text, _ = command(capsys, "verify", base, "runs/p")
-    assert code == 1 and says in text
-    assert [info.prefix for info in over(base).list_checkpoints()] == ["before"] and says in caplog.text
-    caplog.clear()
-    assert over(base).latest_checkpoint().prefix == "before" and says in caplog.text
-    code, text, _ = command(capsys, "ls", base)
-    assert code == 0 and says in text and "before" in text
+    assert says in checkpoint.validate_checkpoint("runs/p").errors[0]
+    for words, expected in ((["verify", base, "runs/p"], 1), (["ls", base], 0)):
+        code, text, _ = command(capsys, *words)
+        assert code == expected and says in text and (code or "before" in text)
+    for find in (lambda: checkpoint.list_checkpoints()[-1], checkpoint.latest_checkpoint):
+        caplog.clear()
+        assert find().prefix == "before" and says in caplog.text
     put(base, "next", "after", keep_last=1)
-    assert (
-        seen(ckpt.LocalStorage(base), "after") == "next"
-        and seen(ckpt.LocalStorage(base), "before") == "absent"
-    )
-    assert st.collect_garbage(ckpt.LocalStorage(base)) == []
-    for call in (lambda: put(base, "new", "runs/p"), lambda: over(base).delete_checkpoint("runs/p")):
+    assert [seen(checkpoint.storage, prefix) for prefix in ("after", "before")] == ["next", "absent"]
+    assert st.collect_garbage(checkpoint.storage) == []
+    for call in (lambda: put(base, "new", "runs/p"), lambda: checkpoint.delete_checkpoint("runs/p")):
         kind, _, message = told(call)
         assert kind == "returned" or (kind == "STORAGE_ERROR" and says in message)
-    assert (listing(ram / "outside") or listing(ram)["outside"]) == before
+    assert (listing(outside) or outside.read_bytes()) == before
 
 
 # Row 21: pickles
 
 
-PICKLE_MARK = "pickle_was_run"
-
-
-def pickled(tmp):
-    """A pickle that leaves a file if anybody loads it."""
-    return b"\x80\x04cos\nsystem\n(S'touch " + str(tmp / PICKLE_MARK).encode() + b"'\ntR."
-
-
-def _planted_values(payload):
-    text = base64.b64encode(payload).decode()
-    for tag in ("$pickle", "$object", "$reduce", "$bytes", "$ndarray", "$scalar", "$dtype", "$device"):
-        body = ["|O", [1], text] if tag in ("$ndarray", "$scalar") else text
-        yield {tag: body}
-    yield {"$dtype": "serialization.pickle"}
-    yield {"$ndarray": ["O", [1], text]}
-
-
 def plant_pickles(files, payload):
     """Files with a pickle in every place where bytes or values are."""
-    path = next(name for name in sorted(files) if name.endswith(".safetensors"))
-    header, data = header_of(files[path])
+    name, header, data = shard_of(files)
     tree = json.loads(header)
-    yield {**files, "p.metadata.json": payload}
+    yield {**files, RECORD: payload}
     yield with_record(files, payload + b"}")
-    yield {**files, path: payload}
-    yield edited({**files, path: payload}, lambda r: r["files"][0].__setitem__(1, len(payload)))
-    yield {**files, path: payload.ljust(len(files[path]), b"\0")}
-    yield with_shard(files, path, payload, data)
-    for value in _planted_values(payload):
-        yield edited(files, lambda record, value=value: record["custom_metadata"].update(epoch=value))
-    for key, entry in tree.items():
-        if key == "__metadata__":
-            continue
-        first, last = entry["data_offsets"]
-        for value in (payload, *map(dumped, _planted_values(payload))):
-            changed = copy.deepcopy(tree)
-            body = data[:first] + value.ljust(last - first)[: last - first] + data[last:]
-            changed["__metadata__"]["crc32"] = crcs_of(body)
-            yield with_shard(files, path, dumped(changed), body)
+    yield {**files, name: payload}
+    yield edited({**files, name: payload}, {"files/0/1": len(payload)})
+    yield {**files, name: payload.ljust(len(files[name]), b"\0")}
+    yield with_shard(files, name, payload, data)
+    code = base64.b64encode(payload).decode()
+    values = [{tag: code} for tag in ("$pickle", "$object", "$reduce", "$bytes", "$dtype", "$device")]
+    values += [{"$ndarray": [kind, [1], code]} for kind in ("|O", "O")]
+    values += [{"$scalar": ["|O", [1], code]}, {"$dtype": "serialization.pickle"}]
+    for value in values:
+        yield edited(files, {"custom_metadata/epoch": value})
+    for key in tree.keys() - {"__metadata__"}:
+        first, last = tree[key]["data_offsets"]
+        for value in (payload, *map(dumped, values)):
+            planted = value.ljust(last - first)[: last - first]
+            yield with_shard(files, name, tree, data[:first] + planted + data[last:])
 
 
 def test_a_pickle_in_any_file_is_never_run(ram):
-    count, events = apart(read_pickles, ram)
-    assert events == [] and count > 50 and not (ram / PICKLE_MARK).exists()
-    COUNTS["pickles"] += count
+    COUNTS["pickles"] += apart(read_pickles, ram)
 
 
 def read_pickles(tmp):
-    bag = Bag(**specimen_state(), room="x" * 500)
-    over(tmp / "s").save(
-        bag,
-        None,
-        to(include_rng_state=False, custom_metadata={"epoch": 1}),
-        extra_state={"long": ["y" * 500]},
-    )
-    files, payload, events, count = listing(tmp / "s"), pickled(tmp), [], 0
-    sys.addaudithook(
-        lambda name, args: events.append(name) if name in ("pickle.find_class", "os.system") else None
-    )
-    for planted in plant_pickles(files, payload):
+    bag, events, count = Bag(**specimen_state(), room="x" * 500), [], 0
+    options = to(include_rng_state=False, custom_metadata={"epoch": 1})
+    over(tmp / "s").save(bag, None, options, extra_state={"long": ["y" * 500]})
+    files, payload = listing(tmp / "s"), b"\x80\x04cos\nsystem\n(S'touch %s/pickle_was_run'\ntR."
+    watched = ("pickle.find_class", "os.system")
+    sys.addaudithook(lambda name, args: events.append(name) if name in watched else None)
+    for planted in plant_pickles(files, payload % bytes(tmp)):
         count += 1
         storage = Memory(planted)
         told(lambda: over(storage).load(copy.deepcopy(bag), None, at(load_rng_state=False)))
         over(storage).validate_checkpoint("p")
         over(storage).list_checkpoints()
-    return count, events
+    assert events == [] and count > 50 and not (tmp / "pickle_was_run").exists()
+    return count
 
 
 # Row 27: a clock that is wrong
 
 
-class Clock:
-    """The `datetime` module with a clock that is some years off."""
-
-    timezone, timedelta = datetime.timezone, datetime.timedelta
-
-    def __init__(self):
-        clock = self
-        self.years = 0
-
-        class Shifted(datetime.datetime):
-            @classmethod
-            def now(cls, tz=None):
-                now = datetime.datetime.now(tz)
-                return now.replace(year=now.year + clock.years, day=min(now.day, 28))
-
-        self.datetime = Shifted
-
-
 @pytest.mark.parametrize("years", [(0, -10, 10, -10), (10, 0, -10, -10), (-10, 10, 0, 5)], ids=str)
-def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_latest_nor_what_is_kept(
-    ram, monkeypatch, years
-):
-    clock = Clock()
-    monkeypatch.setattr(ckpt.coord, "datetime", clock)
-    names, stamps = [], []
-    for number, off in enumerate(years):
-        clock.years = off
+def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_what_is_kept(ram, monkeypatch, years):
+    class Shifted(datetime.datetime):
+        years = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            now = datetime.datetime.now(tz)
+            return now.replace(year=now.year + cls.years, day=min(now.day, 28))
+
+    monkeypatch.setattr(coord, "datetime", types.SimpleNamespace(**vars(datetime) | {"datetime": Shifted}))
+    names, checkpoint = [], over(ram)
+    for number, Shifted.years in enumerate(years):
         names.append(put(ram, WORDS[number], f"run/{9 - number}" if number % 2 else None))
-    checkpoint = over(ram)
-    stamps = [
-        info.timestamp.year - datetime.datetime.now(datetime.timezone.utc).year
-        for info in checkpoint.list_checkpoints()
-    ]
-    assert stamps == list(years)  # the clock was really off
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == names
+    this_year = datetime.datetime.now(datetime.timezone.utc).year
+    listed = [(info.prefix, info.timestamp.year - this_year) for info in checkpoint.list_checkpoints()]
+    assert listed == list(zip(names, years))  # the clock was really off
     assert checkpoint.latest_checkpoint().prefix == names[-1]
     flip(shards(ram, names[-1])[0], -1)
-    target = value("old")
     options = at(names[-1], load_rng_state=False, fallback=True)
-    assert checkpoint.load(target, None, options) and identical(target.state, value(WORDS[2]).state)
-    clock.years = -10
+    assert checkpoint.load(target := value("old"), None, options)
+    assert identical(target.state, value(WORDS[2]).state)
+    Shifted.years = -10
     put(ram, "new", names[0], keep_last=2)
     assert [info.prefix for info in checkpoint.list_checkpoints()] == [names[-1], names[0]]
-    assert seen(ckpt.LocalStorage(ram), names[0]) == "new"
+    assert seen(checkpoint.storage, names[0]) == "new"
 
 
 # Row 35: names that a terminal obeys, or that UTF-8 cannot encode
 
-ORDERS = [
-    "\x1b[31m",
-    "\r\n",
-    "\x7f",
-    "\x9b2J",
-    "\u202egpj",
-    "\u2066",
-    "\u200f",
-    "\u061c",
-    "\u2028",
-    "\x00",
-    "\ufeff",
-]
+ORDERS = ["\x1b[31m", "\r\n", "\x9b2J", "\u202egpj", *"\x7f\u2066\u200f\u061c\u2028\x00\ufeff"]
 
 
 def check_printed(capsys, *words):
@@ -8941,44 +8649,46 @@ def check_printed(capsys, *words):
     return code, text
 
 
-def test_no_stored_name_and_no_metadata_reaches_a_terminal_unescaped_and_json_is_exact(tmp_path, capsys):
-    names = [f"{n}.a{order}b" for n, order in enumerate(ORDERS)]
-    for prefix, number in (("p", 1.0), ("q", 2.0)):
-        extra, custom = {name: number for name in names}, {"".join(ORDERS): "".join(ORDERS)}
-        bag = Bag(**{name: torch.tensor([number, 1j], dtype=torch.complex128) for name in names})
-        opened(tmp_path).save(bag, None, to(prefix, custom_metadata=custom), extra_state=extra)
-    reseal(
-        tmp_path / "q.metadata.json", lambda record: record.update(format="\x1b[2J", torch_version="2\u202e")
-    )
-    printed = {}
-    export = ["export", tmp_path, "p", tmp_path / "m.safetensors"]
-    for words in (
-        ["ls", tmp_path],
-        ["show", tmp_path, "q"],
-        ["diff", tmp_path, "p", "q"],
-        ["verify", tmp_path],
-        export,
-    ):
-        printed[words[0]] = check_printed(capsys, *words)
-    assert [code for code, _ in printed.values()] == [0, 0, 1, 0, 0]
-    assert "\\x1b[2J" in printed["ls"][1] and "2\\u202e" in printed["show"][1]
-    for name in names:
-        escaped = name.encode("unicode_escape").decode()
-        assert escaped in printed["show"][1] and f"model/{escaped} " in printed["diff"][1]
-    assert "complex" in printed["export"][1] and "0.a\\x1b[31mb" in printed["export"][1], (
-        "a warning names some"
-    )
-    assert set(contents(tmp_path / "m.safetensors")) == set(names)
-    torch.save({"w": torch.ones(1), **{name: "x" for name in names}}, tmp_path / "m.pt")
-    code, text = check_printed(capsys, "import", tmp_path / "m.pt", tmp_path, "r")
-    assert code == 0 and "extra/0.a\\x1b[31mb" in text
+@pytest.mark.parametrize("orders", [ORDERS, ["\ud800"]], ids=["control characters", "a lone surrogate"])
+def test_no_stored_name_and_no_metadata_reaches_a_terminal_unescaped_and_json_is_exact(
+    tmp_path, capsys, monkeypatch, orders
+):
+    names, custom = [f"{n}.a{order}b" for n, order in enumerate(orders)], {"".join(orders): "".join(orders)}
+    encodable, escaped = orders is ORDERS, [name.encode("unicode_escape").decode() for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(st, "check_name", lambda name: None)  # as if somebody else had written it
+        for prefix, number in (("p", 1.0), ("q", 2.0)):
+            bag = Bag(**{name: torch.tensor([number, 1j], dtype=torch.complex128) for name in names})
+            extra = dict.fromkeys(names, number)
+            opened(tmp_path).save(bag, None, to(prefix, custom_metadata=custom), extra_state=extra)
+    changes = {"format": "\x1b[2J", "torch_version": "2\u202e"}
+    reseal(tmp_path / "q.metadata.json", lambda record: record.update(changes))
+    export, printed = f"export p {tmp_path}/m.safetensors", {}
+    codes = {"ls": 0, "show q": 0, "diff p q --values": 1, "diff p q": 1, "verify": 0, export: not encodable}
+    for (word, *more), code in zip(map(str.split, codes), codes.values()):
+        found, printed[word] = check_printed(capsys, word, tmp_path, *more)
+        assert found == code and "codec" not in printed[word], (word, printed[word])
+    assert "\\x1b[2J" in printed["ls"] and "2\\u202e" in printed["show"]
+    for name in escaped:
+        assert name in printed["show"] and f"model/{name} " in printed["diff"]
+    assert escaped[0] in printed["export"] and ("complex" if encodable else "UTF-8") in printed["export"]
     shown = json.loads(command(capsys, "show", tmp_path, "p", "--json")[2])
     assert {f"model/{name}" for name in names} < {tensor["name"] for tensor in shown["tensors"]}
     assert shown["custom_metadata"] == custom
-    flip(shards(tmp_path)[0], shards(tmp_path)[0].stat().st_size - 1)
-    code, text = check_printed(capsys, "verify", tmp_path, "p")
-    assert code == 1 and "\\x" in text, "it names what is damaged"
-    assert check_printed(capsys, *export)[0] == 1
+    loaded = Bag(**{name: torch.zeros_like(bag.state[name]) for name in names})
+    opened(tmp_path).load(loaded, None, at("q"))
+    assert identical(loaded.state, bag.state)
+    if encodable:
+        assert set(contents(tmp_path / "m.safetensors")) == set(names)
+        source = as_torch(tmp_path, {"w": torch.ones(1), **dict.fromkeys(names, "x")})
+        code, text = check_printed(capsys, "import", source, tmp_path, "r")
+        assert code == 0 and f"extra/{escaped[0]}" in text
+    flip(shards(tmp_path)[0], -1)
+    for word, *more in (["verify", "p"], export.split()):
+        code, text = check_printed(capsys, word, tmp_path, *more)
+        assert code == 1 and "a\\" in text, "it names what is damaged"
+    for word, *more in (["gc"], ["rm", "q"]):
+        assert check_printed(capsys, word, tmp_path, *more)[0] == 0
 
 
 REFUSED_NAMES = {
@@ -8997,377 +8707,232 @@ def test_a_name_that_utf_8_cannot_encode_is_refused_at_save_with_its_path(tmp_pa
     assert listing(tmp_path) == {}
 
 
-def test_a_lone_surrogate_in_a_record_is_shown_escaped_and_is_never_an_encoding_error(
-    tmp_path, capsys, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(st, "check_name", lambda name: None)  # as if somebody else had written it
-        for prefix, number in (("p", 1.0), ("q", 2.0)):
-            custom = {"\udcff": "\ud800"}
-            opened(tmp_path).save(
-                Bag(**{"a\ud800": torch.tensor([number])}), None, to(prefix, custom_metadata=custom)
-            )
-    wanted = {
-        "ls": 0,
-        "show p": 0,
-        "verify": 0,
-        "diff p q --values": 1,
-        "export p {}/m.safetensors": 1,
-        "gc": 0,
-        "rm q": 0,
-    }
-    printed = {}
-    for line, code in wanted.items():
-        word, *more = line.format(tmp_path).split()
-        found, printed[word] = check_printed(capsys, word, tmp_path, *more)
-        assert found == code and "codec" not in printed[word], (line, printed[word])
-    for word in ("show", "diff", "export"):
-        assert "a\\ud800" in printed[word]
-    assert "UTF-8" in printed["export"] and "\\udcff" in printed["show"]
-    shown = json.loads(command(capsys, "show", tmp_path, "p", "--json")[2])
-    assert shown["custom_metadata"] == custom and "model/a\ud800" in [
-        tensor["name"] for tensor in shown["tensors"]
-    ]
-    target = Bag(**{"a\ud800": torch.zeros(1)})
-    opened(tmp_path).load(target, None, at())
-    assert target.state["a\ud800"].item() == 1.0
-
-
 # Row 36: something else than a file as the source of an import
 
 
-def _socket(path, outside):
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as bound:
-        bound.bind(str(path))
-
-
-def places_of_files(tmp):
-    """Sources of an import, each with one of its files."""
-    state = {"a": torch.ones(1), "b": torch.ones(2)}
-    for name in ("folder", "index", "dcp"):
-        (tmp / name).mkdir(parents=True)
-    yield (safetensors_file(tmp / "m.safetensors", state),) * 2
-    yield (as_torch(tmp, state),) * 2
-    index = as_index(tmp / "index", state)
-    yield index, index.parent / "m-1.safetensors"
-    yield index.parent, index
-    yield tmp / "folder", safetensors_file(tmp / "folder" / "m.safetensors", state)
-    dcp.save(dict(state), checkpoint_id=tmp / "dcp", no_dist=True)
-    yield tmp / "dcp", tmp / "dcp" / "__0_0.distcp"
-    yield tmp / "dcp", tmp / "dcp" / ".metadata"
+SOURCES = [("m.safetensors", "m.safetensors"), ("m.pt", "m.pt"), ("folder", "folder/m.safetensors")]
+SOURCES += [
+    ("index", "index/m.safetensors.index.json"),
+    ("dcp", "dcp/__0_0.distcp"),
+    ("dcp", "dcp/.metadata"),
+]
+SOURCES += [("index/m.safetensors.index.json", "index/m-1.safetensors")]  # each with one of its files
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
 def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram, kind):
-    for source, path, (outcome, _, message), files in apart(import_impostors, ram, kind):
-        if kind == "a directory" and (source == path or "dcp" in path):
-            assert outcome in ("ValueError", "LOAD_FAILED"), (path, outcome, message)
-        else:
-            assert (outcome, message) == ("ValueError", f"{path}: expected a file, found {kind}"), (
-                path,
-                outcome,
-                message,
-            )
-        assert files == {}
+    apart(import_impostors, ram, kind)
 
 
 def import_impostors(tmp, kind):
-    found = []
-    for number in range(len([*places_of_files(tmp / "all")])):
-        source, path = [*places_of_files(tmp / str(number))][number]
-        path.unlink()
-        {**IMPOSTORS, "a socket": _socket}[kind](path, tmp)
-        answer = told(lambda: ckpt.import_checkpoint(source, ckpt.LocalStorage(tmp / "c"), "p"))
-        found.append((str(source), str(path), answer, listing(tmp / "c")))
-    return found
+    state, whole = {"a": torch.ones(1), "b": torch.ones(2)}, tmp / "whole"
+    for name in ("folder", "index"):
+        (whole / name).mkdir(parents=True)
+    for path in (whole, whole / "folder"):
+        safetensors_file(path / "m.safetensors", state)
+    as_torch(whole, state)
+    as_index(whole / "index", state)
+    dcp.save(dict(state), checkpoint_id=whole / "dcp", no_dist=True)
+    for source, victim in SOURCES:
+        shutil.copytree(whole, here := tmp / victim.replace("/", "-"))
+        (path := here / victim).unlink()
+        if kind == "a socket":
+            socket.socket(socket.AF_UNIX).bind(str(path))
+        else:
+            IMPOSTORS[kind](path, here)
+        told_kind, _, message = told(lambda: ckpt.import_checkpoint(here / source, str(tmp / "c"), "p"))
+        if kind == "a directory" and (source == victim or source == "dcp"):
+            assert told_kind in ("ValueError", "LOAD_FAILED"), (path, told_kind, message)
+        else:
+            assert (told_kind, message) == ("ValueError", f"{path}: expected a file, found {kind}"), path
+        assert listing(tmp / "c") == {}
 
 
 # Row 37: a record that cannot be read, beside good ones
 
 UNREADABLE = {
-    "a record that may not be opened": lambda op: op.call == "open" and op.path.endswith("/q.metadata.json"),
-    "a record on a bad sector": lambda op: op.call == "pread" and op.path.endswith("/q.metadata.json"),
-    "a directory that may not be listed": lambda op: op.call == "listdir" and op.path.endswith("/theirs"),
+    "a record that may not be opened": ("open", "/q.metadata.json"),
+    "a record on a bad sector": ("pread", "/q.metadata.json"),
+    "a directory that may not be listed": ("listdir", "/theirs"),
 }
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO], ids=errno.errorcode.get)
 @pytest.mark.parametrize("what", UNREADABLE)
-def test_an_unreadable_record_stops_only_who_asks_for_it_and_is_else_skipped_with_a_warning(
-    ram, what, code, caplog
-):
+def test_an_unreadable_record_is_skipped_with_a_warning_by_all_who_do_not_ask_for_it(ram, what, code, caplog):
+    call, path = UNREADABLE[what]
     put(ram, "old")
     put(ram, "other", "theirs/q")
     orphan = ram / "theirs" / "q" / "0badf00d-00000-of-00001.safetensors"
     orphan.write_bytes(b"")
-    whole, theirs = ckpt.LocalStorage(ram), {k: v for k, v in listing(ram).items() if k.startswith("theirs")}
-    storage = Storage(ram, Seam(lambda op: fail(code)(op) if UNREADABLE[what](op) else None))
+    theirs = listing(ram / "theirs")
+    failing = Strike(0, fail(code), lambda op: op.call == call and op.path.endswith(path), FOREVER)
+    storage = Storage(ram, Seam(failing))
+    checkpoint = over(storage)
 
     def warned(result):
-        (line,) = [
-            r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "theirs" in r.getMessage()
-        ]
+        messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        (line,) = [message for message in messages if "theirs" in message]
         caplog.clear()
         assert os.strerror(code) in line and "skipped theirs" in line
         return result
 
-    assert [info.prefix for info in warned(over(storage).list_checkpoints())] == ["p"]
-    assert warned(over(storage).latest_checkpoint()).prefix == "p"
+    assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["p"]
+    assert warned(checkpoint.latest_checkpoint()).prefix == "p"
     warned(put(storage, "new", "r", keep_last=2))
     warned(put(storage, "next", "s", keep_last=2))
-    assert [seen(whole, prefix) for prefix in ("p", "r", "s", "theirs/q")] == [
-        "absent",
-        "new",
-        "next",
-        "other",
-    ]
-    assert [info.prefix for info in warned(over(storage).list_checkpoints())] == ["r", "s"]
+    expected = {"p": "absent", "r": "new", "s": "next", "theirs/q": "other"}
+    assert {prefix: seen(ckpt.LocalStorage(ram), prefix) for prefix in expected} == expected
+    assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["r", "s"]
     if "directory" not in what:
-        calls = [
-            lambda: put(storage, "new", "theirs/q"),
-            lambda: over(storage).load(value("old"), None, at("theirs/q")),
-        ]
-        for call in calls:
-            assert os.strerror(code) in refusal(call, ExceptionType.STORAGE_ERROR)
-        assert os.strerror(code) in over(storage).validate_checkpoint("theirs/q").errors[0]
+        load = functools.partial(checkpoint.load, value("old"), None, at("theirs/q"))
+        for ask in (lambda: put(storage, "new", "theirs/q"), load):
+            assert os.strerror(code) in refusal(ask, ExceptionType.STORAGE_ERROR)
+        assert os.strerror(code) in checkpoint.validate_checkpoint("theirs/q").errors[0]
     caplog.clear()
     assert st.collect_garbage(storage) == [] and os.strerror(code) in caplog.text and "theirs" in caplog.text
     caplog.clear()
-    assert {k: v for k, v in listing(ram).items() if k.startswith("theirs")} == theirs
-    (path,) = shards(ram, "s")
-    flip(path, path.stat().st_size - 1)
+    assert listing(ram / "theirs") == theirs
+    flip(shards(ram, "s")[0], -1)
     load = at("s", fallback=True, load_rng_state=False)
-    found = over(storage).load(target := value("old"), None, load)
-    assert (
-        found.prefix == "r"
-        and identical(target.state, value("new").state)
-        and "skipped theirs" in caplog.text
-    )
+    found = checkpoint.load(target := value("old"), None, load)
+    assert found.prefix == "r" and identical(target.state, value("new").state)
+    assert "skipped theirs" in caplog.text
     orphan.unlink()
-    assert {info.prefix for info in over(whole).list_checkpoints()} == {"r", "s", "theirs/q"}
+    assert {info.prefix for info in over(ram).list_checkpoints()} == {"r", "s", "theirs/q"}
 
 
 # Row 2, more of it: every kind of save and of delete
 
 
-def _ranks(world_size, call):
-    return lambda storage: together(world_size, lambda c: call(storage, c))
-
-
-def _put_ranks(storage, word, world_size, prefix="p", **options):
-    together(world_size, lambda c: put(storage, word, prefix, coordinator=c, **options))
-
-
-def _put_extra(storage, word, coordinator, **options):
-    checkpoint = over(storage, coordinator)
-    checkpoint.save(
-        value(word), None, to(include_rng_state=False, **options), extra_state={"word": word, "n": [1, 2]}
-    )
-
-
 def losses(ranks):
-    """Saves and deletes by a number of ranks, each as a scene, by name."""
-    first, one = (lambda s: Path(s.base_path).mkdir(exist_ok=True)), {"p": {"old", "new"}}
-    old, done = (lambda s: _put_ranks(s, "old", ranks)), {"p": {"new"}}
+    """Saves and deletes: name, what is done before, what is done, {prefix: (seen before, seen after)}."""
 
-    def new(**options):
-        return lambda s: _put_ranks(s, "new", ranks, **options)
+    def put_all(word, prefix="p", **options):
+        return lambda s: together(ranks, lambda c: put(s, word, prefix, coordinator=c, **options))
 
-    def extra(**options):
-        return _ranks(ranks, lambda s, c: _put_extra(s, "new", c, **options))
+    def extra(level):
+        options, extra = to(include_rng_state=False, compression_level=level), {"word": "new", "n": [1, 2]}
+        save = lambda c, s: over(s, c).save(value("new"), None, options, extra_state=extra)  # noqa: E731
+        return lambda s: together(ranks, lambda c: save(c, s))
 
-    yield "extra state", Scene(old, extra(), one, done)
-    yield (
-        "extra state, compressed",
-        Scene(first, extra(compression_level=CompressionLevel.FAST), {"p": {"absent", "new"}}, done),
-    )
-    yield (
-        "delete",
-        Scene(old, lambda s: over(s).delete_checkpoint("p"), {"p": {"old", "absent"}}, {"p": {"absent"}}),
-    )
-    yield (
-        "retention",
-        Scene(
-            lambda s: [_put_ranks(s, "old", ranks, "q"), _put_ranks(s, "other", ranks, "r")],
-            new(keep_last=1),
-            {"p": {"absent", "new"}, "q": {"old", "absent"}, "r": {"other", "absent"}},
-            {"p": {"new"}, "q": {"absent"}, "r": {"absent"}},
-        ),
-    )
-    yield (
-        "two in a row",
-        Scene(
-            old,
-            lambda s: [_put_ranks(s, "other", ranks, "q"), new()(s)],
-            {"p": {"old", "new"}, "q": {"absent", "other"}},
-            {"p": {"new"}, "q": {"other"}},
-        ),
-    )
+    def nothing(storage):
+        Path(storage.base_path).mkdir(exist_ok=True)
+
+    def in_turn(*calls):
+        return lambda s: [call(s) for call in calls]
+
+    old, first, over_old = put_all("old"), {"p": ("absent", "new")}, {"p": ("old", "new")}
+    older, delete = put_all("old", "q"), lambda s: over(s).delete_checkpoint("p")
+    yield "extra state", old, extra("none"), over_old
+    yield "extra state, compressed", nothing, extra("fast"), first
+    yield "delete", old, delete, {"p": ("old", "absent")}
+    gone = {"q": ("old", "absent"), "r": ("other", "absent")}
+    yield "retention", in_turn(older, put_all("other", "r")), put_all("new", keep_last=1), first | gone
+    both = in_turn(put_all("other", "q"), put_all("new"))
+    yield "two in a row", old, both, over_old | {"q": ("absent", "other")}
     for form in FORMATS:
         for level in (CompressionLevel.FAST, CompressionLevel.MAXIMUM):
-            yield (
-                f"{form.name}, {level.name}",
-                Scene(old, new(format=form, compression_level=level), one, done),
-            )
-        yield (
-            f"{form.name}, overwrite=False",
-            Scene(first, new(overwrite=False, format=form), {"p": {"absent", "new"}}, done),
-        )
-        yield (
-            f"{form.name}, deeper",
-            Scene(
-                lambda s, form=form: _put_ranks(s, "old", ranks, "run/a/b", format=form),
-                new(format=form, prefix="run/a/b"),
-                {"run/a/b": {"old", "new"}},
-                {"run/a/b": {"new"}},
-            ),
-        )
+            new = put_all("new", format=form, compression_level=level)
+            yield f"{form.name}, {level.name}", old, new, over_old
+        yield f"{form.name}, overwrite=False", nothing, put_all("new", overwrite=False, format=form), first
+        before, after = (put_all(word, "run/a/b", format=form) for word in ("old", "new"))
+        yield f"{form.name}, deeper", before, after, {"run/a/b": ("old", "new")}
 
 
-LOSSES = {f"{name}, {ranks} rank(s)": scene for ranks in (1, 2, 3) for name, scene in losses(ranks)}
+LOSSES = {f"{name}, {ranks} rank(s)": scene for ranks in (1, 2, 3) for name, *scene in losses(ranks)}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_power_loss_during_any_kind_of_save_or_delete_leaves_old_or_new(ram, tiny_blocks, loss):
-    scene, base = LOSSES[loss], ram / "base"
-    scene.before(ckpt.LocalStorage(base))
-    visited = check_power_loss(base, scene.act, scene.allowed, scene.after)
+    (before, act, words), base = LOSSES[loss], ram / "base"
+    before(ckpt.LocalStorage(base))
+    allowed = {prefix: set(pair) for prefix, pair in words.items()}
+    visited = check_power_loss(base, act, allowed, {prefix: {new} for prefix, (_, new) in words.items()})
     COUNTS["power-loss states"] += len(visited)
-    check_states_recover(
-        ram / "left",
-        random.Random(1).sample(sorted(visited, key=sorted), min(len(visited), 10)),
-        {"p", *scene.allowed},
-    )
+    sample = random.Random(1).sample(sorted(visited, key=sorted), min(len(visited), 10))
+    check_states_recover(ram / "left", sample, {"p", *allowed})
 
 
-# The harness itself: twelve mutants of the library, each of which a checker above must catch. Those of its file
-# operations are made at the seam, which does, and logs, something else than what it is asked for.
+# The harness itself: twelve mutants of the library, each of which a checker above must catch
 
 
-def _instead_of(patch, call, act):
-    """Where the library asks for `call`, `act(real, seam, *args)` is done."""
-    real = getattr(Seam, call)
-    patch.setattr(Seam, call, lambda self, *args: act(functools.partial(real, self), self, *args))
+def at_seam(**acts):
+    """A mutation: where the library asks for `call`, `act(real, seam, *args)` is done and logged instead."""
+
+    def replace(patch, call, act):
+        real = getattr(Seam, call)
+        patch.setattr(Seam, call, lambda self, *args: act(functools.partial(real, self), self, *args))
+
+    return lambda patch: [replace(patch, call, act) for call, act in acts.items()]
 
 
-def _no_file_sync(patch):
-    _instead_of(patch, "fsync", lambda fsync, seam, fd: fd in seam.directories and fsync(fd))
+def after_the_commit(calls, pattern):
+    """A mutation: by the log, these calls for files whose path matches are made after the rename."""
+    late, do = [], Seam._do
+
+    def do_late(seam, op, perform):
+        result = do(seam, op, perform)
+        if op.call in calls and re.search(pattern, op.path):
+            seam.done.remove(op)
+            late.append(op)
+        elif op.call == "rename":
+            seam.done += late
+        return result
+
+    return lambda patch: patch.setattr(Seam, "_do", do_late)
 
 
-def _no_directory_sync(patch):
-    _instead_of(patch, "fsync", lambda fsync, seam, fd: fd in seam.directories or fsync(fd))
+def _unlink_before_rename(rename, seam, source, target):
+    if os.path.exists(target):
+        seam.unlink(target)
+    rename(source, target)
 
 
-def _unlink_before_rename(patch):
-    def act(rename, seam, source, target):
-        with contextlib.suppress(FileNotFoundError):
-            seam.unlink(target)
-        rename(source, target)
-
-    _instead_of(patch, "rename", act)
-
-
-def _write_again(seam, path, data, offset=0):
-    """Write into a file, and sync it."""
-    fd = seam.open(path, os.O_RDWR)
-    seam.pwrite(fd, data, offset)
+def _overwrite_in_place(rename, seam, source, target):
+    if not Path(target).exists():
+        return rename(source, target)
+    record, fd = Path(source).read_bytes(), seam.open(target, os.O_RDWR)
+    seam.ftruncate(fd, len(record))
+    seam.pwrite(fd, record, 0)
     seam.fsync(fd)
     seam.close(fd)
+    seam.unlink(source)
 
 
-def _overwrite_in_place(patch):
-    def act(rename, seam, source, target):
-        if not Path(target).exists():
-            return rename(source, target)
-        record = Path(source).read_bytes()
-        seam.ftruncate(fd := seam.open(target, os.O_RDWR), len(record))
-        seam.close(fd)
-        _write_again(seam, target, record)
-        seam.unlink(source)
-
-    _instead_of(patch, "rename", act)
+def _clean_up_before_the_commit(rename, seam, source, target):
+    save, directory = source.split(".")[-2], target.removesuffix(".metadata.json")
+    for name in os.listdir(directory):
+        if not name.startswith(save):
+            seam.unlink(f"{directory}/{name}")
+    rename(source, target)
 
 
-def _sync_again(patch):
-    def act(fsync, seam, fd):
-        try:
-            fsync(fd)
-        except OSError:
-            fsync(fd)
-
-    _instead_of(patch, "fsync", act)
+def _sync_again(fsync, seam, fd):
+    with contextlib.suppress(OSError):
+        return fsync(fd)
+    fsync(fd)
 
 
 def _swallow_thread_errors(patch):
+    def quiet(work, *item):
+        with contextlib.suppress(Exception):
+            work(*item)
+
     real = st.in_parallel
-
-    def in_parallel(items, work, *args, **options):
-        def quiet(*item):
-            with contextlib.suppress(Exception):
-                work(*item)
-
-        real(items, quiet, *args, **options)
-
-    patch.setattr(st, "in_parallel", in_parallel)
-
-
-def _commit_before_all_have_written(patch):
-    """Rank 1 reports what it is going to write, and writes it after the commit."""
-    late = []
-
-    def promise(pwrite, seam, fd, data, offset):
-        if "-00001-of-" not in seam.paths[fd]:
-            return pwrite(fd, data, offset)
-        late.append((seam.paths[fd], bytes(data), offset))
-        return len(data)
-
-    def keep_it(rename, seam, source, target):
-        rename(source, target)
-        with pytest.MonkeyPatch.context() as honest:
-            honest.setattr(Seam, "pwrite", real)
-            while late:
-                _write_again(seam, *late.pop())
-
-    real = Seam.pwrite
-    _instead_of(patch, "pwrite", promise)
-    _instead_of(patch, "rename", keep_it)
-
-
-def _record_before_shards(patch):
-    """Tensor files are synced, but after the rename."""
-    late = []
-
-    def sync_later(fsync, seam, fd):
-        if fd in seam.directories or seam.paths[fd].endswith(".tmp"):
-            fsync(fd)
-        else:
-            late.append(seam.paths[fd])
-
-    def rename_first(rename, seam, source, target):
-        rename(source, target)
-        while late:
-            real(seam, fd := seam.open(late.pop(), os.O_RDWR))
-            seam.close(fd)
-
-    real = Seam.fsync
-    _instead_of(patch, "fsync", sync_later)
-    _instead_of(patch, "rename", rename_first)
+    patch.setattr(
+        st, "in_parallel", lambda items, work, *more: real(items, functools.partial(quiet, work), *more)
+    )
 
 
 def _crc_not_checked(patch):
-    class Any(list):
-        __eq__ = lambda self, other: True  # noqa: E731
-        __ne__ = lambda self, other: False  # noqa: E731
-        __getitem__ = lambda self, index: self  # noqa: E731
-        __format__ = lambda self, spec: ""  # noqa: E731
-
-    patch.setattr(coord.CheckpointReader, "unit_crcs", lambda self, index: Any())
+    agrees, crcs_of = type("Agrees", (int,), {"__ne__": lambda self, other: False}), coord.crcs_of
+    patch.setattr(coord, "crcs_of", lambda data: list(map(agrees, crcs_of(data))))
 
 
 def _duplicate_keys(patch):
-    patch.setattr(
-        st, "json", types.SimpleNamespace(**vars(json) | {"loads": lambda text, **_: json.loads(text)})
-    )
+    loose = vars(json) | {"loads": lambda text, **_: json.loads(text)}
+    patch.setattr(st, "json", types.SimpleNamespace(**loose))
 
 
 def _unchecked_join(patch):
@@ -9376,83 +8941,61 @@ def _unchecked_join(patch):
     patch.setattr(st.LocalStorage, "_path", lambda self, name, file=True: f"{self.base_path}/{name}")
 
 
-def _clean_up_before_the_commit(patch):
-    def act(rename, seam, source, target):
-        save, directory = source.split(".")[-2], target.removesuffix(".metadata.json")
-        for name in os.listdir(directory):
-            if not name.startswith(save):
-                seam.unlink(f"{directory}/{name}")
-        rename(source, target)
-
-    _instead_of(patch, "rename", act)
-
-
-def check_duplicate_keys(files):
-    """A key that comes twice is refused, even if both values are the same: in the record, and in a file to be imported.
+def check_duplicate_keys(tmp):
+    """Twice with the same value, even: in a record, and in an imported file.
 
     No load looks into a header of our own, whose every byte the record vouches for; a validation does.
     """
-    record = json.loads(files["p.metadata.json"])
-    del record["crc32"]
-    text = dumped(record)
-    nested = [b'"custom_metadata":{', b'"pieces":{']
-    again = [b'{"sequence":1,' + text[1:]]
-    again += [text.replace(start, start + b'"twice":1,"twice":1,') for start in nested]
-    assert text not in again
-    for number, broken in enumerate(again):
-        outcome = load_specimen(with_record(files, broken))
-        assert outcome[0] == "CORRUPTED_CHECKPOINT" and "duplicate" in outcome[1], (number, outcome)
-    path = next(name for name in files if name.endswith(".safetensors"))
-    header, data = header_of(files[path])
-    name = next(key for key in json.loads(header) if key != "__metadata__")
-    twice = b'"},"%s":%s,' % (name.encode(), dumped(json.loads(header)[name]))
-    broken = with_shard(files, path, header.replace(b'"},', twice, 1), data)
+    files = specimen(tmp / "s")
+    text = files[RECORD].rpartition(b",")[0] + b"}"
+    again = [(b"{", b'"sequence":1,'), (b'data":{', b'"x":1,"x":1,'), (b'"pieces":{', b'"count":5,')]
+    for start, twice in again:
+        outcome = load_specimen(with_record(files, text.replace(start, start + twice, 1)))
+        assert outcome[0] == "CORRUPTED_CHECKPOINT" and "duplicate" in outcome[1], (start, outcome)
+    name, header, data = shard_of(files)
+    twice = b'"},"model/a":%s,' % dumped(json.loads(header)["model/a"])
+    broken = with_shard(files, name, header.replace(b'"},', twice, 1), data)
     assert load_specimen(broken) == "exact"
     assert "describes other entries" in over(Memory(broken)).validate_checkpoint("p").get_summary()
-    with tempfile.TemporaryDirectory() as tmp:
-        (foreign := Path(tmp) / "foreign.safetensors").write_bytes(broken[path])
-        message = refusal(lambda: ckpt.import_checkpoint(foreign, tmp, "p"))
-        assert "duplicate" in message
+    (tmp / "foreign.safetensors").write_bytes(broken[name])
+    message = refusal(lambda: ckpt.import_checkpoint(tmp / "foreign.safetensors", tmp / "c", "p"))
+    assert "duplicate" in message
 
 
 def test_a_key_that_comes_twice_is_refused_in_the_record_and_in_a_header(ram):
-    check_duplicate_keys(specimen(ram / "s", CheckpointFormat.MULTI_SHARD))
+    check_duplicate_keys(ram)
 
 
-def _check_loss(tmp, **options):
-    check_power_loss_of_save(tmp, True, **options)
-
-
-def _check_bits(tmp):
-    for context, broken in itertools.islice(
-        flipped(specimen(tmp / "s", CheckpointFormat.MULTI_SHARD)), 0, None, 97
-    ):
-        check_damage(broken, context)
-
-
+CAUGHT_BY_A_POWER_LOSS = {
+    "no file fsync": at_seam(fsync=lambda fsync, seam, fd: fd in seam.directories and fsync(fd)),
+    "no directory fsync": at_seam(fsync=lambda fsync, seam, fd: fd in seam.directories or fsync(fd)),
+    "unlink before rename": at_seam(rename=_unlink_before_rename),
+    "overwrite in place": at_seam(rename=_overwrite_in_place),
+    "commit before all ranks reported": after_the_commit(("pwrite", "fsync"), "-00001-of-"),
+    "record written before shards are durable": after_the_commit(("fsync",), "safetensors$"),
+    "superseded shards removed before the commit": at_seam(rename=_clean_up_before_the_commit),
+}
 MUTANTS = {
-    "no file fsync": (_no_file_sync, _check_loss),
-    "no directory fsync": (_no_directory_sync, _check_loss),
-    "unlink before rename": (_unlink_before_rename, _check_loss),
-    "overwrite in place": (_overwrite_in_place, _check_loss),
-    "fsync retried on the same file": (_sync_again, lambda tmp: check_failed_sync(tmp, "fsync")),
+    "fsync retried on the same file": (
+        at_seam(fsync=_sync_again),
+        lambda tmp: check_failed_sync(tmp, "fsync"),
+    ),
     "thread error swallowed": (
         _swallow_thread_errors,
-        lambda tmp: check_thread_error(tmp, OSError(errno.EIO, "bad disk")),
+        lambda tmp: check_thread_error(tmp, OSError(5, "")),
     ),
-    "commit before all ranks reported": (
-        _commit_before_all_have_written,
-        lambda tmp: _check_loss(tmp, world_size=2),
+    "CRC not checked": (
+        _crc_not_checked,
+        lambda tmp: [
+            check_damage(*case) for case in itertools.islice(flipped(specimen(tmp / "s")), 0, None, 97)
+        ],
     ),
-    "record written before shards are durable": (_record_before_shards, _check_loss),
-    "CRC not checked": (_crc_not_checked, _check_bits),
-    "duplicate keys accepted": (
-        _duplicate_keys,
-        lambda tmp: check_duplicate_keys(specimen(tmp / "s", CheckpointFormat.MULTI_SHARD)),
-    ),
+    "duplicate keys accepted": (_duplicate_keys, check_duplicate_keys),
     "unchecked path join": (_unchecked_join, lambda tmp: check_bad_name(tmp, "../../outside.safetensors")),
-    "superseded shards removed before the commit": (_clean_up_before_the_commit, _check_loss),
 }
+for _name, _mutate in CAUGHT_BY_A_POWER_LOSS.items():
+    _ranks = 2 if "all ranks" in _name else 1
+    MUTANTS[_name] = _mutate, functools.partial(check_power_loss_of_save, old=True, world_size=_ranks)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -9465,7 +9008,7 @@ def test_each_mutant_of_the_library_is_caught(ram, tiny_blocks, mutant):
         mutate(patch)
         with pytest.raises(AssertionError) as caught:
             checker(ram / "mutant")
-    assert "\n" in str(caught.value) or str(caught.value)
+    assert str(caught.value)
     COUNTS["mutants killed"] += 1
 
 
