@@ -1474,24 +1474,11 @@ def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
     ]
 
 
-# ---- bytes: the tensor file, the record, what may be in them ---------------------------------------------------------
+# ---- bytes: the tensor file, the record, what may be in them -----------------------------------------------
 
-FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
-DTYPES = [
-    "bool",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "float16",
-    "bfloat16",
-]
-DTYPES += ["float32", "float64", "complex64", "complex128", *FLOAT8, "float4_e2m1fn_x2"]
-DTYPES = [getattr(torch, name) for name in DTYPES if hasattr(torch, name)]
+DTYPES = """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64
+    complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"""
+DTYPES = [getattr(torch, name) for name in DTYPES.split() if hasattr(torch, name)]
 
 
 def code_of(dtype):
@@ -1506,98 +1493,54 @@ def pattern(dtype, salt=0):
     special = struct.pack("<4d4f", math.nan, -math.inf, -0.0, 5e-324, math.nan, -math.inf, -0.0, 1e-45)
     bits = special + bytes((37 * i + salt) % 256 for i in range(48 - len(special) % 48))
     bits += struct.pack("<QQ", 0x7FF4DEADBEEF0001, 0xFFF8000000000123)  # NaNs that carry a payload
-    bits = (bits + bytes(range(96)))[:96]
-    tensor = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
+    tensor = torch.frombuffer(bytearray((bits + bytes(range(96)))[:96]), dtype=torch.uint8)
     return (tensor % 2 if dtype == torch.bool else tensor).view(dtype)
 
 
-def blank(tensor):
-    """A dense tensor of zero bits like `tensor`."""
-    size = tensor.numel() * tensor.element_size()
-    return torch.zeros(size, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+def blank(state):
+    """Dense tensors of zero bits, like those of `state`."""
+    blanks = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
+    for tensor in blanks.values():
+        tensor.untyped_storage().fill_(0)
+    return blanks
 
 
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
-@pytest.mark.parametrize("form", FORMATS)
-def test_every_dtype_survives_bit_by_bit(tmp_path, form, level):
-    truth = {str(dtype).removeprefix("torch."): pattern(dtype) for dtype in DTYPES}
-    target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
-    checkpoint = opened(tmp_path)
-    checkpoint.save(Bag(**truth), None, to(format=form, compression_level=level))
-    checkpoint.load(target, None, at())
-    for name, tensor in truth.items():
-        assert identical(target.state[name], tensor), name
-    for path in shards(tmp_path):
-        Shard(path)
+@pytest.mark.parametrize("level", ["none", "fast"])
+@pytest.mark.parametrize("form", ["multi_shard", "single_file", "consolidated"])
+def test_tensors_of_every_dtype_shape_and_stride_come_back_in_place_bit_by_bit(tmp_path, caplog, form, level):
+    def views(rows, numbers):
+        return {"rows": rows, "conj": numbers.conj(), "neg": numbers.clone().conj().imag}
 
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_scalar_empty_strided_expanded_and_tied_tensors_are_fine(tmp_path, form):
-    base = torch.arange(60.0).reshape(3, 4, 5)
-    shared = torch.arange(600.0)
+    base, shared, empty = torch.arange(60.0).reshape(3, 4, 5), torch.arange(600.0), torch.zeros(0, 3)
+    pairs = torch.arange(1, 7, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    buffer = torch.zeros(1024, 2560, dtype=torch.int32)
     truth = {
-        "scalar": torch.tensor(-0.0),
-        "empty": torch.zeros(0, 3),
-        "hollow": torch.zeros(2, 0, 5, dtype=torch.int16),
-        "turned": base.permute(2, 0, 1),
-        "every": base[:, ::2, 1::3],
-        "wide": torch.tensor([[7.0], [8.0]]).expand(2, 9),
-        "first": shared,
-        "second": shared,
-        "half": shared[300:],
+        "dtypes": {str(dtype): pattern(dtype) for dtype in DTYPES},
+        "pairs": {"one": pairs[:1], "scalar": pairs[:1].reshape(()), "matrix": pairs.reshape(3, 2)},
+        "scalars": {"a": torch.tensor(1.5), "b": torch.tensor(-0.0)},
+        "empties": {"a": empty, "b": torch.zeros(2, 0, 5, dtype=torch.int16)},
+        "empties-and-more": {"a": empty, "b": torch.zeros(2, 0), "c": torch.ones(3)},
+        "nothing": {},
+        "tied": {"first": shared, "second": shared, "half": shared[300:]},
+        "strides": {"turned": base.permute(2, 0, 1), "every": base[:, ::2, 1::3]},
+        "expanded": {"wide": torch.tensor([[7.0], [8.0]]).expand(2, 9), "real": (base + 1j).conj().real},
+        "views": views(torch.arange(1280 << 10, dtype=torch.int32).reshape(-1, 1024), torch.arange(6) + 2j),
     }
-    target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
-    checkpoint = opened(tmp_path)
-    checkpoint.save(Bag(**truth), None, to(format=form))
-    checkpoint.load(target, None, at())
-    for name, tensor in truth.items():
-        assert identical(target.state[name], tensor.contiguous()), name
-    entries = [
-        name
-        for path in shards(tmp_path)
-        for name in Shard(path).header
-        if "first" in name or "second" in name
-    ]
-    assert len(entries) == (
-        2 if form is CheckpointFormat.CONSOLIDATED else 1
-    )  # safetensors knows no shared offsets
-
-
-def test_conjugated_and_negated_views_are_saved_and_filled_as_the_values_that_they_show(tmp_path):
-    def views(numbers):
-        return {
-            "plain": numbers,
-            "conj": numbers.conj(),
-            "neg": numbers.conj().imag,
-            "real": numbers.conj().real,
-        }
-
-    truth, target = (
-        Bag(**views(torch.arange(6) + 2j)),
-        Bag(**{n: t.clone() for n, t in views(torch.zeros(6) * 1j).items()}),
-    )
-    target.state["conj"] = torch.zeros(6, dtype=torch.complex64).conj()
-    target.state["neg"] = torch.zeros(6, dtype=torch.complex64).conj().imag
-    assert truth.state["neg"].is_neg() and target.state["neg"].is_neg() and target.state["conj"].is_conj()
-    filled_views = [target.state["conj"], target.state["neg"]]
-    opened(tmp_path).save(truth, None, to())
-    opened(tmp_path).load(target, None, at())
-    for name, tensor in truth.state.items():
-        assert torch.equal(
-            target.state[name].resolve_conj().resolve_neg(), tensor.resolve_conj().resolve_neg()
-        ), name
-    assert torch.equal(filled_views[0], truth.state["conj"]) and torch.equal(
-        filled_views[1], truth.state["neg"]
-    )
-
-
-def test_a_tensor_whose_memory_was_freed_is_refused_by_name(tmp_path):
-    freed = torch.ones(3)
-    freed.untyped_storage().resize_(0)
-    assert "freed" in refusal(
-        lambda: opened(tmp_path).save(Bag(w=freed), None, to()), ExceptionType.SAVE_FAILED
-    )
-    assert not listing(tmp_path)
+    targets = {prefix: blank(state) for prefix, state in truth.items()}
+    targets["views"] = views(buffer.t()[::2], torch.zeros(6, dtype=torch.complex64))
+    assert targets["views"]["conj"].is_conj() and targets["views"]["neg"].is_neg()
+    for prefix, state in truth.items():
+        options = to(prefix, format=form, compression_level=level, include_rng_state=False)
+        opened(tmp_path).save(Bag(**state), None, options)
+        opened(tmp_path).load(Bag(**targets[prefix]), None, at(prefix))
+        for name, tensor in state.items():
+            found, expected = (t.resolve_conj().resolve_neg() for t in (targets[prefix][name], tensor))
+            assert identical(found, expected), (prefix, name)
+        entries = [name for path in shards(tmp_path, prefix) for name in Shard(path).header]
+        if prefix == "tied":  # safetensors knows no shared offsets
+            assert sum("half" not in name for name in entries) == (2 if form == "consolidated" else 1)
+    assert not buffer.t()[1::2].any(), "what lies between the rows of a view stays as it is"
+    assert ("safetensors is not compressed" in caplog.text) == (level == "fast" and form != "multi_shard")
 
 
 def test_a_header_with_room_for_more_units_than_compression_left_is_read(tmp_path):
@@ -1611,212 +1554,100 @@ def test_a_header_with_room_for_more_units_than_compression_left_is_read(tmp_pat
     assert not target.state["w"].any()
 
 
+COPIES = [((5 * MiB,), torch.float32), ((1001, 3), torch.bfloat16), ((), torch.int64), ((7, 2), torch.bool)]
+
+
+@pytest.mark.parametrize("shape, dtype", COPIES)
 @pytest.mark.parametrize("on_device", [0, 1])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on_device):
-    meter = coord.Meter()
-    for shape, dtype in (
-        ((5 * MiB,), torch.float32),
-        ((1001, 3), torch.bfloat16),
-        ((), torch.int64),
-        ((7, 2), torch.bool),
-    ):
-        whole = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
-        other = whole.clone() if not shape or len(shape) == 1 else whole.t().contiguous().t()
-        flipped, swapped = whole.clone(), whole.clone()
-        flipped.reshape(-1)[-1] = 1 - int(flipped.reshape(-1)[-1])
-        first, last = (int(x) for x in whole.reshape(-1)[[0, -1]])
-        swapped.reshape(-1)[0], swapped.reshape(-1)[-1] = last, first
-        sums = coord.checksums([whole, other, flipped, swapped], [on_device] * 4, meter)
-        assert sums[0] == sums[1] != sums[2] and (sums[0] == sums[3]) == (first == last)
+def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on_device, shape, dtype):
+    whole = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+    other = whole.t().contiguous().t() if len(shape) == 2 else whole.clone()
+    flipped, swapped = whole.clone(), whole.clone()
+    flipped.view(-1)[-1] = 1 - int(flipped.view(-1)[-1])
+    first, last = int(whole.view(-1)[0]), int(whole.view(-1)[-1])
+    swapped.view(-1)[0], swapped.view(-1)[-1] = last, first
+    sums = coord.checksums([whole, other, flipped, swapped], [on_device] * 4, coord.Meter())
+    assert sums[0] == sums[1] != sums[2] and (sums[0] == sums[3]) == (first == last)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_interpreter_that_exits_waits_for_a_save_in_any_format(tmp_path, form):
-    script = (
-        "import sys, torch, ckpt\n"
-        "saver = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(sys.argv[1]))\n"
-        "form = ckpt.CheckpointFormat(sys.argv[2])\n"
-        "saver.save_async(torch.nn.Linear(2000, 2000), None, ckpt.SaveOptions('p', form))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path, form.value], capture_output=True, text=True, timeout=HANG_S
-    )
-    assert done.returncode == 0, done.stderr
-    assert opened(tmp_path).validate_checkpoint("p").is_valid
+    script = "import sys, torch, ckpt; saver = ckpt.DistributedCheckpoint(storage=sys.argv[1]); "
+    script += "saver.save_async(torch.nn.Linear(2000, 2000), None, ckpt.SaveOptions('p', sys.argv[2]))"
+    command = [sys.executable, "-c", script, tmp_path, form.value]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0 and opened(tmp_path).validate_checkpoint("p").is_valid, done.stderr
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_checkpoint_of_nothing_but_scalars_empties_or_nothing_at_all_is_fine(tmp_path, form):
-    scalars, empties = (
-        {"a": torch.tensor(1.5), "b": torch.tensor(-0.0)},
-        {"a": torch.zeros(0, 3), "b": torch.zeros(2, 0)},
-    )
-    for truth in (scalars, empties, {**empties, "c": torch.ones(3)}, {}):
-        target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
-        opened(tmp_path).save(Bag(**truth), None, to(format=form, include_rng_state=False))
-        opened(tmp_path).load(target, None, at())
-        assert identical(target.state, truth)
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_rank_that_holds_nothing_saves_and_loads_with_one_that_does(tmp_path, form):
-    assert run(2, save_on_one_rank, tmp_path, form) == [[True, True]] * 2
-
-
-def save_on_one_rank(rank, world_size, tmp, form):
-    found = []
-    for holder in range(world_size):
-        truth = {"w": torch.ones(3, 2), "empty": torch.zeros(0, 1, 2)} if rank == holder else {}
-        target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
-        prefix = to(f"by-{holder}", format=form, include_rng_state=False)
-        opened(tmp).save(Bag(**truth), None, prefix)
-        opened(tmp).load(target, None, at(f"by-{holder}", strict_mode=False))
-        found.append(identical(target.state, truth))
-    return found
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("shape", [(), (1,), (3, 2)])
-def test_pairs_of_four_bit_floats_of_any_shape_come_back(tmp_path, form, shape):
-    truth = (
-        torch.arange(1, 1 + math.prod(shape), dtype=torch.uint8).reshape(shape).view(torch.float4_e2m1fn_x2)
-    )
-    target = Bag(w=torch.zeros(shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
-    opened(tmp_path).save(Bag(w=truth), None, to(format=form))
-    opened(tmp_path).load(target, None, at())
-    assert identical(target.state["w"], truth)
-
-
-def test_a_load_fills_tensors_that_are_not_contiguous(tmp_path):
-    checkpoint = opened(tmp_path)
-    truth = torch.arange(5 * MiB // 4, dtype=torch.int32).reshape(-1, 1024)
-    checkpoint.save(Bag(w=truth), None, to())
-    buffer = torch.zeros(1024, truth.shape[0] * 2, dtype=torch.int32)
-    target = buffer.t()[::2]
-    checkpoint.load(Bag(w=target), None, at())
-    assert torch.equal(target, truth) and not buffer.t()[1::2].any()
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_file_is_a_valid_safetensors_file_with_aligned_data(tmp_path, world_size, form, level):
-    run(world_size, save_ddp, tmp_path, form, level)
-    assert (
-        len(shards(tmp_path))
-        == {"MULTI_SHARD": world_size, "SINGLE_FILE": 1, "CONSOLIDATED": world_size + 1}[form.name]
-    )
-    for path in shards(tmp_path):
-        shard = Shard(path)  # asserts the rules
-        names = sorted(shard.header, key=shard.place)
-        if not path.name.endswith(".model.safetensors"):
-            others = [not name.startswith("model") for name in names if not name.startswith("pad/")]
-            assert others == sorted(others) and True in others, "model entries come first"
-    safe_open = pytest.importorskip("safetensors").safe_open
-    for path in shards(tmp_path):
-        with safe_open(path, framework="pt") as file:
-            shard = Shard(path)
-            assert sorted(file.keys()) == sorted(shard.header)
-            for name in shard.header:
-                if shard.header[name]["dtype"] not in ("F4", "C64"):
-                    assert raw(file.get_tensor(name)) == shard.data(name)
-
-
-def save_ddp(rank, world_size, tmp, form, level):
+def embedding():
+    """A model and its optimizer."""
     model = filled(nn.Sequential(nn.Embedding(50, 30), nn.Linear(30, 7), nn.Linear(7, 3)), "truth")
-    wrapped = DistributedDataParallel(model) if world_size > 1 else model
-    opened(tmp).save(
-        wrapped, stepped(wrapped), to(format=form, compression_level=level), extra_state={"rank": rank}
-    )
+    return model, stepped(model)
 
 
-def test_the_consolidated_model_file_feeds_load_state_dict_directly(tmp_path):
-    load_file = pytest.importorskip("safetensors.torch").load_file
-    run(4, save_layout, tmp_path, "fsdp2tp2", [CheckpointFormat.CONSOLIDATED])
-    (path,) = (tmp_path / "fsdp2tp2/CONSOLIDATED").glob("*.model.safetensors")
-    model = Net()
-    assert set(load_file(path)) == set(model.state_dict())
-    model.load_state_dict(load_file(path))
-    assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("level", ["none", "fast"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_file_but_the_record_is_valid_safetensors_with_aligned_data(tmp_path, world_size, form, level):
+    run(world_size, save_embedding, tmp_path, form, level)
+    found = [Shard(path) for path in shards(tmp_path)]  # asserts the rules
+    numbers = {"MULTI_SHARD": world_size, "SINGLE_FILE": 1, "CONSOLIDATED": world_size + 1}
+    assert len(found) == numbers[form.name]
+    assert set(listing(tmp_path)) == {"p.metadata.json", *(f"p/{shard.path.name}" for shard in found)}
+    for shard in found:
+        if not shard.path.name.endswith(".model.safetensors"):
+            others = [not name.startswith("model") for name in sorted(shard.header, key=shard.place)]
+            assert others == sorted(others) and True in others, "model entries come first"
+    safetensors = pytest.importorskip("safetensors.torch")
+    for shard in found:
+        with safetensors.safe_open(shard.path, framework="pt") as file:
+            assert sorted(file.keys()) == sorted(shard.header)
+            for name, entry in shard.header.items():
+                if entry["dtype"] not in ("F4", "C64"):
+                    assert raw(file.get_tensor(name)) == shard.data(name)
+    if form is CheckpointFormat.CONSOLIDATED:
+        state = safetensors.load_file(found[-1].path)
+        assert identical(state, dict(embedding()[0].state_dict())), "it feeds load_state_dict, uncompressed"
 
 
-def test_what_safetensors_cannot_name_goes_to_the_files_beside_the_consolidated_one(tmp_path):
-    state = Bag(
-        w=torch.ones(3), z=torch.ones(2, dtype=torch.complex128), _extra_state={"calls": 3}, unset=None
-    )
-    target = Bag(
-        w=torch.zeros(3), z=torch.zeros(2, dtype=torch.complex128), _extra_state={"calls": 0}, unset=5
-    )
-    checkpoint = opened(tmp_path)
-    checkpoint.save(state, None, to(format=CheckpointFormat.CONSOLIDATED))
-    checkpoint.load(target, None, at())
-    assert identical(target.state, state.state)
+def save_embedding(rank, world_size, tmp, form, level):
+    model, optimizer = embedding()
+    model = DistributedDataParallel(model) if world_size > 1 else model
+    options = to(format=form, compression_level=level)
+    opened(tmp).save(model, optimizer, options, extra_state={"rank": rank})
+
+
+def test_what_safetensors_cannot_name_goes_beside_the_consolidated_file_or_is_refused_by_name(tmp_path):
+    def state(number):
+        z = torch.full((2,), number, dtype=torch.complex128)
+        return Bag(w=torch.full((3,), number), z=z, _extra_state={"calls": number}, unset=[None, 5][number])
+
+    checkpoint, reserved = opened(tmp_path), Bag(__metadata__=torch.ones(3), w=torch.zeros(2))
+    save = functools.partial(checkpoint.save, reserved, None)
+    message = refusal(lambda: save(to(format="consolidated")), ExceptionType.SAVE_FAILED)
+    assert "'__metadata__'" in message and "MULTI_SHARD" in message and listing(tmp_path) == {}
+    for form in ("multi_shard", "single_file"):
+        save(to(format=form))
+        checkpoint.load(target := Bag(__metadata__=torch.zeros(3), w=torch.ones(2)), None, at())
+        assert identical(target.state, reserved.state)
+    with pytest.raises(ValueError, match="one name: __metadata__; rename one"):
+        ckpt.export_checkpoint(checkpoint.storage, "p", tmp_path / "m.safetensors")
+    checkpoint.save(state(0), None, to(format="consolidated"))
+    checkpoint.load(target := state(1), None, at())
+    assert identical(target.state, state(0).state)
     rest, model = map(Shard, shards(tmp_path))
     assert set(model.header) == {"w"} and rest.header["model/z"]["shape"] == [2, 2]
     assert rest.header["model/z"]["dtype"] == "F64" and "model-values/_extra_state" in rest.header
 
 
-def test_a_tensor_named_metadata_is_kept_where_a_file_can_hold_it_and_else_refused_by_name(tmp_path):
-    checkpoint, state = opened(tmp_path), Bag(__metadata__=torch.ones(3), w=torch.zeros(2))
-    message = refusal(
-        lambda: checkpoint.save(state, None, to(format=CheckpointFormat.CONSOLIDATED)),
-        ExceptionType.SAVE_FAILED,
-    )
-    assert "'__metadata__'" in message and "MULTI_SHARD" in message and listing(tmp_path) == {}
-    for form in (CheckpointFormat.MULTI_SHARD, CheckpointFormat.SINGLE_FILE):
-        checkpoint.save(state, None, to(format=form))
-        target = Bag(__metadata__=torch.zeros(3), w=torch.ones(2))
-        checkpoint.load(target, None, at())
-        assert identical(target.state, state.state)
-    with pytest.raises(ValueError, match="one name: __metadata__; rename one"):
-        ckpt.export_checkpoint(checkpoint.storage, "p", tmp_path / "m.safetensors")
-
-
-@pytest.mark.parametrize("form", [CheckpointFormat.SINGLE_FILE, CheckpointFormat.CONSOLIDATED])
-def test_a_header_that_other_readers_would_refuse_is_refused_before_anything_is_written(
-    tmp_path, monkeypatch, form
-):
+@pytest.mark.parametrize("form", ["single_file", "consolidated"])
+def test_a_header_that_other_readers_refuse_is_refused_before_any_write(tmp_path, monkeypatch, form):
     monkeypatch.setattr(st, "MAX_HEADER_BYTES", 2 * PAGE)  # of 100,000,000
     files, bag = Seam(), Bag(**{f"layer.{n}": torch.ones(2) for n in range(150)})
     message = refusal(lambda: over(Storage(tmp_path, files)).save(bag, None, to(format=form)))
     assert "a tensor file's header would take" in message and "MULTI_SHARD" in message
     assert not listing(tmp_path) and not any(map(is_change, files.done))
-
-
-def test_a_consolidated_model_file_is_never_compressed_and_the_save_says_so(tmp_path, caplog):
-    options = to(format=CheckpointFormat.CONSOLIDATED, compression_level=CompressionLevel.FAST)
-    opened(tmp_path).save(Bag(w=torch.zeros(MiB)), Bag(m=torch.zeros(MiB)), options)
-    rest, model = map(Shard, shards(tmp_path))
-    assert model.header["w"]["dtype"] == "F32" and model.path.name in caplog.text
-    assert "is not compressed" in caplog.text and len(rest.bytes) < MiB
-
-
-def test_the_record_lists_tensors_shards_versions_and_ends_in_its_own_crc(tmp_path):
-    model, optimizer = small()
-    opened(tmp_path).save(model, optimizer, to(custom_metadata={"epoch": 3}))
-    text = (tmp_path / "p.metadata.json").read_bytes()
-    body, tail = text[: text.rindex(b',"crc32":"')], text[text.rindex(b',"crc32":"') :]
-    assert tail == b',"crc32":"%08x"}\n' % zlib.crc32(body)
-    json.loads(text)
-    (path,) = shards(tmp_path)
-    for part in (
-        b"0.weight",
-        b"1.bias",
-        b"exp_avg_sq",
-        b"epoch",
-        torch.__version__.encode(),
-        path.name.encode(),
-    ):
-        assert part in text
-    assert str(path.stat().st_size).encode() in text
-
-
-def test_nothing_but_the_record_and_its_shards_is_left_on_disk(tmp_path):
-    for form in FORMATS:
-        run(2, save_ddp, tmp_path / form.name, form, CompressionLevel.NONE)
-        names = set(listing(tmp_path / form.name))
-        assert names == {"p.metadata.json", *(f"p/{path.name}" for path in shards(tmp_path / form.name))}
 
 
 def test_a_replicated_tensor_is_written_once_and_its_bytes_are_balanced(tmp_path):
@@ -1845,61 +1676,32 @@ def save_a_tie_of_one_rank(rank, world_size, tmp, form, holder):
 
 
 def test_twenty_thousand_small_tensors_cost_what_their_bytes_cost(tmp_path):
-    bag = Bag(**{f"t{i}": torch.full((16,), i, dtype=torch.int32) for i in range(20_000)})
-    files = Seam()
+    state, files = {f"t{i}": torch.full((16,), i, dtype=torch.int32) for i in range(20_000)}, Seam()
     checkpoint, began = over(Storage(tmp_path, files)), time.process_time()
-    checkpoint.save(bag, None, to())
-    checkpoint.load(Bag(**{name: torch.zeros(16, dtype=torch.int32) for name in bag.state}), None, at())
+    checkpoint.save(Bag(**state), None, to())
+    checkpoint.load(Bag(**blank(state)), None, at())
     assert len(files.log) < 100 and time.process_time() - began < 60
     shard = Shard(shards(tmp_path)[0])
     assert len(shard.bytes) - shard.data_at < 20_000 * 64 + 64 * 1024
 
 
 def test_damage_is_named_by_file_unit_and_tensor_and_spares_what_lies_in_other_units(tmp_path):
-    bag = Bag(alpha=torch.ones(6 * MiB, dtype=torch.uint8), beta=torch.ones(6 * MiB, dtype=torch.uint8))
+    state = {name: torch.ones(6 * MiB, dtype=torch.uint8) for name in ("alpha", "beta")}
     checkpoint = opened(tmp_path)
-    checkpoint.save(bag, None, to(include_rng_state=False))
+    checkpoint.save(Bag(**state), None, to(include_rng_state=False))
     (path,) = shards(tmp_path)
     flip(path, Shard(path).place("model/beta")[1] - 1)
-    message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
+    message = refusal(lambda: checkpoint.load(Bag(**state), None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
     assert f"{path.name}: unit 47 has CRC32" in message and "beta" in message and "alpha" not in message
+    assert "tensors being loaded are undefined" in message
     result = checkpoint.validate_checkpoint("p")
     assert not result.is_valid and path.name in result.get_summary() and "beta" in result.get_summary()
-    checkpoint.load(Bag(alpha=torch.zeros(6 * MiB, dtype=torch.uint8)), None, at(strict_mode=False))
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_flipped_bit_anywhere_in_any_file_is_found(tmp_path, form):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to(format=form))
-    assert checkpoint.validate_checkpoint("p").is_valid
-    for path in [*shards(tmp_path), tmp_path / "p.metadata.json"]:
-        whole = path.read_bytes()
-        places = {0, 9, len(whole) // 2, len(whole) - 1, *range(0, len(whole), len(whole) // 40 + 1)}
-        if path.suffix == ".safetensors":
-            places |= {Shard(path).data_at - 1, Shard(path).data_at}  # header padding, first byte
-        for position in places:
-            flip(path, position)
-            assert not checkpoint.validate_checkpoint("p").is_valid, (path.name, position)
-            path.write_bytes(whole)
-    assert checkpoint.validate_checkpoint("p").is_valid
-
-
-class Colour(enum.Enum):
-    RED = 1
-
-
-@dataclasses.dataclass
-class Point:
-    x: int = 0
+    checkpoint.load(Bag(alpha=state["alpha"]), None, at(strict_mode=False))
 
 
 EXTRA = {
     "none": None,
-    "yes": True,
-    "huge": -(10**60),
-    "third": 1 / 3,
-    "odd floats": [-0.0, math.inf, -math.inf, math.nan],
+    "numbers": [True, -(10**60), 1 / 3, -0.0, math.inf, -math.inf, math.nan],
     "text": "ünï\ud7ff\u0000\n",
     "bytes": bytes(range(256)),
     "list": [1, [2.0, ("three", [])], ()],
@@ -1908,134 +1710,45 @@ EXTRA = {
     "empty": [{}, [], (), set(), "", b""],
     "torch": [torch.bfloat16, torch.device("cpu"), torch.Size([2, 0])],
     "numpy": [np.arange(6, dtype=">i2").reshape(2, 3), np.float32(1.1), np.array(["a", "bc"])],
-    "dates": [
-        datetime.datetime(2024, 2, 29, 1, 2, 3, 4),
-        datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc),
-    ],
+    "naive date": datetime.datetime(2024, 2, 29, 1, 2, 3, 4),
+    "date": datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc),
     "tensor": torch.arange(5.0),
     "nested": {"deep": [torch.ones(2, dtype=torch.float64), {"x": torch.tensor(3)}]},
-    "surrogates": [
-        "\ud800",
-        "\ud83d\ude00",
-        "\udc00\ud800",
-        {"\ud83d\ude00": 1, "\U0001f600": 2, "\udfff": 3},
-    ],
+    "surrogates": ["\ud800", "\ud83d\ude00", "\udc00\ud800"],
+    "surrogate keys": {"\ud83d\ude00": 1, "\U0001f600": 2, "\udfff": 3},
     "like a tag": {"$tensor": "x", "$": {}, "@": [], "a/b": {"$int": "0x1"}},
 }
+ALIKE = [  # a tensor inside a value never takes the name of another value
+    {"a": {"b": torch.ones(1)}, "a.b": 5},
+    {"w": torch.ones(1), "w#1": 5},
+    {"ema": {"decay": torch.ones(4)}, "ema.decay": 1000},
+    {"a": [torch.ones(2), torch.zeros(2)], "a.0": torch.full((3,), 7.0)},
+]
 
 
-@pytest.mark.parametrize("key", EXTRA)
-def test_extra_state_comes_back_exactly(tmp_path, key):
-    checkpoint = opened(tmp_path)
-    model, _ = small()
-    checkpoint.save(model, None, to(), extra_state={key: EXTRA[key]})
-    result = checkpoint.load(model, None, at())
-    assert set(result.extra_state) == {key}
-    assert identical(result.extra_state[key], EXTRA[key]), result.extra_state[key]
+def test_extra_state_comes_back_exactly_and_no_pickle_is_ever_loaded(tmp_path):
+    assert run(1, load_extra_under_audit, tmp_path, group=False) == [[]]
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {"a": {"b": torch.ones(1)}, "a.b": 5},
-        {"w": torch.ones(1), "w#1": 5},
-        {"ema": {"decay": torch.ones(4)}, "ema.decay": 1000},
-        {"a": [torch.ones(2), torch.zeros(2)], "a.0": torch.full((3,), 7.0)},
-    ],
-    ids=["value", "number", "long value", "list"],
-)
-def test_a_tensor_inside_a_value_never_takes_the_name_of_another_value(tmp_path, extra):
-    checkpoint = opened(tmp_path)
-    model, _ = small()
-    checkpoint.save(model, None, to(), extra_state=extra)
-    assert identical(checkpoint.load(model, None, at()).extra_state, extra)
-
-
-def test_two_optimizers_of_the_same_parameters_each_get_their_own_state_back(tmp_path):
-    def start():
-        model = torch.nn.Linear(3, 2)
-        fast = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, {"fast": fast, "slow": torch.optim.AdamW(model.parameters(), lr=0.5)}
-
-    (model, optimizers), (other, fresh) = start(), start()
-    model(torch.ones(3)).sum().backward()
-    for optimizer in optimizers.values():
-        optimizer.step()
-    opened(tmp_path).save(model, optimizers, to())
-    reversed_order = dict(reversed(fresh.items()))
-    opened(tmp_path).load(other, reversed_order, at())
-    for name, optimizer in optimizers.items():
-        assert identical(fresh[name].state_dict(), optimizer.state_dict())
-
-
-def test_tensors_stored_apart_that_are_tied_here_are_told_of(tmp_path):
-    opened(tmp_path).save(Bag(a=torch.ones(2), b=torch.zeros(2)), None, to())
-    tied = torch.full((2,), 5.0)
-    (warning,) = opened(tmp_path).load(Bag(a=tied, b=tied), None, at()).warnings
-    assert "model/a" in warning and "model/b" in warning and identical(tied, torch.zeros(2))
-
-
-def test_stateful_extra_state_is_restored_in_place_and_returned(tmp_path):
-    def start():
-        model, optimizer = small()
-        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=50)
-
-    model, optimizer, scheduler = start()
-    for _ in range(7):
-        scheduler.step()
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to(), extra_state={"scheduler": scheduler, "step": 7})
-    model, optimizer, fresh = start()
-    result = checkpoint.load(model, optimizer, at(), extra_state={"scheduler": fresh})
-    assert fresh.last_epoch == 7 and fresh.get_last_lr() == scheduler.get_last_lr()
-    assert set(result.extra_state) == {"scheduler", "step"} and result.extra_state["step"] == 7
-    assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
-
-
-def test_tensors_at_places_of_a_state_that_read_alike_come_back_each_to_its_own(tmp_path):
-    def state(first, second):
-        return Bag(
-            **{
-                "a": {"b": torch.full((2,), first)},
-                "a.b": torch.full((2,), second),
-                "c": {1: (torch.ones(1),)},
-            }
-        )
-
-    checkpoint, (model, _), target = opened(tmp_path), small(), state(3.0, 4.0)
-    live = target.state["a"]["b"], target.state["a.b"], target.state["c"][1][0].zero_()
-    checkpoint.save(model, None, to(), extra_state={"x": state(1.0, 2.0)})
-    checkpoint.load(model, None, at(), extra_state={"x": target})
-    assert [tensor.tolist() for tensor in live] == [[1.0, 1.0], [2.0, 2.0], [1.0]]  # in place
-
-
-def test_stored_tensors_that_are_one_tensor_here_come_back_as_several(tmp_path):
-    checkpoint, truth = opened(tmp_path), [torch.full((4,), float(i)) for i in range(3)]
-    averages = Bag(w=truth[1], other=truth[2], tied=truth[2])
-    checkpoint.save(Bag(w=truth[0]), None, to(), extra_state={"ema": averages})
-    live = torch.zeros(4)
-    model, averages = Bag(w=live), Bag(w=live.detach(), other=live, tied=live)  # as before their first step
-    checkpoint.load(model, None, at(), extra_state={"ema": averages})
-    assert model.state["w"] is live and identical(live, truth[0])
-    assert identical(averages.state, {"w": truth[1], "other": truth[2], "tied": truth[2]})
-
-
-def test_of_stored_tensors_that_are_one_parameter_here_the_last_is_loaded(tmp_path):
-    first, last = torch.full((MiB,), 1.0), torch.full((MiB,), 2.0)
-    checkpoint, tied = opened(tmp_path), torch.zeros(MiB)
-    checkpoint.save(Bag(first=first, last=last), None, to())
-    for _ in range(5):
-        tied.zero_()
-        checkpoint.load(Bag(first=tied, last=tied), None, at())
-        assert identical(tied, last)
+def load_extra_under_audit(tmp):
+    events, (model, optimizer), checkpoint = [], small(), opened(tmp)
+    cases = [*({key: value} for key, value in EXTRA.items()), EXTRA, *ALIKE]
+    for number, extra in enumerate(cases):
+        checkpoint.save(model, optimizer, f"case-{number}", extra_state=extra)
+    watched = ("pickle.find_class", "marshal.loads", "exec", "compile")
+    sys.addaudithook(lambda name, args: events.append((name, str(args))) if name in watched else None)
+    for number, extra in enumerate(cases):
+        found = checkpoint.load(model, optimizer, f"case-{number}").extra_state
+        assert identical(found, extra), found
+    return [event for event in events if event[0] != "exec" or "ckpt" in event[1]]
 
 
 class Averaged(nn.Module):
     """Its average, kept as extra state, is the weight itself until the first step."""
 
-    def __init__(self):
+    def __init__(self, weight):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4))
+        self.weight = nn.Parameter(weight)
         self.average = self.weight.data
 
     def get_extra_state(self):
@@ -2045,31 +1758,39 @@ class Averaged(nn.Module):
         self.average = state["average"]
 
 
-def test_an_average_in_extra_state_that_is_the_weight_so_far_is_loaded_apart(tmp_path):
-    model, checkpoint = filled(Averaged(), "truth"), opened(tmp_path)
-    model.average = torch.full((4,), 7.0)
-    checkpoint.save(model, None, to())
-    other = Averaged()
-    checkpoint.load(other, None, at())
-    assert identical(other.weight.data, model.weight.data) and identical(other.average, model.average)
+def test_tensors_whose_places_read_alike_or_are_one_tensor_here_come_back_each_to_its_own(tmp_path):
+    a, b, c, d, weight, average = (torch.full((4,), float(number)) for number in range(6))
+    model, truth = Averaged(weight), Bag(**{"a": {"b": a}, "a.b": b, "c": {1: (c,)}, "d": d, "tied": d})
+    model.average = average
+    opened(tmp_path).save(model, None, to(), extra_state={"x": truth})
+    live, places = torch.full((4,), 7.0), torch.zeros(3, 4).unbind()
+    model, target = Averaged(live), Bag(d=live, tied=live.detach())  # as before the first step
+    target.state |= {"a": {"b": places[0]}, "a.b": places[1], "c": {1: (places[2],)}}
+    opened(tmp_path).load(model, None, at(), extra_state={"x": target})
+    assert identical(live, weight) and identical(model.average, average)
+    assert identical(places, (a, b, c)), "filled in place"
+    assert identical(target.state, truth.state)
 
 
-UNSUPPORTED = {
-    "enum": Colour.RED,
-    "dataclass": Point(),
-    "lambda": lambda: 0,
-    "object": object(),
-    "file": io.StringIO(),
-}
+def test_of_stored_tensors_that_are_one_parameter_here_the_last_is_loaded_with_a_warning(tmp_path):
+    first, last, tied = (torch.full((MiB,), number) for number in (1.0, 2.0, 0.0))
+    opened(tmp_path).save(Bag(first=first, last=last), None, to())
+    for _ in range(5):
+        (warning,) = opened(tmp_path).load(Bag(first=tied.zero_(), last=tied), None, at()).warnings
+        assert "model/first" in warning and "model/last" in warning and identical(tied, last)
 
 
-@pytest.mark.parametrize("kind", UNSUPPORTED)
-def test_an_object_that_is_not_data_is_refused_by_path_and_type_before_anything_is_written(tmp_path, kind):
-    thing = UNSUPPORTED[kind]
+@dataclasses.dataclass
+class Point:
+    x: int = 0
+
+
+@pytest.mark.parametrize("thing", [ExceptionType.UNKNOWN, Point(), lambda: 0, io.StringIO()], ids=type)
+def test_an_object_that_is_not_data_is_refused_by_path_and_type_before_anything_is_written(tmp_path, thing):
     with pytest.raises((CheckpointException, ValueError)) as caught:
         opened(tmp_path).save(small()[0], None, to(), extra_state={"outer": [{"inner": thing}]})
-    message = str(caught.value)
-    assert "outer" in message and "inner" in message and type(thing).__name__ in message
+    for word in ("outer", "inner", type(thing).__name__):
+        assert word in str(caught.value)
     assert listing(tmp_path) == {}
 
 
@@ -2077,32 +1798,32 @@ class Wrapped(torch.Tensor):
     """A tensor subclass that the library cannot know."""
 
 
+def freed():
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 UNSUITED = {
-    "sparse": lambda: torch.eye(3).to_sparse(), "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
-    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-    "meta": lambda: torch.empty(3, device="meta"), "subclass": lambda: torch.ones(3).as_subclass(Wrapped),
-    "lazy": nn.UninitializedParameter,
-}  # fmt: skip
+    "sparse_coo": lambda: torch.eye(3).to_sparse(),
+    "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "dtype torch.qint8": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "meta device": lambda: torch.empty(3, device="meta"),
+    "a Wrapped, a tensor subclass": lambda: torch.ones(3).as_subclass(Wrapped),
+    "lazy module": nn.UninitializedParameter,
+    "storage was freed": freed,
+}
 
 
-@pytest.mark.parametrize("kind", UNSUITED)
-def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_before_anything_is_written(tmp_path, kind):
-    bag = Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[kind]()})
-    message = refusal(lambda: opened(tmp_path).save(bag, None, to()), ExceptionType.SAVE_FAILED)
-    assert "layer.odd" in message and listing(tmp_path) == {}
-
-
-@pytest.mark.parametrize("kind", UNSUITED)
-def test_a_tensor_that_is_not_dense_and_real_is_refused_by_a_load_as_its_failure_before_anything_changes(
-    tmp_path, kind
-):
-    checkpoint = opened(tmp_path)
+@pytest.mark.parametrize("problem", UNSUITED)
+def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_and_nothing_changes(tmp_path, problem):
+    checkpoint, bag = opened(tmp_path), Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[problem]()})
+    message = refusal(lambda: checkpoint.save(bag, None, to()), ExceptionType.SAVE_FAILED)
+    assert "layer.odd" in message and problem in message and listing(tmp_path) == {}
     checkpoint.save(Bag(good=torch.zeros(3), **{"layer.odd": torch.zeros(3)}), None, to())
-    bag = Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[kind]()})
     message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.LOAD_FAILED)
-    assert (
-        "layer.odd" in message and "undefined" not in message and identical(bag.state["good"], torch.ones(3))
-    )
+    assert "layer.odd" in message and problem in message and "undefined" not in message
+    assert identical(bag.state["good"], torch.ones(3))
 
 
 class Scale(nn.Parameter):
@@ -2126,139 +1847,83 @@ class Unusual(nn.Linear):
 
 
 def test_what_a_save_accepts_a_load_of_the_same_objects_accepts(tmp_path):
-    def start(number):
-        bag, extra = (
-            Bag(a=Scale(torch.full((2,), number)), b=torch.ones(2, requires_grad=True) * number) for _ in "12"
-        )
-        model = {"unusual": Unusual(number), "bag": bag}
-        optimizer = {
-            "adamw": stepped(model["unusual"], lr=number),
-            "own": Bag(momentum=Scale(torch.full((2,), number))),
-        }
-        return model, optimizer, {"extra": extra}
+    def start(number, steps):
+        def bag():
+            return Bag(a=Scale(torch.full((2,), number)), b=torch.ones(2, requires_grad=True) * number)
 
-    def values(model, optimizer, extra):
-        states = optimizer["adamw"].state_dict()["state"].values()
-        found = [*model["unusual"].state_dict().values(), *(t for state in states for t in state.values())]
-        found += [t for bag in (model["bag"], optimizer["own"], extra["extra"]) for t in bag.state.values()]
-        return [raw(tensor) for tensor in found]
+        model = Unusual(number)  # two optimizers have the same parameters
+        optimizers = {"sgd": stepped(model, torch.optim.SGD, steps, momentum=number), "own": bag()}
+        optimizers = {"adamw": stepped(model, torch.optim.AdamW, steps, lr=number)} | optimizers
+        return {"unusual": model, "bag": bag()}, optimizers, {"extra": bag()}
 
-    (model, optimizer, extra), other, checkpoint = start(0.5), start(0.25), opened(tmp_path)
-    checkpoint.save(model, optimizer, to(), extra_state=extra)
-    assert values(*other) != values(model, optimizer, extra)
-    checkpoint.load(*other[:2], at(), extra_state=other[2])
-    assert values(*other) == values(model, optimizer, extra)
+    def values(*parts):
+        return [dict(part.state_dict()) for named in parts for _, part in sorted(named.items())]
+
+    truth, other = start(0.5, 2), start(0.25, 0)
+    assert not any(map(identical, values(*other), values(*truth)))
+    opened(tmp_path).save(*truth[:2], to(), extra_state=truth[2])
+    opened(tmp_path).load(other[0], dict(reversed(other[1].items())), at(), extra_state=other[2])
+    assert identical(values(*other), values(*truth))
 
 
-def test_partial_placements_and_fsdp1_shards_are_refused_by_name(tmp_path):
-    for message, nothing in run(2, save_the_unsaveable, tmp_path):
-        assert "grad_sum" in message[0] and "Partial" in message[0]
-        assert "weight" in message[1] and "device_mesh" in message[1] and nothing
+def test_partial_placements_and_fsdp1_at_any_depth_are_refused_with_the_ways_out(tmp_path):
+    run(2, offer_the_unsaveable, tmp_path)
 
 
-def save_the_unsaveable(rank, world_size, tmp):
-    mesh = init_device_mesh("cpu", (2,))
+def offer_the_unsaveable(rank, world_size, tmp):
+    plain, model = (nn.Sequential(nn.Linear(3, 5), nn.ModuleDict({"inner": nn.Linear(5, 2)})) for _ in "12")
+    checkpoint, mesh = opened(tmp), init_device_mesh("cpu", (2,))
+    checkpoint.save({"part": plain}, None, "plain")
+    before = listing(tmp)
     partial = Bag(grad_sum=DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     old = FullyShardedDataParallel(nn.Linear(5, 7), device_id=torch.device("cpu"))
     FullyShardedDataParallel.set_state_dict_type(old, StateDictType.SHARDED_STATE_DICT)
-    checkpoint = opened(tmp / "c")
-    bags = (partial, Bag(**old.state_dict()))
-    messages = [told(functools.partial(checkpoint.save, model, None, to()))[2] for model in bags]
-    return messages, not (tmp / "c").exists() or listing(tmp / "c") == {}
-
-
-def test_fsdp1_at_any_depth_is_refused_by_save_and_load_before_anything_changes_with_the_ways_out(tmp_path):
-    for told_of_save, told_of_load, unchanged in run(2, offer_fsdp1, tmp_path):
-        for (kind, _, message), expected in ((told_of_save, "SAVE_FAILED"), (told_of_load, "LOAD_FAILED")):
-            assert kind == expected and message.startswith("part.1.inner is FSDP1")
-            assert all(
-                word in message for word in ("fully_shard", "get_state_dict", "device_mesh", "extra_state")
-            )
-        assert unchanged
-
-
-def offer_fsdp1(rank, world_size, tmp):
-    def start():
-        return nn.Sequential(nn.Linear(3, 5), nn.ModuleDict({"inner": nn.Linear(5, 2)}))
-
-    plain, model, checkpoint = start(), start(), opened(tmp)
-    checkpoint.save({"part": plain}, None, to("plain"))
-    before = listing(tmp)
     model[1]["inner"] = FullyShardedDataParallel(model[1]["inner"], device_id=torch.device("cpu"))
-    given, kept = {"part": DistributedDataParallel(model)}, state_of(model[0])
-    saved, loaded = (
-        told(lambda: checkpoint.save(given, None, to())),
-        told(lambda: checkpoint.load(given, None, at("plain"))),
-    )
-    return saved, loaded, listing(tmp) == before and identical(state_of(model[0]), kept)
+    deep, kept = {"part": DistributedDataParallel(model)}, state_of(model[0])
+    ways = ("part.1.inner is FSDP1", "fully_shard", "get_state_dict", "device_mesh", "extra_state")
+    for verb, prefix, given, words in (
+        ("save", "p", partial, ("grad_sum", "Partial")),
+        ("save", "p", Bag(**old.state_dict()), ("weight", "device_mesh")),
+        ("save", "p", deep, ways),
+        ("load", "plain", deep, ways),
+    ):
+        kind, _, message = told(lambda: getattr(checkpoint, verb)(given, None, prefix))
+        assert kind == f"{verb.upper()}_FAILED" and all(word in message for word in words), (kind, message)
+    assert listing(tmp) == before and identical(state_of(model[0]), kept)
 
 
-def test_no_pickle_is_ever_loaded(tmp_path):
-    (events,) = run(1, load_under_audit, tmp_path)
-    assert events == []
+# ---- protocol: S1 to S7, L1 to L5, over real ranks ---------------------------------------------------------
+
+SIZES = [1 << 22, (1 << 22) - 2, 30_000_000]  # with its two quotes the second fills a value of the store
 
 
-def load_under_audit(rank, world_size, tmp):
-    events = []
-    checkpoint = opened(tmp)
-    model, optimizer = small()
-    extra = {key: value for key, value in EXTRA.items() if key != "text"}
-    checkpoint.save(model, optimizer, to(), extra_state=extra)
-    watched = ("pickle.find_class", "marshal.loads", "exec", "compile")
-    sys.addaudithook(lambda name, args: events.append((name, str(args))) if name in watched else None)
-    checkpoint.load(model, optimizer, at())
-    return [event for event in events if event[0] != "exec" or "ckpt" in event[1]]
-
-
-# ---- protocol: S1 to S7, L1 to L5, over real ranks -------------------------------------------------------------------
-
-
-def test_a_local_coordinator_is_rank_zero_of_one():
+def test_coordinators_gather_and_broadcast_values_of_any_size_and_name_who_is_late(tmp_path):
     local = ckpt.LocalCoordinator()
     assert (local.rank, local.world_size) == (0, 1) and isinstance(local, ckpt.DistributedCoordinator)
-
-
-def test_a_torch_coordinator_gathers_broadcasts_and_names_who_is_late(tmp_path):
-    for rank, (gathered, sent, late, again) in enumerate(run(3, coordinate, tmp_path)):
-        assert gathered == [{"rank": 0}, {"rank": 1}, {"rank": 2}] and sent == "from 1" and again == [0, 1, 2]
-        assert rank == 1 or (late[0] == "TIMEOUT" and 1 in named(late)), late
+    run(3, coordinate, tmp_path)
 
 
 def coordinate(rank, world_size, tmp):
-    coordinator = ckpt.TorchCoordinator()
+    coordinator, texts = ckpt.TorchCoordinator(), [str(rank) * size for rank, size in enumerate(SIZES)]
     assert isinstance(coordinator, ckpt.DistributedCoordinator)
-    gathered = coordinator.all_gather({"rank": rank})
-    sent = coordinator.broadcast(f"from {rank}", src=1)
-    late = None
-    if rank == 1:
-        await_file(tmp / "gave-up-0")
-        await_file(tmp / "gave-up-2")
+    assert coordinator.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    assert coordinator.all_gather(texts[rank]) == texts
+    assert [coordinator.broadcast(texts[rank], src=src) for src in (1, 2)] == texts[1:]
+    coordinator.barrier()
+    coordinator.barrier()
+    assert dist.distributed_c10d._get_default_store().num_keys() <= 20
+    for other in (0, 2) if rank == 1 else ():
+        await_file(tmp / f"gave-up-{other}")
     late = told(lambda: coordinator.barrier(timeout=1.0))
     (tmp / f"gave-up-{rank}").touch()
+    assert rank == 1 or (late[0] == "TIMEOUT" and 1 in named(late)), late
     ckpt.TorchCoordinator().barrier()
-    return gathered, sent, late, ckpt.TorchCoordinator().all_gather(rank)
+    assert ckpt.TorchCoordinator().all_gather(rank) == [0, 1, 2]
 
 
 def named(answer):
-    """The ranks that a TIMEOUT names: whoever is silent, and on a busy machine also who came late to this wait."""
+    """The ranks that a TIMEOUT names: who is silent, and on a busy machine who came late to this wait."""
     return [int(rank) for rank in re.search(r"rank\(s\) ([\d, ]+) of", answer[2])[1].split(", ")]
-
-
-def test_ranks_tell_each_other_values_of_any_size(tmp_path):
-    for rank, (sizes, same, keys) in enumerate(run(3, tell_much, tmp_path)):
-        assert sizes == [1 << 22, (1 << 22) - 2, 30_000_000] and same and keys <= 20, rank
-
-
-def tell_much(rank, world_size, tmp):
-    coordinator = ckpt.TorchCoordinator()
-    mine = (
-        str(rank) * [1 << 22, (1 << 22) - 2, 30_000_000][rank]
-    )  # with its two quotes the second fills a part
-    gathered = coordinator.all_gather(mine)
-    same = coordinator.broadcast(mine, src=2) == gathered[2]
-    coordinator.barrier()
-    coordinator.barrier()
-    return [len(told) for told in gathered], same, dist.distributed_c10d._get_default_store().num_keys()
 
 
 def await_file(path):
@@ -2267,229 +1932,167 @@ def await_file(path):
         time.sleep(0.01)
 
 
-def test_the_store_does_not_fill_up_with_keys(tmp_path):
-    for few, many in run(2, count_keys, tmp_path):
-        assert many <= few + 10
+def test_default_prefixes_are_new_and_the_same_on_all_ranks_and_the_store_does_not_fill_up(tmp_path):
+    (names, few, many), others = run(2, save_without_a_name, tmp_path)
+    assert others[0] == names and len(set(names)) == 15
+    assert many <= few + 10 and others[2] <= others[1] + 10  # keys after 3 and 15 saves and loads
 
 
-def count_keys(rank, world_size, tmp):
-    checkpoint, counts = opened(tmp), []
+def save_without_a_name(rank, world_size, tmp):
+    checkpoint, names, counts = opened(tmp), [], []
     for saves in (3, 12):
         for _ in range(saves):
-            checkpoint.save(Bag(w=torch.zeros(2)), None, to())
-            checkpoint.load(Bag(w=torch.zeros(2)), None, at())
+            names.append(checkpoint.save(Bag(w=torch.zeros(2))))
+            checkpoint.load(Bag(w=torch.zeros(2)), None, names[-1])
         dist.barrier()
         counts.append(dist.distributed_c10d._get_default_store().num_keys())
         dist.barrier()
-    return counts
-
-
-def first_after(log, start, call, ending=""):
-    """Where in the log, from `start` on, `call` on a file of that ending comes first."""
-    return next(i for i in range(start, len(log)) if log[i].call == call and log[i].path.endswith(ending))
+    return names, *counts
 
 
 def test_the_file_operations_of_an_overwrite_and_a_delete_come_in_the_documented_order(tmp_path):
+    def in_order(*steps):
+        rest = iter(files.log)
+        return all(any(op.call == call and op.path.endswith(end) for op in rest) for call, end in steps)
+
     files = Seam()
     checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files))
-    checkpoint.save(*small(), to())
-    (old,) = shards(tmp_path)
+    checkpoint.save(*small(), "p")
+    (old,) = (path.name for path in shards(tmp_path))
     files.log.clear()
-    checkpoint.save(*small("second"), to())
-    log, (new,) = files.log, shards(tmp_path)
-    fence = first_after(log, 0, "create", ".tmp")  # the fence, then S4 to S7
-    written = first_after(log, fence, "pwrite", new.name)
-    synced = first_after(log, written, "fsync", new.name)
-    assert not any(op.call == "pwrite" and op.path.endswith(new.name) for op in log[synced:])
-    synced_names = first_after(log, synced, "fsync_dir")
-    record = first_after(log, fence, "fsync", ".tmp")
-    rename = first_after(log, max(record, synced_names), "rename", ".tmp")
-    assert not any(op.call == "pwrite" and op.path == log[rename].path for op in log[record:])
-    assert [op.call for op in log].count("rename") == 1
-    assert first_after(log, rename, "fsync_dir") < first_after(log, 0, "unlink", old.name)
-
+    checkpoint.save(*small("second"), "p")
+    (new,) = (path.name for path in shards(tmp_path))
+    record, synced, renamed, gone = ("create", ".tmp"), ("fsync_dir", ""), ("rename", ".tmp"), ("unlink", old)
+    assert in_order(record, ("pwrite", new), ("fsync", new), synced, renamed, synced, gone)
+    assert in_order(record, ("pwrite", ".tmp"), ("fsync", ".tmp"), renamed)
+    for path in (new, ".tmp"):
+        assert not in_order(("fsync", path), ("pwrite", path))
+    assert not in_order(renamed, renamed) and not in_order(gone, gone), "there is one of each"
     files.log.clear()
     checkpoint.delete_checkpoint("p")
-    record = first_after(log, 0, "unlink", "p.metadata.json")
-    assert first_after(log, record, "fsync_dir") < first_after(log, 0, "unlink", new.name)
+    assert in_order(("unlink", "p.metadata.json"), synced, ("unlink", new))
+    assert not in_order(("unlink", new), ("unlink", new))
 
 
-def test_without_its_record_a_checkpoint_does_not_exist(tmp_path):
+def test_a_checkpoint_without_its_record_does_not_exist_and_one_that_lacks_a_shard_is_corrupt(tmp_path):
     checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to())
-    (tmp_path / "p.metadata.json").unlink()
-    assert checkpoint.list_checkpoints() == [] and checkpoint.latest_checkpoint() is None
-    refusal(lambda: checkpoint.load(*small(), at()))
-
-
-def test_a_checkpoint_that_lacks_a_shard_is_not_listed_and_is_corrupt_at_load(tmp_path):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to("whole"))
-    checkpoint.save(*small(), to("torn"))
+    for prefix in ("whole", "gone", "torn"):
+        checkpoint.save(*small(), prefix)
+    (tmp_path / "gone.metadata.json").unlink()
     shards(tmp_path, "torn")[0].unlink()
-    assert checkpoint.latest_checkpoint().prefix == "whole" and len(checkpoint.list_checkpoints()) == 1
-    message = refusal(lambda: checkpoint.load(*small(), at("torn")), ExceptionType.CORRUPTED_CHECKPOINT)
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["whole"]
+    assert checkpoint.latest_checkpoint().prefix == "whole"
+    message = refusal(lambda: checkpoint.load(*small(), "torn"), ExceptionType.CORRUPTED_CHECKPOINT)
     assert ".safetensors" in message
+    with pytest.raises(CheckpointException, match="gone") as caught:
+        checkpoint.load(*small(), "gone")
+    assert "gone" in caught.value.checkpoint_path and not checkpoint.validate_checkpoint("gone").is_valid
 
 
-def test_a_failed_overwrite_leaves_the_old_checkpoint_as_it_was(tmp_path):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to())
-    before = listing(tmp_path)
-    message = refusal(
-        lambda: checkpoint.save(Doomed(RuntimeError("boom")), None, to()), ExceptionType.SAVE_FAILED
-    )
-    assert "boom" in message and listing(tmp_path) == before
-
-
-def test_the_rank_that_fails_is_named_on_every_rank_and_nothing_is_left(tmp_path):
-    for save, load, stored in run(3, fail_on_rank_one, tmp_path):
-        assert save[:2] == ("SAVE_FAILED", 1) and "boom" in save[2]
-        assert load[:2] == ("LOAD_FAILED", 1) and "boom" in load[2]
-        assert stored == ["good"]
-    assert {name.split("/")[0].split(".")[0] for name in listing(tmp_path)} == {"good"}
+def test_the_rank_that_fails_is_named_on_every_rank_and_what_was_saved_before_stays_as_it_was(tmp_path):
+    run(3, fail_on_rank_one, tmp_path)
 
 
 def fail_on_rank_one(rank, world_size, tmp):
+    checkpoint, bag = opened(tmp), Bag(w=torch.full((2,), 3.0))
+    checkpoint.save(bag, None, "good")
+    before, error = listing(tmp), KeyError("boom")
+    doomed = [Doomed(error), Doomed(error, times=0)] if rank == 1 else [bag, bag]  # the second one in L5
+    *kind, message = told(lambda: checkpoint.save(doomed[0], None, "good"))
+    assert kind == ["SAVE_FAILED", 1] and "boom" in message and listing(tmp) == before
+    bag.state["w"].zero_()
+    *kind, message = told(lambda: checkpoint.load(doomed[1], None, "good"))
+    assert kind == ["LOAD_FAILED", 1] and "KeyError: 'boom'" in message and "undefined" in message, message
+    assert rank == 1 or bag.state["w"].tolist() == [3.0, 3.0], "it failed after its bytes were there"
+
+
+ODD = [
+    (to("other"), "disagree about prefix"),
+    (to(format="single_file"), "disagree about format"),
+    (to(compression_level="fast"), "disagree about compression"),
+    (to(include_optimizer=False), "disagree about contents: rank 0 has ('optimizer', 'rng'), rank 1 has"),
+    (to("../x"), "'../x'"),
+    (at(resharding_strategy="psychic"), "psychic"),
+    (LoadOptions(), "is required"),
+]
+
+
+def test_what_one_rank_alone_gets_wrong_is_an_error_on_all_that_says_what_and_nothing_changes(tmp_path):
+    run(2, be_at_odds, tmp_path)
+
+
+def be_at_odds(rank, world_size, tmp):
     checkpoint = opened(tmp)
-    good = Bag(w=torch.zeros(2))
-    model = Doomed(RuntimeError("boom")) if rank == 1 else good
-    save = told(lambda: checkpoint.save(model, None, to("bad")))
-    checkpoint.save(good, None, to("good"))
-    if rank == 1:
-        model = Doomed(RuntimeError("boom"), times=0)
-    load = told(lambda: checkpoint.load(model, None, at("good")))
-    return save, load, [info.prefix for info in checkpoint.list_checkpoints()]
+    checkpoint.save(*small(), to(format="multi_shard" if rank else CheckpointFormat.MULTI_SHARD))  # the same
+    before = listing(tmp)
+    for odd, words in ODD:
+        call, even = (checkpoint.save, to()) if isinstance(odd, SaveOptions) else (checkpoint.load, at())
+        kind, _, message = told(lambda: call(*small(), odd if rank else even))
+        assert kind == "ValueError" and words in message and listing(tmp) == before, message
 
 
-@pytest.mark.parametrize("difference", ["prefix", "format", "compression", "optimizer"])
-def test_ranks_that_disagree_are_all_told_about_what(tmp_path, difference):
-    for kind, _, message in run(2, disagree, tmp_path, difference):
-        assert kind == "ValueError" and "disagree" in message and difference in message
-    assert listing(tmp_path) == {}
+@pytest.mark.parametrize("verb", ["save", "load"])
+def test_a_dead_rank_is_named_at_the_deadline_and_queries_and_deletes_never_wait_for_it(tmp_path, verb):
+    first, _, third = run(3, outlive_rank_one, tmp_path, verb, dies={1})
+    for answer in (first[0], third[0]):
+        assert answer[:2] == ("TIMEOUT", 1) and 1 in named(answer), answer
+    assert first[1:] == (["p", "q"], "q", True, ["q"])
 
 
-def disagree(rank, world_size, tmp, difference):
-    odd = {
-        "prefix": to("other"),
-        "format": to(format=CheckpointFormat.SINGLE_FILE),
-        "compression": to(compression_level=CompressionLevel.FAST),
-        "optimizer": to(include_optimizer=False),
-    }
-    return told(lambda: opened(tmp).save(*small(), odd[difference] if rank else to()))
-
-
-def test_a_misuse_by_one_rank_alone_is_raised_on_all(tmp_path):
-    for errors in run(2, misuse_on_rank_one, tmp_path):
-        assert errors == [True] * 7
-
-
-def misuse_on_rank_one(rank, world_size, tmp):
-    checkpoint = opened(tmp)
-    model, optimizer = small()
-    checkpoint.save(model, optimizer, to())
-
-    def raises(call):
-        try:
-            call()
-        except (ValueError, CheckpointException):
-            return True
-        return False
-
-    return [
-        raises(lambda: checkpoint.save(model, optimizer, to("../x" if rank else "p"))),
-        raises(
-            lambda: checkpoint.load(
-                model, optimizer, at(resharding_strategy="psychic" if rank else "parallel")
-            )
-        ),
-        raises(lambda: checkpoint.load(model, optimizer, LoadOptions() if rank else at())),
-        raises(lambda: checkpoint.save_model_only(model, at() if rank else to())),
-        raises(lambda: checkpoint.load({"a": model, "b": torch.ones(2)} if rank else model, None, at())),
-        raises(lambda: checkpoint.save(model, optimizer, to(format="zip" if rank else "single_file"))),
-        not raises(lambda: checkpoint.save(model, None, to(format=FORMATS[0] if rank else FORMATS[0].value))),
-    ]
-
-
-@pytest.mark.parametrize("operation", ["save", "load"])
-def test_a_dead_rank_is_named_at_the_deadline(tmp_path, operation):
-    first, _, third = run(3, outlive_rank_one, tmp_path, operation, dies={1})
-    assert first[:2] == third[:2] == ("TIMEOUT", 1), (first, third)
-    assert 1 in named(first) and 1 in named(third), (first, third)
-
-
-def outlive_rank_one(rank, world_size, tmp, operation):
+def outlive_rank_one(rank, world_size, tmp, verb):
+    if rank == 0:
+        assert opened(tmp).list_checkpoints() == []  # nor does the making of an object wait
     checkpoint = opened(tmp, default_timeout=DEADLINE_S)
-    model, optimizer = small()
-    checkpoint.save(model, optimizer, to("before", timeout=600.0))
+    for prefix in "pq":
+        checkpoint.save(*small(), to(prefix, timeout=600.0))
     dist.barrier()
     if rank == 1:
         os._exit(9)
-    if operation == "save":
-        answer = told(lambda: checkpoint.save(model, optimizer, to()))
-    else:
-        answer = told(lambda: checkpoint.load(model, optimizer, at("before")))
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["before"]
-    return answer
-
-
-def test_a_straggler_is_named_cannot_commit_and_then_all_save_again(tmp_path):
-    prompt, late = run(2, straggle, tmp_path)
-    assert prompt[0][0] == "TIMEOUT" and named(prompt[0]) == [1], prompt
-    assert late[0] == prompt[0], late
-    assert prompt[1] == late[1] == ["again"]
-
-
-def straggle(rank, world_size, tmp):
-    checkpoint = opened(tmp)
-    model, optimizer = small()
-    gate = tmp / "gave-up"
-    if rank == 1:
-        await_file(gate)
-    answer = told(lambda: checkpoint.save(model, optimizer, to("late", timeout=600.0 if rank else 1.5)))
-    gate.touch()
-    checkpoint.save(model, optimizer, to("again"))
-    checkpoint.load(model, optimizer, at("again"))
-    return answer, [info.prefix for info in checkpoint.list_checkpoints()]
-
-
-def test_queries_and_deletes_are_local_and_never_wait_for_other_ranks(tmp_path):
-    assert run(2, ask_alone, tmp_path)[0] == (["a", "b"], "b", True, ["b"])
-
-
-def ask_alone(rank, world_size, tmp):
-    if rank == 0:
-        assert opened(tmp).list_checkpoints() == []  # nor does the making of an object
-    checkpoint = opened(tmp)
-    for prefix in "ab":
-        checkpoint.save(*small(), to(prefix))
-    if rank:
-        return None
+    answer = told(lambda: getattr(checkpoint, verb)(*small(), "p"))
+    if rank == 2:
+        return (answer,)
     listed = [info.prefix for info in checkpoint.list_checkpoints()]
-    answer = listed, checkpoint.latest_checkpoint().prefix, checkpoint.validate_checkpoint("a").is_valid
-    checkpoint.delete_checkpoint("a")
+    found = listed, checkpoint.latest_checkpoint().prefix, checkpoint.validate_checkpoint("p").is_valid
+    checkpoint.delete_checkpoint("p")
     checkpoint.close()
-    return *answer, [info.prefix for info in checkpoint.list_checkpoints()]
+    return answer, *found, [info.prefix for info in checkpoint.list_checkpoints()]
+
+
+def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective_as_the_late_rank_does(tmp_path):
+    lonely, late = run(2, call_alone, tmp_path)
+    assert late == lonely and lonely[1] == ["again"], "the late rank has committed nothing"
+    for call, (kind, rank, message) in lonely[0].items():
+        hint = f"{'load' if call == 'load' else 'save'} is collective: every rank must call it"
+        assert (kind, rank) == ("TIMEOUT", 1) and hint in message, message
+
+
+def call_alone(rank, world_size, tmp):
+    checkpoint, model = opened(tmp, default_timeout=600.0 if rank else 0.2), small()[0]
+    calls = {"save": checkpoint.save, "load": checkpoint.load}
+    calls["save_async"] = lambda *given: checkpoint.save_async(*given).result(20.0)
+    calls["save_model_only"] = lambda model, _, prefix: checkpoint.save_model_only(model, prefix)
+    if rank == 1:
+        await_file(tmp / "gave-up")
+    answers = {name: told(functools.partial(call, model, None, "p")) for name, call in calls.items()}
+    (tmp / "gave-up").touch()
+    checkpoint.save(model, None, to("again", timeout=600.0))
+    checkpoint.load(model, None, at("again", timeout=600.0))
+    return answers, [info.prefix for info in checkpoint.list_checkpoints()]
 
 
 def test_a_process_group_of_some_ranks_saves_without_the_others(tmp_path):
-    answers = run(3, save_in_a_subset, tmp_path)
-    assert answers == [None, (0, 2, True), (1, 2, True)]
+    run(3, save_in_a_subset, tmp_path)
     assert len(shards(tmp_path)) == 2
 
 
 def save_in_a_subset(rank, world_size, tmp):
     group = dist.new_group([1, 2])
-    if rank == 0:
-        return None
-    coordinator = ckpt.TorchCoordinator(process_group=group)
-    checkpoint = opened(tmp, coordinator)
-    model, optimizer = small()
-    checkpoint.save(model, optimizer, to())
-    other, other_optimizer = small("other")
-    checkpoint.load(other, other_optimizer, at())
-    same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
-    return coordinator.rank, coordinator.world_size, same
+    if rank:
+        coordinator, truth, other = ckpt.TorchCoordinator(process_group=group), small(), small("other")
+        opened(tmp, coordinator).save(*truth, "p")
+        opened(tmp, coordinator).load(*other, "p")
+        assert identical(state_of(*other), state_of(*truth))
+        assert (coordinator.rank, coordinator.world_size) == (rank - 1, 2)
 
 
 def test_an_object_made_before_the_process_group_saves_with_all_ranks_of_whichever_group_there_is(tmp_path):
@@ -2503,15 +2106,14 @@ def outlive_process_groups(rank, world_size, tmp):
     store, together = dist.distributed_c10d._get_default_store(), []
     dist.destroy_process_group()
     checkpoint = opened(tmp)
-    checkpoint.save(small()[0], None, to(f"alone-{rank}"))
+    checkpoint.save(small()[0], None, f"alone-{rank}")
     for name in ("first", "second"):
         dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
         model, other = (DistributedDataParallel(small(salt)[0]) for salt in ("truth", "other"))
-        saved = checkpoint.save(model, None, to())
-        coordinator = checkpoint.coordinator
-        result = checkpoint.load(other, None, at())
+        saved, coordinator = checkpoint.save(model, None, "p"), checkpoint.coordinator
+        result = checkpoint.load(other, None, "p")
         same = identical(state_of(other), state_of(model)) and checkpoint.coordinator is coordinator
-        pending = checkpoint.save_async(model, None, to("late"))
+        pending = checkpoint.save_async(model, None, "late")
         dist.destroy_process_group()  # the save in the background goes on with the ranks that began it
         late = pending.result(20.0)
         together.append((saved, late, result.metadata.world_size, result.target_world_size, same))
@@ -2519,36 +2121,15 @@ def outlive_process_groups(rank, world_size, tmp):
     return together, (type(checkpoint.coordinator).__name__, *found)
 
 
-LONELY = [(False, "2", 1), (True, "2", 0), (False, "1", 0), (False, "", 0)]
-
-
-@pytest.mark.parametrize("given, world_size, times", LONELY)
-def test_a_process_that_saves_alone_in_a_job_of_several_is_warned_once(
-    tmp_path, monkeypatch, caplog, given, world_size, times
-):
-    monkeypatch.setenv("WORLD_SIZE", world_size)
+@pytest.mark.parametrize("given, size, times", [(0, "2", 1), (1, "2", 0), (0, "1", 0), (0, "", 0)])
+def test_a_save_by_one_process_of_several_warns_once(tmp_path, monkeypatch, caplog, given, size, times):
+    monkeypatch.setenv("WORLD_SIZE", size)
     checkpoint = opened(tmp_path, ckpt.LocalCoordinator() if given else None)
     assert checkpoint.latest_checkpoint() is None and "WORLD_SIZE" not in caplog.text
     for save in (checkpoint.save, checkpoint.save_async, checkpoint.save):
         save(small()[0], None, "p")
     checkpoint.close()
     assert caplog.text.count("WORLD_SIZE is 2: call init_process_group") == times
-
-
-def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective(tmp_path):
-    lonely, _ = run(2, call_alone, tmp_path)
-    for call, (kind, rank, message) in lonely.items():
-        hint = f"{'load' if call == 'load' else 'save'} is collective: every rank must call it"
-        assert (kind, rank) == ("TIMEOUT", 1) and hint in message, message
-
-
-def call_alone(rank, world_size, tmp):
-    checkpoint, model = opened(tmp, default_timeout=0.2), small()[0]
-    calls = {"save": checkpoint.save, "load": checkpoint.load}
-    calls["save_async"] = lambda *given: checkpoint.save_async(*given).result(20.0)
-    calls["save_model_only"] = lambda model, _, prefix: checkpoint.save_model_only(model, prefix)
-    if rank == 0:
-        return {name: told(functools.partial(call, model, None, "p")) for name, call in calls.items()}
 
 
 def test_a_transient_error_on_one_rank_is_retried_by_all(tmp_path):
@@ -2560,33 +2141,8 @@ def test_a_transient_error_on_one_rank_is_retried_by_all(tmp_path):
 
 def hiccup_on_rank_one(rank, world_size, tmp):
     files = hiccups(times=rank)
-    ckpt.StorageFactory.register("hiccups", lambda settings: Storage(tmp, files))
-    retry = ckpt.RetryPolicy(max_retries=2, initial_delay=0.01)
-    checkpoint = opened(tmp, storage=ckpt.StorageOptions("hiccups"), retry_policy=retry)
+    checkpoint = over(Storage(tmp, files), ckpt.TorchCoordinator(), attempts=2)
     return told(lambda: checkpoint.save(*small(), to())), sum(map(is_new_shard, files.log))
-
-
-def test_cancel_on_one_rank_stops_all(tmp_path):
-    for kind, _, _ in run(2, cancel_on_rank_one, tmp_path):
-        assert kind == "CANCELLED"
-    assert listing(tmp_path) == {}
-
-
-def cancel_on_rank_one(rank, world_size, tmp):
-    cancel = threading.Event()
-    if rank == 1:
-        cancel.set()
-    return told(lambda: opened(tmp).save(*small(), to(), cancel=cancel))
-
-
-def test_the_default_prefix_is_the_same_on_all_ranks(tmp_path):
-    first, second = run(2, save_without_a_name, tmp_path)
-    assert first == second and first[0] != first[1]
-
-
-def save_without_a_name(rank, world_size, tmp):
-    checkpoint = opened(tmp)
-    return [checkpoint.save(*small()), checkpoint.save(*small())]
 
 
 # ---- resharding: from every layout to every layout, bit for bit --------------------------------------------
@@ -3621,105 +3177,78 @@ def test_resume_gives_the_losses_and_weights_of_a_run_that_never_stopped(tmp_pat
         assert losses == before + after and weights == resumed and len(set(losses)) == 10
 
 
-# ---- bad input: refused clearly, and nothing changes -----------------------------------------------------------------
+# ---- bad input: refused clearly, and nothing changes -------------------------------------------------------
 
-BAD_PREFIXES = [
-    "",
-    "/abs",
-    "..",
-    "../x",
-    "a/../b",
-    "a//b",
-    "a/",
-    "./a",
-    "a/.",
-    "a b",
-    "a\\b",
-    "a\0b",
-    "ü",
-    "a" * 201,
-]
-BAD_PREFIXES += ["a.metadata.json", "a.metadata.json/b", "a\n"]
+BAD_PREFIXES = ["", "/abs", "..", "../x", "a/../b", "a//b", "a/", "./a", "a/.", "a b", "a\\b", "a\0b", "ü"]
+BAD_PREFIXES += ["a" * 201, "a.metadata.json", "a.metadata.json/b", "a\n"]
 
 
 @pytest.mark.parametrize("prefix", BAD_PREFIXES, ids=repr)
 def test_a_bad_prefix_is_refused_before_any_file_is_touched(tmp_path, prefix):
-    base = tmp_path / "inner" / "base"
-    checkpoint = opened(base)
-    model, optimizer = small()
-    checkpoint.save(model, optimizer, to("good"))
+    checkpoint, (model, optimizer) = opened(tmp_path / "inner" / "base"), small()
+    checkpoint.save(model, optimizer, "good")
     before = listing(tmp_path)
-    calls = [
-        lambda: checkpoint.save(model, optimizer, to(prefix)),
-        lambda: checkpoint.save_model_only(model, to(prefix)),
-        lambda: checkpoint.load(model, optimizer, at(prefix)),
-        lambda: checkpoint.delete_checkpoint(prefix),
-        lambda: checkpoint.validate_checkpoint(prefix),
-    ]
-    for call in calls:
+    for call, *given in (
+        (checkpoint.save, model, optimizer, to(prefix)),
+        (checkpoint.save_model_only, model, to(prefix)),
+        (checkpoint.load, model, optimizer, at(prefix)),
+        (checkpoint.delete_checkpoint, prefix),
+        (checkpoint.validate_checkpoint, prefix),
+    ):
         with pytest.raises(ValueError, match="prefix"):
-            call()
+            call(*given)
     assert listing(tmp_path) == before
 
 
-MISUSES = {
-    "format": lambda c, m: c.save(m, None, to(format="ZIP")),
-    "compression_level": lambda c, m: c.save(m, None, to(compression_level="ULTRA")),
-    "staging": lambda c, m: c.save(m, None, to(staging="lazy")),
-    "replicas": lambda c, m: c.save(m, None, to(replicas="hope")),
-    "resharding_strategy": lambda c, m: c.load(m, None, at(resharding_strategy="psychic")),
-    "timeout": lambda c, m: c.save(m, None, to(timeout=-1.0)),
-    "checkpoint_prefix": lambda c, m: c.load(m, None, LoadOptions()),
-    "provider": lambda c, m: ckpt.StorageFactory.create(ckpt.StorageOptions(provider="ftp")),
-    "basepath": lambda c, m: ckpt.StorageFactory.create(
-        ckpt.StorageOptions(connection_settings={"basepath": "x"})
-    ),
-}
-ALLOWED = {
-    "format": "MULTI_SHARD SINGLE_FILE CONSOLIDATED multi_shard single_file consolidated",
-    "compression_level": "NONE FAST BALANCED MAXIMUM none fast balanced maximum",
-    "staging": "eager overlapped", "replicas": "verify trust", "resharding_strategy": "parallel sequential broadcast",
-    "timeout": "", "checkpoint_prefix": "", "provider": "local", "basepath": "base_path",
-}  # fmt: skip
+FORMAT_WORDS = "MULTI_SHARD SINGLE_FILE CONSOLIDATED multi_shard single_file consolidated"
+LEVEL_WORDS = "NONE FAST BALANCED MAXIMUM none fast balanced maximum"
+MISUSES = [
+    ("format", to(format="ZIP"), FORMAT_WORDS),
+    ("compression_level", to(compression_level="ULTRA"), LEVEL_WORDS),
+    ("staging", to(staging="lazy"), "eager overlapped"),
+    ("replicas", to(replicas="hope"), "verify trust"),
+    ("timeout", to(timeout=-1.0), ""),
+    ("resharding_strategy", at(resharding_strategy="psychic"), "parallel sequential broadcast"),
+    ("checkpoint_prefix", LoadOptions(), ""),
+    ("provider", ckpt.StorageOptions(provider="ftp"), "local"),
+    ("basepath", ckpt.StorageOptions(connection_settings={"basepath": "x"}), "base_path"),
+]
 
 
-@pytest.mark.parametrize("option", MISUSES)
-def test_an_unknown_value_is_a_value_error_that_lists_what_is_allowed(tmp_path, option):
-    checkpoint = opened(tmp_path)
+@pytest.mark.parametrize("option, options, allowed", MISUSES)
+def test_an_unknown_value_is_a_value_error_that_lists_what_is_allowed(tmp_path, option, options, allowed):
     with pytest.raises(ValueError) as caught:
-        MISUSES[option](checkpoint, small()[0])
-    assert option in str(caught.value)
-    for word in ALLOWED[option].split():
+        if isinstance(options, ckpt.StorageOptions):
+            ckpt.StorageFactory.create(options)
+        call = opened(tmp_path).save if isinstance(options, SaveOptions) else opened(tmp_path).load
+        call(small()[0], None, options)
+    for word in (option, *allowed.split()):
         assert word in str(caught.value)
     assert listing(tmp_path) == {}
 
 
 MODULE = nn.Linear(1, 1)
 UNFIT = [
-    ("layer", {"layer": MODULE, "w": torch.ones(2)}, None), ("step", {"w": torch.ones(2), "step": 3}, None),
-    ("7", {7: torch.ones(2)}, None), ("x._extra_state", {"x._extra_state": torch.ones(2)}, None),
-    ("ndarray", np.ones(2), None), ("list", [MODULE], None), ("Tensor", torch.ones(2), None),
-    ("optimizer", MODULE, [torch.ones(2)]), ("'w'", MODULE, {"w": torch.ones(2)}), ("str", MODULE, "p"),
-]  # fmt: skip
+    ("layer", {"layer": MODULE, "w": torch.ones(2)}, None),
+    ("step", {"w": torch.ones(2), "step": 3}, None),
+    ("7", {7: torch.ones(2)}, None),
+    ("x._extra_state", {"x._extra_state": torch.ones(2)}, None),
+    ("ndarray", np.ones(2), None),
+    ("list", [MODULE], None),
+    ("Tensor", torch.ones(2), None),
+    ("optimizer", MODULE, [torch.ones(2)]),
+    ("'w'", MODULE, {"w": torch.ones(2)}),
+    ("str", MODULE, "p"),
+]
 
 
 @pytest.mark.parametrize("word, model, optimizer", UNFIT)
 def test_a_model_or_optimizer_of_another_type_is_a_value_error_naming_it(tmp_path, word, model, optimizer):
     checkpoint = opened(tmp_path)
-    calls = [lambda: checkpoint.save(model, optimizer, "p"), lambda: checkpoint.load(model, optimizer, "p")]
-    for call in [*calls, lambda: checkpoint.save_async(model, optimizer, "p").result(20.0)]:
+    for call in (checkpoint.save, checkpoint.load, lambda *given: checkpoint.save_async(*given).result(20.0)):
         with pytest.raises(ValueError, match=re.escape(word)):
-            call()
+            call(model, optimizer, "p")
     assert listing(tmp_path) == {}
-
-
-def test_a_checkpoint_that_does_not_exist_is_named_with_those_that_do(tmp_path):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to("here"))
-    with pytest.raises(CheckpointException) as caught:
-        checkpoint.load(*small(), at("gone"))
-    assert "gone" in str(caught.value) and "gone" in caught.value.checkpoint_path
-    assert not checkpoint.validate_checkpoint("gone").is_valid
 
 
 def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(tmp_path):
@@ -3729,87 +3258,58 @@ def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(tmp_path
     message = refusal(lambda: checkpoint.load(target, None, at()), ExceptionType.VALIDATION_FAILED)
     assert "new" in message and "old0" in message and "31 problem" in message and "11 more" in message
     assert not target.state["both"].any()
-    result = checkpoint.load(target, None, at(strict_mode=False))
-    assert target.state["both"].all() and not target.state["new"].any()
-    text = " ".join(result.warnings)
+    text = " ".join(checkpoint.load(target, None, at(strict_mode=False)).warnings)
     assert "new" in text and "old0" in text
+    assert target.state["both"].all() and not target.state["new"].any()
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_another_shape_is_always_an_error_that_names_both(tmp_path, strict):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(nn.Linear(3, 5), None, to())
-    model = filled(nn.Linear(4, 5), "mine")
-    before = state_of(model)
-    message = refusal(
-        lambda: checkpoint.load(model, None, at(strict_mode=strict)), ExceptionType.VALIDATION_FAILED
-    )
-    assert "weight" in message and re.search(r"5, ?3", message) and re.search(r"5, ?4", message)
-    assert identical(state_of(model), before)
+def test_another_shape_is_always_an_error_and_another_dtype_a_cast_with_a_warning_unless_strict(tmp_path):
+    checkpoint, truth = opened(tmp_path), filled(nn.Linear(3, 5), "truth")
+    checkpoint.save(truth, None, to())
+    wide, half = filled(nn.Linear(4, 5), "mine"), filled(nn.Linear(3, 5).bfloat16(), "mine")
+    shapes, dtypes = "weight.*5, ?3.*5, ?4", r"weight.*(float32|\bF32).*(bfloat16|BF16)"
+    for model, strict, words in ((wide, True, shapes), (wide, False, shapes), (half, True, dtypes)):
+        before, options = state_of(model), at(strict_mode=strict)
+        message = refusal(lambda: checkpoint.load(model, None, options), ExceptionType.VALIDATION_FAILED)
+        assert re.search(words, message) and identical(state_of(model), before)
+    assert "weight" in " ".join(checkpoint.load(half, None, at(strict_mode=False)).warnings)
+    assert identical(half.weight.data, truth.weight.data.bfloat16())
 
 
-def test_another_dtype_is_an_error_if_strict_and_else_a_cast_with_a_warning(tmp_path):
-    checkpoint = opened(tmp_path)
-    model = filled(nn.Linear(3, 5), "truth")
-    checkpoint.save(model, None, to())
-    half = filled(nn.Linear(3, 5).bfloat16(), "mine")
-    before = state_of(half)
-    message = refusal(lambda: checkpoint.load(half, None, at()), ExceptionType.VALIDATION_FAILED)
-    assert re.search(r"weight.*(float32|\bF32).*(bfloat16|BF16)", message) and identical(
-        state_of(half), before
-    )
-    result = checkpoint.load(half, None, at(strict_mode=False))
-    assert "weight" in " ".join(result.warnings)
-    assert identical(half.weight.data, model.weight.data.bfloat16())
-
-
-CUTS = {"one byte": lambda size: size - 1, "half": lambda size: size // 2, "all": lambda size: 0}
-
-
-@pytest.mark.parametrize("cut", [*CUTS, "extended", "replaced by another save's"])
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_file_of_another_length_is_corrupt_and_named_and_nothing_changes(tmp_path, form, cut):
-    checkpoint = opened(tmp_path)
+def test_a_file_of_another_length_and_a_damaged_record_are_named_and_nothing_changes(tmp_path, form):
+    checkpoint, (model, optimizer), record = opened(tmp_path), small("other"), tmp_path / "p.metadata.json"
     checkpoint.save(*small(), to(format=form))
     checkpoint.save(*small("second"), to("q", format=form))
-    model, optimizer = small("other")
-    before = state_of(model, optimizer)
-    for path, twin in zip(shards(tmp_path), shards(tmp_path, "q")):
+    before, damages = state_of(model, optimizer), []
+    for path, twin in zip([*shards(tmp_path), record], [*shards(tmp_path, "q"), None]):
         whole = path.read_bytes()
-        changed = whole + b"\0" if cut == "extended" else twin.read_bytes()
-        path.write_bytes(whole[: CUTS[cut](len(whole))] if cut in CUTS else changed)
+        damages += [(path, bad) for bad in (b"", whole[: len(whole) // 2], whole[:-1], whole + b"\0")]
+        damages += [(path, twin.read_bytes())] if twin else []
+    bads = [whole[:-20], whole[:50] + bytes([whole[50] ^ 1]) + whole[51:], b"\xff" + whole]
+    damages += [(record, bad) for bad in (*bads, b"[]\n", b"hello", b"[" * 100_000)]
+    for path, bad in damages:
+        whole = path.read_bytes()
+        path.write_bytes(bad)
         message = refusal(lambda: checkpoint.load(model, optimizer, at()), ExceptionType.CORRUPTED_CHECKPOINT)
-        assert path.name in message and identical(state_of(model, optimizer), before)
+        assert path.name in message and identical(state_of(model, optimizer), before), (path, bad[:80])
         assert not checkpoint.validate_checkpoint("p").is_valid
+        if path == record or len(bad) != len(whole):  # then it is not committed
+            assert [info.prefix for info in checkpoint.list_checkpoints()] == ["q"]
         path.write_bytes(whole)
     checkpoint.load(model, optimizer, at())
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "not json", "a list", "bad utf-8", "deep"])
-def test_a_damaged_record_is_corrupt_never_absent(tmp_path, damage):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to())
-    path = tmp_path / "p.metadata.json"
-    whole = path.read_bytes()
-    flipped = whole[:50] + bytes([whole[50] ^ 1]) + whole[51:]
-    bad = {"empty": b"", "cut": whole[:-20], "flipped": flipped, "a list": b"[]\n", "not json": b"hello"}
-    bad |= {"bad utf-8": b"\xff" + whole, "deep": b"[" * 100_000}
-    path.write_bytes(bad[damage])
-    message = refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.CORRUPTED_CHECKPOINT)
-    assert "p.metadata.json" in message
-    assert not checkpoint.validate_checkpoint("p").is_valid and checkpoint.list_checkpoints() == []
 
 
 @pytest.mark.parametrize("version", [1, 99])
 def test_another_format_version_is_refused_by_its_number_left_alone_by_gc_overwritten_and_deleted(
     tmp_path, version, caplog
 ):
-    checkpoint, record = opened(tmp_path), tmp_path / "p.metadata.json"
+    checkpoint = opened(tmp_path)
 
     def save_in_that_version():
-        checkpoint.save(*small(), to())
-        reseal(record, lambda fields: fields.update(format_version=version))
-        (tmp_path / "p" / f"{json.loads(record.read_bytes())['save_id']}.rest.safetensors").touch()
+        checkpoint.save(*small(), "p")
+        reseal(tmp_path / "p.metadata.json", lambda fields: fields.update(format_version=version))
+        (tmp_path / "p" / f"{save_id(tmp_path)}.rest.safetensors").touch()
         return listing(tmp_path)
 
     before = save_in_that_version()
@@ -3818,78 +3318,45 @@ def test_another_format_version_is_refused_by_its_number_left_alone_by_gc_overwr
     assert checkpoint.list_checkpoints() == [] and "skipped p" in caplog.text
     assert "overwrite" in refusal(lambda: checkpoint.save(*small(), to(overwrite=False)))
     assert ckpt.collect_garbage(checkpoint.storage, 0.0) == [] and listing(tmp_path) == before
-    checkpoint.save(*small(), to())
-    assert set(listing(tmp_path)) == named_files(tmp_path) and not set(listing(tmp_path)) & set(before) - {
-        "p.metadata.json"
-    }
+    checkpoint.save(*small(), "p")
+    after = set(listing(tmp_path))
+    assert after == named_files(tmp_path) and after & set(before) == {"p.metadata.json"}
+    assert checkpoint.load(*small(), "p").metadata.torch_version == torch.__version__
     save_in_that_version()
     checkpoint.delete_checkpoint("p")
     assert listing(tmp_path) == {}
 
 
-def test_a_base_path_that_is_no_directory_is_a_storage_error(tmp_path):
+def test_a_base_path_that_is_no_directory_or_may_not_be_read_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    checkpoint = opened(tmp_path / "file" / "base", retry_policy=ckpt.RetryPolicy(max_retries=1))
+    checkpoint = over(tmp_path / "file" / "base")
     refusal(lambda: checkpoint.save(*small(), to()), ExceptionType.STORAGE_ERROR)
-    with pytest.raises(CheckpointException):
-        checkpoint.load(*small(), at())
-
-
-def test_a_directory_that_may_not_be_read_is_a_storage_error(tmp_path):
+    refusal(lambda: checkpoint.load(*small(), at()))
     opened(tmp_path).save(*small(), to())
-    checkpoint = ckpt.DistributedCheckpoint(
-        storage=Storage(tmp_path, Seam(Strike(0, fail(errno.EACCES), until=FOREVER)))
-    )
-    assert "Permission denied" in refusal(
-        lambda: checkpoint.load(*small(), at()), ExceptionType.STORAGE_ERROR
-    )
+    checkpoint = over(Storage(tmp_path, Seam(Strike(0, fail(errno.EACCES), until=FOREVER))))
+    message = refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.STORAGE_ERROR)
+    assert "Permission denied" in message
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_full_disk_is_a_storage_error_on_all_ranks_and_harms_nothing(tmp_path, world_size, form):
-    for (kind, _, message), old, files in run(world_size, fill_the_disk, tmp_path, form):
-        assert kind == "STORAGE_ERROR" and old == (3.0, 3.0)
-        assert files["after"] == files["before"], message
+    for (kind, _, message), old, unchanged in run(world_size, fill_the_disk, tmp_path, form):
+        assert kind == "STORAGE_ERROR" and old == [3.0] and unchanged, message
 
 
 def fill_the_disk(rank, world_size, tmp, form):
-    retry = ckpt.RetryPolicy(max_retries=2, initial_delay=0.01)
-    checkpoint = opened(tmp, retry_policy=retry)
+    checkpoint = opened(tmp, retry_policy=ckpt.RetryPolicy(max_retries=2, initial_delay=0.01))
     checkpoint.save(Bag(w=torch.full((5 * MiB,), 3.0)), None, to(format=form))
-    files = {"before": sorted(listing(tmp))}
+    before = sorted(listing(tmp))
     dist.barrier()
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (6 * MiB, resource.RLIM_INFINITY)
-    )  # every rank's share is larger
+    limit = 6 * MiB, resource.RLIM_INFINITY  # every rank's share is larger
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     answer = told(lambda: checkpoint.save(Bag(w=torch.full((5 * MiB,), 4.0)), None, to(format=form)))
     dist.barrier()
-    files["after"] = sorted(listing(tmp))
-    target = Bag(w=torch.zeros(5 * MiB))
+    unchanged, target = sorted(listing(tmp)) == before, Bag(w=torch.zeros(5 * MiB))
     checkpoint.load(target, None, at())
-    return answer, (target.state["w"].min().item(), target.state["w"].max().item()), files
-
-
-def test_a_failure_after_bytes_began_to_land_says_that_tensors_are_undefined(tmp_path):
-    bag = Bag(a=torch.ones(2 * BLOCK, dtype=torch.uint8), b=torch.ones(2 * BLOCK, dtype=torch.uint8))
-    checkpoint = opened(tmp_path)
-    checkpoint.save(bag, None, to(include_rng_state=False))
-    (path,) = shards(tmp_path)
-    flip(path, Shard(path).place(Shard(path).find("model/b"))[1] - 1)
-    message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
-    assert "undefined" in message
-
-
-def test_an_error_of_load_state_dict_says_that_tensors_are_undefined(tmp_path):
-    class Broken(Bag):
-        def load_state_dict(self, state):
-            raise KeyError("step")
-
-    checkpoint = opened(tmp_path)
-    checkpoint.save(Bag(a=torch.ones(2)), None, to())
-    target = Broken(a=torch.zeros(2))
-    message = refusal(lambda: checkpoint.load(target, None, at()), ExceptionType.LOAD_FAILED)
-    assert "KeyError" in message and "undefined" in message and target.state["a"].all()
+    return answer, target.state["w"].unique().tolist(), unchanged
 
 
 # ---- the command line --------------------------------------------------------------------------------------
