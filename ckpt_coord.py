@@ -2029,7 +2029,9 @@ class CheckpointReader:
         """Return the CRC32 of each unit of a file, from its header. CORRUPTED_CHECKPOINT if it is damaged."""
         if index not in self._crcs:
             info, file = self.metadata.shards[index], self.file(index)
-            with self._blaming(index):  # a file shorter than the record says fails its reads
+            with self._blaming(index):
+                length = file.length()
+                st.require(length == info.length, f"{length} bytes, the record says {info.length}")
                 file.read(0, memoryview(header := bytearray(info.header_bytes)))
                 crc, expected = st.crc32(header), info.header_crc
                 st.require(crc == expected, f"header has CRC32 {crc:08x}, the record says {expected:08x}")

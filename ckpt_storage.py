@@ -96,7 +96,6 @@ __all__ = [
 
 Warn = Callable[[str], object]  # gets a message: what was skipped or kept, and why
 log = logging.getLogger("ckpt")
-log.addHandler(logging.NullHandler())
 T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]  # one-dimensional
 Ints = npt.NDArray[np.int64]

@@ -3,75 +3,42 @@
     python -m pytest -q test_ckpt.py                 all of it
     python -m pytest -q test_ckpt.py -k reshard      one section
 
-Sections follow the README's promises: API, bytes, protocol, resharding, resume, bad input, command line, format, recipes,
-faults, README.
-Nothing is mocked. Ranks are real processes that speak gloo (`run` below); files are reopened with a reader that
-shares no code with the library (`Shard` below, and the `safetensors` package where it is installed); the truth
-that a restored tensor is compared with never went through a checkpoint. A hang is a failure, never a wait; no test asserts
-a time on the wall clock: work is bounded by counts, processor time and memory.
+Sections follow the README's promises: API, bytes, protocol, resharding, resume, bad input, command line,
+format, recipes, faults, README. Nothing is mocked. Ranks are real processes that speak gloo (`run` below).
+Files are reopened with a reader that shares no code with the library (`Shard` below, and the `safetensors`
+package where it is installed). The truth that a restored tensor is compared with never went through a
+checkpoint. A hang is a failure, never a wait. No test asserts a time on the wall clock: work is bounded by
+counts, processor time, memory.
 
-The fault matrix. At every fault a reader sees exactly the old or exactly the new checkpoint, bit for bit, or a typed
-error where nothing was ever committed; once `save` has returned, only the new one.
+The fault matrix. At every fault a reader sees exactly the old or exactly the new checkpoint, bit for bit, or
+a typed error where nothing was ever committed; once `save` has returned, only the new one. The sections
+"faults" have a heading "Row n" for most rows; rows 4 and 21 are also in "bad input" and "bytes", rows 31-34
+in "resharding".
 
-    row | fault                                            | tests (test_...)
-    1   | a process ends after any operation               | a_process_that_ends_at_any_operation_...
-    2   | power loss: unsynced writes and names, torn      | a_power_loss_at_any_moment_of_a_save_..., ..._of_a_delete_or_...,
-        |                                                  | a_power_loss_right_after_..., a_power_loss_during_any_kind_of_...
-    3   | crash or error during clean-up                   | a_crash_during_the_clean_up_..., an_error_at_any_operation_of_gc_...
-    4   | disk full, quota                                 | a_disk_that_is_full_from_byte_n_on_..., a_full_disk_is_a_...
-    5   | the same again during the retry                  | the same (3 attempts), an_error_at_any_operation_... (from then on)
-    6   | I/O error on write, fsync, directory, close      | a_file_whose_write_or_sync_failed_..., an_error_at_any_operation_...
-    7   | short reads and writes, EINTR, over 0x7ffff000   | short_reads_..., signals_that_..., a_read_or_write_of_more_...,
-        |                                                  | a_write_that_takes_nothing_...
-    8   | error in any worker thread                       | an_error_in_any_worker_thread_...
-    9   | SIGKILL of a rank in each step, rank 0 too       | a_rank_killed_in_any_step_..., a_rank_killed_while_it_waits_...,
-        |                                                  | a_rank_that_dies_or_stops_in_an_exchange_...
-    10  | a rank raises in each step                       | a_rank_that_raises_in_any_step_..., what_keeps_one_rank_from_...,
-        |                                                  | an_error_in_the_clean_up_after_a_commit_...
-    11  | SIGSTOP past the deadline, then SIGCONT          | a_rank_stopped_past_the_deadline_..., ranks_retry_together_...
-    12  | the process that hosts the store dies            | if_the_host_of_the_store_dies_...
-    13  | each bit flipped, of every file                  | each_bit_and_each_length_..., a_flipped_bit_anywhere_...
-    14  | cut, extended; shards swapped, replayed          | each_bit_and_each_length_..., shards_swapped_duplicated_...
-    15  | tensor-file header fuzz, seeded                  | fuzz_of_headers_and_records_... (header, import), a_key_that_...
-    16  | record fuzz, seeded                              | fuzz_of_headers_and_records_... (record), a_key_that_comes_twice_...
-    18  | decompression bomb                               | a_decompression_bomb_...
-    19  | names: '..', absolute, NUL, backslash, long      | a_bad_name_in_a_record_..., a_bad_path_..., a_bad_prefix_...,
-        |                                                  | files_with_names_that_no_checkpoint_can_have_...
-    20  | a link, FIFO, device, directory instead of ours  | what_replaces_a_file_or_directory_of_ours_...,
-        |                                                  | a_link_below_the_base_path_...
-    21  | pickle payload in any file                       | a_pickle_in_any_file_..., no_pickle_is_ever_loaded
-    22  | two jobs, one prefix                             | two_jobs_on_one_prefix_..., two_jobs_in_lockstep_...
-    23  | reader during overwrite, delete, retention       | a_reader_between_any_two_operations_...,
-        |                                                  | a_reader_that_a_writer_overtakes_..., a_listing_that_...,
-        |                                                  | a_save_during_which_another_prefix_changes_...
-    24  | SIGTERM, KeyboardInterrupt at any operation      | a_signal_at_any_operation_..., an_interrupt_on_one_rank_...,
-        |                                                  | an_interrupt_of_a_rank_that_waits_...
-    25  | cancel in each step; exit with a save in flight  | cancel_in_any_step_..., the_cancel_of_a_pending_save_...,
-        |                                                  | a_failure_or_cancel_stops_..., a_cancel_on_one_rank_...,
-        |                                                  | an_interpreter_that_exits_..., an_exit_with_a_save_in_flight_...
-    26  | tensors changed after, or during, staging        | tensors_changed_after_wait_staged_...,
-        |                                                  | a_tensor_changed_during_overlapped_staging_...
-    27  | the clock is ten years off                       | a_clock_that_is_ten_years_off_...
-    28  | clean-up races a live writer                     | clean_up_at_any_operation_of_a_live_save_..., clean_up_that_...,
-        |                                                  | clean_up_keeps_a_save_whose_fence_...
-    29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
-    30  | a read or write hangs past its operation's end   | a_read_that_returns_after_..., however_a_load_ends_...,
-        |                                                  | a_load_ends_only_when_..., a_write_that_returns_after_...
-    31  | ranks at different steps of training             | ranks_at_different_optimizer_steps_...
-    32  | one name on disjoint meshes                      | a_name_on_disjoint_meshes_...
-    33  | copies drift apart outside of their mesh         | copies_that_drift_apart_outside_of_their_mesh_...
-    34  | layouts of several boxes, uneven, empty          | every_layout_of_a_tensor_..., a_shard_of_several_runs_...
-    35  | names: control, bidi characters, lone surrogates | a_name_that_utf_8_cannot_encode_..., no_stored_name_...
-    36  | a FIFO, device, directory as source of an import | what_is_no_regular_file_...
-    37  | a record that cannot be read beside good ones    | an_unreadable_record_...
-    38  | no hard links, no O_DIRECT, no directory fsync   | a_file_system_without_something_...
-    -   | a job of two ranks is killed again and again     | a_training_job_killed_twenty_times_...
-    -   | twelve mutants of the library                    | each_mutant_of_the_library_is_caught
+    1  a process ends after any operation            21  pickle payload in any file
+    2  power loss: unsynced writes, names, torn      22  two jobs, one prefix
+    3  crash or error during clean-up                23  reader during overwrite, delete, retention
+    4  disk full, quota                              24  SIGTERM, KeyboardInterrupt at any operation
+    5  the same again during the retry               25  cancel in each step; exit with a save in flight
+    6  I/O error on write, fsync, directory, close   26  tensors changed after, or during, staging
+    7  short reads, writes; EINTR; over 0x7ffff000   27  the clock is ten years off
+    8  error in any worker thread                    28  clean-up races a live writer
+    9  SIGKILL of a rank in each step, rank 0 too    29  rename "fails" but happened
+    10 a rank raises in each step                    30  a read or write hangs past its operation's end
+    11 SIGSTOP past the deadline, then SIGCONT       31  ranks at different steps of training
+    12 the process that hosts the store dies         32  one name on disjoint meshes
+    13 each bit flipped, of every file               33  copies drift apart outside of their mesh
+    14 cut, extended; shards swapped, replayed       34  layouts of several boxes, uneven, empty
+    15 tensor-file header fuzz, seeded               35  names: control, bidi characters, lone surrogates
+    16 record fuzz, seeded                           36  a FIFO, device, directory as source of an import
+    17 well-formed lies: 10^6 entries, huge shapes   37  a record that cannot be read beside good ones
+    18 decompression bomb                            38  no hard links, no O_DIRECT, no directory fsync
+    19 names: '..', absolute, NUL, backslash, long   -   a job of two ranks is killed again and again
+    20 a link, FIFO, device, directory of ours       -   twelve mutants of the library, each caught
 
-The fuzz is seeded: the same cases every time, and with `CKPT_FUZZ_ROUNDS=10` ten times as many.
-
-Slow, and why: each bit (a hundred thousand loads), 200 saves in the background (leaks show late), the job that is killed
-twenty times (each start imports torch), the power losses (every state is a directory that is loaded).
+The fuzz is seeded: the same cases every time, and with `CKPT_FUZZ_ROUNDS=10` ten times as many. Slow, and
+why: each bit (a hundred thousand loads), 200 saves in the background (leaks show late), the job that is
+killed twenty times (each start imports torch), the power losses (every state is a directory that is loaded).
 """
 
 import base64
@@ -154,29 +121,25 @@ from ckpt import (
 HERE = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(HERE), os.environ.get("PYTHONPATH")])
-)  # for children
-# c10d looks up the name of a peer that it has lost; where no name server answers, that would take ten seconds.
+)  # of children
+# c10d looks up the name of a peer that it has lost: ten seconds where no name server answers.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::DeprecationWarning"
-)  # torch is chatty
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of torch
 torch.set_num_threads(1)
-gc.freeze()  # collections skip the objects that torch made at import: a fifth of the time of the long loops below
+gc.freeze()  # collections skip what torch made at import: a fifth of the time of the long loops
 MiB = 1 << 20
-BLOCK = 4 * MiB
-UNIT = 256 << 10
-PAGE = 4096
-FORMATS = list(CheckpointFormat)
-LEVELS = list(CompressionLevel)
+BLOCK, UNIT, PAGE = 4 * MiB, 256 << 10, 4096
+FORMATS, LEVELS = list(CheckpointFormat), list(CompressionLevel)
 STRATEGIES = ["parallel", "sequential", "broadcast"]
+FOREVER = 1 << 40
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# A wait of this length is a hang, however busy the machine. It is shorter than the library's default deadline of 600 s, so
-# that a rank that waits for that deadline hangs too. No test asserts how long something takes on the wall clock.
-HANG_S = 500.0
+HANG_S = (
+    500.0  # a longer wait is a hang, however busy the machine; shorter than the library's deadline of 600 s
+)
 
 
-# ---- the one multi-process helper ------------------------------------------------------------------------------------
-# A fork server imports torch once; each rank of each test is a fresh fork of it, so a rank starts in milliseconds, no
+# ---- the one multi-process helper --------------------------------------------------------------------------
+# A fork server imports torch once; each rank of each test is a fresh fork of it. So a rank starts soon, no
 # state leaks from test to test, and a killed rank costs nothing. The parent hosts the store, as torchrun does.
 
 CTX = multiprocessing.get_context("forkserver")
@@ -188,12 +151,13 @@ def _rank_main(pipe, port, rank, world_size, body, tmp, args):
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
-        if port is None:
-            answer = (True, body(Path(tmp), *args))
-        else:
+        if port is not None:
             store = dist.TCPStore("127.0.0.1", port, is_master=False)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-            answer = (True, body(rank, world_size, Path(tmp), *args))
+            args = (rank, world_size, Path(tmp), *args)
+        else:
+            args = (Path(tmp), *args)
+        answer = (True, body(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send(answer)
@@ -201,13 +165,13 @@ def _rank_main(pipe, port, rank, world_size, body, tmp, args):
 
 
 def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
-    """Run `body(rank, world_size, tmp, *args)` in `world_size` processes; return their results in the order of ranks.
+    """Run `body(rank, world_size, tmp, *args)` in `world_size` processes; return their results, by rank.
 
     Without a `group`, the processes know nothing of each other, and have no threads: `body(tmp, *args)`.
-    Fails with the tracebacks of the ranks that raised, died (except those in `dies`) or still run after `limit_s`.
+    Fails with the tracebacks of ranks that raised, died (but for those in `dies`) or run after `limit_s`.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes, pending, results, failures = [], {}, [None] * world_size, []
+    processes, pending, pipes, results, failures = [], {}, [], [None] * world_size, []
     for rank in range(world_size):
         pipe, theirs = CTX.Pipe()
         arguments = (theirs, store.port if group else None, rank, world_size, body, str(tmp), args)
@@ -215,12 +179,12 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
         processes[-1].start()
         theirs.close()
         pending[pipe] = rank
+        pipes.append(pipe)  # our ends stay open until the end
     deadline = time.monotonic() + limit_s
     try:
         while pending and (ready := connection.wait(list(pending), max(0.0, deadline - time.monotonic()))):
             for pipe in ready:
                 rank = pending.pop(pipe)
-                processes[rank].pipe = pipe  # keep our end open until the end
                 try:
                     ok, results[rank] = pipe.recv()
                 except EOFError:
@@ -230,7 +194,7 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
                     deadline = min(deadline, time.monotonic() + 30)
         if pending:
             failures.append(
-                f"ranks {sorted(pending.values())} hang: still running at the limit of {limit_s} s"
+                f"ranks {sorted(pending.values())} hang: they still run at the limit of {limit_s} s"
             )
     finally:
         for process in processes:
@@ -241,7 +205,7 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
     return results
 
 
-# ---- opening, comparing, reading by hand -----------------------------------------------------------------------------
+# ---- opening, comparing, reading by hand -------------------------------------------------------------------
 
 
 def opened(tmp, coordinator=None, **options):
@@ -342,11 +306,13 @@ def shards(tmp, prefix="p"):
 class Shard:
     """A safetensors file read by hand, with the rules that their reader enforces, and ours on top."""
 
-    ITEM: ClassVar = dict.fromkeys(
-        ["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"], 1
+    CODES = (
+        (0.5, "F4"),
+        (1, "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ F8_E8M0"),
+        (2, "U16 I16 F16 BF16"),
     )
-    ITEM |= dict.fromkeys(["U16", "I16", "F16", "BF16"], 2) | dict.fromkeys(["U32", "I32", "F32"], 4)
-    ITEM |= dict.fromkeys(["U64", "I64", "F64", "C64"], 8) | {"F4": 0.5}
+    CODES += ((4, "U32 I32 F32"), (8, "U64 I64 F64 C64"))
+    ITEM: ClassVar = {code: size for size, codes in CODES for code in codes.split()}
 
     def __init__(self, path):
         def no_duplicates(pairs):
@@ -356,15 +322,11 @@ class Shard:
         self.path, self.bytes = Path(path), Path(path).read_bytes()
         (length,) = struct.unpack("<Q", self.bytes[:8])
         text = self.bytes[8 : 8 + length]
-        assert length <= 100_000_000 and text.startswith(b"{")
+        assert length <= 100_000_000 and text.startswith(b"{") and text.rstrip(b" ").endswith(b"}")
         self.header = json.loads(text.decode(), object_pairs_hook=no_duplicates)
-        assert text.rstrip(b" ").endswith(b"}")
         self.metadata = self.header.pop("__metadata__", {})
-        assert all(type(value) is str for value in self.metadata.values())
         self.data_at = 8 + length
         assert self.data_at % PAGE == 0
-        assert list(self.metadata) == ["format", "ckpt_version", "unit_bytes", "crc32"]
-        assert list(self.metadata.values())[:3] == ["pt", "2", str(UNIT)]
         end = 0
         for name, entry in sorted(self.header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
@@ -374,11 +336,12 @@ class Shard:
             end = stop
         assert self.data_at + end == len(self.bytes)
         units = [self.bytes[at : at + UNIT] for at in range(self.data_at, len(self.bytes), UNIT)]
-        assert self.metadata["crc32"] == "".join(f"{zlib.crc32(unit):08x}" for unit in units)
+        checksums = "".join(f"{zlib.crc32(unit):08x}" for unit in units)
+        expected = {"format": "pt", "ckpt_version": "2", "unit_bytes": str(UNIT), "crc32": checksums}
+        assert list(self.metadata.items()) == list(expected.items())
 
     def data(self, name):
-        begin, end = self.header[name]["data_offsets"]
-        return self.bytes[self.data_at + begin : self.data_at + end]
+        return self.bytes[slice(*self.place(name))]
 
     def place(self, name):
         """Where an entry's bytes are in the file: (first, end)."""
@@ -405,19 +368,17 @@ def column_of(text):
 
 
 def packed(column):
-    """Its inverse."""
-    steps = [
-        (number - before + (1 << 63)) % (1 << 64) - (1 << 63) for before, number in zip([0, *column], column)
-    ]
-    return base64.b64encode(zlib.compress(struct.pack(f"<{len(steps)}q", *steps))).decode()
+    """Its inverse. Differences wrap around at 64 bits."""
+    steps = [(number - before) % (1 << 64) for before, number in zip([0, *column], column)]
+    return base64.b64encode(zlib.compress(struct.pack(f"<{len(steps)}Q", *steps))).decode()
 
 
 def expanded(record):
     """A record, as JSON has it, with its columns as lists of integers: `packed` to a string by `sealed`."""
     columns = record["pieces"]
-    for key, value in columns.items():
-        if key != "count":
-            columns[key] = list(map(column_of, value)) if isinstance(value, list) else column_of(value)
+    for key in columns.keys() - {"count"}:
+        value = columns[key]
+        columns[key] = list(map(column_of, value)) if isinstance(value, list) else column_of(value)
     return record
 
 
@@ -483,11 +444,11 @@ def state_of(model, optimizer=None):
     return copy.deepcopy((model.state_dict(), optimizer and optimizer.state_dict()))
 
 
-# ---- the seam: every system call on a checkpoint, logged, failed or stopped -------------------------------------------
+# ---- the seam: every system call on a checkpoint, logged, failed or stopped --------------------------------
 
 
 class Op(NamedTuple):
-    """One file operation: what, on which path; the other path of rename and link; what is written where; bytes asked."""
+    """One file operation: what, on which path; the second path; what is written where; bytes asked for."""
 
     call: str  # a function of `os`, or "create" for an open that makes the file
     path: str
@@ -497,26 +458,15 @@ class Op(NamedTuple):
     size: int = 0
 
 
-CHANGES = (
-    "create",
-    "pwrite",
-    "truncate",
-    "allocate",
-    "fsync",
-    "fsync_dir",
-    "rename",
-    "link",
-    "unlink",
-    "mkdir",
-    "rmdir",
-)
+CALLS = "create pwrite truncate allocate fsync fsync_dir rename link unlink mkdir rmdir"
+CHANGES = CALLS.split()
 
 
 class Seam:
-    """A stand-in for the library's `os`: all file calls are in `log`, those that succeeded in `done`, each in order.
+    """A stand-in for the library's `os`: all file calls are in `log`, those that succeeded in `done`.
 
-    `before(op)` and `after(op)` may look on, stop, or raise; at most `cap` bytes are read or written at a time. A
-    `Storage(base_path, seam)` makes its calls through it; subclasses override a call to change what it does.
+    `before(op)` and `after(op)` may look on, stop, or raise; at most `cap` bytes are read or written at once.
+    `Storage(base_path, seam)` makes its calls through it; subclasses override a call to change its effect.
     """
 
     def __init__(self, before=lambda op: None, after=lambda op: None, cap=1 << 40):
@@ -535,13 +485,11 @@ class Seam:
         return result
 
     def open(self, path, flags, mode=0o777):
-        call = "create" if flags & os.O_CREAT else "open"
+        op = Op("create" if flags & os.O_CREAT else "open", path)
         if path.startswith("/proc/self/fd/"):
-            call, path, real = "open_direct", self.paths[int(path.rpartition("/")[2])], path
-        else:
-            real = path
-        fd = self._do(Op(call, path), lambda: os.open(real, flags, mode))
-        self.paths[fd] = path
+            op = Op("open_direct", self.paths[int(path.rpartition("/")[2])])
+        fd = self._do(op, lambda: os.open(path, flags, mode))
+        self.paths[fd] = op.path
         (self.directories.add if flags & os.O_DIRECTORY else self.directories.discard)(fd)
         return fd
 
@@ -559,9 +507,8 @@ class Seam:
         return self._do(op, lambda: os.pwrite(fd, data[: self.cap], offset))
 
     def posix_fallocate(self, fd, offset, length):
-        self._do(
-            Op("allocate", self.paths[fd], offset=length), lambda: os.posix_fallocate(fd, offset, length)
-        )
+        op = Op("allocate", self.paths[fd], offset=length)
+        self._do(op, lambda: os.posix_fallocate(fd, offset, length))
 
     def ftruncate(self, fd, length):
         self._do(Op("truncate", self.paths[fd], offset=length), lambda: os.ftruncate(fd, length))
@@ -570,12 +517,6 @@ class Seam:
         call = "fsync_dir" if fd in self.directories else "fsync"
         self._do(Op(call, self.paths[fd]), lambda: os.fsync(fd))
 
-    def rename(self, source, target):
-        self._do(Op("rename", source, target), lambda: os.rename(source, target))
-
-    def link(self, source, target):
-        self._do(Op("link", source, target), lambda: os.link(source, target))
-
     def close(self, fd):
         try:
             self._do(Op("close", self.paths[fd]), lambda: None)
@@ -583,38 +524,36 @@ class Seam:
             os.close(fd)  # as Linux: a close that reports an error has closed
 
 
-def _on_name(call):
-    return lambda self, path, **options: self._do(Op(call, path), lambda: getattr(os, call)(path, **options))
+def _on_names(call):
+    return lambda self, *paths, **options: self._do(
+        Op(call, *paths), lambda: getattr(os, call)(*paths, **options)
+    )
 
 
-for _call in ("unlink", "mkdir", "rmdir", "stat", "listdir"):
-    setattr(Seam, _call, _on_name(_call))
+for _call in ("rename", "link", "unlink", "mkdir", "rmdir", "stat", "listdir"):
+    setattr(Seam, _call, _on_names(_call))
 
 
-class _Current(threading.local):
-    seam = os
-
-
-class _Dispatch:
+class _Dispatch(threading.local):
     """What the library has as `os`: the seam of the storage that a thread is in."""
 
-    current = _Current()
+    seam = os
 
     def __getattr__(self, name):
-        return getattr(self.current.seam, name)
+        return getattr(self.seam, name)
 
 
-st.os = _Dispatch()
+DISPATCH = st.os = _Dispatch()
 
 
 def _within(method):
     @functools.wraps(method)
     def call(self, *args, **options):
-        before, _Dispatch.current.seam = _Dispatch.current.seam, self.seam
+        before, DISPATCH.seam = DISPATCH.seam, self.seam
         try:
             result = method(self, *args, **options)
         finally:
-            _Dispatch.current.seam = before
+            DISPATCH.seam = before
         if isinstance(result, st.LocalFile):
             result.__class__, result.seam = SeamedFile, self.seam
         return result
@@ -641,23 +580,24 @@ for _kind in (Storage, SeamedFile):
 
 
 def test_every_file_call_of_the_library_goes_through_the_seam(tmp_path):
-    (outside,) = run(1, work_under_audit, tmp_path, group=False)
-    assert outside == {}
+    assert run(1, work_under_audit, tmp_path, group=False) == [{}]
 
 
 def work_under_audit(tmp):
-    """What the interpreter has been asked to do with files below `tmp`, but not through the library's `os`."""
-    audited, st.os = [], Seam()
+    """What the interpreter was asked to do with files below `tmp`, but not through the library's `os`."""
+    audited, st.os = Counter(), Seam()
     names = {"open": "open", "os.remove": "unlink", "os.listdir": "listdir", "os.scandir": "scandir"}
     names |= {f"os.{name}": name for name in ("rename", "link", "mkdir", "rmdir", "truncate", "symlink")}
 
     def audit(event, args):
         if event in names and str(args[0]).startswith(f"{tmp}/"):
             is_map = event == "open" and args[1] is not None and "/source/" in args[0]  # of a file to import
-            audited.extend([] if is_map else [(names[event], args[0])])
+            audited[names[event], args[0]] += not is_map
 
     sys.addaudithook(audit)
     storage, (model, optimizer) = ckpt.LocalStorage(tmp / "base"), small()
+    exported, lost = tmp / "source" / "m.safetensors", tmp / "base" / f"lost{st.RECORD_SUFFIX}.0badf00d.tmp"
+    index = f"{exported}.index.json"
     with ckpt.DistributedCheckpoint(storage=storage) as checkpoint:
         for form in FORMATS:
             checkpoint.save(model, optimizer, to(f"runs/{form.value}", format=form))
@@ -665,25 +605,22 @@ def work_under_audit(tmp):
         checkpoint.save_async(model, optimizer, to("once", overwrite=False)).result(HANG_S)
         checkpoint.load(model, optimizer, at("runs/consolidated"))
         checkpoint.validate_checkpoint("once")
-        ckpt.export_checkpoint(storage, "once", tmp / "source" / "m.safetensors", max_shard_bytes=100)
-        ckpt.export_checkpoint(storage, "once", tmp / "source" / "m.safetensors", max_shard_bytes=100)
-        ckpt.import_checkpoint(tmp / "source" / "m.safetensors.index.json", storage, "again")
-        ckpt.load_safetensors(small()[0], tmp / "source" / "m.safetensors.index.json", strict=False)
+        for _ in ("new", "again"):
+            ckpt.export_checkpoint(storage, "once", exported, max_shard_bytes=100)
+        ckpt.import_checkpoint(index, storage, "again")
+        ckpt.load_safetensors(small()[0], index, strict=False)
         ckpt.diff_checkpoints(storage, "once", "again")
         checkpoint.delete_checkpoint("once")
-        (tmp / "base" / f"lost{st.RECORD_SUFFIX}.0badf00d.tmp").touch()
+        lost.touch()
         ckpt.collect_garbage(storage, 0.0)
     expected = {"open", "unlink", "listdir", "rename", "link", "mkdir", "rmdir"}
-    assert {call for call, _ in audited} - {"scandir"} == expected
-    return (
-        Counter(audited)
-        - Counter(("open" if op.call == "create" else op.call, op.path) for op in st.os.log)
-        - Counter({("open", str(tmp / "base" / f"lost{st.RECORD_SUFFIX}.0badf00d.tmp")): 1})
-    )
+    assert {call for call, _ in +audited} - {"scandir"} == expected
+    audited["open", str(lost)] -= 1
+    return audited - Counter(("open" if op.call == "create" else op.call, op.path) for op in st.os.log)
 
 
 class Strike:
-    """A hook that calls `act(op)` at operation number k, or numbers k up to `until`, of those that `when` accepts."""
+    """A hook: calls `act(op)` at number k, or numbers k up to `until`, of the operations `when` accepts."""
 
     def __init__(self, k, act, when=lambda op: True, until=None):
         self.numbers, self.act, self.when = range(k, k + 1 if until is None else until), act, when
@@ -693,9 +630,6 @@ class Strike:
         if self.when(op) and next(self.count) in self.numbers:
             self.hit = self.hit or op  # the first one
             self.act(op)
-
-
-FOREVER = 1 << 40
 
 
 def fail(code):
@@ -709,57 +643,45 @@ def is_change(op):
     return op.call in CHANGES
 
 
-# ---- API: every public name, every option has its effect -------------------------------------------------------------
+# ---- API: every public name, every option has its effect ---------------------------------------------------
 
-PUBLIC = [
-    "DistributedCheckpoint", "PendingSave", "DistributedCheckpointFactory", "StorageFactory", "Stateful",
-    "SaveOptions", "LoadOptions", "CheckpointLoadResult", "CheckpointInfo", "CheckpointOptions", "StorageOptions",
-    "RetryPolicy", "CheckpointException", "ExceptionType", "CheckpointValidator", "ValidationResult",
-    "IntegrityChecker", "CompatibilityChecker", "ChecksumIntegrityChecker", "SizeIntegrityChecker",
-    "VersionCompatibilityChecker", "SchemaCompatibilityChecker", "FaultToleranceHandler", "DistributedCoordinator",
-    "LocalCoordinator", "TorchCoordinator", "CheckpointCoordinator", "CheckpointLoader", "CheckpointStorage",
-    "LocalStorage", "CheckpointMetadata", "ShardMetadata", "TensorMetadata", "ShardData", "CheckpointFormat",
-    "CompressionLevel", "export_checkpoint", "import_checkpoint", "diff_checkpoints", "Difference",
-    "CheckpointReader", "Progress", "StoredFile", "collect_garbage",
-]  # fmt: skip
+PUBLIC = """
+DistributedCheckpoint PendingSave DistributedCheckpointFactory StorageFactory Stateful SaveOptions LoadOptions
+CheckpointLoadResult CheckpointInfo CheckpointOptions StorageOptions RetryPolicy CheckpointException
+ExceptionType CheckpointValidator ValidationResult IntegrityChecker CompatibilityChecker
+ChecksumIntegrityChecker SizeIntegrityChecker VersionCompatibilityChecker SchemaCompatibilityChecker
+FaultToleranceHandler DistributedCoordinator LocalCoordinator TorchCoordinator CheckpointCoordinator
+CheckpointLoader CheckpointStorage LocalStorage CheckpointMetadata ShardMetadata TensorMetadata ShardData
+CheckpointFormat CompressionLevel export_checkpoint import_checkpoint load_safetensors diff_checkpoints
+Difference CheckpointReader Progress StoredFile collect_garbage
+"""
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_imported_from_ckpt_and_says_what_it_is(name):
-    assert getattr(ckpt, name).__doc__
+def test_the_public_names_are_these_and_each_says_what_it_is():
+    assert sorted(ckpt.__all__) == sorted(PUBLIC.split())
+    assert [name for name in ckpt.__all__ if not getattr(ckpt, name).__doc__] == []
 
 
 def test_options_have_the_documented_fields_and_defaults():
-    def defaults(cls):
-        return {f.name: getattr(cls(), f.name) for f in dataclasses.fields(cls)}
-
-    save = dict(
-        checkpoint_prefix=None, format=CheckpointFormat.MULTI_SHARD, compression_level=CompressionLevel.NONE
+    assert str(SaveOptions()) == (
+        "SaveOptions(checkpoint_prefix=None, format=<CheckpointFormat.MULTI_SHARD: 'multi_shard'>, "
+        "compression_level=<CompressionLevel.NONE: 'none'>, include_optimizer=True, include_rng_state=True, "
+        "timeout=None, custom_metadata={}, overwrite=True, staging='eager', replicas='verify', progress=None)"
     )
-    save |= dict(
-        include_optimizer=True, include_rng_state=True, timeout=None, custom_metadata={}, overwrite=True
+    assert str(LoadOptions()) == (
+        "LoadOptions(checkpoint_prefix=None, load_optimizer=True, load_rng_state=True, "
+        "resharding_strategy='parallel', timeout=None, skip_validation=False, strict_mode=True, "
+        "fallback=False, progress=None)"
     )
-    assert defaults(SaveOptions) == save | dict(staging="eager", replicas="verify", progress=None)
-    load = dict(
-        checkpoint_prefix=None, load_optimizer=True, load_rng_state=True, resharding_strategy="parallel"
-    )
-    load |= dict(timeout=None, skip_validation=False, strict_mode=True, fallback=False, progress=None)
-    assert defaults(LoadOptions) == load
-    assert defaults(ckpt.StorageOptions) == dict(
-        provider="local", connection_settings={"base_path": "./checkpoints"}
-    )
-    assert ckpt.CheckpointOptions().default_timeout == 600.0 and ckpt.CheckpointOptions().keep_last is None
-    retry = ckpt.RetryPolicy()
-    assert (retry.max_retries, retry.initial_delay, retry.max_delay, retry.backoff_factor) == (
-        3,
-        1.0,
-        30.0,
-        2.0,
-    )
-    members = (
+    storage = dict(provider="local", connection_settings={"base_path": "./checkpoints"})
+    retry = dict(max_retries=3, initial_delay=1.0, max_delay=30.0, backoff_factor=2.0)
+    everywhere = dict(default_timeout=600.0, keep_last=None, retain=None)
+    assert vars(ckpt.StorageOptions()) == storage and vars(ckpt.RetryPolicy()).items() >= retry.items()
+    assert vars(ckpt.CheckpointOptions()).items() >= everywhere.items()
+    types = (
         "UNKNOWN SAVE_FAILED LOAD_FAILED VALIDATION_FAILED CORRUPTED_CHECKPOINT INCOMPATIBLE_VERSION TIMEOUT"
     )
-    assert {m.name for m in ExceptionType} == {*members.split(), "STORAGE_ERROR", "CANCELLED"}
+    assert {member.name for member in ExceptionType} == {*types.split(), "STORAGE_ERROR", "CANCELLED"}
 
 
 def test_the_exception_is_a_plain_exception_with_path_type_and_rank():
@@ -776,9 +698,27 @@ def test_modules_optimizers_and_schedulers_are_stateful():
     assert not isinstance(object(), ckpt.Stateful)
 
 
+def loaded(checkpoint, options):
+    """What a load gives: the state of a model and optimizer that had another one before, and the result."""
+    model, optimizer = small("other")
+    result = checkpoint.load(model, optimizer, options)
+    return state_of(model, optimizer), result
+
+
+def refused(checkpoint, options, kind, **more):
+    """The message of a load that raises `kind` and changes nothing."""
+    model, optimizer = small("other")
+    message = refusal(lambda: checkpoint.load(model, optimizer, options, **more), kind)
+    assert identical(state_of(model, optimizer), state_of(*small("other")))
+    return message
+
+
+def prefixes(checkpoint):
+    return [info.prefix for info in checkpoint.list_checkpoints()]
+
+
 def test_what_was_saved_is_restored_in_place_bit_for_bit(tmp_path):
-    model, optimizer = small()
-    other, other_optimizer = small("other")
+    (model, optimizer), (other, other_optimizer) = small(), small("other")
     weight = other[0].weight
     with opened(tmp_path) as checkpoint:
         assert checkpoint.save(model, optimizer, to("a/b")) == "a/b"
@@ -791,215 +731,168 @@ def test_what_was_saved_is_restored_in_place_bit_for_bit(tmp_path):
 
 
 def test_one_object_saves_with_defaults_and_names_checkpoints_by_utc_time(tmp_path, monkeypatch):
+    def moment():
+        return datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
+
     monkeypatch.chdir(tmp_path)
-    model, _ = small()
-    checkpoint = ckpt.DistributedCheckpoint()
-    before = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
-    first, second = checkpoint.save(model), checkpoint.save(model)
-    after = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
-    assert before <= re.fullmatch(r"checkpoint_(\d{8}_\d{6})", first)[1] <= after
-    assert second.startswith("checkpoint_") and second != first
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == [first, second]
+    checkpoint, before = ckpt.DistributedCheckpoint(), moment()
+    first, second = (checkpoint.save(small()[0]) for _ in range(2))
+    assert before <= re.fullmatch(r"checkpoint_(\d{8}_\d{6})", first)[1] <= moment()
+    assert second.startswith("checkpoint_") and prefixes(checkpoint) == [first, second] and second != first
     assert (tmp_path / "checkpoints" / f"{first}.metadata.json").is_file()
 
 
 def test_list_gives_committed_checkpoints_oldest_first_whatever_the_clock_says(tmp_path):
-    model, optimizer = small()
-    checkpoint = opened(tmp_path)
+    checkpoint, moments = opened(tmp_path), [datetime.datetime.now(datetime.timezone.utc)]
     assert checkpoint.list_checkpoints() == [] and checkpoint.latest_checkpoint() is None
-    moments = [datetime.datetime.now(datetime.timezone.utc)]
     for age, prefix in enumerate(["z", "deep/er/m", "a"]):
-        checkpoint.save(model, optimizer, to(prefix, format=FORMATS[age]))
+        checkpoint.save(*small(), to(prefix, format=FORMATS[age]))
         os.utime(tmp_path / f"{prefix}.metadata.json", (1e9 - age, 1e9 - age))
         moments.append(datetime.datetime.now(datetime.timezone.utc))
     infos = checkpoint.list_checkpoints()
-    assert [info.prefix for info in infos] == ["z", "deep/er/m", "a"]
-    assert checkpoint.latest_checkpoint() == infos[-1]
+    assert prefixes(checkpoint) == ["z", "deep/er/m", "a"] and checkpoint.latest_checkpoint() == infos[-1]
     for info, form, before, after in zip(infos, FORMATS, moments, moments[1:]):
         assert info.format in (form, form.name, form.value) and info.world_size == 1 and info.version
-        assert before <= info.timestamp <= after
-        assert info.timestamp.utcoffset() == datetime.timedelta(0)
-        stored = sum(path.stat().st_size for path in shards(tmp_path, info.prefix))
-        assert (
-            stored <= info.size_bytes <= stored + (tmp_path / f"{info.prefix}.metadata.json").stat().st_size
+        assert before <= info.timestamp <= after and info.timestamp.utcoffset() == datetime.timedelta(0)
+        record, stored = (
+            (tmp_path / f"{info.prefix}.metadata.json").stat().st_size,
+            shards(tmp_path, info.prefix),
         )
+        assert 0 <= info.size_bytes - sum(path.stat().st_size for path in stored) <= record
 
 
 def test_delete_removes_one_checkpoint_and_leaves_those_below_it_alone(tmp_path):
-    model, _ = small()
     checkpoint = opened(tmp_path)
     for prefix in ("a", "a/b", "c"):
-        checkpoint.save(model, None, to(prefix))
+        checkpoint.save(*small(), to(prefix))
     checkpoint.delete_checkpoint("a")
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["a/b", "c"]
+    assert prefixes(checkpoint) == ["a/b", "c"]
     assert not (tmp_path / "a.metadata.json").exists() and not shards(tmp_path, "a")
-    checkpoint.load(small("other")[0], None, at("a/b"))
-    checkpoint.delete_checkpoint("a/b")
-    checkpoint.delete_checkpoint("c")
+    assert identical(loaded(checkpoint, at("a/b"))[0], state_of(*small()))
+    for prefix in ("a/b", "c"):
+        checkpoint.delete_checkpoint(prefix)
     assert listing(tmp_path) == {}
     assert "c" in refusal(lambda: checkpoint.delete_checkpoint("c"))
 
 
-def test_include_optimizer_false_stores_none_and_model_only_does_the_same(tmp_path):
-    model, optimizer = small()
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to("a", include_optimizer=False))
-    assert checkpoint.save_model_only(model, to("b")) == "b"
-    for prefix in ("a", "b"):
-        assert not any("exp_avg" in name for path in shards(tmp_path, prefix) for name in Shard(path).header)
-        other, other_optimizer = small("other")
-        before = state_of(other, other_optimizer)
-        strict = functools.partial(checkpoint.load, other, other_optimizer, at(prefix))
-        refusal(strict, ExceptionType.VALIDATION_FAILED)
-        assert identical(state_of(other, other_optimizer), before)
-        result = checkpoint.load(other, other_optimizer, at(prefix, strict_mode=False))
-        assert result.warnings and identical(state_of(other_optimizer)[0], before[1])
-        assert identical(state_of(other)[0], state_of(model)[0])
-        checkpoint.load(small("other")[0], None, at(prefix))
-
-
-def test_load_optimizer_false_leaves_the_optimizer_as_it_is(tmp_path):
-    model, optimizer = small()
-    other, other_optimizer = small("other")
-    before = state_of(other, other_optimizer)
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to())
-    checkpoint.load(other, other_optimizer, at(load_optimizer=False))
-    assert identical(state_of(other_optimizer)[0], before[1]) and identical(
-        state_of(other)[0], state_of(model)[0]
-    )
-
-
-def test_a_forgotten_optimizer_is_a_warning_unless_it_is_left_out_on_purpose(tmp_path):
-    model, optimizer = small()
-    checkpoint = opened(tmp_path)
+def test_an_optimizer_is_saved_and_loaded_unless_it_is_left_out_and_a_forgotten_one_is_a_warning(tmp_path):
+    checkpoint, (model, optimizer) = opened(tmp_path), small()
+    truth, mine = state_of(model, optimizer), state_of(*small("other"))
     checkpoint.save(model, optimizer, to("both"))
-    checkpoint.save(model, None, to("model"))
+    checkpoint.save(model, optimizer, to("excluded", include_optimizer=False))
+    assert checkpoint.save_model_only(model, to("only")) == "only"
+    checkpoint.save(model, None, to("none"))
+    for prefix in ("excluded", "only", "none"):
+        assert not any("exp_avg" in name for path in shards(tmp_path, prefix) for name in Shard(path).header)
+        refused(checkpoint, at(prefix), ExceptionType.VALIDATION_FAILED)
+        state, result = loaded(checkpoint, at(prefix, strict_mode=False))
+        assert result.warnings and identical(state, (truth[0], mine[1]))
+        assert not checkpoint.load(model, None, at(prefix, load_rng_state=False)).warnings
+    assert identical(loaded(checkpoint, at("both", load_optimizer=False))[0], (truth[0], mine[1]))
     (warning,) = checkpoint.load(model, None, at("both")).warnings
     assert "load_optimizer=False" in warning
     assert not checkpoint.load(model, None, at("both", load_optimizer=False)).warnings
-    assert not checkpoint.load(model, None, at("model")).warnings
 
 
 def draws():
     return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
 
 
-@pytest.mark.parametrize("included, loaded", [(True, True), (True, False), (False, True)])
-def test_rng_of_torch_numpy_and_random_come_back_if_saved_and_asked_for(tmp_path, included, loaded):
-    model, _ = small()
-    checkpoint = opened(tmp_path)
+@pytest.mark.parametrize("included, asked_for", [(True, True), (True, False), (False, True)])
+def test_rng_of_torch_numpy_and_random_come_back_if_saved_and_asked_for(tmp_path, included, asked_for):
+    checkpoint, model = opened(tmp_path), small()[0]
     draws()
     checkpoint.save(model, None, to(include_rng_state=included))
     first, second = draws(), draws()
-    result = checkpoint.load(model, None, at(load_rng_state=loaded))
+    result = checkpoint.load(model, None, at(load_rng_state=asked_for))
     again = draws()
-    assert (again == first) == (included and loaded) and again != second
-    assert bool(result.warnings) == (loaded and not included)
+    assert (again == first) == (included and asked_for) and again != second
+    assert bool(result.warnings) == (asked_for and not included)
 
 
 def test_custom_metadata_comes_back_and_must_be_json(tmp_path):
-    model, _ = small()
-    checkpoint = opened(tmp_path)
-    mine = {"epoch": 3, "ünï": [1.5, None, {"deep": True}]}
-    checkpoint.save(model, None, to(custom_metadata=mine))
-    assert checkpoint.load(model, None, at()).metadata.custom_metadata == mine
+    checkpoint, mine = opened(tmp_path), {"epoch": 3, "ünï": [1.5, None, {"deep": True}]}
+    checkpoint.save(*small(), to(custom_metadata=mine))
+    assert loaded(checkpoint, at())[1].metadata.custom_metadata == mine
     with pytest.raises(ValueError, match="epoch"):
-        checkpoint.save(model, None, to("q", custom_metadata={"epoch": object()}))
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["p"]
+        checkpoint.save(*small(), to("q", custom_metadata={"epoch": object()}))
+    assert prefixes(checkpoint) == ["p"]
 
 
-def test_overwrite_replaces_the_old_checkpoint_and_its_files(tmp_path):
+def test_overwrite_replaces_the_old_checkpoint_and_its_files_or_is_refused_if_false(tmp_path):
     checkpoint = opened(tmp_path)
-    model, optimizer = small()
     for form in FORMATS:
-        checkpoint.save(model, optimizer, to(format=form))
+        checkpoint.save(*small(), to(format=form))
     checkpoint.save(*small("second"), to())
-    assert len(listing(tmp_path)) == 2
-    checkpoint.load(model, optimizer, at())
-    assert identical(state_of(model, optimizer), state_of(*small("second")))
-
-
-def test_overwrite_false_refuses_and_keeps_the_old_checkpoint(tmp_path):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to())
     before = listing(tmp_path)
-    assert "p" in refusal(lambda: checkpoint.save(*small("second"), to(overwrite=False)))
+    assert len(before) == 2 and identical(loaded(checkpoint, at())[0], state_of(*small("second")))
+    assert "p" in refusal(lambda: checkpoint.save(*small(), to(overwrite=False)))
     assert listing(tmp_path) == before
-    assert checkpoint.save(*small("second"), to("q", overwrite=False)) == "q"
+    assert checkpoint.save(*small(), to("q", overwrite=False)) == "q"
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_format_and_compression_level_restores_the_same_bits(tmp_path, form, level):
-    checkpoint = opened(tmp_path)
-    model = filled(
-        nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), "truth"
-    )  # over one frame
-    optimizer = stepped(model, torch.optim.SGD, lr=0.1, momentum=0.9)
-    other = filled(nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), "other")
-    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.3, momentum=0.9)
+    def momentum(salt):
+        model = filled(nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), salt)
+        return model, stepped(model, torch.optim.SGD, len(salt), lr=0.1, momentum=0.9)
+
+    checkpoint, (model, optimizer), (other, other_optimizer) = (
+        opened(tmp_path),
+        momentum("truth"),
+        momentum("new"),
+    )
     checkpoint.save(model, optimizer, to(format=form, compression_level=level))
     checkpoint.load(other, other_optimizer, at())
     assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
     assert checkpoint.validate_checkpoint("p").is_valid
-    names = [path.name for path in shards(tmp_path)]
-    patterns = {"MULTI_SHARD": [r"[0-9a-f]{8}-00000-of-00001"], "SINGLE_FILE": [r"[0-9a-f]{8}"]}
-    patterns["CONSOLIDATED"] = [*patterns["MULTI_SHARD"], r"[0-9a-f]{8}\.model"]
-    expected = patterns[form.name]
-    assert len(names) == len(expected)
-    assert all(re.fullmatch(pattern + r"\.safetensors", name) for pattern, name in zip(expected, names))
+    endings = {
+        "MULTI_SHARD": ["-00000-of-00001"],
+        "SINGLE_FILE": [""],
+        "CONSOLIDATED": ["-00000-of-00001", ".model"],
+    }
+    files = [f"{save_id(tmp_path)}{ending}.safetensors" for ending in endings[form.name]]
+    assert [path.name for path in shards(tmp_path)] == files and re.fullmatch(
+        "[0-9a-f]{8}", save_id(tmp_path)
+    )
 
 
 def test_compression_shrinks_what_it_can_and_costs_next_to_nothing_where_it_cannot(tmp_path):
-    checkpoint = opened(tmp_path)
-    generator = torch.Generator().manual_seed(1)
-    weights = Bag(w=torch.randn(1 << 20, generator=generator).bfloat16())
-    noise = Bag(w=torch.randint(0, 256, (2 << 20,), generator=generator, dtype=torch.uint8))
-    size = {}
-    for level in LEVELS:
-        for name, bag in (("weights", weights), ("noise", noise)):
-            checkpoint.save(bag, None, to(f"{name}-{level.name}", compression_level=level))
-            size[name, level.name] = sum(
-                path.stat().st_size for path in shards(tmp_path, f"{name}-{level.name}")
-            )
-    for level in ("FAST", "BALANCED", "MAXIMUM"):
-        assert size["weights", level] < 0.85 * size["weights", "NONE"]  # exponents share a plane
-        assert size["noise", level] < 1.01 * size["noise", "NONE"]
-    assert size["weights", "MAXIMUM"] <= size["weights", "BALANCED"] <= size["weights", "FAST"]
+    checkpoint, generator, sizes = opened(tmp_path), torch.Generator().manual_seed(1), {}
+    weights = torch.randn(1 << 20, generator=generator).bfloat16()  # their exponents share a plane
+    noise = torch.randint(0, 256, (2 << 20,), generator=generator, dtype=torch.uint8)
+    for (name, tensor), level in itertools.product({"weights": weights, "noise": noise}.items(), LEVELS):
+        checkpoint.save(Bag(w=tensor), None, to(compression_level=level))
+        sizes.setdefault(name, []).append(sum(path.stat().st_size for path in shards(tmp_path)))
+    none, fast, balanced, maximum = sizes["weights"]
+    assert maximum <= balanced <= fast < 0.85 * none
+    assert max(sizes["noise"]) < 1.01 * sizes["noise"][0]
 
 
 class Objector:
-    """A checker of either kind that counts its calls and may object."""
+    """A checker of either kind that counts its calls and objects."""
 
-    name = "objector"
-
-    def __init__(self, *errors):
-        self.errors, self.calls = list(errors), 0
+    name, calls = "objector", 0
 
     def check_integrity(self, *_args):
         self.calls += 1
-        return ckpt.ValidationResult(errors=list(self.errors))
+        return ckpt.ValidationResult(errors=["the moon is full"])
 
     check_compatibility = check_integrity
 
 
 @pytest.mark.parametrize("kind", ["integrity_checkers", "compatibility_checkers"])
 def test_a_custom_checker_can_refuse_a_load_unless_validation_is_skipped(tmp_path, kind):
-    model, optimizer = small()
-    other, other_optimizer = small("other")
-    before = state_of(other, other_optimizer)
-    checker = Objector("the moon is full")
+    checker = Objector()
     checkpoint = opened(tmp_path, **{kind: [checker]})
-    checkpoint.save(model, optimizer, to())
-    message = refusal(lambda: checkpoint.load(other, other_optimizer, at()), ExceptionType.VALIDATION_FAILED)
-    assert "the moon is full" in message and checker.calls
-    assert identical(state_of(other, other_optimizer), before)
+    checkpoint.save(*small(), to())
+    assert "the moon is full" in refused(checkpoint, at(), ExceptionType.VALIDATION_FAILED)
     summary = checkpoint.validate_checkpoint("p")
-    assert not summary.is_valid and "the moon is full" in summary.get_summary()
+    assert not summary.is_valid and "the moon is full" in summary.get_summary() and checker.calls
     calls = checker.calls
-    checkpoint.load(other, other_optimizer, at(skip_validation=True))
-    assert checker.calls == calls and identical(state_of(other, other_optimizer), state_of(model, optimizer))
+    assert identical(loaded(checkpoint, at(skip_validation=True))[0], state_of(*small()))
+    assert checker.calls == calls
 
 
 def test_skip_validation_never_skips_the_checksums_of_bytes_read(tmp_path):
@@ -1010,96 +903,68 @@ def test_skip_validation_never_skips_the_checksums_of_bytes_read(tmp_path):
     refusal(lambda: checkpoint.load(*small(), at(skip_validation=True)), ExceptionType.CORRUPTED_CHECKPOINT)
 
 
-def test_keep_last_keeps_the_newest_and_what_other_jobs_saved_elsewhere(tmp_path):
-    model, _ = small()
+def test_keep_last_keeps_the_newest_and_their_files(tmp_path):
     checkpoint = opened(tmp_path, keep_last=2)
     for prefix in "dcba":
-        checkpoint.save(model, None, to(prefix))
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["b", "a"]
+        checkpoint.save(small()[0], None, to(prefix))
+    assert prefixes(checkpoint) == ["b", "a"]
     assert {name.split("/")[0].split(".")[0] for name in listing(tmp_path)} == {"a", "b"}
     with pytest.raises(ValueError, match="keep_last"):
-        opened(tmp_path, keep_last=0).save(model, None, to())
-
-
-def test_progress_is_told_of_every_byte_saved_and_loaded(tmp_path):
-    bag = Bag(w=torch.zeros(3 * MiB, dtype=torch.int32))
-    checkpoint = opened(tmp_path)
-    saved, loaded = [], []
-    checkpoint.save(bag, None, to(progress=saved.append))
-    checkpoint.load(bag, None, at(progress=loaded.append))
-    for calls, step in ((saved, "S4 write"), (loaded, "L4 read")):
-        done = [call.bytes_done for call in calls if call.step == step]
-        assert done == sorted(done)
-        assert done[-1] == calls[-1].bytes_total >= 12 * MiB
-
-
-def test_options_objects_are_never_changed(tmp_path):
-    model, optimizer = small()
-    save, load = to(custom_metadata={"a": [1]}), at()
-    save_before, load_before = copy.deepcopy(save), copy.deepcopy(load)
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, save)
-    checkpoint.load(model, optimizer, load)
-    assert (save, load) == (save_before, load_before)
+        opened(tmp_path, keep_last=0).save(small()[0], None, to())
 
 
 @pytest.mark.parametrize("path", [str, Path])
 def test_a_path_means_local_storage_there_and_a_string_means_options_with_that_prefix(tmp_path, path):
-    directories = [path(tmp_path / name) for name in "ab"]
-    options = ckpt.CheckpointOptions(storage=directories[1])
-    made = [
-        ckpt.DistributedCheckpoint(storage=directories[0]),
-        ckpt.DistributedCheckpointFactory.create(options=options),
-    ]
-    model, optimizer = small()
-    for checkpoint, directory in zip(made, directories):
+    first, second = (path(tmp_path / name) for name in "ab")
+    made = {first: ckpt.DistributedCheckpoint(storage=first)}
+    made[second] = ckpt.DistributedCheckpointFactory.create(options=ckpt.CheckpointOptions(storage=second))
+    for directory, checkpoint in made.items():
+        model, optimizer = small()
         assert checkpoint.save(model, optimizer, "lr=1e+3/step=1") == "lr=1e+3/step=1"
-        assert checkpoint.save_async(model, optimizer, "late").result(20.0) == "late"
+        assert checkpoint.save_async(model, optimizer, "late").result(HANG_S) == "late"
         assert checkpoint.save_model_only(model, "only") == "only"
         assert len(list(Path(directory).rglob("*.metadata.json"))) == 3
-        other, other_optimizer = small("other")
-        assert checkpoint.load(other, other_optimizer, "lr=1e+3/step=1").prefix == "lr=1e+3/step=1"
-        assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
-        stored = checkpoint.load(other, None, "only").metadata.tensors
+        state, result = loaded(checkpoint, "lr=1e+3/step=1")
+        assert result.prefix == "lr=1e+3/step=1" and identical(state, state_of(*small()))
+        stored = checkpoint.load(small()[0], None, "only").metadata.tensors
         assert {tensor.name.partition("/")[0] for tensor in stored} == {"model", "model-metadata"}
         assert ckpt.diff_checkpoints(directory, "late", "lr=1e+3/step=1") == []
         (exported,) = ckpt.export_checkpoint(directory, "only", tmp_path / "out.safetensors")
         assert ckpt.import_checkpoint(exported, directory, "again") == "again"
-        assert {d.name for d in ckpt.diff_checkpoints(directory, "only", "again")} == {
-            "model-metadata/modules"
-        }
+        differences = ckpt.diff_checkpoints(directory, "only", "again")
+        assert {difference.name for difference in differences} == {"model-metadata/modules"}
     with pytest.raises(ValueError, match="s3://bucket/ckpts"):
         ckpt.DistributedCheckpoint(storage="s3://bucket/ckpts")
 
 
 @pytest.mark.parametrize("form, level", [*zip(FORMATS, LEVELS), (CheckpointFormat.MULTI_SHARD, LEVELS[3])])
-def test_an_enum_option_also_takes_its_value(tmp_path, form, level):
-    checkpoint, options = opened(tmp_path), to(format=form.value, compression_level=level.value)
-    checkpoint.save(small()[0], None, options)
-    found = checkpoint.load(small("other")[0], None, "p").metadata
-    assert (found.format, found.compression) == (form.value, level.value)
-    assert options == to(format=form.value, compression_level=level.value), "the user's object has changed"
+def test_an_enum_option_also_takes_its_value_and_options_objects_are_never_changed(tmp_path, form, level):
+    options = to(format=form.value, compression_level=level.value, custom_metadata={"a": [1]}), at()
+    before, checkpoint = copy.deepcopy(options), opened(tmp_path)
+    checkpoint.save(*small(), options[0])
+    found = loaded(checkpoint, options[1])[1].metadata
+    assert (found.format, found.compression) == (form.value, level.value) and options == before
 
 
-def test_the_repr_of_a_result_is_one_short_line_that_names_the_checkpoint(tmp_path):
-    checkpoint, bag = opened(tmp_path), Bag(**{f"layer.{n}": torch.rand(100) for n in range(100)})
-    pending = checkpoint.save_async(bag, None, "p")
-    pending.result(20.0)
-    result = checkpoint.load(bag, None, "p", extra_state={})
+def test_progress_counts_every_byte_and_a_repr_is_one_short_line_that_names_the_checkpoint(tmp_path):
+    checkpoint, bag = opened(tmp_path), Bag(**{f"layer.{n}": torch.rand(32 << 10) for n in range(100)})
+    saved, read = [], []
+    pending = checkpoint.save_async(bag, None, to(progress=saved.append))
+    pending.result(HANG_S)
+    result = checkpoint.load(bag, None, at(progress=read.append), extra_state={})
+    for calls, step in ((saved, "S4 write"), (read, "L4 read")):
+        done = [call.bytes_done for call in calls if call.step == step]
+        assert done == sorted(done) and done[-1] == calls[-1].bytes_total >= 12 * MiB
     for thing in (result, result.metadata, pending, checkpoint.latest_checkpoint()):
         assert len(repr(thing)) < 250 and "\n" not in repr(thing), thing
     assert "'p'" in repr(result) and "'p'" in repr(result.metadata)
 
 
 def test_a_registered_provider_is_used_and_an_unknown_one_is_refused_with_the_list(tmp_path):
-    seen = []
-    ckpt.StorageFactory.register(
-        "mine", lambda settings: seen.append(settings) or ckpt.LocalStorage(tmp_path)
-    )
-    storage = ckpt.StorageOptions("mine", {"bucket": "b"})
-    checkpoint = ckpt.DistributedCheckpointFactory.create(options=ckpt.CheckpointOptions(storage=storage))
-    checkpoint.save(small()[0], None, to())
-    assert seen == [{"bucket": "b"}] and (tmp_path / "p.metadata.json").exists()
+    settings = []
+    ckpt.StorageFactory.register("mine", lambda given: settings.append(given) or ckpt.LocalStorage(tmp_path))
+    opened(tmp_path / "no", storage=ckpt.StorageOptions("mine", {"bucket": "b"})).save(small()[0], None, to())
+    assert settings == [{"bucket": "b"}] and (tmp_path / "p.metadata.json").exists()
     with pytest.raises(ValueError, match=r"nowhere.*local"):
         ckpt.StorageFactory.create(ckpt.StorageOptions(provider="nowhere"))
 
@@ -1107,7 +972,7 @@ def test_a_registered_provider_is_used_and_an_unknown_one_is_refused_with_the_li
 class Doomed:
     """A Stateful whose state_dict() raises `error`, `times` times."""
 
-    def __init__(self, error, times=10**9):
+    def __init__(self, error, times=FOREVER):
         self.error, self.times, self.calls = error, times, 0
 
     def state_dict(self):
@@ -1120,13 +985,13 @@ class Doomed:
         raise self.error
 
 
+def is_new_shard(op):
+    return op.call == "create" and op.path.endswith(".safetensors")
+
+
 def hiccups(times):
     """The file calls of an operating system on which the first `times` creations of a tensor file fail."""
     return Seam(Strike(0, fail(errno.EIO), is_new_shard, until=times))
-
-
-def is_new_shard(op):
-    return op.call == "create" and op.path.endswith(".safetensors")
 
 
 @pytest.mark.parametrize("attempts, succeeds", [(1, False), (2, False), (3, True)])
@@ -1147,20 +1012,22 @@ def test_the_retry_policy_decides_how_often_a_storage_error_is_tried_again(tmp_p
 def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
     storage = ckpt.LocalStorage(tmp_path)
     retry = ckpt.RetryPolicy(max_retries=3, initial_delay=0.01, retryable_exceptions=(KeyError,))
-    handler = ckpt.FaultToleranceHandler(storage, retry)
-    errors = [KeyError(), KeyError()]
+    handler, errors, never = (
+        ckpt.FaultToleranceHandler(storage, retry),
+        [KeyError(), KeyError()],
+        threading.Event(),
+    )
 
-    def twice_in_vain():
+    def fails_as_long_as_there_are_errors():
         if errors:
             raise errors.pop()
         return "done"
 
-    assert handler.execute_with_retry(twice_in_vain) == "done"
+    assert handler.execute_with_retry(fails_as_long_as_there_are_errors) == "done"
     errors[:] = [KeyError(), OSError()]
     with pytest.raises(OSError):
-        handler.execute_with_retry(twice_in_vain)
+        handler.execute_with_retry(fails_as_long_as_there_are_errors)
     assert len(errors) == 1
-    never = threading.Event()
     refusal(lambda: handler.execute_with_timeout(lambda: never.wait(HANG_S), 0.1), ExceptionType.TIMEOUT)
     never.set()
     assert handler.execute_with_timeout(lambda: 7, HANG_S) == 7
@@ -1170,36 +1037,39 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
 
 
 def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_path):
-    storage = ckpt.LocalStorage(tmp_path)
+    storage, integrity = (
+        ckpt.LocalStorage(tmp_path),
+        (ckpt.SizeIntegrityChecker(), ckpt.ChecksumIntegrityChecker()),
+    )
     ckpt.DistributedCheckpoint(storage=storage).save(*small(), to())
     validator = ckpt.CheckpointValidator(storage)
-    metadata = opened(tmp_path).load(*small(), at()).metadata
+    metadata = loaded(opened(tmp_path), at())[1].metadata
     for result in (validator.validate_checkpoint("p"), validator.validate_metadata(metadata)):
         assert result.is_valid and not result.errors and not result.has_warnings
-    with ckpt.CheckpointReader(storage, metadata) as reader:
-        assert validator.validate_shards(reader).is_valid
     (path,) = shards(tmp_path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with ckpt.CheckpointReader(storage, metadata) as reader:
-        assert not validator.validate_shards(reader).is_valid
+    right = path.read_bytes()
+    for checker, data in itertools.product(integrity, (right, right[:-1], right + b"\0")):
+        path.write_bytes(data)
+        with ckpt.CheckpointReader(storage, metadata) as reader:
+            result = ckpt.CheckpointValidator(storage, [checker]).validate_shards(reader)
+            assert result.is_valid == validator.validate_shards(reader).is_valid == (data is right)
     result = ckpt.ValidationResult(errors=["bad"], warnings=["odd"])
     assert not result.is_valid and result.has_warnings
     assert "bad" in result.get_summary() and "odd" in result.get_summary()
-    for name in ("ChecksumIntegrityChecker", "SizeIntegrityChecker"):
-        assert isinstance(getattr(ckpt, name)(), ckpt.IntegrityChecker)
-    for name in ("VersionCompatibilityChecker", "SchemaCompatibilityChecker"):
-        assert isinstance(getattr(ckpt, name)(), ckpt.CompatibilityChecker)
+    assert all(isinstance(checker, ckpt.IntegrityChecker) for checker in integrity)
+    for kind in (ckpt.VersionCompatibilityChecker, ckpt.SchemaCompatibilityChecker):
+        assert isinstance(kind(), ckpt.CompatibilityChecker)
 
 
 def test_cancel_stops_a_validation_in_a_load_before_all_is_read(tmp_path):
-    opened(tmp_path).save(Bag(w=torch.zeros(20 * MiB)), None, to())  # 20 blocks
-    noticed, read = threading.Event(), []
+    bag, noticed, read = Bag(w=torch.zeros(20 * MiB)), threading.Event(), []  # 20 blocks
+    opened(tmp_path).save(bag, None, to())
 
     class Cancel(threading.Event):
         def is_set(self):
-            if super().is_set():
+            if found := super().is_set():
                 noticed.set()
-            return super().is_set()
+            return found
 
     class Stopping(Seam):
         def pread(self, fd, buffer, offset):
@@ -1212,71 +1082,50 @@ def test_cancel_stops_a_validation_in_a_load_before_all_is_read(tmp_path):
     cancel, storage = Cancel(), Storage(tmp_path, Stopping())
     validator = ckpt.CheckpointValidator(storage, [ckpt.ChecksumIntegrityChecker()])
     checkpoint = ckpt.DistributedCheckpoint(storage=storage, validator=validator)
-    refusal(
-        lambda: checkpoint.load(Bag(w=torch.zeros(20 * MiB)), None, at(), cancel=cancel),
-        ExceptionType.CANCELLED,
-    )
+    refusal(lambda: checkpoint.load(bag, None, at(), cancel=cancel), ExceptionType.CANCELLED)
     assert 0 < len(read) < 15
 
 
 def test_cancel_stops_a_save_and_a_load_and_leaves_nothing_behind(tmp_path):
-    model, optimizer = small()
-    cancel = threading.Event()
-    cancel.set()
-    checkpoint = opened(tmp_path)
-    refusal(lambda: checkpoint.save(model, optimizer, to(), cancel=cancel), ExceptionType.CANCELLED)
-    assert listing(tmp_path) == {}
-    cancel.clear()
+    checkpoint, cancel = opened(tmp_path), threading.Event()
     large, halfway = Bag(w=torch.zeros(40 * MiB, dtype=torch.uint8)), to(progress=lambda *_: cancel.set())
     refusal(lambda: checkpoint.save(large, None, halfway, cancel=cancel), ExceptionType.CANCELLED)
+    assert listing(tmp_path) == {} and cancel.is_set()
+    refusal(lambda: checkpoint.save(*small(), to(), cancel=cancel), ExceptionType.CANCELLED)
     assert listing(tmp_path) == {}
-    checkpoint.save(model, optimizer, to())
-    other, other_optimizer = small("other")
-    before = state_of(other, other_optimizer)
-    refusal(lambda: checkpoint.load(other, other_optimizer, at(), cancel=cancel), ExceptionType.CANCELLED)
-    assert identical(state_of(other, other_optimizer), before)
+    checkpoint.save(*small(), to())
+    refused(checkpoint, at(), ExceptionType.CANCELLED, cancel=cancel)
 
 
 def test_fallback_takes_the_newest_older_checkpoint_that_verifies_and_says_so(tmp_path):
     checkpoint = opened(tmp_path)
     for prefix in ("one", "two", "three", "four"):
         checkpoint.save(*small(prefix), to(prefix))
-    for prefix in ("two", "three"):
-        flip(shards(tmp_path, prefix)[0], Shard(shards(tmp_path, prefix)[0]).data_at)
-    model, optimizer = small("other")
-    result = checkpoint.load(model, optimizer, at("three", fallback=True))
-    assert result.prefix == "one" and any("three" in warning for warning in result.warnings)
-    assert identical(state_of(model, optimizer), state_of(*small("one")))
-    refusal(lambda: checkpoint.load(model, optimizer, at("three")), ExceptionType.CORRUPTED_CHECKPOINT)
+    (path,), record = shards(tmp_path, "three"), tmp_path / "two.metadata.json"
+    flip(path, Shard(path).data_at)
+    flip(shards(tmp_path, "two")[0], Shard(shards(tmp_path, "two")[0]).data_at)
+    for damaged in ("three", "two"):  # at first the data of "two", then its record too
+        state, result = loaded(checkpoint, at(damaged, fallback=True))
+        assert result.prefix == "one" and any(damaged in warning for warning in result.warnings)
+        assert identical(state, state_of(*small("one")))
+        flip(record, record.stat().st_size - 40)
+    refusal(lambda: checkpoint.load(*small(), at("three")), ExceptionType.CORRUPTED_CHECKPOINT)
 
 
-def test_fallback_of_a_damaged_record_is_older_too(tmp_path):
-    checkpoint = opened(tmp_path)
-    for prefix in ("one", "two", "three"):
-        checkpoint.save(*small(prefix), to(prefix))
-    record = tmp_path / "two.metadata.json"
-    flip(record, record.stat().st_size - 40)
-    assert checkpoint.load(*small("other"), at("two", fallback=True)).prefix == "one"
+def test_options_of_another_type_on_one_rank_are_an_error_on_all_and_the_next_save_works(tmp_path):
+    assert run(2, give_other_options, tmp_path) == [["ValueError", "returned"] * 3] * 2
 
 
-@pytest.mark.parametrize("kind", ["save", "save_async", "load"])
-def test_options_of_another_type_on_one_rank_are_an_error_on_all_and_the_next_save_works(tmp_path, kind):
-    for kinds in run(2, give_other_options, tmp_path, kind):
-        assert kinds == ["ValueError", "returned"]
-
-
-def give_other_options(rank, world_size, tmp, kind):
-    checkpoint, model = opened(tmp), small()[0]
+def give_other_options(rank, world_size, tmp):
+    checkpoint, model, outcomes = opened(tmp), small()[0], []
     checkpoint.save(model, None, to("first"))
-    right = at("first") if kind == "load" else to("q")
-    options = right if rank == 0 else {"checkpoint_prefix": "q"}
-    calls = {"save": checkpoint.save, "load": checkpoint.load}
-    calls["save_async"] = lambda *given: checkpoint.save_async(*given).result()
-    outcomes = [
-        told(lambda: calls[kind](model, None, options)),
-        told(lambda: checkpoint.save(model, None, to("r"))),
-    ]
-    return [outcome[0] for outcome in outcomes]
+    calls = {checkpoint.save: to("q"), checkpoint.load: at("first")}
+    calls[lambda *given: checkpoint.save_async(*given).result()] = to("q")
+    for call, right in calls.items():
+        options = {"checkpoint_prefix": "q"} if rank else right
+        outcomes.append(told(lambda: call(model, None, options))[0])
+        outcomes.append(told(lambda: checkpoint.save(model, None, to("r")))[0])
+    return outcomes
 
 
 class FiveMethods:
@@ -1297,41 +1146,34 @@ class FiveMethods:
         return values
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_coordinator_of_the_five_documented_methods_is_enough(tmp_path, form):
-    for outcome, failed, again in run(2, use_five_methods, tmp_path, form):
-        assert outcome == "exact" and again == "returned"
-        assert failed[:2] == ("STORAGE_ERROR", 1) and "no room" in failed[2]
+def test_a_coordinator_of_the_five_documented_methods_is_enough(tmp_path):
+    for outcomes in run(2, use_five_methods, tmp_path):
+        for exact, failed, again in outcomes:
+            assert exact and again == "returned"
+            assert failed[:2] == ("STORAGE_ERROR", 1) and "no room" in failed[2]
 
 
-def use_five_methods(rank, world_size, tmp, form):
-    coordinator = FiveMethods()
+def use_five_methods(rank, world_size, tmp):
+    coordinator, outcomes = FiveMethods(), []
     assert isinstance(coordinator, ckpt.DistributedCoordinator)
-    checkpoint = over(tmp, coordinator)
-    mesh = init_device_mesh("cpu", (world_size,))
+    checkpoint, mesh = over(tmp, coordinator), init_device_mesh("cpu", (world_size,))
     truth = torch.arange(3 * MiB, dtype=torch.float32).reshape(3, MiB)
     source = Bag(w=distribute_tensor(truth, mesh, [ShardDim(1)]))
-    target = Bag(w=distribute_tensor(torch.zeros_like(truth), mesh, [ShardDim(0)]))
-    checkpoint.save(source, None, to(format=form))
-    checkpoint.load(target, None, at(resharding_strategy="broadcast"))
-    outcome = "exact" if identical(target.state["w"].full_tensor(), truth) else "wrong"
-
-    def fails():
-        if rank == 1:
-            raise OSError("no room")
-        return {"w": truth}
-
-    failed = told(
-        lambda: checkpoint.save(types.SimpleNamespace(state_dict=fails, load_state_dict=print), None, to("q"))
-    )
-    return outcome, failed, told(lambda: checkpoint.save(source, None, to("r")))[0]
+    fails = Doomed(OSError("no room"), times=FOREVER if rank == 1 else 0)
+    for form in FORMATS:
+        target = Bag(w=distribute_tensor(torch.zeros_like(truth), mesh, [ShardDim(0)]))
+        checkpoint.save(source, None, to(form.value, format=form))
+        checkpoint.load(target, None, at(form.value, resharding_strategy="broadcast"))
+        failed = told(lambda: checkpoint.save(fails, None, to("q")))
+        again = told(lambda: checkpoint.save(source, None, to("r")))[0]
+        outcomes.append((identical(target.state["w"].full_tensor(), truth), failed, again))
+    return outcomes
 
 
 class ManualTime:
     """In the place of the module `time`: a clock that goes on only when somebody sleeps, and then at once."""
 
-    def __init__(self):
-        self.now = 0.0
+    now = 0.0
 
     def monotonic(self):
         return self.now
@@ -1343,41 +1185,32 @@ class ManualTime:
 @pytest.fixture
 def manual_time(monkeypatch):
     """The deadlines of the library use this clock."""
-    monkeypatch.setattr(ckpt.coord, "time", ManualTime())
-    return ckpt.coord.time
-
-
-class Deserted:
-    """Rank 0 of two over five methods, where rank 1 says nothing any more."""
-
-    rank, world_size, broadcast = 0, 2, None
-
-    def __init__(self, time):
-        self.time = time
-
-    def barrier(self, timeout=600.0):
-        self.all_gather(None, timeout)
-
-    def all_gather(self, value, timeout=600.0):
-        self.time.sleep(timeout)
-        raise ckpt.CheckpointException("rank 1 is silent", type=ckpt.ExceptionType.TIMEOUT, rank=1)
+    monkeypatch.setattr(coord, "time", ManualTime())
+    return coord.time
 
 
 def test_with_a_coordinator_of_five_methods_too_the_deadline_ends_the_wait_for_a_silent_rank(
     tmp_path, manual_time
 ):
-    answer = told(lambda: save_word(over(tmp_path, Deserted(manual_time)), "new", timeout=100.0))
+    class Deserted:
+        rank, world_size, broadcast = 0, 2, None
+
+        def barrier(self, timeout=600.0):
+            self.all_gather(None, timeout)
+
+        def all_gather(self, value, timeout=600.0):
+            manual_time.sleep(timeout)
+            raise CheckpointException("rank 1 is silent", type=ExceptionType.TIMEOUT, rank=1)
+
+    answer = told(lambda: save_word(over(tmp_path, Deserted()), "new", timeout=100.0))
     assert answer[:2] == ("TIMEOUT", 1) and 100 <= manual_time.now < 105
 
 
 def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_path):
-    gate, given, extra = threading.Event(), {"epoch": [1]}, {"step": 1}
-    checkpoint, options = (
-        over(Storage(tmp_path, Seam(lambda *_: gate.wait(HANG_S)))),
-        to(custom_metadata=given),
-    )
+    gate, options, extra = threading.Event(), to(custom_metadata={"epoch": [1]}), {"step": 1}
+    checkpoint = over(Storage(tmp_path, Seam(lambda op: gate.wait(HANG_S))))
     pending = checkpoint.save_async(small()[0], None, options, extra_state=extra)
-    given["epoch"].append(2)
+    options.custom_metadata["epoch"].append(2)
     extra["more"] = 2
     options.checkpoint_prefix = "q"
     assert not pending.done() and not listing(tmp_path)
@@ -1388,16 +1221,13 @@ def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_
 
 
 def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path, manual_time):
-    class Slow(ckpt.LocalStorage):
-        made: ClassVar[list[str]] = []
-
-        def create(self, name):
-            self.made.append(name)
-            manual_time.sleep(101)  # longer than the save may take
-            return super().create(name)
-
-    refusal(lambda: over(Slow(tmp_path)).save(small()[0], None, to(timeout=100.0)), ExceptionType.TIMEOUT)
-    assert len(Slow.made) == 1 and Slow.made[0].endswith(".tmp") and listing(tmp_path) == {}
+    files = Seam(
+        lambda op: manual_time.sleep(101) if op.call == "create" else None
+    )  # longer than the save may take
+    checkpoint = over(Storage(tmp_path, files))
+    refusal(lambda: checkpoint.save(small()[0], None, to(timeout=100.0)), ExceptionType.TIMEOUT)
+    (made,) = [op.path for op in files.log if op.call == "create"]
+    assert made.endswith(".tmp") and listing(tmp_path) == {}
 
 
 def test_threads_that_get_no_memory_fail_the_save_and_publish_nothing(tmp_path, monkeypatch):
@@ -1406,7 +1236,7 @@ def test_threads_that_get_no_memory_fail_the_save_and_publish_nothing(tmp_path, 
 
     monkeypatch.setattr(st, "aligned_buffer", refuse)
     assert "no room for a buffer" in refusal(lambda: opened(tmp_path).save(small()[0], None, to()))
-    assert listing(tmp_path) == {} or not list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.rglob("*.json"))
 
 
 @pytest.fixture
@@ -1421,15 +1251,18 @@ def vendored(tmp_path):
     return tmp_path
 
 
+def output_of(*arguments, **options):
+    """What a Python process that succeeds prints."""
+    options |= dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HANG_S)
+    done = subprocess.run([sys.executable, *arguments], **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def test_the_three_files_work_inside_somebodys_package(vendored):
-    for name, prefixes, same, code in run(2, use_the_vendored_copy, vendored):
-        assert (name, prefixes, same, code) == ("pkg.vendor.ckpt", ["p"], True, 0)
-    command = [sys.executable, "-m", "pkg.vendor.ckpt", "verify", "c"]
+    assert run(2, use_the_vendored_copy, vendored) == [("pkg.vendor.ckpt", ["p"], True, 0)] * 2
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        command, cwd=vendored, env=environment, capture_output=True, text=True, timeout=HANG_S
-    )
-    assert done.returncode == 0 and "p: ok" in done.stdout, done.stderr
+    assert "p: ok" in output_of("-m", "pkg.vendor.ckpt", "verify", "c", cwd=vendored, env=environment)
 
 
 def use_the_vendored_copy(rank, world_size, tmp):
@@ -1437,41 +1270,29 @@ def use_the_vendored_copy(rank, world_size, tmp):
         sys.modules[name] = None  # an import of the top-level name would now fail
     sys.path[:] = [str(tmp)] + [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     vendored = importlib.import_module("pkg.vendor.ckpt")
-    model, optimizer = small()
-    other, other_optimizer = small("other")
     with vendored.DistributedCheckpoint(storage=vendored.LocalStorage(str(tmp / "c"))) as checkpoint:
-        checkpoint.save(model, optimizer, vendored.SaveOptions(checkpoint_prefix="p"))
-        checkpoint.load(other, other_optimizer, vendored.LoadOptions(checkpoint_prefix="p"))
-        same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
-        prefixes = [info.prefix for info in checkpoint.list_checkpoints()]
-        return vendored.__name__, prefixes, same, vendored.main(["verify", str(tmp / "c")])
+        checkpoint.save(*small(), vendored.SaveOptions(checkpoint_prefix="p"))
+        state, _ = loaded(checkpoint, vendored.LoadOptions(checkpoint_prefix="p"))
+        code = vendored.main(["verify", str(tmp / "c")])
+        return vendored.__name__, prefixes(checkpoint), identical(state, state_of(*small())), code
 
 
-@pytest.mark.parametrize(
-    "tool",
-    ["mypy --strict", "ruff check --isolated --select E4,E7,E9,F", "ruff check", "ruff format --check"],
-)
+CHECKERS = ["mypy --strict", "ruff check --isolated --select E4,E7,E9,F"]
+CHECKERS += [f"ruff {command} --config {HERE / 'pyproject.toml'}" for command in ("check", "format --check")]
+
+
+@pytest.mark.parametrize("tool", CHECKERS)
 def test_the_three_files_and_the_readmes_job_please_the_checkers_inside_somebodys_package(vendored, tool):
-    name, *arguments = tool.split()
-    pytest.importorskip(name)
+    pytest.importorskip(tool.split()[0])
     job = training_script(steps=300).replace("from ckpt import", "from .vendor.ckpt import")
     (vendored / "pkg" / "train.py").write_text(job.replace("import time\n", ""))
-    ours = (
-        ["--config", str(HERE / "pyproject.toml")] if name == "ruff" and "--isolated" not in arguments else []
-    )
-    command = [sys.executable, "-m", name, *arguments, *ours, "pkg"]
-    done = subprocess.run(command, cwd=vendored, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output_of("-m", *tool.split(), "pkg", cwd=vendored)
 
 
 def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
     script = "import sys, torch; before = set(sys.modules); import ckpt; print(*set(sys.modules) - before)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S, check=True
-    )
-    assert "ckpt" in done.stdout.split() and not [
-        name for name in done.stdout.split() if name.startswith("torch")
-    ]
+    modules = output_of("-c", script).split()
+    assert "ckpt" in modules and not [name for name in modules if name.startswith("torch")]
 
 
 # ---- bytes: the tensor file, the record, what may be in them -----------------------------------------------
