@@ -1375,10 +1375,10 @@ def test_a_header_with_room_for_more_units_than_compression_left_is_read(tmp_pat
     assert not target.state["w"].any()
 
 
-COPIES = [((5 * MiB,), torch.float32), ((1001, 3), torch.bfloat16), ((), torch.int64), ((7, 2), torch.bool)]
+COMPARED = [((5 * MiB,), torch.float32), ((1001, 3), torch.bfloat16), ((), torch.int64), ((7, 2), torch.bool)]
 
 
-@pytest.mark.parametrize("shape, dtype", COPIES)
+@pytest.mark.parametrize("shape, dtype", COMPARED)
 @pytest.mark.parametrize("on_device", [0, 1])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on_device, shape, dtype):
@@ -4737,9 +4737,10 @@ def spoil_progress(rank, world_size, tmp, form):
     return left, failed, ran, broken, told(lambda: checkpoint.load(model, optimizer, at()))[0]
 
 
-def test_logging_is_silent_until_asked_for_and_then_one_line_for_each_save_and_load_on_rank_zero(ram):
-    (quiet, (warning, saved, loaded)), (others_quiet, others) = run(2, keep_a_log, ram)
-    assert quiet == others_quiet == "" and warning.startswith("WARNING:ckpt:step_10: ")
+def test_warnings_are_printed_and_once_asked_for_a_line_for_each_save_and_load_on_rank_zero(ram):
+    (before, (warning, saved, loaded)), (others_before, others) = run(2, keep_a_log, ram)
+    assert warning.startswith("WARNING:ckpt:step_10: ") and others_before == ""
+    assert before.startswith("step_10: ") and before.count("\n") == 1
     assert [line[:26] for line in others] == ["DEBUG:ckpt:saved step_10: ", "DEBUG:ckpt:loaded step_10:"]
     assert " 0.017 GB by rank 1" in others[0] and " 0.034 of" in others[1]
     size = sum(path.stat().st_size for path in shards(ram, "step_10")) / 1e9
@@ -4759,12 +4760,12 @@ def keep_a_log(rank, world_size, tmp):
     options = to("step_10", format="consolidated", compression_level="fast")  # warns
     with contextlib.redirect_stderr(error):
         for _ in range(2):
-            quiet = error.getvalue()
+            before = error.getvalue()
             checkpoint.save(bag, None, options)
             checkpoint.load(bag, None, "step_10")
             logging.basicConfig(level=logging.INFO)
             checkpoint.logger.setLevel(logging.DEBUG)
-    return quiet, error.getvalue().splitlines()
+    return before, error.getvalue().removeprefix(before).splitlines()
 
 
 def test_what_the_readme_says_of_dcp_is_there_in_torch():
@@ -6732,13 +6733,13 @@ def test_a_name_that_utf_8_cannot_encode_is_refused_at_save_with_its_path(tmp_pa
 # Row 36: something else than a file as the source of an import
 
 
-SOURCES = [("m.safetensors", "m.safetensors"), ("m.pt", "m.pt"), ("folder", "folder/m.safetensors")]
-SOURCES += [
+IMPORTS = [("m.safetensors", "m.safetensors"), ("m.pt", "m.pt"), ("folder", "folder/m.safetensors")]
+IMPORTS += [
     ("index", "index/m.safetensors.index.json"),
     ("dcp", "dcp/__0_0.distcp"),
     ("dcp", "dcp/.metadata"),
 ]
-SOURCES += [("index/m.safetensors.index.json", "index/m-1.safetensors")]  # each with one of its files
+IMPORTS += [("index/m.safetensors.index.json", "index/m-1.safetensors")]  # each with one of its files
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
@@ -6755,7 +6756,7 @@ def import_impostors(tmp, kind):
     as_torch(whole, state)
     as_index(whole / "index", state)
     dcp.save(dict(state), checkpoint_id=whole / "dcp", no_dist=True)
-    for source, victim in SOURCES:
+    for source, victim in IMPORTS:
         shutil.copytree(whole, here := tmp / victim.replace("/", "-"))
         (path := here / victim).unlink()
         if kind == "a socket":
