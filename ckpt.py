@@ -303,6 +303,8 @@ class Given(Generic[Options]):
             if not isinstance(options, kind):
                 must = f"options must be {kind.__name__}, or the prefix as a string"
                 raise ValueError(f"{must}, not {type(options)}")
+            if isinstance(optimizer, str):
+                raise ValueError(f"optimizer is {optimizer!r}: a prefix goes third, as options")
             options.check()
             self.options = replace(options)
             self.model = _parts("model", model)
@@ -467,9 +469,7 @@ class DistributedCheckpoint:
         self.default_timeout = CheckpointOptions.default_timeout
         self.keep_last: int | None = None
         self.retain: Retain | None = None
-        self._warned: set[tuple[str, ...]] = (
-            set()
-        )  # names that a warning was about, see `CheckpointCoordinator`
+        self._warned = set[tuple[str, ...]]()  # names of past warnings, see `CheckpointCoordinator`
         self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
         self._pending = PendingSave()  # the last save in the background
         self._pending.set_result("")
@@ -967,8 +967,9 @@ class Collecting:
 
     def tensor(self, name: str, tensor: torch.Tensor) -> str:
         """Add a tensor. Returns its name, with a number behind it where another entry has that name."""
-        numbered = itertools.chain([name], (f"{name}#{count}" for count in itertools.count(1)))
-        unique = next(n for n in numbered if n not in self.live and n not in self._values)
+        unique, number = name, 0
+        while unique in self.live or unique in self._values:
+            unique, number = f"{name}#{number + 1}", number + 1
         self.live[unique] = tensor
         self.data.tensors.append(coord.local_tensor(unique, tensor))
         return unique

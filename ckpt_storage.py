@@ -844,25 +844,30 @@ def not_covered_once(tensors: Sequence[TensorMetadata], tensor: Ints, box: Ints)
 
     Each index of a dimension has a random weight. If boxes cover a tensor once, then the products of weights,
     summed over the elements of all boxes, add up to the sum over the whole. Other boxes pass with a
-    probability of about 2^-48 in four dimensions (the lemma of Schwartz and Zippel, for sums modulo 2^64).
+    probability of about 2^-60, in any number of dimensions: sums are taken modulo two primes (the lemma of
+    Schwartz and Zippel). Modulo 2^64 each dimension would lose a bit.
     """
     width = box.shape[2]
     columns = itertools.zip_longest((1,) * width, *(t.shape for t in tensors), fillvalue=1)
     whole: Ints = np.array([*columns], np.int64).reshape(width, len(tensors) + 1).T[1:]
-
-    def weight(low: Ints, high: Ints) -> npt.NDArray[np.uint64]:
-        """The sum of weights in each box: in each dimension those before its end less those before it."""
-        product = np.ones(len(low), np.uint64)
-        for dim in range(width):
-            product *= _mixed(high[:, dim], dim) - _mixed(low[:, dim], dim)
-        return product
-
     low, size = box[:, 0], box[:, 1]
-    found, tied = np.zeros(len(tensors), np.uint64), np.array([t.alias_of is not None for t in tensors], bool)
-    np.add.at(found, tensor, weight(low, low + size))
-    wrong = found != np.where(tied, np.uint64(0), weight(np.zeros_like(whole), whole))
     most = whole[tensor] - size
+    wrong = np.zeros(len(tensors), bool)
     wrong[tensor[((low < 0) | (size <= 0) | (most < 0) | (low > most)).any(axis=1)]] = True
+    tied = np.array([t.alias_of is not None for t in tensors], bool)
+    for seed, prime in enumerate(((1 << 31) - 1, (1 << 31) - 19)):
+
+        def weight(low: Ints, high: Ints) -> Ints:
+            """The sum of weights in each box: in each dimension those before its end less those before it."""
+            product = np.ones(len(low), np.int64)
+            for dim in range(width):
+                until, before = (_mixed(end[:, dim], 64 * seed + dim) % prime for end in (high, low))
+                product = product * ((until.astype(np.int64) - before.astype(np.int64)) % prime) % prime
+            return product
+
+        found = np.zeros(len(tensors), np.int64)
+        np.add.at(found, tensor, weight(low, low + size))
+        wrong |= found % prime != np.where(tied, 0, weight(np.zeros_like(whole), whole))
     return np.flatnonzero(wrong).tolist()
 
 
@@ -1066,7 +1071,7 @@ class Gate:
     """Lets the workers of an operation touch live tensors, or a file, until the operation is over.
 
     A read may hang, and return long after its operation has failed and another one has filled the tensors. So
-    a worker copies only inside `with gate:`, and `close` waits for the copies under way (one unit each)
+    a worker copies only inside `with gate:`, and `close` waits for the copies under way (one read each)
     before it returns.
     """
 

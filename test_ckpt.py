@@ -1172,6 +1172,46 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
     assert listing(tmp_path) == {}
 
 
+@pytest.mark.parametrize("call", ["save", "save_async", "load"])
+def test_a_prefix_in_the_optimizers_place_is_an_error_that_says_where_it_goes(tmp_path, call):
+    checkpoint = opened(tmp_path)
+    answer = told(lambda: getattr(checkpoint, call)(Bag(w=torch.zeros(2)), "step_1"))
+    if call == "save_async":
+        answer = told(answer[2].result)
+    assert answer[0] == "ValueError" and "'step_1'" in answer[2] and "third" in answer[2], answer
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 5, 24, 56])
+def test_the_schema_checker_sees_every_overlap_and_hole_in_any_number_of_dimensions(tmp_path, dimensions):
+    bag = Bag(cube=torch.zeros((1,) * dimensions), flat=torch.zeros(8))
+    opened(tmp_path).save(bag, None, to(include_rng_state=False))
+    metadata, checker = opened(tmp_path).load(bag, None, at()).metadata, ckpt.SchemaCompatibilityChecker()
+    index = {t.name: number for number, t in enumerate(metadata.tensors)}
+    cube, flat = (np.zeros((1, 2, dimensions), np.int64) for _ in range(2))
+    cube[:, 1], flat[:, 1], flat[0, 1, 0] = 2, 1, 8
+    tensors = [t._replace(shape=(2,) * dimensions) if t.name == "model/cube" else t for t in metadata.tensors]
+    tensors = [
+        t if t.name.startswith("model/") else t._replace(alias_of=index["model/flat"]) for t in tensors
+    ]
+    for dim in range(dimensions):
+        (first := cube.copy())[0, 1, dim] = 1
+        (second := first.copy())[0, 0, dim] = 1
+        (hole := flat.copy())[0, 1, 0] = 7
+        for boxes, wrong in (
+            ([(cube, "cube"), (flat, "flat")], set()),
+            ([(first, "cube"), (second, "cube"), (flat, "flat")], set()),
+            ([(first, "cube"), (first, "cube"), (flat, "flat")], {"cube"}),
+            ([(first, "cube"), (hole, "flat")], {"cube", "flat"}),
+        ):
+            tensor = np.array([index[f"model/{name}"] for _, name in boxes])
+            column, box = np.zeros(len(boxes), np.int64), np.concatenate([box for box, _ in boxes])
+            pieces = st.Pieces(tensor, column, column, column, box)
+            record = dataclasses.replace(metadata, tensors=tuple(tensors), pieces=pieces)
+            errors = checker.check_compatibility(record).errors
+            assert {error.partition(":")[0].removeprefix("model/") for error in errors} == wrong
+
+
 def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_path):
     storage = ckpt.LocalStorage(tmp_path)
     ckpt.DistributedCheckpoint(storage=storage).save(*small(), to())
@@ -2800,6 +2840,29 @@ def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_each(t
     if case == "broadcast":  # where a block is read by one of the ranks that want it, each byte once
         assert 48 * MiB <= sum(reads) < 49 * MiB
     assert case == "broadcast" or all(0 <= r - w < 3 * UNIT for r, w in zip(reads, wanted)), (reads, wanted)
+
+
+def broadcast_columns(rank, world_size, tmp, level):
+    """Save by rows, and load by columns: every rank needs all pieces. The bytes that this rank read of shards."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    truth = {
+        f"w{n}": torch.randn(1000 + n, 1030, generator=torch.Generator().manual_seed(n)) for n in range(9)
+    }
+    rows = Bag(**{name: distribute_tensor(w, mesh, [ShardDim(0)]) for name, w in truth.items()})
+    opened(tmp).save(rows, None, to(compression_level=level, include_rng_state=False))
+    columns = {name: distribute_tensor(torch.zeros_like(w), mesh, [ShardDim(1)]) for name, w in truth.items()}
+    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp, files := Seam()))
+    checkpoint.load(Bag(**columns), None, at(load_rng_state=False, resharding_strategy="broadcast"))
+    exact = all(torch.equal(columns[name].full_tensor(), w) for name, w in truth.items())
+    return exact, sum(op.size for op in files.done if op.call == "pread" and op.path.endswith("safetensors"))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_broadcast_reads_each_stored_byte_once_where_pieces_share_units_and_blocks_too(tmp_path, level):
+    (exact, one), (too, other) = run(2, broadcast_columns, tmp_path, level)
+    files = [Shard(path) for path in shards(tmp_path)]
+    headers, data = sum(f.data_at for f in files), sum(len(f.bytes) - f.data_at for f in files)
+    assert exact and too and data + headers <= one + other <= data + 2 * headers, (one + other, data, headers)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -5980,7 +6043,9 @@ class SameArchitecture:
 def test_every_recipe_that_the_readme_names_is_here_or_there():
     text = (HERE / "README.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
     named = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
-    assert len(named) >= 5 and all(name in globals() for row in named for name in re.findall(r"`(\w+)`", row))
+    section = (HERE / "test_ckpt.py").read_text().partition("\n# ---- recipes:")[2].partition("\n# ---- ")[0]
+    defined = re.findall(r"^(?:def|class) (\w+)", section, re.MULTILINE)
+    assert len(named) >= 5 and {name for row in named for name in re.findall(r"`(\w+)`", row)} <= set(defined)
 
 
 def test_one_loop_continues_in_any_layout_from_what_any_other_has_saved(tmp_path):
