@@ -145,8 +145,9 @@ Optimizers = Stateful | Mapping[str, Stateful] | Sequence[Stateful]
 def _check_member(value: object, allowed: Iterable[object], what: str) -> None:
     """ValueError unless `value` is one of `allowed`, or the value of an enum member among them."""
     allowed = list(allowed)
-    if value not in allowed + [getattr(member, "value", member) for member in allowed]:
-        raise ValueError(f"unknown {what} {value!r}; allowed: {', '.join(map(repr, allowed))}")
+    values = [getattr(member, "value", member) for member in allowed]
+    if value not in allowed + values:
+        raise ValueError(f"unknown {what} {value!r}; allowed: {', '.join(map(repr, values))}")
 
 
 def _check_timeout(timeout: object) -> None:
@@ -671,27 +672,19 @@ class DistributedCheckpoint:
             message = f"the save in flight is not done after {limit_s:g} s"
             raise CheckpointException(message, type=ExceptionType.TIMEOUT)
 
-    def _run(
-        self, given: Given[Options], verb: str, body: Callable[[coord.Operation], R]
-    ) -> tuple[R, coord.Operation]:
-        """Run `body` on all ranks, again if they agree to.
+    def _run(self, given: Given[Options], verb: str, body: Callable[[Callable[[], coord.Operation]], R]) -> R:
+        """Run `body` on all ranks, again if they agree to. It gets a function that begins an operation.
 
         The failure that they agree on becomes the public exception.
         """
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
         cancel, progress = given.cancel, given.options.progress
-
-        def attempt() -> tuple[R, coord.Operation]:
-            op = coord.Operation(given.coordinator, verb, given.limit_s, cancel, retryable, progress)
-            try:
-                return body(op), op
-            except coord.OperationFailed as failed:
-                self.logger.debug("an attempt failed: %s", failed)
-                raise
-
+        begin = functools.partial(
+            coord.Operation, given.coordinator, verb, given.limit_s, cancel, retryable, progress
+        )
         for again in (True, False):
             try:
-                return self.fault_handler.execute_with_retry(attempt, cancel)
+                return self.fault_handler.execute_with_retry(functools.partial(body, begin), cancel)
             except coord.OperationFailed as failed:
                 # If a save has replaced what was read, read the new checkpoint, once.
                 if not (again and failed.failure["superseded"]):
@@ -706,7 +699,7 @@ class DistributedCheckpoint:
             self.logger.warning("%s: %s", prefix, warning)
         seconds = sum(op.seconds.values())
         steps = " ".join(f"{name[:2]} {took:.3f}" for name, took in op.seconds.items())
-        rate = f"{seconds:.3f} s, {count / 1e9 / max(seconds, 1e-9):.2f} GB/s ({steps})"
+        rate = f"{seconds:.3f} s, {_human(count / max(seconds, 1e-9))}/s ({steps})"
         self.logger.log(logging.DEBUG if op.rank else logging.INFO, "%s in %s", what, rate)
 
     # ---- save
@@ -732,10 +725,10 @@ class DistributedCheckpoint:
         saver = CheckpointCoordinator(given.coordinator, self.storage, self.keep_last, chosen, self._warned)
         collect = collect or (lambda: self._collect(given))
         save = functools.partial(saver.coordinate_save, request=request, collect=collect)
-        prefix, op = self._run(given, "save", save)
+        prefix, op = self._run(given, "save", save), saver.op
         count = saver.size_bytes or saver.bytes_written  # rank 0 knows that of all ranks
         who = f"rank {op.rank}" if op.rank else f"{op.world_size} rank(s)"
-        what = f"saved {prefix}: {count / 1e9:.3f} GB by {who}"
+        what = f"saved {prefix}: {_human(count)} by {who}"
         self._report(op, prefix, saver.warnings, what, count)
         return prefix
 
@@ -822,17 +815,19 @@ class DistributedCheckpoint:
         """L1 to L5. `warnings`: of what the load fell back from."""
         loader = CheckpointLoader(given.coordinator, self.storage)
 
-        def body(op: coord.Operation) -> Restore:
-            restore = Restore(given, op, self.validator, isinstance(given.coordinator, LocalCoordinator))
+        def body(begin: Callable[[], coord.Operation]) -> Restore:
+            restore = Restore(
+                given, op := begin(), self.validator, isinstance(given.coordinator, LocalCoordinator)
+            )
             restore.warnings += warnings
             steps = restore.validate, restore.match, restore.apply
             loader.coordinate_load(op, restore.claim, *steps, open_reader)
             return restore
 
-        restored, op = self._run(given, "load", body)
-        result = restored.result
+        restored = self._run(given, "load", body)
+        result, op = restored.result, restored.op
         own = sum(target.view.nbytes for target in restored.targets.values())
-        of_whole = f"{own / 1e9:.3f} of {result.metadata.size_bytes() / 1e9:.3f} GB"
+        of_whole = f"{_human(own)} of {_human(result.metadata.size_bytes())}"
         what = f"loaded {result.prefix}: {of_whole} to rank {op.rank} of {op.world_size}"
         self._report(op, result.prefix, result.warnings, what, own)
         return result
@@ -843,8 +838,8 @@ class DistributedCheckpoint:
         If none of their records can be read, any other checkpoint counts as older.
         """
 
-        def choose(op: coord.Operation) -> str:
-            with op.step("L1 record"):
+        def choose(begin: Callable[[], coord.Operation]) -> str:
+            with (op := begin()).step("L1 record"):
                 older = [""]
                 if op.rank == 0:
                     heads = [st.record_head(self.storage, prefix, sound=False) for prefix in tried]
@@ -853,7 +848,7 @@ class DistributedCheckpoint:
                     older += [m.prefix for m in found if m.sequence < limit and m.prefix not in tried]
                 return str(op.broadcast(older[-1]))
 
-        return self._run(given, "load", choose)[0]
+        return self._run(given, "load", choose)
 
 
 @contextlib.contextmanager
@@ -1578,7 +1573,8 @@ class Restore:
             self.errors.append(f"{local.name}: {shapes}")
             return
         if meta.dtype != local.dtype:
-            self.problems.append(f"{local.name}: dtype {meta.dtype} in the checkpoint, {local.dtype} here")
+            dtypes = f"dtype {meta.dtype} in the checkpoint, {local.dtype} here"
+            self.problems.append(f"{local.name}: {dtypes}; strict_mode=False casts")
         self._target(index, local)
 
     def _target(self, index: int, local: coord.LocalTensor) -> None:
@@ -1626,7 +1622,12 @@ class Restore:
         unwanted = set.intersection(*(set(names) for names, _, _ in rows))
         everywhere = (st.unpack_ints(packed, count).tolist() for _, count, packed in rows)
         self._warn_of_kept(set(itertools.chain(*everywhere)))
+        missing = [f"{name.replace('module.', '')}: missing from the checkpoint" for name in unwanted]
         self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
+        if any("/module." in name for name in unwanted) and any(text in self.problems for text in missing):
+            self.problems.append(
+                "'module.' is of DDP: give a mapping with these names, or rename= in the file"
+            )
         if self.given.options.strict_mode:
             self.errors += self.problems
         else:
@@ -2121,7 +2122,7 @@ def import_checkpoint(
 
     `load(model, None, prefix)` takes it. `source` is one of these:
     - a safetensors file, an index of several (`*.index.json`), or a directory with them: all of it is the
-      model;
+      model, so export with `model_only` what will be imported again;
     - a file of torch.save, or a directory of torch.distributed.checkpoint (DCP): the model is what is under
       "model", "state_dict" or "model_state_dict", and the rest is `extra_state`. Without such a key the model
       is all tensors, by dotted names, and `extra_state` the entries without any.
@@ -2517,8 +2518,9 @@ def _text(value: object) -> Iterator[str]:
                 yield f"{key:16} {_cell(key, item)}"
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         cells = [list(map(str.upper, value[0])), *([_cell(*item) for item in row.items()] for row in value)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        yield from ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+        columns = [column for column in zip(*cells) if any(column[1:])]
+        widths = [max(map(len, column)) for column in columns]
+        yield from ("  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns))
     elif isinstance(value, list):
         yield from map(str, value)
 

@@ -166,15 +166,17 @@ class CheckpointCoordinator:
     # Sets of names that a warning has named as kept per rank.
     warned: set[tuple[str, ...]] = field(default_factory=set)
 
-    warnings: list[str] = field(init=False, default_factory=list)  # of the last save
-    bytes_written = 0  # by this rank in the last save
-    size_bytes = 0  # of the last checkpoint, on rank 0
+    op: Operation = field(init=False)  # the last save's, and so are these
+    warnings: list[str] = field(init=False, default_factory=list)
+    bytes_written = 0  # by this rank
+    size_bytes = 0  # of the checkpoint, on rank 0
 
     def coordinate_save(
-        self, op: Operation, request: Callable[[], Message], collect: Callable[[], ShardData]
+        self, begin: Callable[[], Operation], request: Callable[[], Message], collect: Callable[[], ShardData]
     ) -> str:
         """Save what `collect` returns on every rank, and return the prefix. Collective.
 
+        `begin` returns the operation of this attempt.
         `request` returns "prefix" (None: made from the time), "format", "compression", "overwrite",
         "verify_replicas", "contents" (which arguments were given) and "custom_metadata".
 
@@ -183,6 +185,7 @@ class CheckpointCoordinator:
         whatever happens to a rank: an error after that is a warning.
         """
         self.warnings, ticket, superseded = list[str](), None, ""
+        op = self.op = begin()
         try:
             ticket = self.agree(op, request)  # S1
             data = self.collect(op, collect)  # S2
@@ -261,7 +264,7 @@ class CheckpointCoordinator:
                     file.resize(whole.length)
                 if plan.compression != "none":
                     self.warnings.append(f"{whole.file} is not compressed: other readers could not read it")
-            op.broadcast(pack_plan(plan, sources))
+            op.broadcast({**st.encode_tables(plan), "sources": st.pack_pieces(sources)})
             return plan, sources
 
     def _compare_replicas(self, op: Operation, data: ShardData, holdings: Holdings | None) -> None:
@@ -765,6 +768,7 @@ class FaultToleranceHandler:
             try:
                 return function()
             except OperationFailed as failed:
+                log.debug("attempt %d failed: %s", attempt + 1, failed)
                 if not failed.failure["retryable"]:
                     raise
             except tuple(policy.retryable_exceptions):
@@ -1234,21 +1238,6 @@ def unpack_columns(packed: Packed) -> Iterator[Ints]:
     return (st.unpack_ints(text, count) for text in texts)
 
 
-def pack_pieces(pieces: Pieces) -> Packed:
-    """Pack pieces for other ranks."""
-    return pack_columns(pieces.file, pieces.tensor, pieces.begin, pieces.length, *box_columns(pieces.box))
-
-
-def unpack_pieces(packed: Packed, files: Sequence[int] | None = None) -> Pieces:
-    """Inverse of `pack_pieces`, for the rows of `files` or all. Takes memory for one column of all rows."""
-    columns = unpack_columns(packed)
-    file = next(columns)
-    kept = np.ones(len(file), bool) if files is None else np.isin(file, files)
-    tensor, begin, length, *boxes = (column[kept] for column in columns)
-    box = np.array(boxes, np.int64).reshape(2, len(boxes) // 2, len(tensor)).transpose(2, 0, 1)
-    return Pieces(tensor, file[kept], begin, length, box)
-
-
 def stack_boxes(boxes: Sequence[Box], width: int) -> Ints:
     """Boxes as an array (rows, 2, `width`), padded with offset 0 and size 1."""
     pads = [width - len(box.size) for box in boxes]
@@ -1301,7 +1290,7 @@ def describe(data: ShardData) -> Message:
             for t in data.tensors
         ],
         "meshes": [pack_columns(np.array(mesh, np.int64)) for mesh in meshes],
-        "pieces": pack_pieces(Pieces(tensor, tensor * 0, np.arange(len(held)), on_device, boxes)),
+        "pieces": st.pack_pieces(Pieces(tensor, tensor * 0, np.arange(len(held)), on_device, boxes)),
         "steps": dict(data.steps),
     }
 
@@ -1348,7 +1337,7 @@ class Holdings:
                 )
                 tables[key] = np.array([kinds.setdefault(kind, len(kinds)) for kind in found], np.int64)
             held.append(tables[key])
-            pieces = unpack_pieces(body["pieces"])
+            pieces = st.unpack_pieces(st.Fields(body["pieces"]))
             parts.append(pieces._replace(file=np.full_like(pieces.file, rank)))
         self.steps = [body["steps"] for body in bodies]
         self.kinds, kind, counts = list(kinds), np.concatenate(held), np.array([len(ids) for ids in held])
@@ -1592,20 +1581,16 @@ def cut_up(rows: Pieces, itemsizes: Ints) -> Pieces:
     return rows
 
 
-def pack_plan(plan: CheckpointMetadata, sources: Pieces) -> Message:
-    """Pack the plan for the other ranks."""
-    tables = {"pieces": pack_pieces(plan.pieces), "sources": pack_pieces(sources)}
-    return {"files": [[*s] for s in plan.shards], "tensors": [[*t] for t in plan.tensors], **tables}
-
-
 def unpack_plan(packed: Message, ticket: CheckpointMetadata, rank: int) -> tuple[CheckpointMetadata, Pieces]:
     """The plan, with the rows of whole files and of this rank's own; and who gives which box to them."""
-    shards = tuple(st.ShardMetadata(*row) for row in packed["files"])
+    files = packed["files"]
+    shards = tuple(st.ShardMetadata(name, size, header, int(crc, 16)) for name, size, header, crc in files)
     own = len(shards) - ticket.world_size + rank
     wanted = [n for n, shard in enumerate(shards) if shard.header_bytes or n == own]
-    tensors, pieces = st.decode_tensors(packed["tensors"]), unpack_pieces(packed["pieces"], wanted)
+    pieces, sources = st.unpack_pieces(st.Fields(packed["pieces"]), wanted), st.Fields(packed["sources"])
+    tensors = st.decode_tensors(packed["tensors"])
     plan = dataclasses.replace(ticket, shards=shards, tensors=tensors, pieces=pieces)
-    return plan, unpack_pieces(packed["sources"])
+    return plan, st.unpack_pieces(sources)
 
 
 # ----------------------------------------------------------------------------------------------------------

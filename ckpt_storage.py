@@ -288,7 +288,7 @@ class LocalFile:
 
     def __init__(self, name: str, fd: int, flags: int) -> None:
         self._name, self._fd, self._flags = name, fd, flags
-        self._direct_fd: int | None = None  # None: not opened yet, -1: there is none
+        self._direct_fd = -1  # -1: not opened yet; `_fd`: there is none
         self._cold: dict[int, bool] = {}  # by region
         self._lock = threading.Lock()
         # `close` leaves the descriptors open while a call hangs: else their numbers could belong to other
@@ -307,35 +307,32 @@ class LocalFile:
 
     def _move(self, write: bool, offset: int, data: memoryview, direct: bool) -> None:
         """Read or write all of `data`: what is aligned past the page cache, the rest through it."""
-
-        def call(fd: int, start: int, stop: int) -> int:
-            part, at = data[start:stop], offset + start
-            return os.pwrite(fd, part, at) if write else os.preadv(fd, [part], at)
-
         done = 0
         with self._gate:
-            if direct and len(data) >= _MIN_DIRECT_BYTES and (fd := self._directly(offset, data)) >= 0:
-                try:
-                    done = call(fd, 0, len(data) // ALIGN_BYTES * ALIGN_BYTES)
-                except OSError as error:
-                    if error.errno not in _UNSUPPORTED:
-                        raise
+            fd = self._directly(offset, data) if direct and len(data) >= _MIN_DIRECT_BYTES else self._fd
             while done < len(data):  # short calls go on
-                count = call(self._fd, done, len(data))
-                if not count and write:
-                    raise OSError(errno.EIO, "the disk takes nothing more", self._name)
-                if not count:
-                    missing = f"ends at byte {offset + done}, {len(data) - done} bytes missing"
-                    raise corrupted(f"{self._name}: {missing}")
-                done += count
+                stop = len(data) if fd == self._fd else len(data) // ALIGN_BYTES * ALIGN_BYTES
+                part, at = data[done:stop], offset + done
+                try:
+                    count = os.pwrite(fd, part, at) if write else os.preadv(fd, [part], at)
+                except OSError as error:
+                    if fd == self._fd or error.errno not in _UNSUPPORTED:
+                        error.filename = self._name
+                        raise
+                    count = 0
+                if not count and fd == self._fd:
+                    if write:
+                        raise OSError(errno.EIO, "the disk takes nothing more", self._name)
+                    raise corrupted(f"{self._name}: ends at byte {at}, {len(data) - done} bytes missing")
+                done, fd = done + count, self._fd
 
     def _directly(self, offset: int, memory: memoryview) -> int:
-        """A descriptor that bypasses the page cache, for aligned memory and offset; -1 without one."""
+        """A descriptor that bypasses the page cache, where memory and offset are aligned; else the other."""
         if (offset | np.frombuffer(memory, np.uint8).ctypes.data) % ALIGN_BYTES:
-            return -1
+            return self._fd
         with self._lock:
-            if self._direct_fd is None:
-                self._direct_fd = -1
+            if self._direct_fd < 0:
+                self._direct_fd = self._fd
                 # Half of the descriptors are for files that are not open yet.
                 if 2 * self._fd < resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
                     with contextlib.suppress(OSError):  # tmpfs, or no /proc: the page cache will do
@@ -368,6 +365,7 @@ class LocalFile:
                 return os.posix_fallocate(self._fd, 0, length)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
+                error.filename = self._name
                 raise
         os.ftruncate(self._fd, length)
 
@@ -377,10 +375,9 @@ class LocalFile:
 
     def close(self) -> None:
         if self._gate.close(0):
-            fds, self._fd, self._direct_fd = (self._direct_fd, self._fd), -1, -1
-            for fd in fds:
-                if fd is not None and fd >= 0:
-                    os.close(fd)
+            fds, self._fd, self._direct_fd = {self._fd, self._direct_fd}, -1, -1
+            for fd in fds - {-1}:
+                os.close(fd)
 
 
 class LocalStorage:
@@ -1373,21 +1370,27 @@ def unpack_ints(text: str, count: int) -> Ints:
     return np.cumsum(np.frombuffer(data, "<i8"), dtype=np.int64)
 
 
-def pack_table(columns: Mapping[str, Ints], box: Ints) -> dict[str, object]:
-    """Columns of integers, and boxes (rows, 2, dimensions), as JSON."""
+def pack_pieces(pieces: Pieces) -> dict[str, object]:
+    """Pieces as JSON: their number, and a text for each column."""
+    columns = pieces._asdict()
+    box = columns.pop("box")
     boxes = {name: list(map(pack_ints, box[:, half].T)) for half, name in enumerate(("offset", "size"))}
     return {"count": len(box), **{name: pack_ints(column) for name, column in columns.items()}, **boxes}
 
 
-def unpack_box(table: Fields, count: int) -> Ints:
-    """The boxes of `pack_table`."""
-    offset, size = table.texts("offset"), table.texts("size")
+def unpack_pieces(table: Fields, files: Sequence[int] | None = None) -> Pieces:
+    """Inverse of `pack_pieces`, for the rows of `files` or all. ValueError for a malformed table.
+
+    Takes memory for the rows that it returns, and for one column of all rows.
+    """
+    count, offset, size = table.number("count"), table.texts("offset"), table.texts("size")
     require(len(offset) == len(size) <= 64, "offsets and sizes of other dimensions")
-    box = np.empty((count, 2, len(offset)), np.int64)
-    for dim, pair in enumerate(zip(offset, size)):
-        for half, text in enumerate(pair):
-            box[:, half, dim] = unpack_ints(text, count)
-    return box
+    file = unpack_ints(table.text("file"), count)
+    kept = np.ones(count, bool) if files is None else np.isin(file, files)
+    texts = (*map(table.text, ("tensor", "begin", "length")), *offset, *size)
+    tensor, begin, length, *boxes = (unpack_ints(text, count)[kept] for text in texts)
+    box = np.array(boxes, np.int64).reshape(2, len(offset), len(tensor)).transpose(2, 0, 1)
+    return Pieces(tensor, file[kept], begin, length, box)
 
 
 def encode_record(meta: CheckpointMetadata) -> bytes:
@@ -1405,11 +1408,10 @@ def encode_record(meta: CheckpointMetadata) -> bytes:
 
 def encode_tables(meta: CheckpointMetadata) -> dict[str, object]:
     """The files, tensors and pieces of a record, or a plan, as JSON."""
-    columns = meta.pieces._asdict()
     return {
         "files": [[s.file, s.length, s.header_bytes, f"{s.header_crc:08x}"] for s in meta.shards],
         "tensors": [[*t] for t in meta.tensors],
-        "pieces": pack_table(columns, columns.pop("box")),
+        "pieces": pack_pieces(meta.pieces),
     }
 
 
@@ -1513,9 +1515,7 @@ def _decode_pieces(
     count = table.number("count")
     few = count * MIN_ROW_BYTES <= sum(shard.header_bytes for shard in shards)
     require(few, f"{count} pieces in so few headers")
-    columns = ("tensor", "file", "begin", "length")
-    tensor, file, begin, length = (unpack_ints(table.text(name), count) for name in columns)
-    pieces = Pieces(tensor, file, begin, length, box := unpack_box(table, count))
+    tensor, file, begin, length, box = pieces = unpack_pieces(table)
     dimensions = max((len(t.shape) for t in tensors), default=0)
     require(box.shape[2] == dimensions, "boxes of other dimensions than the tensors")
     for numbers, end in ((tensor, len(tensors)), (file, len(shards))):
