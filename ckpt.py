@@ -262,7 +262,7 @@ def _parts(what: str, given: object) -> Parts:
     for name, part in named.items():
         # What a module keeps under such a key may change its shape, so it cannot be filled in place.
         is_value = not isinstance(name, str) or name.endswith("_extra_state")
-        if isinstance(part, Stateful) and not of_tensors:
+        if not of_tensors and isinstance(part, Stateful):
             parts[name] = part
         elif is_value or not (of_tensors and isinstance(part, torch.Tensor)):
             must = "must have state_dict() and load_state_dict(), or be a mapping to such, or"

@@ -1182,6 +1182,36 @@ def test_a_prefix_in_the_optimizers_place_is_an_error_that_says_where_it_goes(tm
     assert listing(tmp_path) == {}
 
 
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoint = opened(tmp_path)
+    for call in ("pwrite", "posix_fallocate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(st, "os", types.SimpleNamespace(**{**vars(os), call: full}))
+            kind, _, message = told(lambda: checkpoint.save(Bag(w=torch.ones(9)), None, to()))
+        assert kind == "STORAGE_ERROR" and re.search(r"No space left.*: 'p[/.]", message), message
+
+
+def test_what_does_not_fit_is_said_with_the_way_out(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save({"module.w": torch.ones(2), "b": torch.ones(2)}, None, to())
+    message = told(lambda: checkpoint.load({"w": torch.ones(2), "b": torch.ones(2).half()}, None, at()))[2]
+    assert "'module.'" in message and "strict_mode=False" in message, message
+    message = told(lambda: checkpoint.load({"module.w": torch.ones(2)}, None, at()))[2]
+    assert "'module.'" not in message, message
+
+
+def test_a_table_on_the_command_line_has_no_empty_column(tmp_path, capsys):
+    checkpoint = opened(tmp_path)
+    for prefix, value in (("a", 1.0), ("b", 2.0)):
+        checkpoint.save({"w": torch.full((2,), value)}, None, prefix)
+    assert "LARGEST_CHANGE" not in command(capsys, "diff", tmp_path, "a", "b")[1]
+    head, row = command(capsys, "diff", tmp_path, "a", "b", "--values")[1].splitlines()
+    assert head.split() == ["NAME", "KIND", "WHAT", "LARGEST_CHANGE"] and row.split()[-1] == "1"
+
+
 @pytest.mark.parametrize("dimensions", [1, 2, 5, 24, 56])
 def test_the_schema_checker_sees_every_overlap_and_hole_in_any_number_of_dimensions(tmp_path, dimensions):
     bag = Bag(cube=torch.zeros((1,) * dimensions), flat=torch.zeros(8))
@@ -4343,8 +4373,7 @@ MISUSES = {
     ),
 }
 ALLOWED = {
-    "format": "MULTI_SHARD SINGLE_FILE CONSOLIDATED multi_shard single_file consolidated",
-    "compression_level": "NONE FAST BALANCED MAXIMUM none fast balanced maximum",
+    "format": "'multi_shard' 'single_file' 'consolidated'", "compression_level": "'none' 'fast' 'balanced' 'maximum'",
     "staging": "eager overlapped", "replicas": "verify trust", "resharding_strategy": "parallel sequential broadcast",
     "timeout": "", "checkpoint_prefix": "", "provider": "local", "basepath": "base_path",
 }  # fmt: skip
@@ -6568,7 +6597,6 @@ def test_what_the_readme_says_of_dcp_is_there_in_torch():
         "load",
         "async_save",
         "set_state_dict",
-        "FileSystemWriter",
         "DefaultLoadPlanner",
     } <= names.keys()
     for name, keywords in names.items():
