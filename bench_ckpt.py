@@ -572,7 +572,7 @@ def load_rows(bench: Bench, key: str, names: tuple[str, str, str, str, Sequence[
         state, found = build_state(target, wanted, bench.settings.size), list[Candidate]()
         if state is not None:
             found = raw_io(bench, target, 0, cold) + loads(bench, target, state, cold)
-        limits = ("disk", "cores beside the disk") if cold else ("copy and CRC32", "the copy into tensors")
+        limits = ("disk", "CPU cores") if cold else ("copy and CRC32", "the copy into tensors")
         if wanted == "columns":
             limits = limits[0], "the page cache, which ranks share" if cold else "short copies into rows"
         ranks = f"{source.size} rank(s)" if source is target else f"{source.size} to {target.size} ranks"

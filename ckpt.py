@@ -35,6 +35,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import inspect
 import itertools
 import json
 import logging
@@ -152,8 +153,8 @@ def _check_member(value: object, allowed: Iterable[object], what: str) -> None:
 
 def _check_timeout(timeout: object) -> None:
     """ValueError unless `timeout` is None or a positive number of seconds."""
-    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
-        raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout < 1e9):
+        raise ValueError(f"timeout must be a positive number of seconds below 1e9, not {timeout!r}")
 
 
 @dataclass
@@ -297,15 +298,20 @@ class Given(Generic[Options]):
         self.model: Parts = {}
         self.optimizer: Parts | None = None
         self.extra_state: dict[str, object] = {}
-        self.problem: BaseException | None = None  # a misuse, or why the last background save failed
+        self.problem: BaseException | None = None  # a misuse
+        self.earlier: BaseException | None = None  # why the last background save failed
         try:
+            if isinstance(optimizer, str):
+                raise ValueError(f"optimizer is {optimizer!r}: a prefix goes third, as options")
+            if isinstance(model, torch.optim.Optimizer):
+                raise ValueError("model is an optimizer: that goes second")
+            if cancel is not None and not hasattr(cancel, "is_set"):
+                raise ValueError(f"cancel must be a threading.Event, not {cancel!r}")
             if options is None or isinstance(options, str):
                 options = kind(checkpoint_prefix=options)
             if not isinstance(options, kind):
                 must = f"options must be {kind.__name__}, or the prefix as a string"
                 raise ValueError(f"{must}, not {type(options)}")
-            if isinstance(optimizer, str):
-                raise ValueError(f"optimizer is {optimizer!r}: a prefix goes third, as options")
             options.check()
             self.options = replace(options)
             self.model = _parts("model", model)
@@ -320,9 +326,11 @@ class Given(Generic[Options]):
 
     def check(self) -> None:
         """Raise the misuse, or the failure of the last background save."""
-        if isinstance(self.problem, CheckpointException):
-            what = f"the save of {self.problem.checkpoint_path!r} in the background had failed"
-            raise CheckpointException(f"{what}: {self.problem}", type=self.problem.type) from self.problem
+        if (earlier := self.earlier) is not None:
+            kind = getattr(earlier, "type", ExceptionType.SAVE_FAILED)
+            raise CheckpointException(
+                f"a save in the background had failed: {earlier}", type=kind
+            ) from earlier
         if self.problem is not None:
             raise self.problem
 
@@ -461,6 +469,11 @@ class DistributedCheckpoint:
         validator       None: the built-in checkers
         logger          None: the logger "ckpt"
         """
+        if coordinator is not None and not hasattr(coordinator, "all_gather"):
+            how = (
+                "give a path as storage=, options as options=, and a process group as TorchCoordinator(group)"
+            )
+            raise ValueError(f"coordinator is a {type(coordinator).__name__}: {how}")
         self._given_coordinator = coordinator
         self._made = weakref.WeakKeyDictionary[dist.ProcessGroup, Future[TorchCoordinator]]()
         self.storage = StorageFactory.create(StorageOptions() if storage is None else storage)
@@ -477,7 +490,7 @@ class DistributedCheckpoint:
 
     @property
     def coordinator(self) -> DistributedCoordinator:
-        """What a collective call would use now. If none was given, reading it is such a call, too."""
+        """What a collective call would use now. Unless it was given, every rank must read it alike."""
         return self._look_up(self.default_timeout)
 
     def save(
@@ -515,23 +528,24 @@ class DistributedCheckpoint:
         a write through `.data` is not noticed. Every failure is raised by `result()` of what this returns. If
         nobody calls that, the next save or `close` raises it, or it is printed when the interpreter exits.
         """
-        pending = PendingSave(cancel)
+        pending, interrupt = PendingSave(cancel), None
         given = self._begin(Given(SaveOptions, model, optimizer, options, extra_state, pending.cancel_event))
         try:
             given.check()
             # The caller may change it from now on.
             given.options.custom_metadata = deepcopy(dict(given.options.custom_metadata))
             collect = self._stage(given, pending)
-        except Exception as error:  # S1 or S2 raises it, on all ranks
+        except BaseException as error:  # S1 or S2 raises it, on all ranks
             failed = Future[ShardData]()
             failed.set_exception(error)
             collect = failed.result
             pending.staged.set()
+            interrupt = None if isinstance(error, Exception) else error
 
         def save() -> None:
             try:
                 # Before S1, so that the optimizer waits for no other rank. S2 raises an error again.
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(BaseException):
                     collect()
                 pending.set_result(self._save(given, collect))
             except BaseException as error:
@@ -541,6 +555,9 @@ class DistributedCheckpoint:
         # Not a daemon: the interpreter waits for it when it exits.
         threading.Thread(target=save, name="ckpt-save").start()
         self._pending = pending
+        if interrupt is not None:
+            pending.asked = True
+            raise interrupt
         return pending
 
     def save_model_only(
@@ -652,7 +669,7 @@ class DistributedCheckpoint:
         self._wait(given.limit_s)
         if isinstance(given.options, SaveOptions):
             if not self._pending.asked:
-                given.problem = self._pending.exception() or given.problem
+                given.earlier = self._pending.exception()
             if not given.options.include_optimizer:
                 given.optimizer = None
             alone = self._given_coordinator is None and isinstance(given.coordinator, LocalCoordinator)
@@ -679,9 +696,8 @@ class DistributedCheckpoint:
         """
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
         cancel, progress = given.cancel, given.options.progress
-        begin = functools.partial(
-            coord.Operation, given.coordinator, verb, given.limit_s, cancel, retryable, progress
-        )
+        args = (given.coordinator, verb, given.limit_s, cancel, retryable, progress, time.monotonic())
+        begin = functools.partial(coord.Operation, *args)
         for again in (True, False):
             try:
                 return self.fault_handler.execute_with_retry(functools.partial(body, begin), cancel)
@@ -740,7 +756,9 @@ class DistributedCheckpoint:
             optimizer = OptimizerState(given.optimizer, model.parameters())
             optimizer.collect(into)
             if outside := optimizer.outside:
-                message = "%d optimizer parameter(s) are not in the model and are kept by position, first %s"
+                message = (
+                    "%d parameter(s) of the optimizer are not in this model, and kept by position, first %s"
+                )
                 self.logger.warning(message, len(outside), outside[0])
         for key, value in given.extra_state.items():
             into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
@@ -749,6 +767,7 @@ class DistributedCheckpoint:
         return into.finish()
 
     @coord.no_garbage_collection()
+    @torch.inference_mode(False)
     def _stage(self, given: Given[SaveOptions], pending: PendingSave) -> Callable[[], ShardData]:
         """Collect the live state, and copy it to host memory, pinned if CUDA is in use.
 
@@ -872,7 +891,9 @@ class DistributedCheckpointFactory:
         options = options or CheckpointOptions()
         _check_timeout(options.default_timeout or 0)
         if options.keep_last is not None and (options.keep_last < 1 or options.retain):
-            raise ValueError(f"keep_last={options.keep_last}: give keep_last or retain, and at least 1")
+            raise ValueError(
+                f"keep_last={options.keep_last}: must be at least 1, and not be given with retain"
+            )
         storage = StorageFactory.create(options.storage)
         made = DistributedCheckpoint(
             coordinator,
@@ -936,10 +957,14 @@ def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
     """
     found = set[int]()
     for optimizer in optimizers:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        # A subclass that skips `Optimizer.__init__` lacks the attribute.
+        if not (
+            isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks")
+        ):
             return set()
         params = (tensor for group in optimizer.param_groups for tensor in group["params"])
-        state = (value for state in optimizer.state.values() for value in state.values())
+        states = (state for state in optimizer.state.values() if isinstance(state, dict))
+        state = (value for state in states for value in state.values())
         for tensor in itertools.chain(params, state):
             if isinstance(tensor, torch.Tensor):
                 local = tensor if (sharded := coord.as_dtensor(tensor)) is None else sharded.to_local()
@@ -1131,10 +1156,10 @@ class ModelState:
     def apply(self, strict: bool) -> dict[str, object]:
         """L5: hand the filled state to `load_state_dict`. Returns it under canonical names."""
         for (part, *_), state in zip(self._parts, self._states):
-            if isinstance(part, torch.nn.Module) and not strict:
-                part.load_state_dict(state, strict=False)
-            else:  # an override of it may not know `strict`
+            if strict or "strict" not in inspect.signature(part.load_state_dict).parameters:
                 part.load_state_dict(state)
+            else:
+                getattr(part, "load_state_dict")(state, strict=False)
         filled = {name.partition("/")[2]: state[key] for name, state, key in self._entries}
         return {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in filled.items()}
 
@@ -1162,7 +1187,7 @@ class SavedOptimizer:
 
     def __init__(self, restore: Restore) -> None:
         self.parameters: dict[str, SavedParameter] = {}
-        self.others: dict[str, object] = {}  # by part: the state of a Stateful that is not a torch optimizer
+        self.others: dict[str, object] = {}  # by part: what belongs to no parameter
         self.empty: dict[str, list[dict[str, object]]] = {}  # by part: options of groups without parameters
         self.defaults: dict[str, object] = {}  # by part: the names of its options
         source, differing = dict[str, int](), set[str]()
@@ -1181,6 +1206,7 @@ class SavedOptimizer:
             self.parameters |= parameters
             self.others |= others
             self.defaults |= value.child("defaults").all
+            restore.plain.update(value.texts("plain") if "plain" in value.all else ())
         for name in differing:
             if source[name] != restore.op.rank:
                 restore.lent.setdefault(source[name], set()).add(f"optimizer/{name}")
@@ -1196,9 +1222,10 @@ class OptimizerState:
     """The state of one or several optimizers, keyed by the names of their parameters.
 
     So it survives another order of parameters, other groups and another parallelism. A parameter outside of
-    the model is keyed by its position. One that several optimizers share is keyed by their names too. Any
-    other Stateful is stored as it is. All is one value, "optimizer/state": `groups`, each with its `part`,
-    its `params` by name and its `options`; `states` by parameter; `others` and `defaults` by part.
+    the model is keyed by its position. One that several optimizers share is keyed by their names too. All is
+    one value, "optimizer/state": `groups`, each with its `part`, its `params` by name and its `options`;
+    `states` by parameter; `plain`, the tensors of DTensors' states that are none; by part `defaults`, and
+    `others`: what belongs to no parameter, such as all of a Stateful that is not a torch optimizer.
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
@@ -1227,33 +1254,39 @@ class OptimizerState:
     def collect(self, into: Collecting) -> None:
         """Add the tensors of the state, the steps that are numbers, and the value "optimizer/state"."""
         groups, states, others = list[object](), dict[str, object](), dict[str, object]()
+        plain = list[str]()
         for part_name, part in self._parts.items():
             state = self._states[part_name] = dict(part.state_dict())
-            live, packed, by_key = (
-                getattr(part, "param_groups", None),
-                state.get("param_groups"),
-                state.get("state"),
-            )
-            if live is None or len(state) > 2 or not (isinstance(by_key, dict) and isinstance(packed, list)):
+            by_key, packed = state.get("state"), state.get("param_groups")
+            live = getattr(part, "param_groups", None)
+            if live is None or not (isinstance(by_key, dict) and isinstance(packed, list)):
                 others[part_name] = into.encode(state, f"optimizer/{part_name}")
                 continue
             own = self._groups[part_name] = []
+            rest = dict(by_key)  # what belongs to no parameter
             for number, (group, saved) in enumerate(zip(live, packed)):
                 pairs = enumerate(zip(group["params"], saved["params"]))
                 params = [(self._name(p, part_name, number, at), p, key) for at, (p, key) in pairs]
                 own.append(_Group(saved, params))
                 options = {k: v for k, v in saved.items() if k not in ("params", "param_names")}
-                node = into.encode(options, "optimizer/param_groups")
-                groups.append({"part": part_name, "params": [name for name, _, _ in params], "options": node})
-                for name, _, key in params:
-                    inner = by_key.get(key, options)
+                names = [name for name, _, _ in params]
+                node = into.encode(options, "param_groups", "/".join(["optimizer", *names[:1], ""]))
+                groups.append({"part": part_name, "params": names, "options": node})
+                for name, parameter, key in params:
+                    inner, first = rest.pop(key, options), len(into.data.tensors)
                     if key in by_key:
                         states[name] = into.encode(inner, "", f"optimizer/{name}/")
+                    if coord.as_dtensor(parameter) is not None:
+                        plain += [t.name for t in into.data.tensors[first:] if not t.mesh]
                     step = inner.get("step", options.get("step")) if isinstance(inner, dict) else None
                     if isinstance(step, (int, float)):
                         into.steps[name] = step
+            surplus = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
+            if rest or surplus:
+                others[part_name] = into.encode({**surplus, "state": rest}, f"optimizer/{part_name}")
         defaults = {part_name: _defaults(part) for part_name, part in self._parts.items()}
         node = {"groups": groups, "states": states, "others": others, "defaults": defaults}
+        node |= {"plain": plain} if plain else {}
         into.data.tensors.append(coord.local_value("optimizer/state", st.dump_json(node)))
 
     def fill(self, restore: Restore) -> None:
@@ -1268,8 +1301,9 @@ class OptimizerState:
         restore.unexpected |= {f"optimizer/{name}" for name in saved.parameters}
         restore.unexpected -= {f"optimizer/{name}" for found in names.values() for name in found}
         for part_name, part in self._parts.items():
+            who = f"optimizer {part_name}".rstrip()
             if difference := _other_kind(part, part_name, names[part_name], saved):
-                what = f"optimizer {part_name!r}: another kind was saved"
+                what = f"{who}: another kind was saved"
                 advice = "give one of that kind, or load_optimizer=False; strict_mode=False keeps it as it is"
                 restore.problems.append(f"{what}: {difference}; {advice}")
                 del self._states[part_name]
@@ -1278,7 +1312,7 @@ class OptimizerState:
             elif isinstance(whole := restore.decode(saved.others.get(part_name)), dict):
                 self._states[part_name] = whole
             else:
-                restore.problems.append(f"optimizer {part_name!r}: missing from the checkpoint")
+                restore.problems.append(f"{who}: missing from the checkpoint")
                 del self._states[part_name]
 
     def _fill_groups(self, part_name: str, saved: SavedOptimizer, restore: Restore) -> None:
@@ -1286,7 +1320,7 @@ class OptimizerState:
         groups, empty = self._groups[part_name], saved.empty.get(part_name, [])
         if len(empty) != (count := sum(not group.params for group in groups)):
             what = f"{len(empty)} group(s) without parameters in the checkpoint, {count} here"
-            restore.warnings.append(f"optimizer {part_name!r}: {what}, which keep their options")
+            restore.warnings.append(f"optimizer {part_name}: {what}, which keep their options")
             empty = [{}] * count
         by_key, packed, in_order = self._states[part_name]["state"], list[object](), iter(empty)
         states = dict(by_key) if isinstance(by_key, dict) else {}
@@ -1302,14 +1336,21 @@ class OptimizerState:
                     merged[option] = restore.decode(node)
             packed.append({**options, **merged})
             for name, parameter, key in params:
-                states.pop(key, None)
                 if name not in saved.parameters:
                     restore.problems.append(f"optimizer/{name}: missing from the checkpoint")
-                elif (node := saved.parameters[name].state) is not None:
+                    continue
+                states.pop(key, None)
+                if (node := saved.parameters[name].state) is not None:
                     states[key] = value = restore.decode(node, parameter)
-                    if isinstance(value, dict):
+                    # After a cast of the parameter, torch's cast of its state is right.
+                    stored = restore.dtype_of(f"model/{self._names.get(id(parameter))}")
+                    if isinstance(value, dict) and stored in (None, parameter.dtype):
                         self._filled.append((self._parts[part_name], parameter, value))
-        self._states[part_name] = {"state": states, "param_groups": packed}
+        rest = restore.decode(saved.others.get(part_name))
+        if isinstance(rest, dict) and "param_groups" not in rest:
+            states |= rest.get("state", {})
+            self._states[part_name] |= rest
+        self._states[part_name] |= {"state": states, "param_groups": packed}
 
     def apply(self) -> dict[str, object]:
         """L5: hand over to `load_state_dict`, then put back the tensors whose dtype it changed."""
@@ -1317,12 +1358,20 @@ class OptimizerState:
             self._parts[part_name].load_state_dict(state)
         for part, parameter, filled in self._filled:
             live = getattr(part, "state", {}).get(parameter, {})
-            for key, value in filled.items():
-                now = live.get(key)
-                if key != "step" and isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
-                    if now.dtype != value.dtype:
-                        live[key] = value.to(now.device)
+            for key in (filled.keys() & live.keys()) - {"step"}:
+                live[key] = _with_dtypes(live[key], filled[key])
         return self._states.get("", dict(self._states))
+
+
+def _with_dtypes(now: object, filled: object) -> object:
+    """A value of an optimizer's state as it is now, but for tensors whose dtype is not that of `filled`."""
+    if isinstance(now, torch.Tensor) and isinstance(filled, torch.Tensor):
+        return now if now.dtype == filled.dtype else filled.to(now.device)
+    if isinstance(now, dict) and isinstance(filled, dict):
+        return {key: _with_dtypes(value, filled.get(key)) for key, value in now.items()}
+    if isinstance(now, (list, tuple)) and isinstance(filled, (list, tuple)):
+        return type(now)(map(_with_dtypes, now, filled))
+    return now
 
 
 def _other_kind(part: Stateful, part_name: str, names: Iterable[str], saved: SavedOptimizer) -> str:
@@ -1377,11 +1426,12 @@ def _tensors_in(node: object) -> list[str]:
     return names
 
 
+@torch.inference_mode(False)
 def _allocate(name: str, shape: st.Shape, dtype: torch.dtype, param: torch.Tensor | None) -> torch.Tensor:
     """An empty tensor for optimizer state on its parameter's device, sharded alike if shapes are equal."""
     # torch keeps a step on the CPU; load_state_dict moves it where it must be.
     if param is None or name.endswith("/step"):
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if (sharded := coord.as_dtensor(param)) is not None and shape:
         if tuple(sharded.shape) == shape:
             return torch.empty_like(sharded.detach(), dtype=dtype)
@@ -1415,6 +1465,7 @@ class Restore:
         ] = {}  # saved rank -> names whose copy this rank takes, for want of its own
         self._taken: set[int] = set()  # indices of the copies that this rank takes, of tensors kept per rank
         self.unexpected: set[str] = set()  # stored names that nothing has claimed yet
+        self.plain: set[str] = set()  # tensors of the state of a DTensor that are none themselves
         self._made: dict[
             tuple[object, ...], torch.Tensor
         ] = {}  # copies of a live tensor that has two stored ones
@@ -1515,6 +1566,11 @@ class Restore:
                 self.lent.setdefault(rank, set()).add(name)
         return index
 
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """The dtype of the stored tensor that this rank gets by this name."""
+        index = self.reader.find(name, self.op.rank)
+        return None if index is None else st.DTYPES[self.reader.metadata.tensors[index].dtype]
+
     def _own_value(self, name: str) -> list[object]:
         """The stored value; [] after a warning if it, or a tensor in it, is kept for other ranks only."""
         reader, kept = self.reader, self.reader.ranks(name)
@@ -1559,7 +1615,7 @@ class Restore:
         if (index := self.reader.find(name, rank)) is None:
             raise st.corrupted(f"{name}: a stored value has this tensor in it, the record does not")
         meta = self.reader.metadata.tensors[index]
-        out = torch.empty(meta.shape, dtype=st.DTYPES[meta.dtype])
+        out = torch.empty(meta.shape, dtype=st.DTYPES[meta.dtype], device="cpu")
         self.reader.fill([coord.Target(index, st.whole_box(meta.shape), out)])
         return out
 
@@ -1581,8 +1637,14 @@ class Restore:
         """Have this rank's pieces of a tensor filled. The last of several tied names wins, as in torch."""
         alone = self._only_rank or (len(local.mesh) == self.op.world_size and not local.replicated)
         for box, view in local.pieces:
+            if 0 in view.stride() and not view.is_contiguous():
+                self.errors.append(
+                    f"{local.name}: is expanded, so that its elements share memory: clone() it"
+                )
             before = self.targets.get(place := coord.identity(view))
-            if before is not None and before.tensor != index:
+            # CONSOLIDATED has a copy for each tied name.
+            copied = self.reader.metadata.format == "consolidated"
+            if before is not None and before.tensor != index and not copied:
                 lost = self.reader.metadata.tensors[before.tensor].name
                 self.warnings.append(
                     f"{lost}: is one tensor here with {local.name}, whose stored value it gets"
@@ -1597,14 +1659,14 @@ class Restore:
         """
 
         def tensor(name: str) -> torch.Tensor:
-            found = self._collected.live.get(name)
-            if (index := self.find(name, coord.mesh_ranks(param if found is None else found))) is None:
+            found, model = self._collected.live.get(name), None if name in self.plain else param
+            if (index := self.find(name, coord.mesh_ranks(model if found is None else found))) is None:
                 return torch.empty(0) if found is None else found
             shape, dtype = (meta := self.reader.metadata.tensors[index]).shape, st.DTYPES[meta.dtype]
             if found is not None and param is not None and tuple(found.shape) != shape:
                 self.errors.append(f"{name}: shape {list(shape)} in the checkpoint, {list(found.shape)} here")
             if found is None or tuple(found.shape) != shape or found.dtype != dtype:
-                found = _allocate(name, shape, dtype, param)
+                found = _allocate(name, shape, dtype, model)
             local = coord.local_tensor(name, found)
             places = [coord.identity(view) for _, view in local.pieces]
             if any(place in self.targets and self.targets[place].tensor != index for place in places):
@@ -1622,12 +1684,12 @@ class Restore:
         unwanted = set.intersection(*(set(names) for names, _, _ in rows))
         everywhere = (st.unpack_ints(packed, count).tolist() for _, count, packed in rows)
         self._warn_of_kept(set(itertools.chain(*everywhere)))
-        missing = [f"{name.replace('module.', '')}: missing from the checkpoint" for name in unwanted]
+        missing = {p.partition(": missing")[0] for p in self.problems}
         self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
-        if any("/module." in name for name in unwanted) and any(text in self.problems for text in missing):
-            self.problems.append(
-                "'module.' is of DDP: give a mapping with these names, or rename= in the file"
-            )
+        for longer, shorter in ((missing, unwanted), (unwanted, missing)):
+            if any("model/" + name.partition("/")[2].partition(".")[2] in shorter for name in longer):
+                how = "give the module inside, or outside; load_safetensors has rename="
+                self.problems.append(f"names differ by their first part: {how}")
         if self.given.options.strict_mode:
             self.errors += self.problems
         else:
@@ -1657,8 +1719,8 @@ class Restore:
         model_state = self._model.apply(self.given.options.strict_mode)
         optimizer_state = self._optimizer.apply()
         for key, value in self._extra.items():
-            if isinstance(live := self.given.extra_state.get(key), Stateful) and isinstance(value, dict):
-                live.load_state_dict(value)
+            if isinstance(live := self.given.extra_state.get(key), Stateful):
+                getattr(live, "load_state_dict")(value)  # a state may be something else than a dict
         if isinstance(self._rng, dict):
             set_rng_state(self._rng)
         meta, here = self.reader.metadata, self.op.world_size
@@ -1686,7 +1748,7 @@ def _tensor_to_text(path: str, tensor: torch.Tensor) -> str:
 def _tensor_from_text(text: str) -> torch.Tensor:
     """Inverse of `_tensor_to_text`."""
     code, shape, data = json.loads(text)
-    out = torch.empty(shape, dtype=st.DTYPES[code])
+    out = torch.empty(shape, dtype=st.DTYPES[code], device="cpu")
     if (memory := st.byte_view(out)) is not None:
         memory[:] = np.frombuffer(base64.b64decode(data), np.uint8)
     return out
@@ -2229,7 +2291,13 @@ def _read_file(path: str) -> dict[str, object]:
         entries = [entry for _, entry in _read_header(path).values()]
         data = np.asarray(np.memmap(path, np.uint8, "c"))  # "c": private, since torch wants it writable
         parts = ((entry, torch.from_numpy(data[entry.begin : entry.end])) for entry in entries)
-        return {entry.name: part.view(st.DTYPES[entry.dtype]).view(entry.shape) for entry, part in parts}
+        found: dict[str, object] = {
+            entry.name: part.view(st.DTYPES[entry.dtype]).view(entry.shape) for entry, part in parts
+        }
+        if ours := [name for name in found if name.startswith(("model/", "optimizer/", "extra/"))]:
+            what = f"has {ours[0]!r}: it is part of a checkpoint, or a full export"
+            raise ValueError(f"{path}: {what}; import what was exported with model_only")
+        return found
     _locate(path)
     try:
         state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
@@ -2429,7 +2497,7 @@ def diff_checkpoints(storage: st.AnyStorage, a: str, b: str, *, values: bool = F
 
         def compare(source: coord.Target, start: int, name: str) -> None:
             (_, was), (index, now) = before[name], after[name]
-            other = torch.empty(source.box.size, dtype=st.DTYPES[now.dtype])
+            other = torch.empty(source.box.size, dtype=st.DTYPES[now.dtype], device="cpu")
             new.fill([source._replace(tensor=index, view=other)])
             if was.dtype != now.dtype or not np.array_equal(_bytes_of(source.view), _bytes_of(other)):
                 sizes = changes.setdefault(name, [])

@@ -147,6 +147,9 @@ class CheckpointFormat(enum.Enum):
     CONSOLIDATED = "consolidated"
 
 
+# Values that may differ between ranks without a warning.
+_NEVER_ALIKE = {"rng/state", "optimizer/state", "model-metadata/modules"}
+
 # Plain values that ranks send each other: what the user requests, or how an operation failed.
 Message = dict[str, Any]
 # What a rank reports in S5. Of the whole file: the CRC32s of units, by the number of their block. Of its own
@@ -187,7 +190,7 @@ class CheckpointCoordinator:
         self.warnings, ticket, superseded = list[str](), None, ""
         op = self.op = begin()
         try:
-            ticket = self.agree(op, request)  # S1
+            ticket = self.agree(op, request)  # S1: the record, its tables empty
             data = self.collect(op, collect)  # S2
             plan, sources = self.plan(op, ticket, data)  # S3
             written = self.write(op, plan, sources, data)  # S4
@@ -349,6 +352,12 @@ class CheckpointCoordinator:
                 return ""
             prefix, fence = record.prefix, st.fence_name(record.prefix, record.save_id)
             self.storage.sync_directory(f"{prefix}/x")  # I2: the names of the files
+            for index, shard in enumerate(record.shards):
+                if self.storage.length(path := record.shard_path(index)) != shard.length:
+                    problem = (
+                        "rank 0 does not find this file as it was written: do all ranks share one storage?"
+                    )
+                    raise CheckpointException(f"{path}: {problem}", path, ExceptionType.STORAGE_ERROR)
             with closing(self.storage.open(fence, write=True)) as file:
                 file.write(0, memoryview(st.encode_record(record)))
                 file.sync()
@@ -379,7 +388,7 @@ class CheckpointCoordinator:
 
     def clean_up(self, record: CheckpointMetadata, superseded: str) -> None:
         """Delete the replaced save's files, and checkpoints that are not kept. An error is a warning."""
-        kept = {t.name for t in record.tensors if t.rank is not None} - {"rng/state", "optimizer/state"}
+        kept = {t.name for t in record.tensors if t.rank is not None} - _NEVER_ALIKE
         if kept and (names := tuple(sorted(kept))) not in self.warned:
             self.warned.add(names)
             what = "differ between ranks, or meshes of ranks, and are kept for each"
@@ -389,13 +398,16 @@ class CheckpointCoordinator:
             if self.keep_last is not None or self.retain is not None:
                 self._retain(record.prefix)
         except Exception as error:
-            self.warnings.append(f"committed, but not all that should go is gone: {error!r}")
+            self.warnings.append(f"committed, but not all that should go is gone: {error}")
 
     def _retain(self, newest: str) -> None:
         """Delete the checkpoints that the user does not keep. The new one always stays."""
         known = st.list_committed(self.storage, self.warnings.append)
         prefixes = [meta.prefix for meta in known]
-        kept = list(self.retain(known)) if self.retain else prefixes[-(self.keep_last or 1) :]
+        try:
+            kept = list(self.retain(known)) if self.retain else prefixes[-(self.keep_last or 1) :]
+        except Exception as error:
+            raise ValueError(f"retain raised {error!r}, so nothing was deleted") from error
         if wrong := [prefix for prefix in kept if prefix not in prefixes]:
             raise ValueError(f"retain must return prefixes of those that it is given, not {wrong[0]!r}")
         for prefix in prefixes:
@@ -548,6 +560,7 @@ class Operation:
     cancel: threading.Event | None = None
     retryable: tuple[type[BaseException], ...] = ()
     progress: Callable[[Progress], None] | None = None
+    started: float = field(default_factory=time.monotonic)  # all attempts have one deadline
 
     committed = False  # on rank 0: what follows may not fail
     step_name = ""
@@ -555,7 +568,7 @@ class Operation:
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.coordinator.rank, self.coordinator.world_size
-        self._deadline = time.monotonic() + self.timeout
+        self._deadline = self.started + self.timeout
         # Map from the rank that a mesh names to the rank in this operation.
         self._own_rank = getattr(self.coordinator, "own_rank", range(self.world_size))
         self.seconds: dict[str, float] = {}
@@ -690,12 +703,13 @@ class Operation:
 
     def agree(self, request: Message) -> None:
         """Check that all ranks have the same request. ValueError that names the first difference."""
-        first, *others = self.gather({"verb": self.verb, **request})
+        first, *others = self.gather({"call": self.verb, **request})
         for rank, other in enumerate(others, 1):
             for key in {**first, **other}:
-                if first.get(key) != other.get(key):
-                    both = f"rank 0 has {first.get(key)!r}, rank {rank} has {other.get(key)!r}"
-                    raise ValueError(f"ranks disagree about {key}: {both}")
+                both = first.get(key), other.get(key)
+                if len({st.dump_json(st.encode_value(value, key)) for value in both}) > 1:
+                    sides = f"rank 0 has {both[0]!r}, rank {rank} has {both[1]!r}"
+                    raise ValueError(f"ranks disagree about {key}: {sides}; has a rank missed a call?")
 
     def exchange(self, outgoing: Mapping[int, Bytes]) -> dict[int, Bytes]:
         """Send bytes to ranks, and return the bytes that each rank has sent to this one."""
@@ -1890,7 +1904,8 @@ class WholeFile:
                     elements = held_view(self._views, tensor, box)
                 else:
                     data, received[rank] = np.split(received[rank], [nbytes])
-                    elements = torch.from_numpy(data).view(self._dtypes[tensor]).view(box.size)
+                    # A copy, since its memory is aligned: torch kills the process for complex128 that is not.
+                    elements = torch.from_numpy(data.copy()).view(self._dtypes[tensor]).view(box.size)
                 parts.append((elements, box, inside, at))
             found.append((low, parts))
         return found

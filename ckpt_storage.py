@@ -1667,15 +1667,14 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
         storage.delete(name)
 
 
-def collect_garbage(
-    storage: CheckpointStorage, min_age_s: float = 86400.0, warn: Warn = log.warning
-) -> list[str]:
+def collect_garbage(storage: AnyStorage, min_age_s: float = 86400.0, warn: Warn = log.warning) -> list[str]:
     """Remove what crashed saves and deletes left behind, and return its names. Any process, at any time.
 
     A save whose fence is younger than `min_age_s` seconds counts as alive: its files stay. So does everything
     under a prefix whose record cannot be read, or is of another version. `warn` gets what stays, and until
     when.
     """
+    storage = StorageFactory.create(storage)
     found: dict[str, list[tuple[str, str]]] = {}
     for prefix, save_id, name in save_files(_walk(storage, warn)):
         found.setdefault(prefix, []).append((save_id, name))
