@@ -1294,7 +1294,8 @@ class OptimizerState:
 
         An optimizer of another kind than the saved one is a problem. It stays as it is in loose mode.
         """
-        saved = SavedOptimizer(restore)
+        with _well_formed("optimizer/state"):
+            saved = SavedOptimizer(restore)
         names = {
             part: [n for g in self._groups.get(part, ()) for n, _, _ in g.params] for part in self._parts
         }
@@ -1411,8 +1412,9 @@ def set_rng_state(state: Mapping[str, object]) -> None:
 
     torch.set_rng_state(tensor(state["torch"]))
     numpy_state, python_state, devices = state["numpy"], state["random"], state.get("cuda")
-    if isinstance(numpy_state, tuple) and isinstance(python_state, tuple):
+    if isinstance(numpy_state, (tuple, dict)):  # a dict: of another bit generator than numpy's first
         np.random.set_state(numpy_state)
+    if isinstance(python_state, tuple):
         random.setstate(python_state)
     if isinstance(devices, list) and torch.cuda.is_available():
         for device, data in enumerate(devices[: torch.cuda.device_count()]):
@@ -1885,17 +1887,17 @@ class CheckpointValidator:
 
         Damage is reported, never raised.
         """
-        for _ in range(2):  # a second time if a save replaces the checkpoint meanwhile
-            try:
-                reader = _open_checkpoint(self.storage, checkpoint_prefix)
-            except (CheckpointException, OSError) as error:
-                return ValidationResult([str(error)])
-            with reader:
-                result = self.validate_metadata(reader.metadata)
-                reader.meter = coord.Meter("verify", reader.metadata.size_bytes(), progress)
-                result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
-                if result.is_valid or not reader.is_superseded():
-                    break
+        result = ValidationResult()
+        try:
+            for _ in range(2):  # a second time if a save replaces the checkpoint meanwhile
+                with _open_checkpoint(self.storage, checkpoint_prefix) as reader:
+                    result = self.validate_metadata(reader.metadata)
+                    reader.meter = coord.Meter("verify", reader.metadata.size_bytes(), progress)
+                    result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
+                    if result.is_valid or not reader.is_superseded():
+                        break
+        except (CheckpointException, OSError) as error:
+            result.errors.append(str(error))
         return result
 
     def validate_metadata(self, metadata: CheckpointMetadata | str) -> ValidationResult:
@@ -2143,6 +2145,11 @@ def _appearing(folder: str, stem: str, files: _Files) -> Iterator[Mapping[str, S
     Temporary files older than a day, which a dead process has left, are removed.
     """
     directory, opened = LocalStorage(folder), dict[str, st.LocalFile]()
+    old = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.[0-9a-f]{{8}}\.tmp)?")
+    present = st.os.listdir(folder) if os.path.isdir(folder) else []
+    older = [name for name in present if old.fullmatch(name) and name not in files]
+    for name in (*files, *older):
+        directory.length(name)  # raises for a link, before anything has changed
     ending = f".{secrets.token_hex(4)}.tmp"  # unique: another export to the same name may be under way
     try:
         for part, (head, tensors) in files.items():
@@ -2155,13 +2162,10 @@ def _appearing(folder: str, stem: str, files: _Files) -> Iterator[Mapping[str, S
         directory.delete(f"{stem}.safetensors.index.json")
         for part in files:
             directory.publish(part + ending, part, overwrite=True)
-        # Readers would prefer an older single file to the new index.
-        old = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.[0-9a-f]{{8}}\.tmp)?")
-        for name in st.os.listdir(folder):
-            if old.fullmatch(name) and name not in files:
-                with contextlib.suppress(FileNotFoundError):
-                    if not name.endswith(".tmp") or directory.age_s(name) > 86400:
-                        directory.delete(name)
+        for name in older:  # readers would prefer an older single file to the new index
+            with contextlib.suppress(FileNotFoundError):
+                if not name.endswith(".tmp") or directory.age_s(name) > 86400:
+                    directory.delete(name)
         directory.sync_directory(stem)
     finally:
         for part, file in opened.items():
@@ -2195,6 +2199,7 @@ def import_checkpoint(
     checkpoint of that prefix.
     """
     path = os.fspath(source)
+    st.check_prefix(prefix)
     with _typed(path, f"{path}: "):
         is_dcp = os.path.isdir(path) and ".metadata" in st.os.listdir(path)
         model, extra = _split(_read_dcp(path) if is_dcp else _read_parts(path, _read_file))
@@ -2257,11 +2262,13 @@ def _read_parts(path: str, read: Callable[[str], Mapping[str, R]]) -> dict[str, 
     found: dict[str, R] = {}
     for name in names:
         tensors = read(os.path.join(folder, name))
-        if twice := sorted(found.keys() & tensors.keys()):
+        if indices:  # a file may have tensors that the index leaves out
+            tensors = {key: tensor for key, tensor in tensors.items() if weights.get(key) == name}
+        elif twice := sorted(found.keys() & tensors.keys()):
             raise ValueError(f"{path}: several files have {st.some(twice)}; name one file")
         found |= tensors
-    if indices and (wrong := sorted(found.keys() ^ weights.keys())):
-        raise st.corrupted(f"{path}: the index and its files do not agree on {st.some(wrong)}", path)
+    if missing := sorted(weights.keys() - found.keys()):
+        raise st.corrupted(f"{path}: not in the file that the index names: {st.some(missing)}", path)
     return found
 
 
@@ -2299,6 +2306,10 @@ def _read_file(path: str) -> dict[str, object]:
             raise ValueError(f"{path}: {what}; import what was exported with model_only")
         return found
     _locate(path)
+    if zipfile.is_zipfile(path):  # torch.load does not look at its CRC32s
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise st.corrupted(f"{path}: {damaged} fails its CRC32", path)
     try:
         state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:
@@ -2315,7 +2326,10 @@ def _read_file(path: str) -> dict[str, object]:
     if not isinstance(state, dict):
         what = f"holds a {type(state).__name__}; expected a dict of tensors, or of dicts of them"
         raise ValueError(f"{path}: {what}")
-    return {str(key): value for key, value in state.items()}
+    named: dict[str, object] = {str(key): value for key, value in state.items()}
+    if len(named) < len(state):
+        raise ValueError(f"{path}: two entries would have one name: a number, and its text")
+    return named
 
 
 def _reason(error: Exception) -> str:
@@ -2425,12 +2439,9 @@ class _UnverifiedReader(CheckpointReader):
     def damage(self, index: int, low: int, data: st.Bytes) -> list[str]:
         return []
 
-    def file(self, index: int) -> StoredFile:
-        with self._lock:
-            if index not in self._files:
-                storage, name = _locate(self.metadata.shard_path(index))
-                self._files[index] = storage.open(name)
-            return self._files[index]
+    def _open(self, index: int) -> StoredFile:
+        storage, name = _locate(self.metadata.shard_path(index))
+        return storage.open(name)
 
 
 def _as_record(source: str, rename: Rename | None) -> CheckpointMetadata:
@@ -2443,6 +2454,8 @@ def _as_record(source: str, rename: Rename | None) -> CheckpointMetadata:
         new = rename(name) if callable(rename) else (rename or {}).get(name, name)
         if new is None:
             continue
+        if not isinstance(new, str):
+            raise ValueError(f"rename must give names, not {new!r}")
         if new in tensors:
             raise ValueError(f"{source}: two tensors would have the name {new!r}, one of them from {name!r}")
         file = os.path.basename(path)
@@ -2554,7 +2567,8 @@ def _escaped(text: str) -> str:
 
 def _say(*lines: str, file: TextIO | None = None) -> None:
     """Print lines. Every command prints this way, so that no stored name can control a terminal."""
-    file = file or sys.stdout
+    if (file := file or sys.stdout) is None:  # closed by the caller
+        return
     encoding = file.encoding or "utf-8"
     text = "\n".join(map(_escaped, lines))
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
@@ -2618,7 +2632,10 @@ def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
 def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """List the committed checkpoints below DIR."""
     infos = [vars(CheckpointInfo.of(meta)) for meta in st.list_committed(storage)]
-    return 0, [{**info, "timestamp": info["timestamp"].isoformat()} for info in infos]
+    for info in infos:
+        info["timestamp"] = info["timestamp"].isoformat()
+        info["custom_metadata"] = st.encode_value(dict(info["custom_metadata"]), "custom_metadata")
+    return 0, infos
 
 
 def _show(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
@@ -2688,7 +2705,12 @@ def _import(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
 def _diff(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Show what differs between checkpoints A and B; exit code 0: nothing, 1: something, 2: trouble."""
     found = diff_checkpoints(storage, args.a, args.b, values=args.values)
-    return 1 if found else 0, [difference._asdict() for difference in found]
+    rows = [difference._asdict() for difference in found]
+    for row in rows:  # JSON has no NaN and no infinity
+        row["largest_change"] = (
+            None if (size := row["largest_change"]) is None else size if math.isfinite(size) else str(size)
+        )
+    return 1 if found else 0, rows
 
 
 def _rm(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
@@ -2699,6 +2721,8 @@ def _rm(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
 
 def _gc(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """Remove what crashed saves left behind."""
+    if not args.min_age >= 0:
+        raise ValueError(f"--min-age must be at least 0, not {args.min_age}")
     return 0, {"removed": st.collect_garbage(storage, args.min_age * 3600)}
 
 

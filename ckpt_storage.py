@@ -68,6 +68,7 @@ import secrets
 import stat
 import struct
 import threading
+import time
 import types
 import zlib
 from collections import Counter, OrderedDict
@@ -250,7 +251,7 @@ class CheckpointStorage(Protocol):
     def names(self, directory: str = "") -> list[str]:
         """Every regular file below `directory`, sorted.
 
-        A link, which is never followed, and a directory that cannot be listed come with a `/` at the end; as
+        A link, which is never followed, and what cannot be looked at come with a `/` at the end; as
         `directory` itself they are an error.
         """
 
@@ -435,15 +436,16 @@ class LocalStorage:
         found = list[str]()
         for name in os.listdir(path) if os.path.isdir(path) else ():
             inner = os.path.join(directory, name)
-            with contextlib.suppress(FileNotFoundError):  # removed since
+            try:
                 mode = os.stat(os.path.join(path, name), follow_symlinks=False).st_mode
                 if stat.S_ISDIR(mode):
-                    try:
-                        found += self.names(inner)
-                    except (OSError, CheckpointException):  # another owner's: the rest can be listed
-                        found.append(f"{inner}/")
+                    found += self.names(inner)
                 elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
                     found.append(inner + "/" * stat.S_ISLNK(mode))
+            except FileNotFoundError:  # removed since
+                continue
+            except (OSError, CheckpointException):  # another owner's, or damaged: the rest can be listed
+                found.append(f"{inner}/")
         return sorted(found)
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
@@ -477,7 +479,9 @@ class LocalStorage:
         for _ in range(name.count("/") + 2):
             waiting.add(path := os.path.dirname(path))
         for directory in sorted(waiting, reverse=True):
-            with contextlib.suppress(FileNotFoundError):  # removed since: the sync of the one above says so
+            # Removed since: the sync of the one above says so. That of the base path may be another user's.
+            missing = (FileNotFoundError, PermissionError) if directory == path else (FileNotFoundError,)
+            with contextlib.suppress(*missing):
                 fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
                     os.fsync(fd)
@@ -688,6 +692,8 @@ def encode_value(
         if on_tensor is None:
             raise ValueError(f"{path}: a tensor cannot be stored here; put it into extra_state")
         return {"$tensor": on_tensor(path, value)}
+    if path.count(".") > 100:  # a reader may have little room on its stack
+        raise ValueError(f"{path[:100]}...: nested too deeply")
     if isinstance(value, dict) and kind in _MAPPINGS:
         if kind is dict and all(type(k) is str and k[:1] != "$" and not _TORN_PAIR.search(k) for k in value):
             return {k: encode_value(v, f"{path}.{k}", on_tensor) for k, v in value.items()}
@@ -844,14 +850,16 @@ def not_covered_once(tensors: Sequence[TensorMetadata], tensor: Ints, box: Ints)
     probability of about 2^-60, in any number of dimensions: sums are taken modulo two primes (the lemma of
     Schwartz and Zippel). Modulo 2^64 each dimension would lose a bit.
     """
-    width = box.shape[2]
-    columns = itertools.zip_longest((1,) * width, *(t.shape for t in tensors), fillvalue=1)
-    whole: Ints = np.array([*columns], np.int64).reshape(width, len(tensors) + 1).T[1:]
+    width, bare = box.shape[2], {n for n, t in enumerate(tensors) if t.alias_of is None and 0 not in t.shape}
+    used, tensor = np.unique(tensor, return_inverse=True)  # memory for these alone
+    bare -= (indices := set(used.tolist()))
+    columns = itertools.zip_longest((1,) * width, *(tensors[n].shape for n in sorted(indices)), fillvalue=1)
+    whole: Ints = np.array([*columns], np.int64).reshape(width, len(used) + 1).T[1:]
     low, size = box[:, 0], box[:, 1]
     most = whole[tensor] - size
-    wrong = np.zeros(len(tensors), bool)
+    wrong = np.zeros(len(used), bool)
     wrong[tensor[((low < 0) | (size <= 0) | (most < 0) | (low > most)).any(axis=1)]] = True
-    tied = np.array([t.alias_of is not None for t in tensors], bool)
+    tied = np.array([tensors[n].alias_of is not None for n in used.tolist()], bool)
     for seed, prime in enumerate(((1 << 31) - 1, (1 << 31) - 19)):
 
         def weight(low: Ints, high: Ints) -> Ints:
@@ -862,10 +870,10 @@ def not_covered_once(tensors: Sequence[TensorMetadata], tensor: Ints, box: Ints)
                 product = product * ((until.astype(np.int64) - before.astype(np.int64)) % prime) % prime
             return product
 
-        found = np.zeros(len(tensors), np.int64)
+        found = np.zeros(len(used), np.int64)
         np.add.at(found, tensor, weight(low, low + size))
         wrong |= found % prime != np.where(tied, 0, weight(np.zeros_like(whole), whole))
-    return np.flatnonzero(wrong).tolist()
+    return sorted(bare.union(used[wrong].tolist()))
 
 
 def _mixed(values: Ints, seed: int) -> npt.NDArray[np.uint64]:
@@ -1130,9 +1138,10 @@ def in_parallel(
                 poll()
     finally:
         gate.close()
+        end = time.monotonic() + STUCK_S
         for worker in workers:
             if worker.ident is not None:
-                worker.join(STUCK_S)
+                worker.join(max(0.0, end - time.monotonic()))
     if errors:
         raise errors[0]
 
@@ -1445,6 +1454,8 @@ def decode_record(data: bytes, prefix: str, storage: CheckpointStorage | None = 
         datetime.datetime.fromisoformat(timestamp)
         shards = tuple(map(_decode_file, body.array("files")))
         require(len({shard.file for shard in shards}) == len(shards), "a file is named twice")
+        save_id = body.text("save_id")
+        require(all(shard.file[:8] == save_id for shard in shards), "a file of another save")
         tensors = decode_tensors(body.array("tensors"))
         if storage is not None:  # C4
             for shard in shards:
@@ -1454,7 +1465,7 @@ def decode_record(data: bytes, prefix: str, storage: CheckpointStorage | None = 
                     raise corrupted(f"{file}: {what}, the record says {shard.length} bytes", prefix)
         return CheckpointMetadata(
             prefix=prefix,
-            save_id=body.text("save_id"),
+            save_id=save_id,
             sequence=body.number("sequence"),
             world_size=body.number("world_size"),
             format=body.text("format"),
@@ -1502,6 +1513,8 @@ def decode_tensors(rows: Sequence[object]) -> tuple[TensorMetadata, ...]:
     require(not large, f"too large: {some(large)}")
     tied = [t.alias_of for t in found if t.alias_of is not None]
     require(all(target < len(found) and found[target].alias_of is None for target in tied), "tied to nothing")
+    like = all(t.alias_of is None or t[1:3] == found[t.alias_of][1:3] for t in found)
+    require(like and len({(t.name, t.rank) for t in found}) == len(found), "tied to another kind, or twice")
     return tuple(found)
 
 
@@ -1531,6 +1544,7 @@ def _decode_pieces(
     nbytes = pieces.nbytes(itemsizes(tensors))
     most = _MOST_INFLATION * length if packed else length
     require(((length <= nbytes) & (nbytes <= most)).all(), "piece of another length than its box")
+    require(((length == nbytes) | (nbytes <= BLOCK_BYTES)).all(), "compressed piece over 4 MiB")
     return pieces
 
 
@@ -1538,11 +1552,18 @@ def _decode_pieces(
 # Committed, and what follows from it
 
 
-def read_file(storage: CheckpointStorage, name: str) -> bytes:
-    """All bytes of a file; FileNotFoundError where there is none."""
+def read_file(storage: CheckpointStorage, name: str, sealed: bool = False) -> bytes:
+    """All bytes of a file; FileNotFoundError where there is none. `sealed`: it must end as a record does."""
     with contextlib.closing(storage.open(name)) as file:
-        data = bytearray(file.length())
-        file.read(0, memoryview(data))
+        length, end = file.length(), bytearray(len(_seal(b"")))
+        if sealed and length > len(end):  # before memory is taken
+            file.read(length - len(end), memoryview(end))
+            if end[-2:] != b"}\n":
+                raise corrupted(f"{name}: does not end as a record", name)
+        try:
+            file.read(0, memoryview(data := bytearray(length)))
+        except MemoryError as error:
+            raise corrupted(f"{name}: has {length} bytes, more than fit into memory", name) from error
     return bytes(data)
 
 
@@ -1558,19 +1579,19 @@ def read_committed(storage: CheckpointStorage, prefix: str) -> CheckpointMetadat
 def read_committed_record(storage: CheckpointStorage, prefix: str) -> tuple[bytes, CheckpointMetadata]:
     """The same, and the bytes that it was decoded from, for other ranks to decode."""
     name = record_name(check_prefix(prefix))
-    text = read_file(storage, name)
+    text = read_file(storage, name, sealed=True)
     for _ in range(10):  # a save may overwrite it meanwhile: then its files go
         try:
             return text, decode_record(text, prefix, storage)
         except CheckpointException:
-            before, text = text, read_file(storage, name)
+            before, text = text, read_file(storage, name, sealed=True)
             if text == before:
                 raise
     return text, decode_record(text, prefix, storage)
 
 
 _RECORD_HEAD = re.compile(
-    rb'\{"format_version":([0-9]{1,9}),"save_id":"([0-9a-f]{8})","sequence":([0-9]{1,18}),'
+    rb'\{"format_version":([0-9]{1,9}),"save_id":"([0-9a-f]{8})","sequence":([0-9]{1,19}),'
 )
 
 
@@ -1589,7 +1610,7 @@ def record_head(storage: CheckpointStorage, prefix: str, sound: bool = True) -> 
     cannot be read, a STORAGE_ERROR where it is a link.
     """
     try:
-        data = read_file(storage, record_name(prefix))
+        data = read_file(storage, record_name(prefix), sealed=sound)
     except FileNotFoundError:
         return None
     except CheckpointException as error:
@@ -1650,6 +1671,13 @@ def tensor_files(storage: CheckpointStorage, prefix: str) -> Iterator[tuple[str,
     return ((i, name) for owner, i, name in save_files(storage.names(prefix)) if owner == prefix)
 
 
+def _is_ours(storage: CheckpointStorage, name: str) -> bool:
+    """Whether a save of this library has begun this file: its header comes last, over zeros."""
+    with contextlib.closing(storage.open(name)) as file:
+        file.read(0, memoryview(head := bytearray(min(_CRC_AT, file.length()))))
+    return not any(head) or head[8:] == _HEADER_START
+
+
 def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
     """Delete a checkpoint backwards: the record, made durable, then its files. Safe to repeat after a crash.
 
@@ -1658,9 +1686,9 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
     files = list(tensor_files(storage, check_prefix(prefix)))  # first: no file is older than its fence
     live = {i for i, _ in files if storage.length(fence_name(prefix, i)) is not None}
     existed = storage.delete(record_name(prefix))
-    if existed:
+    if existed or files:  # an earlier call may have crashed before its sync
         storage.sync_directory(record_name(prefix))
-    dead = [name for save_id, name in files if save_id not in live]
+    dead = [name for save_id, name in files if save_id not in live and _is_ours(storage, name)]
     if not existed and not dead:
         raise FileNotFoundError(f"no checkpoint {prefix!r}")
     for name in dead:
@@ -1692,11 +1720,11 @@ def collect_garbage(storage: AnyStorage, min_age_s: float = 86400.0, warn: Warn 
                         keep.add(save_id)
                         left = f"{(min_age_s - max(0.0, age)) / 3600:.1f} h"
                         warn(f"kept save {save_id} of {prefix}, which may be alive: old enough in {left}")
-            head = record_head(storage, prefix)
-            if head is not None and head.version == FORMAT_VERSION:
-                keep.add(head.save_id)
-            elif storage.length(record_name(prefix)) is not None:
-                raise corrupted("its record is damaged, or of another format version", prefix)
+            with contextlib.suppress(FileNotFoundError):
+                keep.add(decode_record(read_file(storage, record_name(prefix), sealed=True), prefix).save_id)
             dead = [name for save_id, name in files if save_id not in keep and not name.endswith(".tmp")]
+            dead = [name for name in dead if _is_ours(storage, name)]
+            if dead:  # the save that replaced them may have crashed before its sync
+                storage.sync_directory(record_name(prefix))
             removed += [name for name in dead if storage.delete(name)]
     return removed
