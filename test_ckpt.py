@@ -3,84 +3,48 @@
     python -m pytest -q test_ckpt.py                 all of it
     python -m pytest -q test_ckpt.py -k reshard      one section
 
-Sections follow the README's promises: API, bytes, protocol, resharding, resume, bad input, command line, format, recipes,
-faults, README.
-Nothing is mocked. Ranks are real processes that speak gloo (`run` below); files are reopened with a reader that
-shares no code with the library (`Shard` below, and the `safetensors` package where it is installed); the truth
-that a restored tensor is compared with never went through a checkpoint. A hang is a failure, never a wait; no test asserts
-a time on the wall clock: work is bounded by counts, processor time and memory.
+Sections follow the README's promises: API, bytes, protocol, resharding, resume, bad input, command line,
+format, recipes, faults, README. Nothing is mocked. Ranks are real processes that speak gloo (`run` below).
+Files are reopened with a reader that shares no code with the library (`Shard` below, and the `safetensors`
+package where it is installed). The truth that a restored tensor is compared with never went through a
+checkpoint. A hang is a failure, never a wait. No test asserts a time on the wall clock: work is bounded by
+counts, processor time, memory.
 
-The fault matrix. At every fault a reader sees exactly the old or exactly the new checkpoint, bit for bit, or a typed
-error where nothing was ever committed; once `save` has returned, only the new one.
+The fault matrix. At every fault a reader sees exactly the old or exactly the new checkpoint, bit for bit, or
+a typed error where nothing was ever committed; once `save` has returned, only the new one. The sections
+"faults" have a heading "Row n" for most rows; rows 4 and 21 are also in "bad input" and "bytes", rows 31-34
+in "resharding".
 
-    row | fault                                            | tests (test_...)
-    1   | a process ends after any operation               | a_process_that_ends_at_any_operation_...
-    2   | power loss: unsynced writes and names, torn      | a_power_loss_at_any_moment_of_a_save_..., ..._of_a_delete_or_...,
-        |                                                  | a_power_loss_right_after_..., a_power_loss_during_any_kind_of_...
-    3   | crash or error during clean-up                   | a_crash_during_the_clean_up_..., an_error_at_any_operation_of_gc_...
-    4   | disk full, quota                                 | a_disk_that_is_full_from_byte_n_on_..., a_full_disk_is_a_...
-    5   | the same again during the retry                  | the same (3 attempts), an_error_at_any_operation_... (from then on)
-    6   | I/O error on write, fsync, directory, close      | a_file_whose_write_or_sync_failed_..., an_error_at_any_operation_...
-    7   | short reads and writes, EINTR, over 0x7ffff000   | short_reads_..., signals_that_..., a_read_or_write_of_more_...,
-        |                                                  | a_write_that_takes_nothing_...
-    8   | error in any worker thread                       | an_error_in_any_worker_thread_...
-    9   | SIGKILL of a rank in each step, rank 0 too       | a_rank_killed_in_any_step_..., a_rank_killed_while_it_waits_...,
-        |                                                  | a_rank_that_dies_or_stops_in_an_exchange_...
-    10  | a rank raises in each step                       | a_rank_that_raises_in_any_step_..., what_keeps_one_rank_from_...,
-        |                                                  | an_error_in_the_clean_up_after_a_commit_...
-    11  | SIGSTOP past the deadline, then SIGCONT          | a_rank_stopped_past_the_deadline_..., ranks_retry_together_...
-    12  | the process that hosts the store dies            | if_the_host_of_the_store_dies_...
-    13  | each bit flipped, of every file                  | each_bit_and_each_length_..., a_flipped_bit_anywhere_...
-    14  | cut, extended; shards swapped, replayed          | each_bit_and_each_length_..., shards_swapped_duplicated_...
-    15  | tensor-file header fuzz, seeded                  | fuzz_of_headers_and_records_... (header, import), a_key_that_...
-    16  | record fuzz, seeded                              | fuzz_of_headers_and_records_... (record), a_key_that_comes_twice_...
-    17  | well-formed lies: 10^6 entries, too large shapes | a_well_formed_lie_..., a_lie_never_takes_...
-    18  | decompression bomb                               | a_decompression_bomb_...
-    19  | names: '..', absolute, NUL, backslash, long      | a_bad_name_in_a_record_..., a_bad_path_..., a_bad_prefix_...,
-        |                                                  | files_with_names_that_no_checkpoint_can_have_...
-    20  | a link, FIFO, device, directory instead of ours  | what_replaces_a_file_or_directory_of_ours_...,
-        |                                                  | a_link_below_the_base_path_...
-    21  | pickle payload in any file                       | a_pickle_in_any_file_..., no_pickle_is_ever_loaded
-    22  | two jobs, one prefix                             | two_jobs_on_one_prefix_..., two_jobs_in_lockstep_...
-    23  | reader during overwrite, delete, retention       | a_reader_between_any_two_operations_...,
-        |                                                  | a_reader_that_a_writer_overtakes_..., a_listing_that_...,
-        |                                                  | a_save_during_which_another_prefix_changes_...
-    24  | SIGTERM, KeyboardInterrupt at any operation      | a_signal_at_any_operation_..., an_interrupt_on_one_rank_...,
-        |                                                  | an_interrupt_of_a_rank_that_waits_...
-    25  | cancel in each step; exit with a save in flight  | cancel_in_any_step_..., the_cancel_of_a_pending_save_...,
-        |                                                  | a_failure_or_cancel_stops_..., a_cancel_on_one_rank_...,
-        |                                                  | an_interpreter_that_exits_..., an_exit_with_a_save_in_flight_...
-    26  | tensors changed after, or during, staging        | tensors_changed_after_wait_staged_...,
-        |                                                  | a_tensor_changed_during_overlapped_staging_...
-    27  | the clock is ten years off                       | a_clock_that_is_ten_years_off_...
-    28  | clean-up races a live writer                     | clean_up_at_any_operation_of_a_live_save_..., clean_up_that_...,
-        |                                                  | clean_up_keeps_a_save_whose_fence_...
-    29  | rename "fails" but happened                      | a_rename_that_reports_an_error_but_happened_...
-    30  | a read or write hangs past its operation's end   | a_read_that_returns_after_..., however_a_load_ends_...,
-        |                                                  | a_load_ends_only_when_..., a_write_that_returns_after_...
-    31  | ranks at different steps of training             | ranks_at_different_optimizer_steps_...
-    32  | one name on disjoint meshes                      | a_name_on_disjoint_meshes_...
-    33  | copies drift apart outside of their mesh         | copies_that_drift_apart_outside_of_their_mesh_...
-    34  | layouts of several boxes, uneven, empty          | every_layout_of_a_tensor_..., a_shard_of_several_runs_...
-    35  | names: control, bidi characters, lone surrogates | a_name_that_utf_8_cannot_encode_..., no_stored_name_...,
-        |                                                  | a_lone_surrogate_in_a_record_...
-    36  | a FIFO, device, directory as source of an import | what_is_no_regular_file_...
-    37  | a record that cannot be read beside good ones    | an_unreadable_record_...
-    38  | no hard links, no O_DIRECT, no directory fsync   | a_file_system_without_something_...
-    -   | a job of two ranks is killed again and again     | a_training_job_killed_twenty_times_...
-    -   | twelve mutants of the library                    | each_mutant_of_the_library_is_caught
+    1  a process ends after any operation            21  pickle payload in any file
+    2  power loss: unsynced writes, names, torn      22  two jobs, one prefix
+    3  crash or error during clean-up                23  reader during overwrite, delete, retention
+    4  disk full, quota                              24  SIGTERM, KeyboardInterrupt at any operation
+    5  the same again during the retry               25  cancel in each step; exit with a save in flight
+    6  I/O error on write, fsync, directory, close   26  tensors changed after, or during, staging
+    7  short reads, writes; EINTR; over 0x7ffff000   27  the clock is ten years off
+    8  error in any worker thread                    28  clean-up races a live writer
+    9  SIGKILL of a rank in each step, rank 0 too    29  rename "fails" but happened
+    10 a rank raises in each step                    30  a read or write hangs past its operation's end
+    11 SIGSTOP past the deadline, then SIGCONT       31  ranks at different steps of training
+    12 the process that hosts the store dies         32  one name on disjoint meshes
+    13 each bit flipped, of every file               33  copies drift apart outside of their mesh
+    14 cut, extended; shards swapped, replayed       34  layouts of several boxes, uneven, empty
+    15 tensor-file header fuzz, seeded               35  names: control, bidi characters, lone surrogates
+    16 record fuzz, seeded                           36  a FIFO, device, directory as source of an import
+    17 well-formed lies: 10^6 entries, huge shapes   37  a record that cannot be read beside good ones
+    18 decompression bomb                            38  no hard links, no O_DIRECT, no directory fsync
+    19 names: '..', absolute, NUL, backslash, long   -   a job of two ranks is killed again and again
+    20 a link, FIFO, device, directory of ours       -   twelve mutants of the library, each caught
 
-The fuzz is seeded: the same cases every time, and with `CKPT_FUZZ_ROUNDS=10` ten times as many.
-
-Slow, and why: each bit (a hundred thousand loads), 200 saves in the background (leaks show late), the job that is killed
-twenty times (each start imports torch), the power losses (every state is a directory that is loaded).
+The fuzz is seeded: the same cases every time, and with `CKPT_FUZZ_ROUNDS=10` ten times as many. Slow, and
+why: each bit (a hundred thousand loads), 200 saves in the background (leaks show late), the job that is
+killed twenty times (each start imports torch), the power losses (every state is a directory that is loaded).
 """
 
 import base64
 import concurrent.futures
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import enum
@@ -157,29 +121,25 @@ from ckpt import (
 HERE = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(HERE), os.environ.get("PYTHONPATH")])
-)  # for children
-# c10d looks up the name of a peer that it has lost; where no name server answers, that would take ten seconds.
+)  # of children
+# c10d looks up the name of a peer that it has lost: ten seconds where no name server answers.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::DeprecationWarning"
-)  # torch is chatty
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of torch
 torch.set_num_threads(1)
-gc.freeze()  # collections skip the objects that torch made at import: a fifth of the time of the long loops below
+gc.freeze()  # collections skip what torch made at import: a fifth of the time of the long loops
 MiB = 1 << 20
-BLOCK = 4 * MiB
-UNIT = 256 << 10
-PAGE = 4096
-FORMATS = list(CheckpointFormat)
-LEVELS = list(CompressionLevel)
+BLOCK, UNIT, PAGE = 4 * MiB, 256 << 10, 4096
+FORMATS, LEVELS = list(CheckpointFormat), list(CompressionLevel)
 STRATEGIES = ["parallel", "sequential", "broadcast"]
+FOREVER = 1 << 40
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# A wait of this length is a hang, however busy the machine. It is shorter than the library's default deadline of 600 s, so
-# that a rank that waits for that deadline hangs too. No test asserts how long something takes on the wall clock.
-HANG_S = 500.0
+HANG_S = (
+    500.0  # a longer wait is a hang, however busy the machine; shorter than the library's deadline of 600 s
+)
 
 
-# ---- the one multi-process helper ------------------------------------------------------------------------------------
-# A fork server imports torch once; each rank of each test is a fresh fork of it, so a rank starts in milliseconds, no
+# ---- the one multi-process helper --------------------------------------------------------------------------
+# A fork server imports torch once; each rank of each test is a fresh fork of it. So a rank starts soon, no
 # state leaks from test to test, and a killed rank costs nothing. The parent hosts the store, as torchrun does.
 
 CTX = multiprocessing.get_context("forkserver")
@@ -191,12 +151,13 @@ def _rank_main(pipe, port, rank, world_size, body, tmp, args):
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
     try:
-        if port is None:
-            answer = (True, body(Path(tmp), *args))
-        else:
+        if port is not None:
             store = dist.TCPStore("127.0.0.1", port, is_master=False)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-            answer = (True, body(rank, world_size, Path(tmp), *args))
+            args = (rank, world_size, Path(tmp), *args)
+        else:
+            args = (Path(tmp), *args)
+        answer = (True, body(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
     pipe.send(answer)
@@ -204,13 +165,13 @@ def _rank_main(pipe, port, rank, world_size, body, tmp, args):
 
 
 def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
-    """Run `body(rank, world_size, tmp, *args)` in `world_size` processes; return their results in the order of ranks.
+    """Run `body(rank, world_size, tmp, *args)` in `world_size` processes; return their results, by rank.
 
     Without a `group`, the processes know nothing of each other, and have no threads: `body(tmp, *args)`.
-    Fails with the tracebacks of the ranks that raised, died (except those in `dies`) or still run after `limit_s`.
+    Fails with the tracebacks of ranks that raised, died (but for those in `dies`) or run after `limit_s`.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes, pending, results, failures = [], {}, [None] * world_size, []
+    processes, pending, pipes, results, failures = [], {}, [], [None] * world_size, []
     for rank in range(world_size):
         pipe, theirs = CTX.Pipe()
         arguments = (theirs, store.port if group else None, rank, world_size, body, str(tmp), args)
@@ -218,12 +179,12 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
         processes[-1].start()
         theirs.close()
         pending[pipe] = rank
+        pipes.append(pipe)  # our ends stay open until the end
     deadline = time.monotonic() + limit_s
     try:
         while pending and (ready := connection.wait(list(pending), max(0.0, deadline - time.monotonic()))):
             for pipe in ready:
                 rank = pending.pop(pipe)
-                processes[rank].pipe = pipe  # keep our end open until the end
                 try:
                     ok, results[rank] = pipe.recv()
                 except EOFError:
@@ -233,7 +194,7 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
                     deadline = min(deadline, time.monotonic() + 30)
         if pending:
             failures.append(
-                f"ranks {sorted(pending.values())} hang: still running at the limit of {limit_s} s"
+                f"ranks {sorted(pending.values())} hang: they still run at the limit of {limit_s} s"
             )
     finally:
         for process in processes:
@@ -244,7 +205,7 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
     return results
 
 
-# ---- opening, comparing, reading by hand -----------------------------------------------------------------------------
+# ---- opening, comparing, reading by hand -------------------------------------------------------------------
 
 
 def opened(tmp, coordinator=None, **options):
@@ -345,11 +306,13 @@ def shards(tmp, prefix="p"):
 class Shard:
     """A safetensors file read by hand, with the rules that their reader enforces, and ours on top."""
 
-    ITEM: ClassVar = dict.fromkeys(
-        ["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"], 1
+    CODES = (
+        (0.5, "F4"),
+        (1, "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ F8_E8M0"),
+        (2, "U16 I16 F16 BF16"),
     )
-    ITEM |= dict.fromkeys(["U16", "I16", "F16", "BF16"], 2) | dict.fromkeys(["U32", "I32", "F32"], 4)
-    ITEM |= dict.fromkeys(["U64", "I64", "F64", "C64"], 8) | {"F4": 0.5}
+    CODES += ((4, "U32 I32 F32"), (8, "U64 I64 F64 C64"))
+    ITEM: ClassVar = {code: size for size, codes in CODES for code in codes.split()}
 
     def __init__(self, path):
         def no_duplicates(pairs):
@@ -359,15 +322,11 @@ class Shard:
         self.path, self.bytes = Path(path), Path(path).read_bytes()
         (length,) = struct.unpack("<Q", self.bytes[:8])
         text = self.bytes[8 : 8 + length]
-        assert length <= 100_000_000 and text.startswith(b"{")
+        assert length <= 100_000_000 and text.startswith(b"{") and text.rstrip(b" ").endswith(b"}")
         self.header = json.loads(text.decode(), object_pairs_hook=no_duplicates)
-        assert text.rstrip(b" ").endswith(b"}")
         self.metadata = self.header.pop("__metadata__", {})
-        assert all(type(value) is str for value in self.metadata.values())
         self.data_at = 8 + length
         assert self.data_at % PAGE == 0
-        assert list(self.metadata) == ["format", "ckpt_version", "unit_bytes", "crc32"]
-        assert list(self.metadata.values())[:3] == ["pt", "2", str(UNIT)]
         end = 0
         for name, entry in sorted(self.header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
@@ -377,11 +336,12 @@ class Shard:
             end = stop
         assert self.data_at + end == len(self.bytes)
         units = [self.bytes[at : at + UNIT] for at in range(self.data_at, len(self.bytes), UNIT)]
-        assert self.metadata["crc32"] == "".join(f"{zlib.crc32(unit):08x}" for unit in units)
+        checksums = "".join(f"{zlib.crc32(unit):08x}" for unit in units)
+        expected = {"format": "pt", "ckpt_version": "2", "unit_bytes": str(UNIT), "crc32": checksums}
+        assert list(self.metadata.items()) == list(expected.items())
 
     def data(self, name):
-        begin, end = self.header[name]["data_offsets"]
-        return self.bytes[self.data_at + begin : self.data_at + end]
+        return self.bytes[slice(*self.place(name))]
 
     def place(self, name):
         """Where an entry's bytes are in the file: (first, end)."""
@@ -408,19 +368,17 @@ def column_of(text):
 
 
 def packed(column):
-    """Its inverse."""
-    steps = [
-        (number - before + (1 << 63)) % (1 << 64) - (1 << 63) for before, number in zip([0, *column], column)
-    ]
-    return base64.b64encode(zlib.compress(struct.pack(f"<{len(steps)}q", *steps))).decode()
+    """Its inverse. Differences wrap around at 64 bits."""
+    steps = [(number - before) % (1 << 64) for before, number in zip([0, *column], column)]
+    return base64.b64encode(zlib.compress(struct.pack(f"<{len(steps)}Q", *steps))).decode()
 
 
 def expanded(record):
     """A record, as JSON has it, with its columns as lists of integers: `packed` to a string by `sealed`."""
     columns = record["pieces"]
-    for key, value in columns.items():
-        if key != "count":
-            columns[key] = list(map(column_of, value)) if isinstance(value, list) else column_of(value)
+    for key in columns.keys() - {"count"}:
+        value = columns[key]
+        columns[key] = list(map(column_of, value)) if isinstance(value, list) else column_of(value)
     return record
 
 
@@ -486,11 +444,11 @@ def state_of(model, optimizer=None):
     return copy.deepcopy((model.state_dict(), optimizer and optimizer.state_dict()))
 
 
-# ---- the seam: every system call on a checkpoint, logged, failed or stopped -------------------------------------------
+# ---- the seam: every system call on a checkpoint, logged, failed or stopped --------------------------------
 
 
 class Op(NamedTuple):
-    """One file operation: what, on which path; the other path of rename and link; what is written where; bytes asked."""
+    """One file operation: what, on which path; the second path; what is written where; bytes asked for."""
 
     call: str  # a function of `os`, or "create" for an open that makes the file
     path: str
@@ -500,26 +458,15 @@ class Op(NamedTuple):
     size: int = 0
 
 
-CHANGES = (
-    "create",
-    "pwrite",
-    "truncate",
-    "allocate",
-    "fsync",
-    "fsync_dir",
-    "rename",
-    "link",
-    "unlink",
-    "mkdir",
-    "rmdir",
-)
+CALLS = "create pwrite truncate allocate fsync fsync_dir rename link unlink mkdir rmdir"
+CHANGES = CALLS.split()
 
 
 class Seam:
-    """A stand-in for the library's `os`: all file calls are in `log`, those that succeeded in `done`, each in order.
+    """A stand-in for the library's `os`: all file calls are in `log`, those that succeeded in `done`.
 
-    `before(op)` and `after(op)` may look on, stop, or raise; at most `cap` bytes are read or written at a time. A
-    `Storage(base_path, seam)` makes its calls through it; subclasses override a call to change what it does.
+    `before(op)` and `after(op)` may look on, stop, or raise; at most `cap` bytes are read or written at once.
+    `Storage(base_path, seam)` makes its calls through it; subclasses override a call to change its effect.
     """
 
     def __init__(self, before=lambda op: None, after=lambda op: None, cap=1 << 40):
@@ -538,13 +485,11 @@ class Seam:
         return result
 
     def open(self, path, flags, mode=0o777):
-        call = "create" if flags & os.O_CREAT else "open"
+        op = Op("create" if flags & os.O_CREAT else "open", path)
         if path.startswith("/proc/self/fd/"):
-            call, path, real = "open_direct", self.paths[int(path.rpartition("/")[2])], path
-        else:
-            real = path
-        fd = self._do(Op(call, path), lambda: os.open(real, flags, mode))
-        self.paths[fd] = path
+            op = Op("open_direct", self.paths[int(path.rpartition("/")[2])])
+        fd = self._do(op, lambda: os.open(path, flags, mode))
+        self.paths[fd] = op.path
         (self.directories.add if flags & os.O_DIRECTORY else self.directories.discard)(fd)
         return fd
 
@@ -562,9 +507,8 @@ class Seam:
         return self._do(op, lambda: os.pwrite(fd, data[: self.cap], offset))
 
     def posix_fallocate(self, fd, offset, length):
-        self._do(
-            Op("allocate", self.paths[fd], offset=length), lambda: os.posix_fallocate(fd, offset, length)
-        )
+        op = Op("allocate", self.paths[fd], offset=length)
+        self._do(op, lambda: os.posix_fallocate(fd, offset, length))
 
     def ftruncate(self, fd, length):
         self._do(Op("truncate", self.paths[fd], offset=length), lambda: os.ftruncate(fd, length))
@@ -573,12 +517,6 @@ class Seam:
         call = "fsync_dir" if fd in self.directories else "fsync"
         self._do(Op(call, self.paths[fd]), lambda: os.fsync(fd))
 
-    def rename(self, source, target):
-        self._do(Op("rename", source, target), lambda: os.rename(source, target))
-
-    def link(self, source, target):
-        self._do(Op("link", source, target), lambda: os.link(source, target))
-
     def close(self, fd):
         try:
             self._do(Op("close", self.paths[fd]), lambda: None)
@@ -586,38 +524,36 @@ class Seam:
             os.close(fd)  # as Linux: a close that reports an error has closed
 
 
-def _on_name(call):
-    return lambda self, path, **options: self._do(Op(call, path), lambda: getattr(os, call)(path, **options))
+def _on_names(call):
+    return lambda self, *paths, **options: self._do(
+        Op(call, *paths), lambda: getattr(os, call)(*paths, **options)
+    )
 
 
-for _call in ("unlink", "mkdir", "rmdir", "stat", "listdir"):
-    setattr(Seam, _call, _on_name(_call))
+for _call in ("rename", "link", "unlink", "mkdir", "rmdir", "stat", "listdir"):
+    setattr(Seam, _call, _on_names(_call))
 
 
-class _Current(threading.local):
-    seam = os
-
-
-class _Dispatch:
+class _Dispatch(threading.local):
     """What the library has as `os`: the seam of the storage that a thread is in."""
 
-    current = _Current()
+    seam = os
 
     def __getattr__(self, name):
-        return getattr(self.current.seam, name)
+        return getattr(self.seam, name)
 
 
-st.os = _Dispatch()
+DISPATCH = st.os = _Dispatch()
 
 
 def _within(method):
     @functools.wraps(method)
     def call(self, *args, **options):
-        before, _Dispatch.current.seam = _Dispatch.current.seam, self.seam
+        before, DISPATCH.seam = DISPATCH.seam, self.seam
         try:
             result = method(self, *args, **options)
         finally:
-            _Dispatch.current.seam = before
+            DISPATCH.seam = before
         if isinstance(result, st.LocalFile):
             result.__class__, result.seam = SeamedFile, self.seam
         return result
@@ -644,23 +580,24 @@ for _kind in (Storage, SeamedFile):
 
 
 def test_every_file_call_of_the_library_goes_through_the_seam(tmp_path):
-    (outside,) = run(1, work_under_audit, tmp_path, group=False)
-    assert outside == {}
+    assert run(1, work_under_audit, tmp_path, group=False) == [{}]
 
 
 def work_under_audit(tmp):
-    """What the interpreter has been asked to do with files below `tmp`, but not through the library's `os`."""
-    audited, st.os = [], Seam()
+    """What the interpreter was asked to do with files below `tmp`, but not through the library's `os`."""
+    audited, st.os = Counter(), Seam()
     names = {"open": "open", "os.remove": "unlink", "os.listdir": "listdir", "os.scandir": "scandir"}
     names |= {f"os.{name}": name for name in ("rename", "link", "mkdir", "rmdir", "truncate", "symlink")}
 
     def audit(event, args):
         if event in names and str(args[0]).startswith(f"{tmp}/"):
             is_map = event == "open" and args[1] is not None and "/source/" in args[0]  # of a file to import
-            audited.extend([] if is_map else [(names[event], args[0])])
+            audited[names[event], args[0]] += not is_map
 
     sys.addaudithook(audit)
     storage, (model, optimizer) = ckpt.LocalStorage(tmp / "base"), small()
+    exported, lost = tmp / "source" / "m.safetensors", tmp / "base" / f"lost{st.RECORD_SUFFIX}.0badf00d.tmp"
+    index = f"{exported}.index.json"
     with ckpt.DistributedCheckpoint(storage=storage) as checkpoint:
         for form in FORMATS:
             checkpoint.save(model, optimizer, to(f"runs/{form.value}", format=form))
@@ -668,25 +605,22 @@ def work_under_audit(tmp):
         checkpoint.save_async(model, optimizer, to("once", overwrite=False)).result(HANG_S)
         checkpoint.load(model, optimizer, at("runs/consolidated"))
         checkpoint.validate_checkpoint("once")
-        ckpt.export_checkpoint(storage, "once", tmp / "source" / "m.safetensors", max_shard_bytes=100)
-        ckpt.export_checkpoint(storage, "once", tmp / "source" / "m.safetensors", max_shard_bytes=100)
-        ckpt.import_checkpoint(tmp / "source" / "m.safetensors.index.json", storage, "again")
-        ckpt.load_safetensors(small()[0], tmp / "source" / "m.safetensors.index.json", strict=False)
+        for _ in ("new", "again"):
+            ckpt.export_checkpoint(storage, "once", exported, max_shard_bytes=100)
+        ckpt.import_checkpoint(index, storage, "again")
+        ckpt.load_safetensors(small()[0], index, strict=False)
         ckpt.diff_checkpoints(storage, "once", "again")
         checkpoint.delete_checkpoint("once")
-        (tmp / "base" / f"lost{st.RECORD_SUFFIX}.0badf00d.tmp").touch()
+        lost.touch()
         ckpt.collect_garbage(storage, 0.0)
     expected = {"open", "unlink", "listdir", "rename", "link", "mkdir", "rmdir"}
-    assert {call for call, _ in audited} - {"scandir"} == expected
-    return (
-        Counter(audited)
-        - Counter(("open" if op.call == "create" else op.call, op.path) for op in st.os.log)
-        - Counter({("open", str(tmp / "base" / f"lost{st.RECORD_SUFFIX}.0badf00d.tmp")): 1})
-    )
+    assert {call for call, _ in +audited} - {"scandir"} == expected
+    audited["open", str(lost)] -= 1
+    return audited - Counter(("open" if op.call == "create" else op.call, op.path) for op in st.os.log)
 
 
 class Strike:
-    """A hook that calls `act(op)` at operation number k, or numbers k up to `until`, of those that `when` accepts."""
+    """A hook: calls `act(op)` at number k, or numbers k up to `until`, of the operations `when` accepts."""
 
     def __init__(self, k, act, when=lambda op: True, until=None):
         self.numbers, self.act, self.when = range(k, k + 1 if until is None else until), act, when
@@ -696,9 +630,6 @@ class Strike:
         if self.when(op) and next(self.count) in self.numbers:
             self.hit = self.hit or op  # the first one
             self.act(op)
-
-
-FOREVER = 1 << 40
 
 
 def fail(code):
@@ -712,57 +643,45 @@ def is_change(op):
     return op.call in CHANGES
 
 
-# ---- API: every public name, every option has its effect -------------------------------------------------------------
+# ---- API: every public name, every option has its effect ---------------------------------------------------
 
-PUBLIC = [
-    "DistributedCheckpoint", "PendingSave", "DistributedCheckpointFactory", "StorageFactory", "Stateful",
-    "SaveOptions", "LoadOptions", "CheckpointLoadResult", "CheckpointInfo", "CheckpointOptions", "StorageOptions",
-    "RetryPolicy", "CheckpointException", "ExceptionType", "CheckpointValidator", "ValidationResult",
-    "IntegrityChecker", "CompatibilityChecker", "ChecksumIntegrityChecker", "SizeIntegrityChecker",
-    "VersionCompatibilityChecker", "SchemaCompatibilityChecker", "FaultToleranceHandler", "DistributedCoordinator",
-    "LocalCoordinator", "TorchCoordinator", "CheckpointCoordinator", "CheckpointLoader", "CheckpointStorage",
-    "LocalStorage", "CheckpointMetadata", "ShardMetadata", "TensorMetadata", "ShardData", "CheckpointFormat",
-    "CompressionLevel", "export_checkpoint", "import_checkpoint", "diff_checkpoints", "Difference",
-    "CheckpointReader", "Progress", "StoredFile", "collect_garbage",
-]  # fmt: skip
+PUBLIC = """
+DistributedCheckpoint PendingSave DistributedCheckpointFactory StorageFactory Stateful SaveOptions LoadOptions
+CheckpointLoadResult CheckpointInfo CheckpointOptions StorageOptions RetryPolicy CheckpointException
+ExceptionType CheckpointValidator ValidationResult IntegrityChecker CompatibilityChecker
+ChecksumIntegrityChecker SizeIntegrityChecker VersionCompatibilityChecker SchemaCompatibilityChecker
+FaultToleranceHandler DistributedCoordinator LocalCoordinator TorchCoordinator CheckpointCoordinator
+CheckpointLoader CheckpointStorage LocalStorage CheckpointMetadata ShardMetadata TensorMetadata ShardData
+CheckpointFormat CompressionLevel export_checkpoint import_checkpoint load_safetensors diff_checkpoints
+Difference CheckpointReader Progress StoredFile collect_garbage
+"""
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_imported_from_ckpt_and_says_what_it_is(name):
-    assert getattr(ckpt, name).__doc__
+def test_the_public_names_are_these_and_each_says_what_it_is():
+    assert sorted(ckpt.__all__) == sorted(PUBLIC.split())
+    assert [name for name in ckpt.__all__ if not getattr(ckpt, name).__doc__] == []
 
 
 def test_options_have_the_documented_fields_and_defaults():
-    def defaults(cls):
-        return {f.name: getattr(cls(), f.name) for f in dataclasses.fields(cls)}
-
-    save = dict(
-        checkpoint_prefix=None, format=CheckpointFormat.MULTI_SHARD, compression_level=CompressionLevel.NONE
+    assert str(SaveOptions()) == (
+        "SaveOptions(checkpoint_prefix=None, format=<CheckpointFormat.MULTI_SHARD: 'multi_shard'>, "
+        "compression_level=<CompressionLevel.NONE: 'none'>, include_optimizer=True, include_rng_state=True, "
+        "timeout=None, custom_metadata={}, overwrite=True, staging='eager', replicas='verify', progress=None)"
     )
-    save |= dict(
-        include_optimizer=True, include_rng_state=True, timeout=None, custom_metadata={}, overwrite=True
+    assert str(LoadOptions()) == (
+        "LoadOptions(checkpoint_prefix=None, load_optimizer=True, load_rng_state=True, "
+        "resharding_strategy='parallel', timeout=None, skip_validation=False, strict_mode=True, "
+        "fallback=False, progress=None)"
     )
-    assert defaults(SaveOptions) == save | dict(staging="eager", replicas="verify", progress=None)
-    load = dict(
-        checkpoint_prefix=None, load_optimizer=True, load_rng_state=True, resharding_strategy="parallel"
-    )
-    load |= dict(timeout=None, skip_validation=False, strict_mode=True, fallback=False, progress=None)
-    assert defaults(LoadOptions) == load
-    assert defaults(ckpt.StorageOptions) == dict(
-        provider="local", connection_settings={"base_path": "./checkpoints"}
-    )
-    assert ckpt.CheckpointOptions().default_timeout == 600.0 and ckpt.CheckpointOptions().keep_last is None
-    retry = ckpt.RetryPolicy()
-    assert (retry.max_retries, retry.initial_delay, retry.max_delay, retry.backoff_factor) == (
-        3,
-        1.0,
-        30.0,
-        2.0,
-    )
-    members = (
+    storage = dict(provider="local", connection_settings={"base_path": "./checkpoints"})
+    retry = dict(max_retries=3, initial_delay=1.0, max_delay=30.0, backoff_factor=2.0)
+    everywhere = dict(default_timeout=600.0, keep_last=None, retain=None)
+    assert vars(ckpt.StorageOptions()) == storage and vars(ckpt.RetryPolicy()).items() >= retry.items()
+    assert vars(ckpt.CheckpointOptions()).items() >= everywhere.items()
+    types = (
         "UNKNOWN SAVE_FAILED LOAD_FAILED VALIDATION_FAILED CORRUPTED_CHECKPOINT INCOMPATIBLE_VERSION TIMEOUT"
     )
-    assert {m.name for m in ExceptionType} == {*members.split(), "STORAGE_ERROR", "CANCELLED"}
+    assert {member.name for member in ExceptionType} == {*types.split(), "STORAGE_ERROR", "CANCELLED"}
 
 
 def test_the_exception_is_a_plain_exception_with_path_type_and_rank():
@@ -779,9 +698,27 @@ def test_modules_optimizers_and_schedulers_are_stateful():
     assert not isinstance(object(), ckpt.Stateful)
 
 
+def loaded(checkpoint, options):
+    """What a load gives: the state of a model and optimizer that had another one before, and the result."""
+    model, optimizer = small("other")
+    result = checkpoint.load(model, optimizer, options)
+    return state_of(model, optimizer), result
+
+
+def refused(checkpoint, options, kind, **more):
+    """The message of a load that raises `kind` and changes nothing."""
+    model, optimizer = small("other")
+    message = refusal(lambda: checkpoint.load(model, optimizer, options, **more), kind)
+    assert identical(state_of(model, optimizer), state_of(*small("other")))
+    return message
+
+
+def prefixes(checkpoint):
+    return [info.prefix for info in checkpoint.list_checkpoints()]
+
+
 def test_what_was_saved_is_restored_in_place_bit_for_bit(tmp_path):
-    model, optimizer = small()
-    other, other_optimizer = small("other")
+    (model, optimizer), (other, other_optimizer) = small(), small("other")
     weight = other[0].weight
     with opened(tmp_path) as checkpoint:
         assert checkpoint.save(model, optimizer, to("a/b")) == "a/b"
@@ -794,215 +731,168 @@ def test_what_was_saved_is_restored_in_place_bit_for_bit(tmp_path):
 
 
 def test_one_object_saves_with_defaults_and_names_checkpoints_by_utc_time(tmp_path, monkeypatch):
+    def moment():
+        return datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
+
     monkeypatch.chdir(tmp_path)
-    model, _ = small()
-    checkpoint = ckpt.DistributedCheckpoint()
-    before = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
-    first, second = checkpoint.save(model), checkpoint.save(model)
-    after = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d_%H%M%S")
-    assert before <= re.fullmatch(r"checkpoint_(\d{8}_\d{6})", first)[1] <= after
-    assert second.startswith("checkpoint_") and second != first
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == [first, second]
+    checkpoint, before = ckpt.DistributedCheckpoint(), moment()
+    first, second = (checkpoint.save(small()[0]) for _ in range(2))
+    assert before <= re.fullmatch(r"checkpoint_(\d{8}_\d{6})", first)[1] <= moment()
+    assert second.startswith("checkpoint_") and prefixes(checkpoint) == [first, second] and second != first
     assert (tmp_path / "checkpoints" / f"{first}.metadata.json").is_file()
 
 
 def test_list_gives_committed_checkpoints_oldest_first_whatever_the_clock_says(tmp_path):
-    model, optimizer = small()
-    checkpoint = opened(tmp_path)
+    checkpoint, moments = opened(tmp_path), [datetime.datetime.now(datetime.timezone.utc)]
     assert checkpoint.list_checkpoints() == [] and checkpoint.latest_checkpoint() is None
-    moments = [datetime.datetime.now(datetime.timezone.utc)]
     for age, prefix in enumerate(["z", "deep/er/m", "a"]):
-        checkpoint.save(model, optimizer, to(prefix, format=FORMATS[age]))
+        checkpoint.save(*small(), to(prefix, format=FORMATS[age]))
         os.utime(tmp_path / f"{prefix}.metadata.json", (1e9 - age, 1e9 - age))
         moments.append(datetime.datetime.now(datetime.timezone.utc))
     infos = checkpoint.list_checkpoints()
-    assert [info.prefix for info in infos] == ["z", "deep/er/m", "a"]
-    assert checkpoint.latest_checkpoint() == infos[-1]
+    assert prefixes(checkpoint) == ["z", "deep/er/m", "a"] and checkpoint.latest_checkpoint() == infos[-1]
     for info, form, before, after in zip(infos, FORMATS, moments, moments[1:]):
         assert info.format in (form, form.name, form.value) and info.world_size == 1 and info.version
-        assert before <= info.timestamp <= after
-        assert info.timestamp.utcoffset() == datetime.timedelta(0)
-        stored = sum(path.stat().st_size for path in shards(tmp_path, info.prefix))
-        assert (
-            stored <= info.size_bytes <= stored + (tmp_path / f"{info.prefix}.metadata.json").stat().st_size
+        assert before <= info.timestamp <= after and info.timestamp.utcoffset() == datetime.timedelta(0)
+        record, stored = (
+            (tmp_path / f"{info.prefix}.metadata.json").stat().st_size,
+            shards(tmp_path, info.prefix),
         )
+        assert 0 <= info.size_bytes - sum(path.stat().st_size for path in stored) <= record
 
 
 def test_delete_removes_one_checkpoint_and_leaves_those_below_it_alone(tmp_path):
-    model, _ = small()
     checkpoint = opened(tmp_path)
     for prefix in ("a", "a/b", "c"):
-        checkpoint.save(model, None, to(prefix))
+        checkpoint.save(*small(), to(prefix))
     checkpoint.delete_checkpoint("a")
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["a/b", "c"]
+    assert prefixes(checkpoint) == ["a/b", "c"]
     assert not (tmp_path / "a.metadata.json").exists() and not shards(tmp_path, "a")
-    checkpoint.load(small("other")[0], None, at("a/b"))
-    checkpoint.delete_checkpoint("a/b")
-    checkpoint.delete_checkpoint("c")
+    assert identical(loaded(checkpoint, at("a/b"))[0], state_of(*small()))
+    for prefix in ("a/b", "c"):
+        checkpoint.delete_checkpoint(prefix)
     assert listing(tmp_path) == {}
     assert "c" in refusal(lambda: checkpoint.delete_checkpoint("c"))
 
 
-def test_include_optimizer_false_stores_none_and_model_only_does_the_same(tmp_path):
-    model, optimizer = small()
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to("a", include_optimizer=False))
-    assert checkpoint.save_model_only(model, to("b")) == "b"
-    for prefix in ("a", "b"):
-        assert not any("exp_avg" in name for path in shards(tmp_path, prefix) for name in Shard(path).header)
-        other, other_optimizer = small("other")
-        before = state_of(other, other_optimizer)
-        strict = functools.partial(checkpoint.load, other, other_optimizer, at(prefix))
-        refusal(strict, ExceptionType.VALIDATION_FAILED)
-        assert identical(state_of(other, other_optimizer), before)
-        result = checkpoint.load(other, other_optimizer, at(prefix, strict_mode=False))
-        assert result.warnings and identical(state_of(other_optimizer)[0], before[1])
-        assert identical(state_of(other)[0], state_of(model)[0])
-        checkpoint.load(small("other")[0], None, at(prefix))
-
-
-def test_load_optimizer_false_leaves_the_optimizer_as_it_is(tmp_path):
-    model, optimizer = small()
-    other, other_optimizer = small("other")
-    before = state_of(other, other_optimizer)
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to())
-    checkpoint.load(other, other_optimizer, at(load_optimizer=False))
-    assert identical(state_of(other_optimizer)[0], before[1]) and identical(
-        state_of(other)[0], state_of(model)[0]
-    )
-
-
-def test_a_forgotten_optimizer_is_a_warning_unless_it_is_left_out_on_purpose(tmp_path):
-    model, optimizer = small()
-    checkpoint = opened(tmp_path)
+def test_an_optimizer_is_saved_and_loaded_unless_it_is_left_out_and_a_forgotten_one_is_a_warning(tmp_path):
+    checkpoint, (model, optimizer) = opened(tmp_path), small()
+    truth, mine = state_of(model, optimizer), state_of(*small("other"))
     checkpoint.save(model, optimizer, to("both"))
-    checkpoint.save(model, None, to("model"))
+    checkpoint.save(model, optimizer, to("excluded", include_optimizer=False))
+    assert checkpoint.save_model_only(model, to("only")) == "only"
+    checkpoint.save(model, None, to("none"))
+    for prefix in ("excluded", "only", "none"):
+        assert not any("exp_avg" in name for path in shards(tmp_path, prefix) for name in Shard(path).header)
+        refused(checkpoint, at(prefix), ExceptionType.VALIDATION_FAILED)
+        state, result = loaded(checkpoint, at(prefix, strict_mode=False))
+        assert result.warnings and identical(state, (truth[0], mine[1]))
+        assert not checkpoint.load(model, None, at(prefix, load_rng_state=False)).warnings
+    assert identical(loaded(checkpoint, at("both", load_optimizer=False))[0], (truth[0], mine[1]))
     (warning,) = checkpoint.load(model, None, at("both")).warnings
     assert "load_optimizer=False" in warning
     assert not checkpoint.load(model, None, at("both", load_optimizer=False)).warnings
-    assert not checkpoint.load(model, None, at("model")).warnings
 
 
 def draws():
     return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
 
 
-@pytest.mark.parametrize("included, loaded", [(True, True), (True, False), (False, True)])
-def test_rng_of_torch_numpy_and_random_come_back_if_saved_and_asked_for(tmp_path, included, loaded):
-    model, _ = small()
-    checkpoint = opened(tmp_path)
+@pytest.mark.parametrize("included, asked_for", [(True, True), (True, False), (False, True)])
+def test_rng_of_torch_numpy_and_random_come_back_if_saved_and_asked_for(tmp_path, included, asked_for):
+    checkpoint, model = opened(tmp_path), small()[0]
     draws()
     checkpoint.save(model, None, to(include_rng_state=included))
     first, second = draws(), draws()
-    result = checkpoint.load(model, None, at(load_rng_state=loaded))
+    result = checkpoint.load(model, None, at(load_rng_state=asked_for))
     again = draws()
-    assert (again == first) == (included and loaded) and again != second
-    assert bool(result.warnings) == (loaded and not included)
+    assert (again == first) == (included and asked_for) and again != second
+    assert bool(result.warnings) == (asked_for and not included)
 
 
 def test_custom_metadata_comes_back_and_must_be_json(tmp_path):
-    model, _ = small()
-    checkpoint = opened(tmp_path)
-    mine = {"epoch": 3, "ünï": [1.5, None, {"deep": True}]}
-    checkpoint.save(model, None, to(custom_metadata=mine))
-    assert checkpoint.load(model, None, at()).metadata.custom_metadata == mine
+    checkpoint, mine = opened(tmp_path), {"epoch": 3, "ünï": [1.5, None, {"deep": True}]}
+    checkpoint.save(*small(), to(custom_metadata=mine))
+    assert loaded(checkpoint, at())[1].metadata.custom_metadata == mine
     with pytest.raises(ValueError, match="epoch"):
-        checkpoint.save(model, None, to("q", custom_metadata={"epoch": object()}))
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["p"]
+        checkpoint.save(*small(), to("q", custom_metadata={"epoch": object()}))
+    assert prefixes(checkpoint) == ["p"]
 
 
-def test_overwrite_replaces_the_old_checkpoint_and_its_files(tmp_path):
+def test_overwrite_replaces_the_old_checkpoint_and_its_files_or_is_refused_if_false(tmp_path):
     checkpoint = opened(tmp_path)
-    model, optimizer = small()
     for form in FORMATS:
-        checkpoint.save(model, optimizer, to(format=form))
+        checkpoint.save(*small(), to(format=form))
     checkpoint.save(*small("second"), to())
-    assert len(listing(tmp_path)) == 2
-    checkpoint.load(model, optimizer, at())
-    assert identical(state_of(model, optimizer), state_of(*small("second")))
-
-
-def test_overwrite_false_refuses_and_keeps_the_old_checkpoint(tmp_path):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to())
     before = listing(tmp_path)
-    assert "p" in refusal(lambda: checkpoint.save(*small("second"), to(overwrite=False)))
+    assert len(before) == 2 and identical(loaded(checkpoint, at())[0], state_of(*small("second")))
+    assert "p" in refusal(lambda: checkpoint.save(*small(), to(overwrite=False)))
     assert listing(tmp_path) == before
-    assert checkpoint.save(*small("second"), to("q", overwrite=False)) == "q"
+    assert checkpoint.save(*small(), to("q", overwrite=False)) == "q"
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_format_and_compression_level_restores_the_same_bits(tmp_path, form, level):
-    checkpoint = opened(tmp_path)
-    model = filled(
-        nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), "truth"
-    )  # over one frame
-    optimizer = stepped(model, torch.optim.SGD, lr=0.1, momentum=0.9)
-    other = filled(nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), "other")
-    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.3, momentum=0.9)
+    def momentum(salt):
+        model = filled(nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), salt)
+        return model, stepped(model, torch.optim.SGD, len(salt), lr=0.1, momentum=0.9)
+
+    checkpoint, (model, optimizer), (other, other_optimizer) = (
+        opened(tmp_path),
+        momentum("truth"),
+        momentum("new"),
+    )
     checkpoint.save(model, optimizer, to(format=form, compression_level=level))
     checkpoint.load(other, other_optimizer, at())
     assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
     assert checkpoint.validate_checkpoint("p").is_valid
-    names = [path.name for path in shards(tmp_path)]
-    patterns = {"MULTI_SHARD": [r"[0-9a-f]{8}-00000-of-00001"], "SINGLE_FILE": [r"[0-9a-f]{8}"]}
-    patterns["CONSOLIDATED"] = [*patterns["MULTI_SHARD"], r"[0-9a-f]{8}\.model"]
-    expected = patterns[form.name]
-    assert len(names) == len(expected)
-    assert all(re.fullmatch(pattern + r"\.safetensors", name) for pattern, name in zip(expected, names))
+    endings = {
+        "MULTI_SHARD": ["-00000-of-00001"],
+        "SINGLE_FILE": [""],
+        "CONSOLIDATED": ["-00000-of-00001", ".model"],
+    }
+    files = [f"{save_id(tmp_path)}{ending}.safetensors" for ending in endings[form.name]]
+    assert [path.name for path in shards(tmp_path)] == files and re.fullmatch(
+        "[0-9a-f]{8}", save_id(tmp_path)
+    )
 
 
 def test_compression_shrinks_what_it_can_and_costs_next_to_nothing_where_it_cannot(tmp_path):
-    checkpoint = opened(tmp_path)
-    generator = torch.Generator().manual_seed(1)
-    weights = Bag(w=torch.randn(1 << 20, generator=generator).bfloat16())
-    noise = Bag(w=torch.randint(0, 256, (2 << 20,), generator=generator, dtype=torch.uint8))
-    size = {}
-    for level in LEVELS:
-        for name, bag in (("weights", weights), ("noise", noise)):
-            checkpoint.save(bag, None, to(f"{name}-{level.name}", compression_level=level))
-            size[name, level.name] = sum(
-                path.stat().st_size for path in shards(tmp_path, f"{name}-{level.name}")
-            )
-    for level in ("FAST", "BALANCED", "MAXIMUM"):
-        assert size["weights", level] < 0.85 * size["weights", "NONE"]  # exponents share a plane
-        assert size["noise", level] < 1.01 * size["noise", "NONE"]
-    assert size["weights", "MAXIMUM"] <= size["weights", "BALANCED"] <= size["weights", "FAST"]
+    checkpoint, generator, sizes = opened(tmp_path), torch.Generator().manual_seed(1), {}
+    weights = torch.randn(1 << 20, generator=generator).bfloat16()  # their exponents share a plane
+    noise = torch.randint(0, 256, (2 << 20,), generator=generator, dtype=torch.uint8)
+    for (name, tensor), level in itertools.product({"weights": weights, "noise": noise}.items(), LEVELS):
+        checkpoint.save(Bag(w=tensor), None, to(compression_level=level))
+        sizes.setdefault(name, []).append(sum(path.stat().st_size for path in shards(tmp_path)))
+    none, fast, balanced, maximum = sizes["weights"]
+    assert maximum <= balanced <= fast < 0.85 * none
+    assert max(sizes["noise"]) < 1.01 * sizes["noise"][0]
 
 
 class Objector:
-    """A checker of either kind that counts its calls and may object."""
+    """A checker of either kind that counts its calls and objects."""
 
-    name = "objector"
-
-    def __init__(self, *errors):
-        self.errors, self.calls = list(errors), 0
+    name, calls = "objector", 0
 
     def check_integrity(self, *_args):
         self.calls += 1
-        return ckpt.ValidationResult(errors=list(self.errors))
+        return ckpt.ValidationResult(errors=["the moon is full"])
 
     check_compatibility = check_integrity
 
 
 @pytest.mark.parametrize("kind", ["integrity_checkers", "compatibility_checkers"])
 def test_a_custom_checker_can_refuse_a_load_unless_validation_is_skipped(tmp_path, kind):
-    model, optimizer = small()
-    other, other_optimizer = small("other")
-    before = state_of(other, other_optimizer)
-    checker = Objector("the moon is full")
+    checker = Objector()
     checkpoint = opened(tmp_path, **{kind: [checker]})
-    checkpoint.save(model, optimizer, to())
-    message = refusal(lambda: checkpoint.load(other, other_optimizer, at()), ExceptionType.VALIDATION_FAILED)
-    assert "the moon is full" in message and checker.calls
-    assert identical(state_of(other, other_optimizer), before)
+    checkpoint.save(*small(), to())
+    assert "the moon is full" in refused(checkpoint, at(), ExceptionType.VALIDATION_FAILED)
     summary = checkpoint.validate_checkpoint("p")
-    assert not summary.is_valid and "the moon is full" in summary.get_summary()
+    assert not summary.is_valid and "the moon is full" in summary.get_summary() and checker.calls
     calls = checker.calls
-    checkpoint.load(other, other_optimizer, at(skip_validation=True))
-    assert checker.calls == calls and identical(state_of(other, other_optimizer), state_of(model, optimizer))
+    assert identical(loaded(checkpoint, at(skip_validation=True))[0], state_of(*small()))
+    assert checker.calls == calls
 
 
 def test_skip_validation_never_skips_the_checksums_of_bytes_read(tmp_path):
@@ -1013,96 +903,68 @@ def test_skip_validation_never_skips_the_checksums_of_bytes_read(tmp_path):
     refusal(lambda: checkpoint.load(*small(), at(skip_validation=True)), ExceptionType.CORRUPTED_CHECKPOINT)
 
 
-def test_keep_last_keeps_the_newest_and_what_other_jobs_saved_elsewhere(tmp_path):
-    model, _ = small()
+def test_keep_last_keeps_the_newest_and_their_files(tmp_path):
     checkpoint = opened(tmp_path, keep_last=2)
     for prefix in "dcba":
-        checkpoint.save(model, None, to(prefix))
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["b", "a"]
+        checkpoint.save(small()[0], None, to(prefix))
+    assert prefixes(checkpoint) == ["b", "a"]
     assert {name.split("/")[0].split(".")[0] for name in listing(tmp_path)} == {"a", "b"}
     with pytest.raises(ValueError, match="keep_last"):
-        opened(tmp_path, keep_last=0).save(model, None, to())
-
-
-def test_progress_is_told_of_every_byte_saved_and_loaded(tmp_path):
-    bag = Bag(w=torch.zeros(3 * MiB, dtype=torch.int32))
-    checkpoint = opened(tmp_path)
-    saved, loaded = [], []
-    checkpoint.save(bag, None, to(progress=saved.append))
-    checkpoint.load(bag, None, at(progress=loaded.append))
-    for calls, step in ((saved, "S4 write"), (loaded, "L4 read")):
-        done = [call.bytes_done for call in calls if call.step == step]
-        assert done == sorted(done)
-        assert done[-1] == calls[-1].bytes_total >= 12 * MiB
-
-
-def test_options_objects_are_never_changed(tmp_path):
-    model, optimizer = small()
-    save, load = to(custom_metadata={"a": [1]}), at()
-    save_before, load_before = copy.deepcopy(save), copy.deepcopy(load)
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, save)
-    checkpoint.load(model, optimizer, load)
-    assert (save, load) == (save_before, load_before)
+        opened(tmp_path, keep_last=0).save(small()[0], None, to())
 
 
 @pytest.mark.parametrize("path", [str, Path])
 def test_a_path_means_local_storage_there_and_a_string_means_options_with_that_prefix(tmp_path, path):
-    directories = [path(tmp_path / name) for name in "ab"]
-    options = ckpt.CheckpointOptions(storage=directories[1])
-    made = [
-        ckpt.DistributedCheckpoint(storage=directories[0]),
-        ckpt.DistributedCheckpointFactory.create(options=options),
-    ]
-    model, optimizer = small()
-    for checkpoint, directory in zip(made, directories):
+    first, second = (path(tmp_path / name) for name in "ab")
+    made = {first: ckpt.DistributedCheckpoint(storage=first)}
+    made[second] = ckpt.DistributedCheckpointFactory.create(options=ckpt.CheckpointOptions(storage=second))
+    for directory, checkpoint in made.items():
+        model, optimizer = small()
         assert checkpoint.save(model, optimizer, "lr=1e+3/step=1") == "lr=1e+3/step=1"
-        assert checkpoint.save_async(model, optimizer, "late").result(20.0) == "late"
+        assert checkpoint.save_async(model, optimizer, "late").result(HANG_S) == "late"
         assert checkpoint.save_model_only(model, "only") == "only"
         assert len(list(Path(directory).rglob("*.metadata.json"))) == 3
-        other, other_optimizer = small("other")
-        assert checkpoint.load(other, other_optimizer, "lr=1e+3/step=1").prefix == "lr=1e+3/step=1"
-        assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
-        stored = checkpoint.load(other, None, "only").metadata.tensors
+        state, result = loaded(checkpoint, "lr=1e+3/step=1")
+        assert result.prefix == "lr=1e+3/step=1" and identical(state, state_of(*small()))
+        stored = checkpoint.load(small()[0], None, "only").metadata.tensors
         assert {tensor.name.partition("/")[0] for tensor in stored} == {"model", "model-metadata"}
         assert ckpt.diff_checkpoints(directory, "late", "lr=1e+3/step=1") == []
         (exported,) = ckpt.export_checkpoint(directory, "only", tmp_path / "out.safetensors")
         assert ckpt.import_checkpoint(exported, directory, "again") == "again"
-        assert {d.name for d in ckpt.diff_checkpoints(directory, "only", "again")} == {
-            "model-metadata/modules"
-        }
+        differences = ckpt.diff_checkpoints(directory, "only", "again")
+        assert {difference.name for difference in differences} == {"model-metadata/modules"}
     with pytest.raises(ValueError, match="s3://bucket/ckpts"):
         ckpt.DistributedCheckpoint(storage="s3://bucket/ckpts")
 
 
 @pytest.mark.parametrize("form, level", [*zip(FORMATS, LEVELS), (CheckpointFormat.MULTI_SHARD, LEVELS[3])])
-def test_an_enum_option_also_takes_its_value(tmp_path, form, level):
-    checkpoint, options = opened(tmp_path), to(format=form.value, compression_level=level.value)
-    checkpoint.save(small()[0], None, options)
-    found = checkpoint.load(small("other")[0], None, "p").metadata
-    assert (found.format, found.compression) == (form.value, level.value)
-    assert options == to(format=form.value, compression_level=level.value), "the user's object has changed"
+def test_an_enum_option_also_takes_its_value_and_options_objects_are_never_changed(tmp_path, form, level):
+    options = to(format=form.value, compression_level=level.value, custom_metadata={"a": [1]}), at()
+    before, checkpoint = copy.deepcopy(options), opened(tmp_path)
+    checkpoint.save(*small(), options[0])
+    found = loaded(checkpoint, options[1])[1].metadata
+    assert (found.format, found.compression) == (form.value, level.value) and options == before
 
 
-def test_the_repr_of_a_result_is_one_short_line_that_names_the_checkpoint(tmp_path):
-    checkpoint, bag = opened(tmp_path), Bag(**{f"layer.{n}": torch.rand(100) for n in range(100)})
-    pending = checkpoint.save_async(bag, None, "p")
-    pending.result(20.0)
-    result = checkpoint.load(bag, None, "p", extra_state={})
+def test_progress_counts_every_byte_and_a_repr_is_one_short_line_that_names_the_checkpoint(tmp_path):
+    checkpoint, bag = opened(tmp_path), Bag(**{f"layer.{n}": torch.rand(32 << 10) for n in range(100)})
+    saved, read = [], []
+    pending = checkpoint.save_async(bag, None, to(progress=saved.append))
+    pending.result(HANG_S)
+    result = checkpoint.load(bag, None, at(progress=read.append), extra_state={})
+    for calls, step in ((saved, "S4 write"), (read, "L4 read")):
+        done = [call.bytes_done for call in calls if call.step == step]
+        assert done == sorted(done) and done[-1] == calls[-1].bytes_total >= 12 * MiB
     for thing in (result, result.metadata, pending, checkpoint.latest_checkpoint()):
         assert len(repr(thing)) < 250 and "\n" not in repr(thing), thing
     assert "'p'" in repr(result) and "'p'" in repr(result.metadata)
 
 
 def test_a_registered_provider_is_used_and_an_unknown_one_is_refused_with_the_list(tmp_path):
-    seen = []
-    ckpt.StorageFactory.register(
-        "mine", lambda settings: seen.append(settings) or ckpt.LocalStorage(tmp_path)
-    )
-    storage = ckpt.StorageOptions("mine", {"bucket": "b"})
-    checkpoint = ckpt.DistributedCheckpointFactory.create(options=ckpt.CheckpointOptions(storage=storage))
-    checkpoint.save(small()[0], None, to())
-    assert seen == [{"bucket": "b"}] and (tmp_path / "p.metadata.json").exists()
+    settings = []
+    ckpt.StorageFactory.register("mine", lambda given: settings.append(given) or ckpt.LocalStorage(tmp_path))
+    opened(tmp_path / "no", storage=ckpt.StorageOptions("mine", {"bucket": "b"})).save(small()[0], None, to())
+    assert settings == [{"bucket": "b"}] and (tmp_path / "p.metadata.json").exists()
     with pytest.raises(ValueError, match=r"nowhere.*local"):
         ckpt.StorageFactory.create(ckpt.StorageOptions(provider="nowhere"))
 
@@ -1110,7 +972,7 @@ def test_a_registered_provider_is_used_and_an_unknown_one_is_refused_with_the_li
 class Doomed:
     """A Stateful whose state_dict() raises `error`, `times` times."""
 
-    def __init__(self, error, times=10**9):
+    def __init__(self, error, times=FOREVER):
         self.error, self.times, self.calls = error, times, 0
 
     def state_dict(self):
@@ -1123,13 +985,13 @@ class Doomed:
         raise self.error
 
 
+def is_new_shard(op):
+    return op.call == "create" and op.path.endswith(".safetensors")
+
+
 def hiccups(times):
     """The file calls of an operating system on which the first `times` creations of a tensor file fail."""
     return Seam(Strike(0, fail(errno.EIO), is_new_shard, until=times))
-
-
-def is_new_shard(op):
-    return op.call == "create" and op.path.endswith(".safetensors")
 
 
 @pytest.mark.parametrize("attempts, succeeds", [(1, False), (2, False), (3, True)])
@@ -1150,20 +1012,22 @@ def test_the_retry_policy_decides_how_often_a_storage_error_is_tried_again(tmp_p
 def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
     storage = ckpt.LocalStorage(tmp_path)
     retry = ckpt.RetryPolicy(max_retries=3, initial_delay=0.01, retryable_exceptions=(KeyError,))
-    handler = ckpt.FaultToleranceHandler(storage, retry)
-    errors = [KeyError(), KeyError()]
+    handler, errors, never = (
+        ckpt.FaultToleranceHandler(storage, retry),
+        [KeyError(), KeyError()],
+        threading.Event(),
+    )
 
-    def twice_in_vain():
+    def fails_as_long_as_there_are_errors():
         if errors:
             raise errors.pop()
         return "done"
 
-    assert handler.execute_with_retry(twice_in_vain) == "done"
+    assert handler.execute_with_retry(fails_as_long_as_there_are_errors) == "done"
     errors[:] = [KeyError(), OSError()]
     with pytest.raises(OSError):
-        handler.execute_with_retry(twice_in_vain)
+        handler.execute_with_retry(fails_as_long_as_there_are_errors)
     assert len(errors) == 1
-    never = threading.Event()
     refusal(lambda: handler.execute_with_timeout(lambda: never.wait(HANG_S), 0.1), ExceptionType.TIMEOUT)
     never.set()
     assert handler.execute_with_timeout(lambda: 7, HANG_S) == 7
@@ -1172,77 +1036,40 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
     assert listing(tmp_path) == {}
 
 
-@pytest.mark.parametrize("call", ["save", "save_async", "load"])
-def test_a_prefix_in_the_optimizers_place_is_an_error_that_says_where_it_goes(tmp_path, call):
-    checkpoint = opened(tmp_path)
-    answer = told(lambda: getattr(checkpoint, call)(Bag(w=torch.zeros(2)), "step_1"))
-    if call == "save_async":
-        answer = told(answer[2].result)
-    assert answer[0] == "ValueError" and "'step_1'" in answer[2] and "third" in answer[2], answer
-    assert listing(tmp_path) == {}
-
-
-@pytest.mark.parametrize("dimensions", [1, 2, 5, 24, 56])
-def test_the_schema_checker_sees_every_overlap_and_hole_in_any_number_of_dimensions(tmp_path, dimensions):
-    bag = Bag(cube=torch.zeros((1,) * dimensions), flat=torch.zeros(8))
-    opened(tmp_path).save(bag, None, to(include_rng_state=False))
-    metadata, checker = opened(tmp_path).load(bag, None, at()).metadata, ckpt.SchemaCompatibilityChecker()
-    index = {t.name: number for number, t in enumerate(metadata.tensors)}
-    cube, flat = (np.zeros((1, 2, dimensions), np.int64) for _ in range(2))
-    cube[:, 1], flat[:, 1], flat[0, 1, 0] = 2, 1, 8
-    tensors = [t._replace(shape=(2,) * dimensions) if t.name == "model/cube" else t for t in metadata.tensors]
-    tensors = [
-        t if t.name.startswith("model/") else t._replace(alias_of=index["model/flat"]) for t in tensors
-    ]
-    for dim in range(dimensions):
-        (first := cube.copy())[0, 1, dim] = 1
-        (second := first.copy())[0, 0, dim] = 1
-        (hole := flat.copy())[0, 1, 0] = 7
-        for boxes, wrong in (
-            ([(cube, "cube"), (flat, "flat")], set()),
-            ([(first, "cube"), (second, "cube"), (flat, "flat")], set()),
-            ([(first, "cube"), (first, "cube"), (flat, "flat")], {"cube"}),
-            ([(first, "cube"), (hole, "flat")], {"cube", "flat"}),
-        ):
-            tensor = np.array([index[f"model/{name}"] for _, name in boxes])
-            column, box = np.zeros(len(boxes), np.int64), np.concatenate([box for box, _ in boxes])
-            pieces = st.Pieces(tensor, column, column, column, box)
-            record = dataclasses.replace(metadata, tensors=tuple(tensors), pieces=pieces)
-            errors = checker.check_compatibility(record).errors
-            assert {error.partition(":")[0].removeprefix("model/") for error in errors} == wrong
-
-
 def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_path):
-    storage = ckpt.LocalStorage(tmp_path)
+    storage, integrity = (
+        ckpt.LocalStorage(tmp_path),
+        (ckpt.SizeIntegrityChecker(), ckpt.ChecksumIntegrityChecker()),
+    )
     ckpt.DistributedCheckpoint(storage=storage).save(*small(), to())
     validator = ckpt.CheckpointValidator(storage)
-    metadata = opened(tmp_path).load(*small(), at()).metadata
+    metadata = loaded(opened(tmp_path), at())[1].metadata
     for result in (validator.validate_checkpoint("p"), validator.validate_metadata(metadata)):
         assert result.is_valid and not result.errors and not result.has_warnings
-    with ckpt.CheckpointReader(storage, metadata) as reader:
-        assert validator.validate_shards(reader).is_valid
     (path,) = shards(tmp_path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with ckpt.CheckpointReader(storage, metadata) as reader:
-        assert not validator.validate_shards(reader).is_valid
+    right = path.read_bytes()
+    for checker, data in itertools.product(integrity, (right, right[:-1], right + b"\0")):
+        path.write_bytes(data)
+        with ckpt.CheckpointReader(storage, metadata) as reader:
+            result = ckpt.CheckpointValidator(storage, [checker]).validate_shards(reader)
+            assert result.is_valid == validator.validate_shards(reader).is_valid == (data is right)
     result = ckpt.ValidationResult(errors=["bad"], warnings=["odd"])
     assert not result.is_valid and result.has_warnings
     assert "bad" in result.get_summary() and "odd" in result.get_summary()
-    for name in ("ChecksumIntegrityChecker", "SizeIntegrityChecker"):
-        assert isinstance(getattr(ckpt, name)(), ckpt.IntegrityChecker)
-    for name in ("VersionCompatibilityChecker", "SchemaCompatibilityChecker"):
-        assert isinstance(getattr(ckpt, name)(), ckpt.CompatibilityChecker)
+    assert all(isinstance(checker, ckpt.IntegrityChecker) for checker in integrity)
+    for kind in (ckpt.VersionCompatibilityChecker, ckpt.SchemaCompatibilityChecker):
+        assert isinstance(kind(), ckpt.CompatibilityChecker)
 
 
 def test_cancel_stops_a_validation_in_a_load_before_all_is_read(tmp_path):
-    opened(tmp_path).save(Bag(w=torch.zeros(20 * MiB)), None, to())  # 20 blocks
-    noticed, read = threading.Event(), []
+    bag, noticed, read = Bag(w=torch.zeros(20 * MiB)), threading.Event(), []  # 20 blocks
+    opened(tmp_path).save(bag, None, to())
 
     class Cancel(threading.Event):
         def is_set(self):
-            if super().is_set():
+            if found := super().is_set():
                 noticed.set()
-            return super().is_set()
+            return found
 
     class Stopping(Seam):
         def pread(self, fd, buffer, offset):
@@ -1255,71 +1082,50 @@ def test_cancel_stops_a_validation_in_a_load_before_all_is_read(tmp_path):
     cancel, storage = Cancel(), Storage(tmp_path, Stopping())
     validator = ckpt.CheckpointValidator(storage, [ckpt.ChecksumIntegrityChecker()])
     checkpoint = ckpt.DistributedCheckpoint(storage=storage, validator=validator)
-    refusal(
-        lambda: checkpoint.load(Bag(w=torch.zeros(20 * MiB)), None, at(), cancel=cancel),
-        ExceptionType.CANCELLED,
-    )
+    refusal(lambda: checkpoint.load(bag, None, at(), cancel=cancel), ExceptionType.CANCELLED)
     assert 0 < len(read) < 15
 
 
 def test_cancel_stops_a_save_and_a_load_and_leaves_nothing_behind(tmp_path):
-    model, optimizer = small()
-    cancel = threading.Event()
-    cancel.set()
-    checkpoint = opened(tmp_path)
-    refusal(lambda: checkpoint.save(model, optimizer, to(), cancel=cancel), ExceptionType.CANCELLED)
-    assert listing(tmp_path) == {}
-    cancel.clear()
+    checkpoint, cancel = opened(tmp_path), threading.Event()
     large, halfway = Bag(w=torch.zeros(40 * MiB, dtype=torch.uint8)), to(progress=lambda *_: cancel.set())
     refusal(lambda: checkpoint.save(large, None, halfway, cancel=cancel), ExceptionType.CANCELLED)
+    assert listing(tmp_path) == {} and cancel.is_set()
+    refusal(lambda: checkpoint.save(*small(), to(), cancel=cancel), ExceptionType.CANCELLED)
     assert listing(tmp_path) == {}
-    checkpoint.save(model, optimizer, to())
-    other, other_optimizer = small("other")
-    before = state_of(other, other_optimizer)
-    refusal(lambda: checkpoint.load(other, other_optimizer, at(), cancel=cancel), ExceptionType.CANCELLED)
-    assert identical(state_of(other, other_optimizer), before)
+    checkpoint.save(*small(), to())
+    refused(checkpoint, at(), ExceptionType.CANCELLED, cancel=cancel)
 
 
 def test_fallback_takes_the_newest_older_checkpoint_that_verifies_and_says_so(tmp_path):
     checkpoint = opened(tmp_path)
     for prefix in ("one", "two", "three", "four"):
         checkpoint.save(*small(prefix), to(prefix))
-    for prefix in ("two", "three"):
-        flip(shards(tmp_path, prefix)[0], Shard(shards(tmp_path, prefix)[0]).data_at)
-    model, optimizer = small("other")
-    result = checkpoint.load(model, optimizer, at("three", fallback=True))
-    assert result.prefix == "one" and any("three" in warning for warning in result.warnings)
-    assert identical(state_of(model, optimizer), state_of(*small("one")))
-    refusal(lambda: checkpoint.load(model, optimizer, at("three")), ExceptionType.CORRUPTED_CHECKPOINT)
+    (path,), record = shards(tmp_path, "three"), tmp_path / "two.metadata.json"
+    flip(path, Shard(path).data_at)
+    flip(shards(tmp_path, "two")[0], Shard(shards(tmp_path, "two")[0]).data_at)
+    for damaged in ("three", "two"):  # at first the data of "two", then its record too
+        state, result = loaded(checkpoint, at(damaged, fallback=True))
+        assert result.prefix == "one" and any(damaged in warning for warning in result.warnings)
+        assert identical(state, state_of(*small("one")))
+        flip(record, record.stat().st_size - 40)
+    refusal(lambda: checkpoint.load(*small(), at("three")), ExceptionType.CORRUPTED_CHECKPOINT)
 
 
-def test_fallback_of_a_damaged_record_is_older_too(tmp_path):
-    checkpoint = opened(tmp_path)
-    for prefix in ("one", "two", "three"):
-        checkpoint.save(*small(prefix), to(prefix))
-    record = tmp_path / "two.metadata.json"
-    flip(record, record.stat().st_size - 40)
-    assert checkpoint.load(*small("other"), at("two", fallback=True)).prefix == "one"
+def test_options_of_another_type_on_one_rank_are_an_error_on_all_and_the_next_save_works(tmp_path):
+    assert run(2, give_other_options, tmp_path) == [["ValueError", "returned"] * 3] * 2
 
 
-@pytest.mark.parametrize("kind", ["save", "save_async", "load"])
-def test_options_of_another_type_on_one_rank_are_an_error_on_all_and_the_next_save_works(tmp_path, kind):
-    for kinds in run(2, give_other_options, tmp_path, kind):
-        assert kinds == ["ValueError", "returned"]
-
-
-def give_other_options(rank, world_size, tmp, kind):
-    checkpoint, model = opened(tmp), small()[0]
+def give_other_options(rank, world_size, tmp):
+    checkpoint, model, outcomes = opened(tmp), small()[0], []
     checkpoint.save(model, None, to("first"))
-    right = at("first") if kind == "load" else to("q")
-    options = right if rank == 0 else {"checkpoint_prefix": "q"}
-    calls = {"save": checkpoint.save, "load": checkpoint.load}
-    calls["save_async"] = lambda *given: checkpoint.save_async(*given).result()
-    outcomes = [
-        told(lambda: calls[kind](model, None, options)),
-        told(lambda: checkpoint.save(model, None, to("r"))),
-    ]
-    return [outcome[0] for outcome in outcomes]
+    calls = {checkpoint.save: to("q"), checkpoint.load: at("first")}
+    calls[lambda *given: checkpoint.save_async(*given).result()] = to("q")
+    for call, right in calls.items():
+        options = {"checkpoint_prefix": "q"} if rank else right
+        outcomes.append(told(lambda: call(model, None, options))[0])
+        outcomes.append(told(lambda: checkpoint.save(model, None, to("r")))[0])
+    return outcomes
 
 
 class FiveMethods:
@@ -1340,41 +1146,34 @@ class FiveMethods:
         return values
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_coordinator_of_the_five_documented_methods_is_enough(tmp_path, form):
-    for outcome, failed, again in run(2, use_five_methods, tmp_path, form):
-        assert outcome == "exact" and again == "returned"
-        assert failed[:2] == ("STORAGE_ERROR", 1) and "no room" in failed[2]
+def test_a_coordinator_of_the_five_documented_methods_is_enough(tmp_path):
+    for outcomes in run(2, use_five_methods, tmp_path):
+        for exact, failed, again in outcomes:
+            assert exact and again == "returned"
+            assert failed[:2] == ("STORAGE_ERROR", 1) and "no room" in failed[2]
 
 
-def use_five_methods(rank, world_size, tmp, form):
-    coordinator = FiveMethods()
+def use_five_methods(rank, world_size, tmp):
+    coordinator, outcomes = FiveMethods(), []
     assert isinstance(coordinator, ckpt.DistributedCoordinator)
-    checkpoint = over(tmp, coordinator)
-    mesh = init_device_mesh("cpu", (world_size,))
+    checkpoint, mesh = over(tmp, coordinator), init_device_mesh("cpu", (world_size,))
     truth = torch.arange(3 * MiB, dtype=torch.float32).reshape(3, MiB)
     source = Bag(w=distribute_tensor(truth, mesh, [ShardDim(1)]))
-    target = Bag(w=distribute_tensor(torch.zeros_like(truth), mesh, [ShardDim(0)]))
-    checkpoint.save(source, None, to(format=form))
-    checkpoint.load(target, None, at(resharding_strategy="broadcast"))
-    outcome = "exact" if identical(target.state["w"].full_tensor(), truth) else "wrong"
-
-    def fails():
-        if rank == 1:
-            raise OSError("no room")
-        return {"w": truth}
-
-    failed = told(
-        lambda: checkpoint.save(types.SimpleNamespace(state_dict=fails, load_state_dict=print), None, to("q"))
-    )
-    return outcome, failed, told(lambda: checkpoint.save(source, None, to("r")))[0]
+    fails = Doomed(OSError("no room"), times=FOREVER if rank == 1 else 0)
+    for form in FORMATS:
+        target = Bag(w=distribute_tensor(torch.zeros_like(truth), mesh, [ShardDim(0)]))
+        checkpoint.save(source, None, to(form.value, format=form))
+        checkpoint.load(target, None, at(form.value, resharding_strategy="broadcast"))
+        failed = told(lambda: checkpoint.save(fails, None, to("q")))
+        again = told(lambda: checkpoint.save(source, None, to("r")))[0]
+        outcomes.append((identical(target.state["w"].full_tensor(), truth), failed, again))
+    return outcomes
 
 
 class ManualTime:
     """In the place of the module `time`: a clock that goes on only when somebody sleeps, and then at once."""
 
-    def __init__(self):
-        self.now = 0.0
+    now = 0.0
 
     def monotonic(self):
         return self.now
@@ -1386,41 +1185,32 @@ class ManualTime:
 @pytest.fixture
 def manual_time(monkeypatch):
     """The deadlines of the library use this clock."""
-    monkeypatch.setattr(ckpt.coord, "time", ManualTime())
-    return ckpt.coord.time
-
-
-class Deserted:
-    """Rank 0 of two over five methods, where rank 1 says nothing any more."""
-
-    rank, world_size, broadcast = 0, 2, None
-
-    def __init__(self, time):
-        self.time = time
-
-    def barrier(self, timeout=600.0):
-        self.all_gather(None, timeout)
-
-    def all_gather(self, value, timeout=600.0):
-        self.time.sleep(timeout)
-        raise ckpt.CheckpointException("rank 1 is silent", type=ckpt.ExceptionType.TIMEOUT, rank=1)
+    monkeypatch.setattr(coord, "time", ManualTime())
+    return coord.time
 
 
 def test_with_a_coordinator_of_five_methods_too_the_deadline_ends_the_wait_for_a_silent_rank(
     tmp_path, manual_time
 ):
-    answer = told(lambda: save_word(over(tmp_path, Deserted(manual_time)), "new", timeout=100.0))
+    class Deserted:
+        rank, world_size, broadcast = 0, 2, None
+
+        def barrier(self, timeout=600.0):
+            self.all_gather(None, timeout)
+
+        def all_gather(self, value, timeout=600.0):
+            manual_time.sleep(timeout)
+            raise CheckpointException("rank 1 is silent", type=ExceptionType.TIMEOUT, rank=1)
+
+    answer = told(lambda: save_word(over(tmp_path, Deserted()), "new", timeout=100.0))
     assert answer[:2] == ("TIMEOUT", 1) and 100 <= manual_time.now < 105
 
 
 def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_path):
-    gate, given, extra = threading.Event(), {"epoch": [1]}, {"step": 1}
-    checkpoint, options = (
-        over(Storage(tmp_path, Seam(lambda *_: gate.wait(HANG_S)))),
-        to(custom_metadata=given),
-    )
+    gate, options, extra = threading.Event(), to(custom_metadata={"epoch": [1]}), {"step": 1}
+    checkpoint = over(Storage(tmp_path, Seam(lambda op: gate.wait(HANG_S))))
     pending = checkpoint.save_async(small()[0], None, options, extra_state=extra)
-    given["epoch"].append(2)
+    options.custom_metadata["epoch"].append(2)
     extra["more"] = 2
     options.checkpoint_prefix = "q"
     assert not pending.done() and not listing(tmp_path)
@@ -1431,16 +1221,13 @@ def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_
 
 
 def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path, manual_time):
-    class Slow(ckpt.LocalStorage):
-        made: ClassVar[list[str]] = []
-
-        def create(self, name):
-            self.made.append(name)
-            manual_time.sleep(101)  # longer than the save may take
-            return super().create(name)
-
-    refusal(lambda: over(Slow(tmp_path)).save(small()[0], None, to(timeout=100.0)), ExceptionType.TIMEOUT)
-    assert len(Slow.made) == 1 and Slow.made[0].endswith(".tmp") and listing(tmp_path) == {}
+    files = Seam(
+        lambda op: manual_time.sleep(101) if op.call == "create" else None
+    )  # longer than the save may take
+    checkpoint = over(Storage(tmp_path, files))
+    refusal(lambda: checkpoint.save(small()[0], None, to(timeout=100.0)), ExceptionType.TIMEOUT)
+    (made,) = [op.path for op in files.log if op.call == "create"]
+    assert made.endswith(".tmp") and listing(tmp_path) == {}
 
 
 def test_threads_that_get_no_memory_fail_the_save_and_publish_nothing(tmp_path, monkeypatch):
@@ -1449,7 +1236,7 @@ def test_threads_that_get_no_memory_fail_the_save_and_publish_nothing(tmp_path, 
 
     monkeypatch.setattr(st, "aligned_buffer", refuse)
     assert "no room for a buffer" in refusal(lambda: opened(tmp_path).save(small()[0], None, to()))
-    assert listing(tmp_path) == {} or not list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.rglob("*.json"))
 
 
 @pytest.fixture
@@ -1464,15 +1251,18 @@ def vendored(tmp_path):
     return tmp_path
 
 
+def output_of(*arguments, **options):
+    """What a Python process that succeeds prints."""
+    options |= dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HANG_S)
+    done = subprocess.run([sys.executable, *arguments], **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def test_the_three_files_work_inside_somebodys_package(vendored):
-    for name, prefixes, same, code in run(2, use_the_vendored_copy, vendored):
-        assert (name, prefixes, same, code) == ("pkg.vendor.ckpt", ["p"], True, 0)
-    command = [sys.executable, "-m", "pkg.vendor.ckpt", "verify", "c"]
+    assert run(2, use_the_vendored_copy, vendored) == [("pkg.vendor.ckpt", ["p"], True, 0)] * 2
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        command, cwd=vendored, env=environment, capture_output=True, text=True, timeout=HANG_S
-    )
-    assert done.returncode == 0 and "p: ok" in done.stdout, done.stderr
+    assert "p: ok" in output_of("-m", "pkg.vendor.ckpt", "verify", "c", cwd=vendored, env=environment)
 
 
 def use_the_vendored_copy(rank, world_size, tmp):
@@ -1480,61 +1270,36 @@ def use_the_vendored_copy(rank, world_size, tmp):
         sys.modules[name] = None  # an import of the top-level name would now fail
     sys.path[:] = [str(tmp)] + [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     vendored = importlib.import_module("pkg.vendor.ckpt")
-    model, optimizer = small()
-    other, other_optimizer = small("other")
     with vendored.DistributedCheckpoint(storage=vendored.LocalStorage(str(tmp / "c"))) as checkpoint:
-        checkpoint.save(model, optimizer, vendored.SaveOptions(checkpoint_prefix="p"))
-        checkpoint.load(other, other_optimizer, vendored.LoadOptions(checkpoint_prefix="p"))
-        same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
-        prefixes = [info.prefix for info in checkpoint.list_checkpoints()]
-        return vendored.__name__, prefixes, same, vendored.main(["verify", str(tmp / "c")])
+        checkpoint.save(*small(), vendored.SaveOptions(checkpoint_prefix="p"))
+        state, _ = loaded(checkpoint, vendored.LoadOptions(checkpoint_prefix="p"))
+        code = vendored.main(["verify", str(tmp / "c")])
+        return vendored.__name__, prefixes(checkpoint), identical(state, state_of(*small())), code
 
 
-@pytest.mark.parametrize(
-    "tool",
-    ["mypy --strict", "ruff check --isolated --select E4,E7,E9,F", "ruff check", "ruff format --check"],
-)
+CHECKERS = ["mypy --strict", "ruff check --isolated --select E4,E7,E9,F"]
+CHECKERS += [f"ruff {command} --config {HERE / 'pyproject.toml'}" for command in ("check", "format --check")]
+
+
+@pytest.mark.parametrize("tool", CHECKERS)
 def test_the_three_files_and_the_readmes_job_please_the_checkers_inside_somebodys_package(vendored, tool):
-    name, *arguments = tool.split()
-    pytest.importorskip(name)
+    pytest.importorskip(tool.split()[0])
     job = training_script(steps=300).replace("from ckpt import", "from .vendor.ckpt import")
     (vendored / "pkg" / "train.py").write_text(job.replace("import time\n", ""))
-    ours = (
-        ["--config", str(HERE / "pyproject.toml")] if name == "ruff" and "--isolated" not in arguments else []
-    )
-    command = [sys.executable, "-m", name, *arguments, *ours, "pkg"]
-    done = subprocess.run(command, cwd=vendored, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output_of("-m", *tool.split(), "pkg", cwd=vendored)
 
 
 def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
     script = "import sys, torch; before = set(sys.modules); import ckpt; print(*set(sys.modules) - before)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S, check=True
-    )
-    assert "ckpt" in done.stdout.split() and not [
-        name for name in done.stdout.split() if name.startswith("torch")
-    ]
+    modules = output_of("-c", script).split()
+    assert "ckpt" in modules and not [name for name in modules if name.startswith("torch")]
 
 
-# ---- bytes: the tensor file, the record, what may be in them ---------------------------------------------------------
+# ---- bytes: the tensor file, the record, what may be in them -----------------------------------------------
 
-FLOAT8 = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
-DTYPES = [
-    "bool",
-    "uint8",
-    "uint16",
-    "uint32",
-    "uint64",
-    "int8",
-    "int16",
-    "int32",
-    "int64",
-    "float16",
-    "bfloat16",
-]
-DTYPES += ["float32", "float64", "complex64", "complex128", *FLOAT8, "float4_e2m1fn_x2"]
-DTYPES = [getattr(torch, name) for name in DTYPES if hasattr(torch, name)]
+DTYPES = """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64
+    complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"""
+DTYPES = [getattr(torch, name) for name in DTYPES.split() if hasattr(torch, name)]
 
 
 def code_of(dtype):
@@ -1549,98 +1314,54 @@ def pattern(dtype, salt=0):
     special = struct.pack("<4d4f", math.nan, -math.inf, -0.0, 5e-324, math.nan, -math.inf, -0.0, 1e-45)
     bits = special + bytes((37 * i + salt) % 256 for i in range(48 - len(special) % 48))
     bits += struct.pack("<QQ", 0x7FF4DEADBEEF0001, 0xFFF8000000000123)  # NaNs that carry a payload
-    bits = (bits + bytes(range(96)))[:96]
-    tensor = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
+    tensor = torch.frombuffer(bytearray((bits + bytes(range(96)))[:96]), dtype=torch.uint8)
     return (tensor % 2 if dtype == torch.bool else tensor).view(dtype)
 
 
-def blank(tensor):
-    """A dense tensor of zero bits like `tensor`."""
-    size = tensor.numel() * tensor.element_size()
-    return torch.zeros(size, dtype=torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+def blank(state):
+    """Dense tensors of zero bits, like those of `state`."""
+    blanks = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
+    for tensor in blanks.values():
+        tensor.untyped_storage().fill_(0)
+    return blanks
 
 
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
-@pytest.mark.parametrize("form", FORMATS)
-def test_every_dtype_survives_bit_by_bit(tmp_path, form, level):
-    truth = {str(dtype).removeprefix("torch."): pattern(dtype) for dtype in DTYPES}
-    target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
-    checkpoint = opened(tmp_path)
-    checkpoint.save(Bag(**truth), None, to(format=form, compression_level=level))
-    checkpoint.load(target, None, at())
-    for name, tensor in truth.items():
-        assert identical(target.state[name], tensor), name
-    for path in shards(tmp_path):
-        Shard(path)
+@pytest.mark.parametrize("level", ["none", "fast"])
+@pytest.mark.parametrize("form", ["multi_shard", "single_file", "consolidated"])
+def test_tensors_of_every_dtype_shape_and_stride_come_back_in_place_bit_by_bit(tmp_path, caplog, form, level):
+    def views(rows, numbers):
+        return {"rows": rows, "conj": numbers.conj(), "neg": numbers.clone().conj().imag}
 
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_scalar_empty_strided_expanded_and_tied_tensors_are_fine(tmp_path, form):
-    base = torch.arange(60.0).reshape(3, 4, 5)
-    shared = torch.arange(600.0)
+    base, shared, empty = torch.arange(60.0).reshape(3, 4, 5), torch.arange(600.0), torch.zeros(0, 3)
+    pairs = torch.arange(1, 7, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    buffer = torch.zeros(1024, 2560, dtype=torch.int32)
     truth = {
-        "scalar": torch.tensor(-0.0),
-        "empty": torch.zeros(0, 3),
-        "hollow": torch.zeros(2, 0, 5, dtype=torch.int16),
-        "turned": base.permute(2, 0, 1),
-        "every": base[:, ::2, 1::3],
-        "wide": torch.tensor([[7.0], [8.0]]).expand(2, 9),
-        "first": shared,
-        "second": shared,
-        "half": shared[300:],
+        "dtypes": {str(dtype): pattern(dtype) for dtype in DTYPES},
+        "pairs": {"one": pairs[:1], "scalar": pairs[:1].reshape(()), "matrix": pairs.reshape(3, 2)},
+        "scalars": {"a": torch.tensor(1.5), "b": torch.tensor(-0.0)},
+        "empties": {"a": empty, "b": torch.zeros(2, 0, 5, dtype=torch.int16)},
+        "empties-and-more": {"a": empty, "b": torch.zeros(2, 0), "c": torch.ones(3)},
+        "nothing": {},
+        "tied": {"first": shared, "second": shared, "half": shared[300:]},
+        "strides": {"turned": base.permute(2, 0, 1), "every": base[:, ::2, 1::3]},
+        "expanded": {"wide": torch.tensor([[7.0], [8.0]]).expand(2, 9), "real": (base + 1j).conj().real},
+        "views": views(torch.arange(1280 << 10, dtype=torch.int32).reshape(-1, 1024), torch.arange(6) + 2j),
     }
-    target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
-    checkpoint = opened(tmp_path)
-    checkpoint.save(Bag(**truth), None, to(format=form))
-    checkpoint.load(target, None, at())
-    for name, tensor in truth.items():
-        assert identical(target.state[name], tensor.contiguous()), name
-    entries = [
-        name
-        for path in shards(tmp_path)
-        for name in Shard(path).header
-        if "first" in name or "second" in name
-    ]
-    assert len(entries) == (
-        2 if form is CheckpointFormat.CONSOLIDATED else 1
-    )  # safetensors knows no shared offsets
-
-
-def test_conjugated_and_negated_views_are_saved_and_filled_as_the_values_that_they_show(tmp_path):
-    def views(numbers):
-        return {
-            "plain": numbers,
-            "conj": numbers.conj(),
-            "neg": numbers.conj().imag,
-            "real": numbers.conj().real,
-        }
-
-    truth, target = (
-        Bag(**views(torch.arange(6) + 2j)),
-        Bag(**{n: t.clone() for n, t in views(torch.zeros(6) * 1j).items()}),
-    )
-    target.state["conj"] = torch.zeros(6, dtype=torch.complex64).conj()
-    target.state["neg"] = torch.zeros(6, dtype=torch.complex64).conj().imag
-    assert truth.state["neg"].is_neg() and target.state["neg"].is_neg() and target.state["conj"].is_conj()
-    filled_views = [target.state["conj"], target.state["neg"]]
-    opened(tmp_path).save(truth, None, to())
-    opened(tmp_path).load(target, None, at())
-    for name, tensor in truth.state.items():
-        assert torch.equal(
-            target.state[name].resolve_conj().resolve_neg(), tensor.resolve_conj().resolve_neg()
-        ), name
-    assert torch.equal(filled_views[0], truth.state["conj"]) and torch.equal(
-        filled_views[1], truth.state["neg"]
-    )
-
-
-def test_a_tensor_whose_memory_was_freed_is_refused_by_name(tmp_path):
-    freed = torch.ones(3)
-    freed.untyped_storage().resize_(0)
-    assert "freed" in refusal(
-        lambda: opened(tmp_path).save(Bag(w=freed), None, to()), ExceptionType.SAVE_FAILED
-    )
-    assert not listing(tmp_path)
+    targets = {prefix: blank(state) for prefix, state in truth.items()}
+    targets["views"] = views(buffer.t()[::2], torch.zeros(6, dtype=torch.complex64))
+    assert targets["views"]["conj"].is_conj() and targets["views"]["neg"].is_neg()
+    for prefix, state in truth.items():
+        options = to(prefix, format=form, compression_level=level, include_rng_state=False)
+        opened(tmp_path).save(Bag(**state), None, options)
+        opened(tmp_path).load(Bag(**targets[prefix]), None, at(prefix))
+        for name, tensor in state.items():
+            found, expected = (t.resolve_conj().resolve_neg() for t in (targets[prefix][name], tensor))
+            assert identical(found, expected), (prefix, name)
+        entries = [name for path in shards(tmp_path, prefix) for name in Shard(path).header]
+        if prefix == "tied":  # safetensors knows no shared offsets
+            assert sum("half" not in name for name in entries) == (2 if form == "consolidated" else 1)
+    assert not buffer.t()[1::2].any(), "what lies between the rows of a view stays as it is"
+    assert ("safetensors is not compressed" in caplog.text) == (level == "fast" and form != "multi_shard")
 
 
 def test_a_header_with_room_for_more_units_than_compression_left_is_read(tmp_path):
@@ -1654,212 +1375,100 @@ def test_a_header_with_room_for_more_units_than_compression_left_is_read(tmp_pat
     assert not target.state["w"].any()
 
 
+COMPARED = [((5 * MiB,), torch.float32), ((1001, 3), torch.bfloat16), ((), torch.int64), ((7, 2), torch.bool)]
+
+
+@pytest.mark.parametrize("shape, dtype", COMPARED)
 @pytest.mark.parametrize("on_device", [0, 1])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on_device):
-    meter = coord.Meter()
-    for shape, dtype in (
-        ((5 * MiB,), torch.float32),
-        ((1001, 3), torch.bfloat16),
-        ((), torch.int64),
-        ((7, 2), torch.bool),
-    ):
-        whole = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
-        other = whole.clone() if not shape or len(shape) == 1 else whole.t().contiguous().t()
-        flipped, swapped = whole.clone(), whole.clone()
-        flipped.reshape(-1)[-1] = 1 - int(flipped.reshape(-1)[-1])
-        first, last = (int(x) for x in whole.reshape(-1)[[0, -1]])
-        swapped.reshape(-1)[0], swapped.reshape(-1)[-1] = last, first
-        sums = coord.checksums([whole, other, flipped, swapped], [on_device] * 4, meter)
-        assert sums[0] == sums[1] != sums[2] and (sums[0] == sums[3]) == (first == last)
+def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on_device, shape, dtype):
+    whole = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+    other = whole.t().contiguous().t() if len(shape) == 2 else whole.clone()
+    flipped, swapped = whole.clone(), whole.clone()
+    flipped.view(-1)[-1] = 1 - int(flipped.view(-1)[-1])
+    first, last = int(whole.view(-1)[0]), int(whole.view(-1)[-1])
+    swapped.view(-1)[0], swapped.view(-1)[-1] = last, first
+    sums = coord.checksums([whole, other, flipped, swapped], [on_device] * 4, coord.Meter())
+    assert sums[0] == sums[1] != sums[2] and (sums[0] == sums[3]) == (first == last)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_interpreter_that_exits_waits_for_a_save_in_any_format(tmp_path, form):
-    script = (
-        "import sys, torch, ckpt\n"
-        "saver = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(sys.argv[1]))\n"
-        "form = ckpt.CheckpointFormat(sys.argv[2])\n"
-        "saver.save_async(torch.nn.Linear(2000, 2000), None, ckpt.SaveOptions('p', form))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path, form.value], capture_output=True, text=True, timeout=HANG_S
-    )
-    assert done.returncode == 0, done.stderr
-    assert opened(tmp_path).validate_checkpoint("p").is_valid
+    script = "import sys, torch, ckpt; saver = ckpt.DistributedCheckpoint(storage=sys.argv[1]); "
+    script += "saver.save_async(torch.nn.Linear(2000, 2000), None, ckpt.SaveOptions('p', sys.argv[2]))"
+    command = [sys.executable, "-c", script, tmp_path, form.value]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0 and opened(tmp_path).validate_checkpoint("p").is_valid, done.stderr
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_checkpoint_of_nothing_but_scalars_empties_or_nothing_at_all_is_fine(tmp_path, form):
-    scalars, empties = (
-        {"a": torch.tensor(1.5), "b": torch.tensor(-0.0)},
-        {"a": torch.zeros(0, 3), "b": torch.zeros(2, 0)},
-    )
-    for truth in (scalars, empties, {**empties, "c": torch.ones(3)}, {}):
-        target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
-        opened(tmp_path).save(Bag(**truth), None, to(format=form, include_rng_state=False))
-        opened(tmp_path).load(target, None, at())
-        assert identical(target.state, truth)
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_rank_that_holds_nothing_saves_and_loads_with_one_that_does(tmp_path, form):
-    assert run(2, save_on_one_rank, tmp_path, form) == [[True, True]] * 2
-
-
-def save_on_one_rank(rank, world_size, tmp, form):
-    found = []
-    for holder in range(world_size):
-        truth = {"w": torch.ones(3, 2), "empty": torch.zeros(0, 1, 2)} if rank == holder else {}
-        target = Bag(**{name: blank(tensor) for name, tensor in truth.items()})
-        prefix = to(f"by-{holder}", format=form, include_rng_state=False)
-        opened(tmp).save(Bag(**truth), None, prefix)
-        opened(tmp).load(target, None, at(f"by-{holder}", strict_mode=False))
-        found.append(identical(target.state, truth))
-    return found
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("shape", [(), (1,), (3, 2)])
-def test_pairs_of_four_bit_floats_of_any_shape_come_back(tmp_path, form, shape):
-    truth = (
-        torch.arange(1, 1 + math.prod(shape), dtype=torch.uint8).reshape(shape).view(torch.float4_e2m1fn_x2)
-    )
-    target = Bag(w=torch.zeros(shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
-    opened(tmp_path).save(Bag(w=truth), None, to(format=form))
-    opened(tmp_path).load(target, None, at())
-    assert identical(target.state["w"], truth)
-
-
-def test_a_load_fills_tensors_that_are_not_contiguous(tmp_path):
-    checkpoint = opened(tmp_path)
-    truth = torch.arange(5 * MiB // 4, dtype=torch.int32).reshape(-1, 1024)
-    checkpoint.save(Bag(w=truth), None, to())
-    buffer = torch.zeros(1024, truth.shape[0] * 2, dtype=torch.int32)
-    target = buffer.t()[::2]
-    checkpoint.load(Bag(w=target), None, at())
-    assert torch.equal(target, truth) and not buffer.t()[1::2].any()
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_file_is_a_valid_safetensors_file_with_aligned_data(tmp_path, world_size, form, level):
-    run(world_size, save_ddp, tmp_path, form, level)
-    assert (
-        len(shards(tmp_path))
-        == {"MULTI_SHARD": world_size, "SINGLE_FILE": 1, "CONSOLIDATED": world_size + 1}[form.name]
-    )
-    for path in shards(tmp_path):
-        shard = Shard(path)  # asserts the rules
-        names = sorted(shard.header, key=shard.place)
-        if not path.name.endswith(".model.safetensors"):
-            others = [not name.startswith("model") for name in names if not name.startswith("pad/")]
-            assert others == sorted(others) and True in others, "model entries come first"
-    safe_open = pytest.importorskip("safetensors").safe_open
-    for path in shards(tmp_path):
-        with safe_open(path, framework="pt") as file:
-            shard = Shard(path)
-            assert sorted(file.keys()) == sorted(shard.header)
-            for name in shard.header:
-                if shard.header[name]["dtype"] not in ("F4", "C64"):
-                    assert raw(file.get_tensor(name)) == shard.data(name)
-
-
-def save_ddp(rank, world_size, tmp, form, level):
+def embedding():
+    """A model and its optimizer."""
     model = filled(nn.Sequential(nn.Embedding(50, 30), nn.Linear(30, 7), nn.Linear(7, 3)), "truth")
-    wrapped = DistributedDataParallel(model) if world_size > 1 else model
-    opened(tmp).save(
-        wrapped, stepped(wrapped), to(format=form, compression_level=level), extra_state={"rank": rank}
-    )
+    return model, stepped(model)
 
 
-def test_the_consolidated_model_file_feeds_load_state_dict_directly(tmp_path):
-    load_file = pytest.importorskip("safetensors.torch").load_file
-    run(4, save_layout, tmp_path, "fsdp2tp2", [CheckpointFormat.CONSOLIDATED])
-    (path,) = (tmp_path / "fsdp2tp2/CONSOLIDATED").glob("*.model.safetensors")
-    model = Net()
-    assert set(load_file(path)) == set(model.state_dict())
-    model.load_state_dict(load_file(path))
-    assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("level", ["none", "fast"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_file_but_the_record_is_valid_safetensors_with_aligned_data(tmp_path, world_size, form, level):
+    run(world_size, save_embedding, tmp_path, form, level)
+    found = [Shard(path) for path in shards(tmp_path)]  # asserts the rules
+    numbers = {"MULTI_SHARD": world_size, "SINGLE_FILE": 1, "CONSOLIDATED": world_size + 1}
+    assert len(found) == numbers[form.name]
+    assert set(listing(tmp_path)) == {"p.metadata.json", *(f"p/{shard.path.name}" for shard in found)}
+    for shard in found:
+        if not shard.path.name.endswith(".model.safetensors"):
+            others = [not name.startswith("model") for name in sorted(shard.header, key=shard.place)]
+            assert others == sorted(others) and True in others, "model entries come first"
+    safetensors = pytest.importorskip("safetensors.torch")
+    for shard in found:
+        with safetensors.safe_open(shard.path, framework="pt") as file:
+            assert sorted(file.keys()) == sorted(shard.header)
+            for name, entry in shard.header.items():
+                if entry["dtype"] not in ("F4", "C64"):
+                    assert raw(file.get_tensor(name)) == shard.data(name)
+    if form is CheckpointFormat.CONSOLIDATED:
+        state = safetensors.load_file(found[-1].path)
+        assert identical(state, dict(embedding()[0].state_dict())), "it feeds load_state_dict, uncompressed"
 
 
-def test_what_safetensors_cannot_name_goes_to_the_files_beside_the_consolidated_one(tmp_path):
-    state = Bag(
-        w=torch.ones(3), z=torch.ones(2, dtype=torch.complex128), _extra_state={"calls": 3}, unset=None
-    )
-    target = Bag(
-        w=torch.zeros(3), z=torch.zeros(2, dtype=torch.complex128), _extra_state={"calls": 0}, unset=5
-    )
-    checkpoint = opened(tmp_path)
-    checkpoint.save(state, None, to(format=CheckpointFormat.CONSOLIDATED))
-    checkpoint.load(target, None, at())
-    assert identical(target.state, state.state)
+def save_embedding(rank, world_size, tmp, form, level):
+    model, optimizer = embedding()
+    model = DistributedDataParallel(model) if world_size > 1 else model
+    options = to(format=form, compression_level=level)
+    opened(tmp).save(model, optimizer, options, extra_state={"rank": rank})
+
+
+def test_what_safetensors_cannot_name_goes_beside_the_consolidated_file_or_is_refused_by_name(tmp_path):
+    def state(number):
+        z = torch.full((2,), number, dtype=torch.complex128)
+        return Bag(w=torch.full((3,), number), z=z, _extra_state={"calls": number}, unset=[None, 5][number])
+
+    checkpoint, reserved = opened(tmp_path), Bag(__metadata__=torch.ones(3), w=torch.zeros(2))
+    save = functools.partial(checkpoint.save, reserved, None)
+    message = refusal(lambda: save(to(format="consolidated")), ExceptionType.SAVE_FAILED)
+    assert "'__metadata__'" in message and "MULTI_SHARD" in message and listing(tmp_path) == {}
+    for form in ("multi_shard", "single_file"):
+        save(to(format=form))
+        checkpoint.load(target := Bag(__metadata__=torch.zeros(3), w=torch.ones(2)), None, at())
+        assert identical(target.state, reserved.state)
+    with pytest.raises(ValueError, match="one name: __metadata__; rename one"):
+        ckpt.export_checkpoint(checkpoint.storage, "p", tmp_path / "m.safetensors")
+    checkpoint.save(state(0), None, to(format="consolidated"))
+    checkpoint.load(target := state(1), None, at())
+    assert identical(target.state, state(0).state)
     rest, model = map(Shard, shards(tmp_path))
     assert set(model.header) == {"w"} and rest.header["model/z"]["shape"] == [2, 2]
     assert rest.header["model/z"]["dtype"] == "F64" and "model-values/_extra_state" in rest.header
 
 
-def test_a_tensor_named_metadata_is_kept_where_a_file_can_hold_it_and_else_refused_by_name(tmp_path):
-    checkpoint, state = opened(tmp_path), Bag(__metadata__=torch.ones(3), w=torch.zeros(2))
-    message = refusal(
-        lambda: checkpoint.save(state, None, to(format=CheckpointFormat.CONSOLIDATED)),
-        ExceptionType.SAVE_FAILED,
-    )
-    assert "'__metadata__'" in message and "MULTI_SHARD" in message and listing(tmp_path) == {}
-    for form in (CheckpointFormat.MULTI_SHARD, CheckpointFormat.SINGLE_FILE):
-        checkpoint.save(state, None, to(format=form))
-        target = Bag(__metadata__=torch.zeros(3), w=torch.ones(2))
-        checkpoint.load(target, None, at())
-        assert identical(target.state, state.state)
-    with pytest.raises(ValueError, match="one name: __metadata__; rename one"):
-        ckpt.export_checkpoint(checkpoint.storage, "p", tmp_path / "m.safetensors")
-
-
-@pytest.mark.parametrize("form", [CheckpointFormat.SINGLE_FILE, CheckpointFormat.CONSOLIDATED])
-def test_a_header_that_other_readers_would_refuse_is_refused_before_anything_is_written(
-    tmp_path, monkeypatch, form
-):
+@pytest.mark.parametrize("form", ["single_file", "consolidated"])
+def test_a_header_that_other_readers_refuse_is_refused_before_any_write(tmp_path, monkeypatch, form):
     monkeypatch.setattr(st, "MAX_HEADER_BYTES", 2 * PAGE)  # of 100,000,000
     files, bag = Seam(), Bag(**{f"layer.{n}": torch.ones(2) for n in range(150)})
     message = refusal(lambda: over(Storage(tmp_path, files)).save(bag, None, to(format=form)))
     assert "a tensor file's header would take" in message and "MULTI_SHARD" in message
     assert not listing(tmp_path) and not any(map(is_change, files.done))
-
-
-def test_a_consolidated_model_file_is_never_compressed_and_the_save_says_so(tmp_path, caplog):
-    options = to(format=CheckpointFormat.CONSOLIDATED, compression_level=CompressionLevel.FAST)
-    opened(tmp_path).save(Bag(w=torch.zeros(MiB)), Bag(m=torch.zeros(MiB)), options)
-    rest, model = map(Shard, shards(tmp_path))
-    assert model.header["w"]["dtype"] == "F32" and model.path.name in caplog.text
-    assert "is not compressed" in caplog.text and len(rest.bytes) < MiB
-
-
-def test_the_record_lists_tensors_shards_versions_and_ends_in_its_own_crc(tmp_path):
-    model, optimizer = small()
-    opened(tmp_path).save(model, optimizer, to(custom_metadata={"epoch": 3}))
-    text = (tmp_path / "p.metadata.json").read_bytes()
-    body, tail = text[: text.rindex(b',"crc32":"')], text[text.rindex(b',"crc32":"') :]
-    assert tail == b',"crc32":"%08x"}\n' % zlib.crc32(body)
-    json.loads(text)
-    (path,) = shards(tmp_path)
-    for part in (
-        b"0.weight",
-        b"1.bias",
-        b"exp_avg_sq",
-        b"epoch",
-        torch.__version__.encode(),
-        path.name.encode(),
-    ):
-        assert part in text
-    assert str(path.stat().st_size).encode() in text
-
-
-def test_nothing_but_the_record_and_its_shards_is_left_on_disk(tmp_path):
-    for form in FORMATS:
-        run(2, save_ddp, tmp_path / form.name, form, CompressionLevel.NONE)
-        names = set(listing(tmp_path / form.name))
-        assert names == {"p.metadata.json", *(f"p/{path.name}" for path in shards(tmp_path / form.name))}
 
 
 def test_a_replicated_tensor_is_written_once_and_its_bytes_are_balanced(tmp_path):
@@ -1888,61 +1497,32 @@ def save_a_tie_of_one_rank(rank, world_size, tmp, form, holder):
 
 
 def test_twenty_thousand_small_tensors_cost_what_their_bytes_cost(tmp_path):
-    bag = Bag(**{f"t{i}": torch.full((16,), i, dtype=torch.int32) for i in range(20_000)})
-    files = Seam()
+    state, files = {f"t{i}": torch.full((16,), i, dtype=torch.int32) for i in range(20_000)}, Seam()
     checkpoint, began = over(Storage(tmp_path, files)), time.process_time()
-    checkpoint.save(bag, None, to())
-    checkpoint.load(Bag(**{name: torch.zeros(16, dtype=torch.int32) for name in bag.state}), None, at())
+    checkpoint.save(Bag(**state), None, to())
+    checkpoint.load(Bag(**blank(state)), None, at())
     assert len(files.log) < 100 and time.process_time() - began < 60
     shard = Shard(shards(tmp_path)[0])
     assert len(shard.bytes) - shard.data_at < 20_000 * 64 + 64 * 1024
 
 
 def test_damage_is_named_by_file_unit_and_tensor_and_spares_what_lies_in_other_units(tmp_path):
-    bag = Bag(alpha=torch.ones(6 * MiB, dtype=torch.uint8), beta=torch.ones(6 * MiB, dtype=torch.uint8))
+    state = {name: torch.ones(6 * MiB, dtype=torch.uint8) for name in ("alpha", "beta")}
     checkpoint = opened(tmp_path)
-    checkpoint.save(bag, None, to(include_rng_state=False))
+    checkpoint.save(Bag(**state), None, to(include_rng_state=False))
     (path,) = shards(tmp_path)
     flip(path, Shard(path).place("model/beta")[1] - 1)
-    message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
+    message = refusal(lambda: checkpoint.load(Bag(**state), None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
     assert f"{path.name}: unit 47 has CRC32" in message and "beta" in message and "alpha" not in message
+    assert "tensors being loaded are undefined" in message
     result = checkpoint.validate_checkpoint("p")
     assert not result.is_valid and path.name in result.get_summary() and "beta" in result.get_summary()
-    checkpoint.load(Bag(alpha=torch.zeros(6 * MiB, dtype=torch.uint8)), None, at(strict_mode=False))
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_flipped_bit_anywhere_in_any_file_is_found(tmp_path, form):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to(format=form))
-    assert checkpoint.validate_checkpoint("p").is_valid
-    for path in [*shards(tmp_path), tmp_path / "p.metadata.json"]:
-        whole = path.read_bytes()
-        places = {0, 9, len(whole) // 2, len(whole) - 1, *range(0, len(whole), len(whole) // 40 + 1)}
-        if path.suffix == ".safetensors":
-            places |= {Shard(path).data_at - 1, Shard(path).data_at}  # header padding, first byte
-        for position in places:
-            flip(path, position)
-            assert not checkpoint.validate_checkpoint("p").is_valid, (path.name, position)
-            path.write_bytes(whole)
-    assert checkpoint.validate_checkpoint("p").is_valid
-
-
-class Colour(enum.Enum):
-    RED = 1
-
-
-@dataclasses.dataclass
-class Point:
-    x: int = 0
+    checkpoint.load(Bag(alpha=state["alpha"]), None, at(strict_mode=False))
 
 
 EXTRA = {
     "none": None,
-    "yes": True,
-    "huge": -(10**60),
-    "third": 1 / 3,
-    "odd floats": [-0.0, math.inf, -math.inf, math.nan],
+    "numbers": [True, -(10**60), 1 / 3, -0.0, math.inf, -math.inf, math.nan],
     "text": "ünï\ud7ff\u0000\n",
     "bytes": bytes(range(256)),
     "list": [1, [2.0, ("three", [])], ()],
@@ -1951,134 +1531,45 @@ EXTRA = {
     "empty": [{}, [], (), set(), "", b""],
     "torch": [torch.bfloat16, torch.device("cpu"), torch.Size([2, 0])],
     "numpy": [np.arange(6, dtype=">i2").reshape(2, 3), np.float32(1.1), np.array(["a", "bc"])],
-    "dates": [
-        datetime.datetime(2024, 2, 29, 1, 2, 3, 4),
-        datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc),
-    ],
+    "naive date": datetime.datetime(2024, 2, 29, 1, 2, 3, 4),
+    "date": datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc),
     "tensor": torch.arange(5.0),
     "nested": {"deep": [torch.ones(2, dtype=torch.float64), {"x": torch.tensor(3)}]},
-    "surrogates": [
-        "\ud800",
-        "\ud83d\ude00",
-        "\udc00\ud800",
-        {"\ud83d\ude00": 1, "\U0001f600": 2, "\udfff": 3},
-    ],
+    "surrogates": ["\ud800", "\ud83d\ude00", "\udc00\ud800"],
+    "surrogate keys": {"\ud83d\ude00": 1, "\U0001f600": 2, "\udfff": 3},
     "like a tag": {"$tensor": "x", "$": {}, "@": [], "a/b": {"$int": "0x1"}},
 }
+ALIKE = [  # a tensor inside a value never takes the name of another value
+    {"a": {"b": torch.ones(1)}, "a.b": 5},
+    {"w": torch.ones(1), "w#1": 5},
+    {"ema": {"decay": torch.ones(4)}, "ema.decay": 1000},
+    {"a": [torch.ones(2), torch.zeros(2)], "a.0": torch.full((3,), 7.0)},
+]
 
 
-@pytest.mark.parametrize("key", EXTRA)
-def test_extra_state_comes_back_exactly(tmp_path, key):
-    checkpoint = opened(tmp_path)
-    model, _ = small()
-    checkpoint.save(model, None, to(), extra_state={key: EXTRA[key]})
-    result = checkpoint.load(model, None, at())
-    assert set(result.extra_state) == {key}
-    assert identical(result.extra_state[key], EXTRA[key]), result.extra_state[key]
+def test_extra_state_comes_back_exactly_and_no_pickle_is_ever_loaded(tmp_path):
+    assert run(1, load_extra_under_audit, tmp_path, group=False) == [[]]
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {"a": {"b": torch.ones(1)}, "a.b": 5},
-        {"w": torch.ones(1), "w#1": 5},
-        {"ema": {"decay": torch.ones(4)}, "ema.decay": 1000},
-        {"a": [torch.ones(2), torch.zeros(2)], "a.0": torch.full((3,), 7.0)},
-    ],
-    ids=["value", "number", "long value", "list"],
-)
-def test_a_tensor_inside_a_value_never_takes_the_name_of_another_value(tmp_path, extra):
-    checkpoint = opened(tmp_path)
-    model, _ = small()
-    checkpoint.save(model, None, to(), extra_state=extra)
-    assert identical(checkpoint.load(model, None, at()).extra_state, extra)
-
-
-def test_two_optimizers_of_the_same_parameters_each_get_their_own_state_back(tmp_path):
-    def start():
-        model = torch.nn.Linear(3, 2)
-        fast = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return model, {"fast": fast, "slow": torch.optim.AdamW(model.parameters(), lr=0.5)}
-
-    (model, optimizers), (other, fresh) = start(), start()
-    model(torch.ones(3)).sum().backward()
-    for optimizer in optimizers.values():
-        optimizer.step()
-    opened(tmp_path).save(model, optimizers, to())
-    reversed_order = dict(reversed(fresh.items()))
-    opened(tmp_path).load(other, reversed_order, at())
-    for name, optimizer in optimizers.items():
-        assert identical(fresh[name].state_dict(), optimizer.state_dict())
-
-
-def test_tensors_stored_apart_that_are_tied_here_are_told_of(tmp_path):
-    opened(tmp_path).save(Bag(a=torch.ones(2), b=torch.zeros(2)), None, to())
-    tied = torch.full((2,), 5.0)
-    (warning,) = opened(tmp_path).load(Bag(a=tied, b=tied), None, at()).warnings
-    assert "model/a" in warning and "model/b" in warning and identical(tied, torch.zeros(2))
-
-
-def test_stateful_extra_state_is_restored_in_place_and_returned(tmp_path):
-    def start():
-        model, optimizer = small()
-        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=50)
-
-    model, optimizer, scheduler = start()
-    for _ in range(7):
-        scheduler.step()
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to(), extra_state={"scheduler": scheduler, "step": 7})
-    model, optimizer, fresh = start()
-    result = checkpoint.load(model, optimizer, at(), extra_state={"scheduler": fresh})
-    assert fresh.last_epoch == 7 and fresh.get_last_lr() == scheduler.get_last_lr()
-    assert set(result.extra_state) == {"scheduler", "step"} and result.extra_state["step"] == 7
-    assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
-
-
-def test_tensors_at_places_of_a_state_that_read_alike_come_back_each_to_its_own(tmp_path):
-    def state(first, second):
-        return Bag(
-            **{
-                "a": {"b": torch.full((2,), first)},
-                "a.b": torch.full((2,), second),
-                "c": {1: (torch.ones(1),)},
-            }
-        )
-
-    checkpoint, (model, _), target = opened(tmp_path), small(), state(3.0, 4.0)
-    live = target.state["a"]["b"], target.state["a.b"], target.state["c"][1][0].zero_()
-    checkpoint.save(model, None, to(), extra_state={"x": state(1.0, 2.0)})
-    checkpoint.load(model, None, at(), extra_state={"x": target})
-    assert [tensor.tolist() for tensor in live] == [[1.0, 1.0], [2.0, 2.0], [1.0]]  # in place
-
-
-def test_stored_tensors_that_are_one_tensor_here_come_back_as_several(tmp_path):
-    checkpoint, truth = opened(tmp_path), [torch.full((4,), float(i)) for i in range(3)]
-    averages = Bag(w=truth[1], other=truth[2], tied=truth[2])
-    checkpoint.save(Bag(w=truth[0]), None, to(), extra_state={"ema": averages})
-    live = torch.zeros(4)
-    model, averages = Bag(w=live), Bag(w=live.detach(), other=live, tied=live)  # as before their first step
-    checkpoint.load(model, None, at(), extra_state={"ema": averages})
-    assert model.state["w"] is live and identical(live, truth[0])
-    assert identical(averages.state, {"w": truth[1], "other": truth[2], "tied": truth[2]})
-
-
-def test_of_stored_tensors_that_are_one_parameter_here_the_last_is_loaded(tmp_path):
-    first, last = torch.full((MiB,), 1.0), torch.full((MiB,), 2.0)
-    checkpoint, tied = opened(tmp_path), torch.zeros(MiB)
-    checkpoint.save(Bag(first=first, last=last), None, to())
-    for _ in range(5):
-        tied.zero_()
-        checkpoint.load(Bag(first=tied, last=tied), None, at())
-        assert identical(tied, last)
+def load_extra_under_audit(tmp):
+    events, (model, optimizer), checkpoint = [], small(), opened(tmp)
+    cases = [*({key: value} for key, value in EXTRA.items()), EXTRA, *ALIKE]
+    for number, extra in enumerate(cases):
+        checkpoint.save(model, optimizer, f"case-{number}", extra_state=extra)
+    watched = ("pickle.find_class", "marshal.loads", "exec", "compile")
+    sys.addaudithook(lambda name, args: events.append((name, str(args))) if name in watched else None)
+    for number, extra in enumerate(cases):
+        found = checkpoint.load(model, optimizer, f"case-{number}").extra_state
+        assert identical(found, extra), found
+    return [event for event in events if event[0] != "exec" or "ckpt" in event[1]]
 
 
 class Averaged(nn.Module):
     """Its average, kept as extra state, is the weight itself until the first step."""
 
-    def __init__(self):
+    def __init__(self, weight):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(4))
+        self.weight = nn.Parameter(weight)
         self.average = self.weight.data
 
     def get_extra_state(self):
@@ -2088,31 +1579,39 @@ class Averaged(nn.Module):
         self.average = state["average"]
 
 
-def test_an_average_in_extra_state_that_is_the_weight_so_far_is_loaded_apart(tmp_path):
-    model, checkpoint = filled(Averaged(), "truth"), opened(tmp_path)
-    model.average = torch.full((4,), 7.0)
-    checkpoint.save(model, None, to())
-    other = Averaged()
-    checkpoint.load(other, None, at())
-    assert identical(other.weight.data, model.weight.data) and identical(other.average, model.average)
+def test_tensors_whose_places_read_alike_or_are_one_tensor_here_come_back_each_to_its_own(tmp_path):
+    a, b, c, d, weight, average = (torch.full((4,), float(number)) for number in range(6))
+    model, truth = Averaged(weight), Bag(**{"a": {"b": a}, "a.b": b, "c": {1: (c,)}, "d": d, "tied": d})
+    model.average = average
+    opened(tmp_path).save(model, None, to(), extra_state={"x": truth})
+    live, places = torch.full((4,), 7.0), torch.zeros(3, 4).unbind()
+    model, target = Averaged(live), Bag(d=live, tied=live.detach())  # as before the first step
+    target.state |= {"a": {"b": places[0]}, "a.b": places[1], "c": {1: (places[2],)}}
+    opened(tmp_path).load(model, None, at(), extra_state={"x": target})
+    assert identical(live, weight) and identical(model.average, average)
+    assert identical(places, (a, b, c)), "filled in place"
+    assert identical(target.state, truth.state)
 
 
-UNSUPPORTED = {
-    "enum": Colour.RED,
-    "dataclass": Point(),
-    "lambda": lambda: 0,
-    "object": object(),
-    "file": io.StringIO(),
-}
+def test_of_stored_tensors_that_are_one_parameter_here_the_last_is_loaded_with_a_warning(tmp_path):
+    first, last, tied = (torch.full((MiB,), number) for number in (1.0, 2.0, 0.0))
+    opened(tmp_path).save(Bag(first=first, last=last), None, to())
+    for _ in range(5):
+        (warning,) = opened(tmp_path).load(Bag(first=tied.zero_(), last=tied), None, at()).warnings
+        assert "model/first" in warning and "model/last" in warning and identical(tied, last)
 
 
-@pytest.mark.parametrize("kind", UNSUPPORTED)
-def test_an_object_that_is_not_data_is_refused_by_path_and_type_before_anything_is_written(tmp_path, kind):
-    thing = UNSUPPORTED[kind]
+@dataclasses.dataclass
+class Point:
+    x: int = 0
+
+
+@pytest.mark.parametrize("thing", [ExceptionType.UNKNOWN, Point(), lambda: 0, io.StringIO()], ids=type)
+def test_an_object_that_is_not_data_is_refused_by_path_and_type_before_anything_is_written(tmp_path, thing):
     with pytest.raises((CheckpointException, ValueError)) as caught:
         opened(tmp_path).save(small()[0], None, to(), extra_state={"outer": [{"inner": thing}]})
-    message = str(caught.value)
-    assert "outer" in message and "inner" in message and type(thing).__name__ in message
+    for word in ("outer", "inner", type(thing).__name__):
+        assert word in str(caught.value)
     assert listing(tmp_path) == {}
 
 
@@ -2120,32 +1619,32 @@ class Wrapped(torch.Tensor):
     """A tensor subclass that the library cannot know."""
 
 
+def freed():
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 UNSUITED = {
-    "sparse": lambda: torch.eye(3).to_sparse(), "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
-    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-    "meta": lambda: torch.empty(3, device="meta"), "subclass": lambda: torch.ones(3).as_subclass(Wrapped),
-    "lazy": nn.UninitializedParameter,
-}  # fmt: skip
+    "sparse_coo": lambda: torch.eye(3).to_sparse(),
+    "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "dtype torch.qint8": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "meta device": lambda: torch.empty(3, device="meta"),
+    "a Wrapped, a tensor subclass": lambda: torch.ones(3).as_subclass(Wrapped),
+    "lazy module": nn.UninitializedParameter,
+    "storage was freed": freed,
+}
 
 
-@pytest.mark.parametrize("kind", UNSUITED)
-def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_before_anything_is_written(tmp_path, kind):
-    bag = Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[kind]()})
-    message = refusal(lambda: opened(tmp_path).save(bag, None, to()), ExceptionType.SAVE_FAILED)
-    assert "layer.odd" in message and listing(tmp_path) == {}
-
-
-@pytest.mark.parametrize("kind", UNSUITED)
-def test_a_tensor_that_is_not_dense_and_real_is_refused_by_a_load_as_its_failure_before_anything_changes(
-    tmp_path, kind
-):
-    checkpoint = opened(tmp_path)
+@pytest.mark.parametrize("problem", UNSUITED)
+def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_and_nothing_changes(tmp_path, problem):
+    checkpoint, bag = opened(tmp_path), Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[problem]()})
+    message = refusal(lambda: checkpoint.save(bag, None, to()), ExceptionType.SAVE_FAILED)
+    assert "layer.odd" in message and problem in message and listing(tmp_path) == {}
     checkpoint.save(Bag(good=torch.zeros(3), **{"layer.odd": torch.zeros(3)}), None, to())
-    bag = Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[kind]()})
     message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.LOAD_FAILED)
-    assert (
-        "layer.odd" in message and "undefined" not in message and identical(bag.state["good"], torch.ones(3))
-    )
+    assert "layer.odd" in message and problem in message and "undefined" not in message
+    assert identical(bag.state["good"], torch.ones(3))
 
 
 class Scale(nn.Parameter):
@@ -2169,139 +1668,83 @@ class Unusual(nn.Linear):
 
 
 def test_what_a_save_accepts_a_load_of_the_same_objects_accepts(tmp_path):
-    def start(number):
-        bag, extra = (
-            Bag(a=Scale(torch.full((2,), number)), b=torch.ones(2, requires_grad=True) * number) for _ in "12"
-        )
-        model = {"unusual": Unusual(number), "bag": bag}
-        optimizer = {
-            "adamw": stepped(model["unusual"], lr=number),
-            "own": Bag(momentum=Scale(torch.full((2,), number))),
-        }
-        return model, optimizer, {"extra": extra}
+    def start(number, steps):
+        def bag():
+            return Bag(a=Scale(torch.full((2,), number)), b=torch.ones(2, requires_grad=True) * number)
 
-    def values(model, optimizer, extra):
-        states = optimizer["adamw"].state_dict()["state"].values()
-        found = [*model["unusual"].state_dict().values(), *(t for state in states for t in state.values())]
-        found += [t for bag in (model["bag"], optimizer["own"], extra["extra"]) for t in bag.state.values()]
-        return [raw(tensor) for tensor in found]
+        model = Unusual(number)  # two optimizers have the same parameters
+        optimizers = {"sgd": stepped(model, torch.optim.SGD, steps, momentum=number), "own": bag()}
+        optimizers = {"adamw": stepped(model, torch.optim.AdamW, steps, lr=number)} | optimizers
+        return {"unusual": model, "bag": bag()}, optimizers, {"extra": bag()}
 
-    (model, optimizer, extra), other, checkpoint = start(0.5), start(0.25), opened(tmp_path)
-    checkpoint.save(model, optimizer, to(), extra_state=extra)
-    assert values(*other) != values(model, optimizer, extra)
-    checkpoint.load(*other[:2], at(), extra_state=other[2])
-    assert values(*other) == values(model, optimizer, extra)
+    def values(*parts):
+        return [dict(part.state_dict()) for named in parts for _, part in sorted(named.items())]
+
+    truth, other = start(0.5, 2), start(0.25, 0)
+    assert not any(map(identical, values(*other), values(*truth)))
+    opened(tmp_path).save(*truth[:2], to(), extra_state=truth[2])
+    opened(tmp_path).load(other[0], dict(reversed(other[1].items())), at(), extra_state=other[2])
+    assert identical(values(*other), values(*truth))
 
 
-def test_partial_placements_and_fsdp1_shards_are_refused_by_name(tmp_path):
-    for message, nothing in run(2, save_the_unsaveable, tmp_path):
-        assert "grad_sum" in message[0] and "Partial" in message[0]
-        assert "weight" in message[1] and "device_mesh" in message[1] and nothing
+def test_partial_placements_and_fsdp1_at_any_depth_are_refused_with_the_ways_out(tmp_path):
+    run(2, offer_the_unsaveable, tmp_path)
 
 
-def save_the_unsaveable(rank, world_size, tmp):
-    mesh = init_device_mesh("cpu", (2,))
+def offer_the_unsaveable(rank, world_size, tmp):
+    plain, model = (nn.Sequential(nn.Linear(3, 5), nn.ModuleDict({"inner": nn.Linear(5, 2)})) for _ in "12")
+    checkpoint, mesh = opened(tmp), init_device_mesh("cpu", (2,))
+    checkpoint.save({"part": plain}, None, "plain")
+    before = listing(tmp)
     partial = Bag(grad_sum=DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     old = FullyShardedDataParallel(nn.Linear(5, 7), device_id=torch.device("cpu"))
     FullyShardedDataParallel.set_state_dict_type(old, StateDictType.SHARDED_STATE_DICT)
-    checkpoint = opened(tmp / "c")
-    bags = (partial, Bag(**old.state_dict()))
-    messages = [told(functools.partial(checkpoint.save, model, None, to()))[2] for model in bags]
-    return messages, not (tmp / "c").exists() or listing(tmp / "c") == {}
-
-
-def test_fsdp1_at_any_depth_is_refused_by_save_and_load_before_anything_changes_with_the_ways_out(tmp_path):
-    for told_of_save, told_of_load, unchanged in run(2, offer_fsdp1, tmp_path):
-        for (kind, _, message), expected in ((told_of_save, "SAVE_FAILED"), (told_of_load, "LOAD_FAILED")):
-            assert kind == expected and message.startswith("part.1.inner is FSDP1")
-            assert all(
-                word in message for word in ("fully_shard", "get_state_dict", "device_mesh", "extra_state")
-            )
-        assert unchanged
-
-
-def offer_fsdp1(rank, world_size, tmp):
-    def start():
-        return nn.Sequential(nn.Linear(3, 5), nn.ModuleDict({"inner": nn.Linear(5, 2)}))
-
-    plain, model, checkpoint = start(), start(), opened(tmp)
-    checkpoint.save({"part": plain}, None, to("plain"))
-    before = listing(tmp)
     model[1]["inner"] = FullyShardedDataParallel(model[1]["inner"], device_id=torch.device("cpu"))
-    given, kept = {"part": DistributedDataParallel(model)}, state_of(model[0])
-    saved, loaded = (
-        told(lambda: checkpoint.save(given, None, to())),
-        told(lambda: checkpoint.load(given, None, at("plain"))),
-    )
-    return saved, loaded, listing(tmp) == before and identical(state_of(model[0]), kept)
+    deep, kept = {"part": DistributedDataParallel(model)}, state_of(model[0])
+    ways = ("part.1.inner is FSDP1", "fully_shard", "get_state_dict", "device_mesh", "extra_state")
+    for verb, prefix, given, words in (
+        ("save", "p", partial, ("grad_sum", "Partial")),
+        ("save", "p", Bag(**old.state_dict()), ("weight", "device_mesh")),
+        ("save", "p", deep, ways),
+        ("load", "plain", deep, ways),
+    ):
+        kind, _, message = told(lambda: getattr(checkpoint, verb)(given, None, prefix))
+        assert kind == f"{verb.upper()}_FAILED" and all(word in message for word in words), (kind, message)
+    assert listing(tmp) == before and identical(state_of(model[0]), kept)
 
 
-def test_no_pickle_is_ever_loaded(tmp_path):
-    (events,) = run(1, load_under_audit, tmp_path)
-    assert events == []
+# ---- protocol: S1 to S7, L1 to L5, over real ranks ---------------------------------------------------------
+
+SIZES = [1 << 22, (1 << 22) - 2, 30_000_000]  # with its two quotes the second fills a value of the store
 
 
-def load_under_audit(rank, world_size, tmp):
-    events = []
-    checkpoint = opened(tmp)
-    model, optimizer = small()
-    extra = {key: value for key, value in EXTRA.items() if key != "text"}
-    checkpoint.save(model, optimizer, to(), extra_state=extra)
-    watched = ("pickle.find_class", "marshal.loads", "exec", "compile")
-    sys.addaudithook(lambda name, args: events.append((name, str(args))) if name in watched else None)
-    checkpoint.load(model, optimizer, at())
-    return [event for event in events if event[0] != "exec" or "ckpt" in event[1]]
-
-
-# ---- protocol: S1 to S7, L1 to L5, over real ranks -------------------------------------------------------------------
-
-
-def test_a_local_coordinator_is_rank_zero_of_one():
+def test_coordinators_gather_and_broadcast_values_of_any_size_and_name_who_is_late(tmp_path):
     local = ckpt.LocalCoordinator()
     assert (local.rank, local.world_size) == (0, 1) and isinstance(local, ckpt.DistributedCoordinator)
-
-
-def test_a_torch_coordinator_gathers_broadcasts_and_names_who_is_late(tmp_path):
-    for rank, (gathered, sent, late, again) in enumerate(run(3, coordinate, tmp_path)):
-        assert gathered == [{"rank": 0}, {"rank": 1}, {"rank": 2}] and sent == "from 1" and again == [0, 1, 2]
-        assert rank == 1 or (late[0] == "TIMEOUT" and 1 in named(late)), late
+    run(3, coordinate, tmp_path)
 
 
 def coordinate(rank, world_size, tmp):
-    coordinator = ckpt.TorchCoordinator()
+    coordinator, texts = ckpt.TorchCoordinator(), [str(rank) * size for rank, size in enumerate(SIZES)]
     assert isinstance(coordinator, ckpt.DistributedCoordinator)
-    gathered = coordinator.all_gather({"rank": rank})
-    sent = coordinator.broadcast(f"from {rank}", src=1)
-    late = None
-    if rank == 1:
-        await_file(tmp / "gave-up-0")
-        await_file(tmp / "gave-up-2")
+    assert coordinator.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    assert coordinator.all_gather(texts[rank]) == texts
+    assert [coordinator.broadcast(texts[rank], src=src) for src in (1, 2)] == texts[1:]
+    coordinator.barrier()
+    coordinator.barrier()
+    assert dist.distributed_c10d._get_default_store().num_keys() <= 20
+    for other in (0, 2) if rank == 1 else ():
+        await_file(tmp / f"gave-up-{other}")
     late = told(lambda: coordinator.barrier(timeout=1.0))
     (tmp / f"gave-up-{rank}").touch()
+    assert rank == 1 or (late[0] == "TIMEOUT" and 1 in named(late)), late
     ckpt.TorchCoordinator().barrier()
-    return gathered, sent, late, ckpt.TorchCoordinator().all_gather(rank)
+    assert ckpt.TorchCoordinator().all_gather(rank) == [0, 1, 2]
 
 
 def named(answer):
-    """The ranks that a TIMEOUT names: whoever is silent, and on a busy machine also who came late to this wait."""
+    """The ranks that a TIMEOUT names: who is silent, and on a busy machine who came late to this wait."""
     return [int(rank) for rank in re.search(r"rank\(s\) ([\d, ]+) of", answer[2])[1].split(", ")]
-
-
-def test_ranks_tell_each_other_values_of_any_size(tmp_path):
-    for rank, (sizes, same, keys) in enumerate(run(3, tell_much, tmp_path)):
-        assert sizes == [1 << 22, (1 << 22) - 2, 30_000_000] and same and keys <= 20, rank
-
-
-def tell_much(rank, world_size, tmp):
-    coordinator = ckpt.TorchCoordinator()
-    mine = (
-        str(rank) * [1 << 22, (1 << 22) - 2, 30_000_000][rank]
-    )  # with its two quotes the second fills a part
-    gathered = coordinator.all_gather(mine)
-    same = coordinator.broadcast(mine, src=2) == gathered[2]
-    coordinator.barrier()
-    coordinator.barrier()
-    return [len(told) for told in gathered], same, dist.distributed_c10d._get_default_store().num_keys()
 
 
 def await_file(path):
@@ -2310,229 +1753,167 @@ def await_file(path):
         time.sleep(0.01)
 
 
-def test_the_store_does_not_fill_up_with_keys(tmp_path):
-    for few, many in run(2, count_keys, tmp_path):
-        assert many <= few + 10
+def test_default_prefixes_are_new_and_the_same_on_all_ranks_and_the_store_does_not_fill_up(tmp_path):
+    (names, few, many), others = run(2, save_without_a_name, tmp_path)
+    assert others[0] == names and len(set(names)) == 15
+    assert many <= few + 10 and others[2] <= others[1] + 10  # keys after 3 and 15 saves and loads
 
 
-def count_keys(rank, world_size, tmp):
-    checkpoint, counts = opened(tmp), []
+def save_without_a_name(rank, world_size, tmp):
+    checkpoint, names, counts = opened(tmp), [], []
     for saves in (3, 12):
         for _ in range(saves):
-            checkpoint.save(Bag(w=torch.zeros(2)), None, to())
-            checkpoint.load(Bag(w=torch.zeros(2)), None, at())
+            names.append(checkpoint.save(Bag(w=torch.zeros(2))))
+            checkpoint.load(Bag(w=torch.zeros(2)), None, names[-1])
         dist.barrier()
         counts.append(dist.distributed_c10d._get_default_store().num_keys())
         dist.barrier()
-    return counts
-
-
-def first_after(log, start, call, ending=""):
-    """Where in the log, from `start` on, `call` on a file of that ending comes first."""
-    return next(i for i in range(start, len(log)) if log[i].call == call and log[i].path.endswith(ending))
+    return names, *counts
 
 
 def test_the_file_operations_of_an_overwrite_and_a_delete_come_in_the_documented_order(tmp_path):
+    def in_order(*steps):
+        rest = iter(files.log)
+        return all(any(op.call == call and op.path.endswith(end) for op in rest) for call, end in steps)
+
     files = Seam()
     checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files))
-    checkpoint.save(*small(), to())
-    (old,) = shards(tmp_path)
+    checkpoint.save(*small(), "p")
+    (old,) = (path.name for path in shards(tmp_path))
     files.log.clear()
-    checkpoint.save(*small("second"), to())
-    log, (new,) = files.log, shards(tmp_path)
-    fence = first_after(log, 0, "create", ".tmp")  # the fence, then S4 to S7
-    written = first_after(log, fence, "pwrite", new.name)
-    synced = first_after(log, written, "fsync", new.name)
-    assert not any(op.call == "pwrite" and op.path.endswith(new.name) for op in log[synced:])
-    synced_names = first_after(log, synced, "fsync_dir")
-    record = first_after(log, fence, "fsync", ".tmp")
-    rename = first_after(log, max(record, synced_names), "rename", ".tmp")
-    assert not any(op.call == "pwrite" and op.path == log[rename].path for op in log[record:])
-    assert [op.call for op in log].count("rename") == 1
-    assert first_after(log, rename, "fsync_dir") < first_after(log, 0, "unlink", old.name)
-
+    checkpoint.save(*small("second"), "p")
+    (new,) = (path.name for path in shards(tmp_path))
+    record, synced, renamed, gone = ("create", ".tmp"), ("fsync_dir", ""), ("rename", ".tmp"), ("unlink", old)
+    assert in_order(record, ("pwrite", new), ("fsync", new), synced, renamed, synced, gone)
+    assert in_order(record, ("pwrite", ".tmp"), ("fsync", ".tmp"), renamed)
+    for path in (new, ".tmp"):
+        assert not in_order(("fsync", path), ("pwrite", path))
+    assert not in_order(renamed, renamed) and not in_order(gone, gone), "there is one of each"
     files.log.clear()
     checkpoint.delete_checkpoint("p")
-    record = first_after(log, 0, "unlink", "p.metadata.json")
-    assert first_after(log, record, "fsync_dir") < first_after(log, 0, "unlink", new.name)
+    assert in_order(("unlink", "p.metadata.json"), synced, ("unlink", new))
+    assert not in_order(("unlink", new), ("unlink", new))
 
 
-def test_without_its_record_a_checkpoint_does_not_exist(tmp_path):
+def test_a_checkpoint_without_its_record_does_not_exist_and_one_that_lacks_a_shard_is_corrupt(tmp_path):
     checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to())
-    (tmp_path / "p.metadata.json").unlink()
-    assert checkpoint.list_checkpoints() == [] and checkpoint.latest_checkpoint() is None
-    refusal(lambda: checkpoint.load(*small(), at()))
-
-
-def test_a_checkpoint_that_lacks_a_shard_is_not_listed_and_is_corrupt_at_load(tmp_path):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to("whole"))
-    checkpoint.save(*small(), to("torn"))
+    for prefix in ("whole", "gone", "torn"):
+        checkpoint.save(*small(), prefix)
+    (tmp_path / "gone.metadata.json").unlink()
     shards(tmp_path, "torn")[0].unlink()
-    assert checkpoint.latest_checkpoint().prefix == "whole" and len(checkpoint.list_checkpoints()) == 1
-    message = refusal(lambda: checkpoint.load(*small(), at("torn")), ExceptionType.CORRUPTED_CHECKPOINT)
+    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["whole"]
+    assert checkpoint.latest_checkpoint().prefix == "whole"
+    message = refusal(lambda: checkpoint.load(*small(), "torn"), ExceptionType.CORRUPTED_CHECKPOINT)
     assert ".safetensors" in message
+    with pytest.raises(CheckpointException, match="gone") as caught:
+        checkpoint.load(*small(), "gone")
+    assert "gone" in caught.value.checkpoint_path and not checkpoint.validate_checkpoint("gone").is_valid
 
 
-def test_a_failed_overwrite_leaves_the_old_checkpoint_as_it_was(tmp_path):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to())
-    before = listing(tmp_path)
-    message = refusal(
-        lambda: checkpoint.save(Doomed(RuntimeError("boom")), None, to()), ExceptionType.SAVE_FAILED
-    )
-    assert "boom" in message and listing(tmp_path) == before
-
-
-def test_the_rank_that_fails_is_named_on_every_rank_and_nothing_is_left(tmp_path):
-    for save, load, stored in run(3, fail_on_rank_one, tmp_path):
-        assert save[:2] == ("SAVE_FAILED", 1) and "boom" in save[2]
-        assert load[:2] == ("LOAD_FAILED", 1) and "boom" in load[2]
-        assert stored == ["good"]
-    assert {name.split("/")[0].split(".")[0] for name in listing(tmp_path)} == {"good"}
+def test_the_rank_that_fails_is_named_on_every_rank_and_what_was_saved_before_stays_as_it_was(tmp_path):
+    run(3, fail_on_rank_one, tmp_path)
 
 
 def fail_on_rank_one(rank, world_size, tmp):
+    checkpoint, bag = opened(tmp), Bag(w=torch.full((2,), 3.0))
+    checkpoint.save(bag, None, "good")
+    before, error = listing(tmp), KeyError("boom")
+    doomed = [Doomed(error), Doomed(error, times=0)] if rank == 1 else [bag, bag]  # the second one in L5
+    *kind, message = told(lambda: checkpoint.save(doomed[0], None, "good"))
+    assert kind == ["SAVE_FAILED", 1] and "boom" in message and listing(tmp) == before
+    bag.state["w"].zero_()
+    *kind, message = told(lambda: checkpoint.load(doomed[1], None, "good"))
+    assert kind == ["LOAD_FAILED", 1] and "KeyError: 'boom'" in message and "undefined" in message, message
+    assert rank == 1 or bag.state["w"].tolist() == [3.0, 3.0], "it failed after its bytes were there"
+
+
+ODD = [
+    (to("other"), "disagree about prefix"),
+    (to(format="single_file"), "disagree about format"),
+    (to(compression_level="fast"), "disagree about compression"),
+    (to(include_optimizer=False), "disagree about contents: rank 0 has ('optimizer', 'rng'), rank 1 has"),
+    (to("../x"), "'../x'"),
+    (at(resharding_strategy="psychic"), "psychic"),
+    (LoadOptions(), "is required"),
+]
+
+
+def test_what_one_rank_alone_gets_wrong_is_an_error_on_all_that_says_what_and_nothing_changes(tmp_path):
+    run(2, be_at_odds, tmp_path)
+
+
+def be_at_odds(rank, world_size, tmp):
     checkpoint = opened(tmp)
-    good = Bag(w=torch.zeros(2))
-    model = Doomed(RuntimeError("boom")) if rank == 1 else good
-    save = told(lambda: checkpoint.save(model, None, to("bad")))
-    checkpoint.save(good, None, to("good"))
-    if rank == 1:
-        model = Doomed(RuntimeError("boom"), times=0)
-    load = told(lambda: checkpoint.load(model, None, at("good")))
-    return save, load, [info.prefix for info in checkpoint.list_checkpoints()]
+    checkpoint.save(*small(), to(format="multi_shard" if rank else CheckpointFormat.MULTI_SHARD))  # the same
+    before = listing(tmp)
+    for odd, words in ODD:
+        call, even = (checkpoint.save, to()) if isinstance(odd, SaveOptions) else (checkpoint.load, at())
+        kind, _, message = told(lambda: call(*small(), odd if rank else even))
+        assert kind == "ValueError" and words in message and listing(tmp) == before, message
 
 
-@pytest.mark.parametrize("difference", ["prefix", "format", "compression", "optimizer"])
-def test_ranks_that_disagree_are_all_told_about_what(tmp_path, difference):
-    for kind, _, message in run(2, disagree, tmp_path, difference):
-        assert kind == "ValueError" and "disagree" in message and difference in message
-    assert listing(tmp_path) == {}
+@pytest.mark.parametrize("verb", ["save", "load"])
+def test_a_dead_rank_is_named_at_the_deadline_and_queries_and_deletes_never_wait_for_it(tmp_path, verb):
+    first, _, third = run(3, outlive_rank_one, tmp_path, verb, dies={1})
+    for answer in (first[0], third[0]):
+        assert answer[:2] == ("TIMEOUT", 1) and 1 in named(answer), answer
+    assert first[1:] == (["p", "q"], "q", True, ["q"])
 
 
-def disagree(rank, world_size, tmp, difference):
-    odd = {
-        "prefix": to("other"),
-        "format": to(format=CheckpointFormat.SINGLE_FILE),
-        "compression": to(compression_level=CompressionLevel.FAST),
-        "optimizer": to(include_optimizer=False),
-    }
-    return told(lambda: opened(tmp).save(*small(), odd[difference] if rank else to()))
-
-
-def test_a_misuse_by_one_rank_alone_is_raised_on_all(tmp_path):
-    for errors in run(2, misuse_on_rank_one, tmp_path):
-        assert errors == [True] * 7
-
-
-def misuse_on_rank_one(rank, world_size, tmp):
-    checkpoint = opened(tmp)
-    model, optimizer = small()
-    checkpoint.save(model, optimizer, to())
-
-    def raises(call):
-        try:
-            call()
-        except (ValueError, CheckpointException):
-            return True
-        return False
-
-    return [
-        raises(lambda: checkpoint.save(model, optimizer, to("../x" if rank else "p"))),
-        raises(
-            lambda: checkpoint.load(
-                model, optimizer, at(resharding_strategy="psychic" if rank else "parallel")
-            )
-        ),
-        raises(lambda: checkpoint.load(model, optimizer, LoadOptions() if rank else at())),
-        raises(lambda: checkpoint.save_model_only(model, at() if rank else to())),
-        raises(lambda: checkpoint.load({"a": model, "b": torch.ones(2)} if rank else model, None, at())),
-        raises(lambda: checkpoint.save(model, optimizer, to(format="zip" if rank else "single_file"))),
-        not raises(lambda: checkpoint.save(model, None, to(format=FORMATS[0] if rank else FORMATS[0].value))),
-    ]
-
-
-@pytest.mark.parametrize("operation", ["save", "load"])
-def test_a_dead_rank_is_named_at_the_deadline(tmp_path, operation):
-    first, _, third = run(3, outlive_rank_one, tmp_path, operation, dies={1})
-    assert first[:2] == third[:2] == ("TIMEOUT", 1), (first, third)
-    assert 1 in named(first) and 1 in named(third), (first, third)
-
-
-def outlive_rank_one(rank, world_size, tmp, operation):
+def outlive_rank_one(rank, world_size, tmp, verb):
+    if rank == 0:
+        assert opened(tmp).list_checkpoints() == []  # nor does the making of an object wait
     checkpoint = opened(tmp, default_timeout=DEADLINE_S)
-    model, optimizer = small()
-    checkpoint.save(model, optimizer, to("before", timeout=600.0))
+    for prefix in "pq":
+        checkpoint.save(*small(), to(prefix, timeout=600.0))
     dist.barrier()
     if rank == 1:
         os._exit(9)
-    if operation == "save":
-        answer = told(lambda: checkpoint.save(model, optimizer, to()))
-    else:
-        answer = told(lambda: checkpoint.load(model, optimizer, at("before")))
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["before"]
-    return answer
-
-
-def test_a_straggler_is_named_cannot_commit_and_then_all_save_again(tmp_path):
-    prompt, late = run(2, straggle, tmp_path)
-    assert prompt[0][0] == "TIMEOUT" and named(prompt[0]) == [1], prompt
-    assert late[0] == prompt[0], late
-    assert prompt[1] == late[1] == ["again"]
-
-
-def straggle(rank, world_size, tmp):
-    checkpoint = opened(tmp)
-    model, optimizer = small()
-    gate = tmp / "gave-up"
-    if rank == 1:
-        await_file(gate)
-    answer = told(lambda: checkpoint.save(model, optimizer, to("late", timeout=600.0 if rank else 1.5)))
-    gate.touch()
-    checkpoint.save(model, optimizer, to("again"))
-    checkpoint.load(model, optimizer, at("again"))
-    return answer, [info.prefix for info in checkpoint.list_checkpoints()]
-
-
-def test_queries_and_deletes_are_local_and_never_wait_for_other_ranks(tmp_path):
-    assert run(2, ask_alone, tmp_path)[0] == (["a", "b"], "b", True, ["b"])
-
-
-def ask_alone(rank, world_size, tmp):
-    if rank == 0:
-        assert opened(tmp).list_checkpoints() == []  # nor does the making of an object
-    checkpoint = opened(tmp)
-    for prefix in "ab":
-        checkpoint.save(*small(), to(prefix))
-    if rank:
-        return None
+    answer = told(lambda: getattr(checkpoint, verb)(*small(), "p"))
+    if rank == 2:
+        return (answer,)
     listed = [info.prefix for info in checkpoint.list_checkpoints()]
-    answer = listed, checkpoint.latest_checkpoint().prefix, checkpoint.validate_checkpoint("a").is_valid
-    checkpoint.delete_checkpoint("a")
+    found = listed, checkpoint.latest_checkpoint().prefix, checkpoint.validate_checkpoint("p").is_valid
+    checkpoint.delete_checkpoint("p")
     checkpoint.close()
-    return *answer, [info.prefix for info in checkpoint.list_checkpoints()]
+    return answer, *found, [info.prefix for info in checkpoint.list_checkpoints()]
+
+
+def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective_as_the_late_rank_does(tmp_path):
+    lonely, late = run(2, call_alone, tmp_path)
+    assert late == lonely and lonely[1] == ["again"], "the late rank has committed nothing"
+    for call, (kind, rank, message) in lonely[0].items():
+        hint = f"{'load' if call == 'load' else 'save'} is collective: every rank must call it"
+        assert (kind, rank) == ("TIMEOUT", 1) and hint in message, message
+
+
+def call_alone(rank, world_size, tmp):
+    checkpoint, model = opened(tmp, default_timeout=600.0 if rank else 0.2), small()[0]
+    calls = {"save": checkpoint.save, "load": checkpoint.load}
+    calls["save_async"] = lambda *given: checkpoint.save_async(*given).result(20.0)
+    calls["save_model_only"] = lambda model, _, prefix: checkpoint.save_model_only(model, prefix)
+    if rank == 1:
+        await_file(tmp / "gave-up")
+    answers = {name: told(functools.partial(call, model, None, "p")) for name, call in calls.items()}
+    (tmp / "gave-up").touch()
+    checkpoint.save(model, None, to("again", timeout=600.0))
+    checkpoint.load(model, None, at("again", timeout=600.0))
+    return answers, [info.prefix for info in checkpoint.list_checkpoints()]
 
 
 def test_a_process_group_of_some_ranks_saves_without_the_others(tmp_path):
-    answers = run(3, save_in_a_subset, tmp_path)
-    assert answers == [None, (0, 2, True), (1, 2, True)]
+    run(3, save_in_a_subset, tmp_path)
     assert len(shards(tmp_path)) == 2
 
 
 def save_in_a_subset(rank, world_size, tmp):
     group = dist.new_group([1, 2])
-    if rank == 0:
-        return None
-    coordinator = ckpt.TorchCoordinator(process_group=group)
-    checkpoint = opened(tmp, coordinator)
-    model, optimizer = small()
-    checkpoint.save(model, optimizer, to())
-    other, other_optimizer = small("other")
-    checkpoint.load(other, other_optimizer, at())
-    same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
-    return coordinator.rank, coordinator.world_size, same
+    if rank:
+        coordinator, truth, other = ckpt.TorchCoordinator(process_group=group), small(), small("other")
+        opened(tmp, coordinator).save(*truth, "p")
+        opened(tmp, coordinator).load(*other, "p")
+        assert identical(state_of(*other), state_of(*truth))
+        assert (coordinator.rank, coordinator.world_size) == (rank - 1, 2)
 
 
 def test_an_object_made_before_the_process_group_saves_with_all_ranks_of_whichever_group_there_is(tmp_path):
@@ -2546,15 +1927,14 @@ def outlive_process_groups(rank, world_size, tmp):
     store, together = dist.distributed_c10d._get_default_store(), []
     dist.destroy_process_group()
     checkpoint = opened(tmp)
-    checkpoint.save(small()[0], None, to(f"alone-{rank}"))
+    checkpoint.save(small()[0], None, f"alone-{rank}")
     for name in ("first", "second"):
         dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
         model, other = (DistributedDataParallel(small(salt)[0]) for salt in ("truth", "other"))
-        saved = checkpoint.save(model, None, to())
-        coordinator = checkpoint.coordinator
-        result = checkpoint.load(other, None, at())
+        saved, coordinator = checkpoint.save(model, None, "p"), checkpoint.coordinator
+        result = checkpoint.load(other, None, "p")
         same = identical(state_of(other), state_of(model)) and checkpoint.coordinator is coordinator
-        pending = checkpoint.save_async(model, None, to("late"))
+        pending = checkpoint.save_async(model, None, "late")
         dist.destroy_process_group()  # the save in the background goes on with the ranks that began it
         late = pending.result(20.0)
         together.append((saved, late, result.metadata.world_size, result.target_world_size, same))
@@ -2562,36 +1942,15 @@ def outlive_process_groups(rank, world_size, tmp):
     return together, (type(checkpoint.coordinator).__name__, *found)
 
 
-LONELY = [(False, "2", 1), (True, "2", 0), (False, "1", 0), (False, "", 0)]
-
-
-@pytest.mark.parametrize("given, world_size, times", LONELY)
-def test_a_process_that_saves_alone_in_a_job_of_several_is_warned_once(
-    tmp_path, monkeypatch, caplog, given, world_size, times
-):
-    monkeypatch.setenv("WORLD_SIZE", world_size)
+@pytest.mark.parametrize("given, size, times", [(0, "2", 1), (1, "2", 0), (0, "1", 0), (0, "", 0)])
+def test_a_save_by_one_process_of_several_warns_once(tmp_path, monkeypatch, caplog, given, size, times):
+    monkeypatch.setenv("WORLD_SIZE", size)
     checkpoint = opened(tmp_path, ckpt.LocalCoordinator() if given else None)
     assert checkpoint.latest_checkpoint() is None and "WORLD_SIZE" not in caplog.text
     for save in (checkpoint.save, checkpoint.save_async, checkpoint.save):
         save(small()[0], None, "p")
     checkpoint.close()
     assert caplog.text.count("WORLD_SIZE is 2: call init_process_group") == times
-
-
-def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective(tmp_path):
-    lonely, _ = run(2, call_alone, tmp_path)
-    for call, (kind, rank, message) in lonely.items():
-        hint = f"{'load' if call == 'load' else 'save'} is collective: every rank must call it"
-        assert (kind, rank) == ("TIMEOUT", 1) and hint in message, message
-
-
-def call_alone(rank, world_size, tmp):
-    checkpoint, model = opened(tmp, default_timeout=0.2), small()[0]
-    calls = {"save": checkpoint.save, "load": checkpoint.load}
-    calls["save_async"] = lambda *given: checkpoint.save_async(*given).result(20.0)
-    calls["save_model_only"] = lambda model, _, prefix: checkpoint.save_model_only(model, prefix)
-    if rank == 0:
-        return {name: told(functools.partial(call, model, None, "p")) for name, call in calls.items()}
 
 
 def test_a_transient_error_on_one_rank_is_retried_by_all(tmp_path):
@@ -2603,42 +1962,18 @@ def test_a_transient_error_on_one_rank_is_retried_by_all(tmp_path):
 
 def hiccup_on_rank_one(rank, world_size, tmp):
     files = hiccups(times=rank)
-    ckpt.StorageFactory.register("hiccups", lambda settings: Storage(tmp, files))
-    retry = ckpt.RetryPolicy(max_retries=2, initial_delay=0.01)
-    checkpoint = opened(tmp, storage=ckpt.StorageOptions("hiccups"), retry_policy=retry)
+    checkpoint = over(Storage(tmp, files), ckpt.TorchCoordinator(), attempts=2)
     return told(lambda: checkpoint.save(*small(), to())), sum(map(is_new_shard, files.log))
 
 
-def test_cancel_on_one_rank_stops_all(tmp_path):
-    for kind, _, _ in run(2, cancel_on_rank_one, tmp_path):
-        assert kind == "CANCELLED"
-    assert listing(tmp_path) == {}
-
-
-def cancel_on_rank_one(rank, world_size, tmp):
-    cancel = threading.Event()
-    if rank == 1:
-        cancel.set()
-    return told(lambda: opened(tmp).save(*small(), to(), cancel=cancel))
-
-
-def test_the_default_prefix_is_the_same_on_all_ranks(tmp_path):
-    first, second = run(2, save_without_a_name, tmp_path)
-    assert first == second and first[0] != first[1]
-
-
-def save_without_a_name(rank, world_size, tmp):
-    checkpoint = opened(tmp)
-    return [checkpoint.save(*small()), checkpoint.save(*small())]
-
-
-# ---- resharding: from every layout to every layout, bit for bit ------------------------------------------------------
+# ---- resharding: from every layout to every layout, bit for bit --------------------------------------------
 
 LAYOUTS = {"plain": 1, "ddp2": 2, "fsdp2": 2, "fsdp3": 3, "fsdp4": 4, "tp2": 2, "fsdp2tp2": 4, "hsdp2x2": 4}
+MESH_DIMENSIONS = {"hsdp2x2": ("replicate", "shard"), "tp2": ("tp",), "fsdp2tp2": ("dp", "tp")}
 
 
 class Net(nn.Module):
-    """Dimensions that no world size divides, some smaller than the world size, a tied weight, scalar buffers."""
+    """Dimensions that no world size divides, some smaller than it, a tied weight, a scalar, buffers."""
 
     def __init__(self):
         super().__init__()
@@ -2647,6 +1982,7 @@ class Net(nn.Module):
         self.head = nn.Linear(6, 11, bias=False)
         self.head.weight = self.embed.weight
         self.tiny, self.row = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1, 3))
+        self.gain = nn.Parameter(torch.tensor(0.0))
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("scale", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("mask", torch.zeros(5, dtype=torch.bool))
@@ -2656,39 +1992,37 @@ def laid_out(model, layout):
     """Shard a Net as `layout` says, by torch's own means."""
     if layout == "ddp2":
         return DistributedDataParallel(model)
-    mesh = None
-    if layout == "hsdp2x2":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    elif layout == "tp2":
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    elif layout == "fsdp2tp2":
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    dimensions = MESH_DIMENSIONS.get(layout)
+    mesh = dimensions and init_device_mesh("cpu", (2,) * len(dimensions), mesh_dim_names=dimensions)
     if "tp" in layout:
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "place": ColwiseParallel()}
         parallelize_module(model, mesh["tp"], plan)
     if layout.startswith(("fsdp", "hsdp")):
         mesh = mesh["dp"] if layout == "fsdp2tp2" else mesh
         fully_shard(model.up, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params={model.gain})  # which takes no scalars
     return model
 
 
 def the_truth(layout):
-    """A model and an AdamW in a known state, sharded by torch, not by a checkpoint: what every load must give."""
-    model = laid_out(Net(), layout)
-    optimizer = stepped(model, lr=0.125, foreach=False)
-    donors = {slot: filled(Net(), f"truth{slot}") for slot in ("", "exp_avg", "exp_avg_sq")}
-    with torch.no_grad():
-        for slot, donor in donors.items():
-            donor = laid_out(donor, "plain" if layout == "ddp2" else layout)
-            for (name, source), parameter in zip(donor.named_parameters(), model.parameters()):
-                state = optimizer.state[parameter]
-                (state[slot] if slot else parameter).copy_(source)
-                state["step"].fill_(zlib.crc32(name.encode()) % 1000)
-            if not slot:
-                for source, buffer in zip(donor.buffers(), model.buffers()):
-                    buffer.copy_(source)
+    """A model and an AdamW in a known state, sharded by torch: what every load must give."""
+    model = laid_out(filled(Net(), "truth"), layout)
+    optimizer = stepped(model, lr=0.0, foreach=False)
+    optimizer.param_groups[0]["lr"] = 0.125
+    for slot in ("exp_avg", "exp_avg_sq"):
+        donor = laid_out(filled(Net(), f"truth{slot}"), "plain" if layout == "ddp2" else layout)
+        for (name, source), parameter in zip(donor.named_parameters(), model.parameters()):
+            optimizer.state[parameter][slot].copy_(source.detach())
+            optimizer.state[parameter]["step"].fill_(zlib.crc32(name.encode()) % 1000)
     return model, optimizer
+
+
+def everything(model, optimizer):
+    """The entries of a model, the state of its optimizer by name, and the options of its groups."""
+    found = {"groups": [{**group, "params": 0} for group in optimizer.param_groups], **model.state_dict()}
+    for name, parameter in model.named_parameters():
+        found |= {f"{name}.{slot}": value for slot, value in optimizer.state[parameter].items()}
+    return found
 
 
 def save_layout(rank, world_size, tmp, layout, formats, level=CompressionLevel.NONE):
@@ -2698,360 +2032,49 @@ def save_layout(rank, world_size, tmp, layout, formats, level=CompressionLevel.N
         checkpoint.save(model, optimizer, to(f"{layout}/{form.name}", format=form, compression_level=level))
 
 
-def differences(model, optimizer, truth_model, truth_optimizer):
-    """What differs from the truth, by name; [] if every bit of every local shard is right."""
-    wrong, truth = [], truth_model.state_dict()
-    for name, tensor in model.state_dict().items():
-        if not identical(tensor.detach(), truth[name].detach()):
-            wrong.append(name)
-    named = zip(truth_model.named_parameters(), model.parameters())
-    for (name, there), here in named:
-        a, b = optimizer.state[here], truth_optimizer.state[there]
-        wrong += [
-            f"{name}.{slot}" for slot in sorted(set(a) | set(b)) if not identical(a.get(slot), b.get(slot))
-        ]
-    here, there = (dict(o.param_groups[0], params=0) for o in (optimizer, truth_optimizer))
-    return wrong + [f"param_groups.{key}" for key in there if here.get(key) != there[key]]
-
-
-def load_layout(rank, world_size, tmp, layout, prefixes, fresh):
-    """Load each (prefix, strategy) into a model of this layout and report what differs from the truth."""
-    truth, answer = the_truth(layout), {}
-    checkpoint = opened(tmp)
-    for number, (prefix, strategy) in enumerate(prefixes):
+def load_layout(rank, world_size, tmp, layout, loads):
+    """What differs from the truth after each load of (prefix, strategy), into fresh and used optimizers."""
+    truth, wrong, checkpoint = everything(*the_truth(layout)), [], opened(tmp)
+    for number, (prefix, strategy) in enumerate(loads):
         model = laid_out(Net(), layout)
-        new = (fresh + number) % 2
-        optimizer = (
-            torch.optim.AdamW(model.parameters(), foreach=False) if new else stepped(model, foreach=False)
-        )
-        options = at(prefix, resharding_strategy=strategy)
-        kind, _, message = told(lambda: checkpoint.load(model, optimizer, options))
-        wrong = differences(model, optimizer, *truth) if kind == "returned" else [message]
-        answer[prefix, strategy, "fresh" if new else "stepped"] = wrong
-    return answer
+        optimizer = stepped(model, steps=2 * (number % 2), foreach=False)
+        checkpoint.load(model, optimizer, at(prefix, resharding_strategy=strategy))
+        found = everything(model, optimizer)
+        names = [name for name in truth | found if not identical(found.get(name), truth.get(name))]
+        wrong += [(prefix, strategy, name) for name in names]
+    return wrong
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A directory that holds `<layout>/<format>` of every layout asked for; each is saved once."""
-    base, done = tmp_path_factory.mktemp("layouts"), set()
+    """`saved(layout)` is a directory that holds `<layout>/<format>`; each layout is saved once."""
+    base = tmp_path_factory.mktemp("layouts")
 
+    @functools.cache
     def save(layout):
-        if layout not in done:
-            run(LAYOUTS[layout], save_layout, base, layout, FORMATS)
-            done.add(layout)
+        run(LAYOUTS[layout], save_layout, base, layout, FORMATS)
         return base
 
     return save
 
 
-@pytest.fixture(scope="module")
-def reloaded(saved):
-    """What each rank of a target layout got from every source in every format; one set of processes a target."""
-    answers = {}
-
-    def load(target):
-        if target not in answers:
-            pairs = [(source, form) for source in LAYOUTS for form in FORMATS]
-            loads = [
-                (f"{pair[0]}/{pair[1].name}", STRATEGIES[(n // 3 + n) % 3]) for n, pair in enumerate(pairs)
-            ]
-            base = [saved(source) for source in LAYOUTS][0]
-            answers[target] = run(LAYOUTS[target], load_layout, base, target, loads, 0)
-        return answers[target]
-
-    return load
-
-
-@pytest.mark.parametrize("source", LAYOUTS)
 @pytest.mark.parametrize("target", LAYOUTS)
-def test_reshard_from_any_layout_to_any_other_is_exact(reloaded, target, source):
-    for rank, answer in enumerate(reloaded(target)):
-        loads = [load for load in answer if load[0].split("/")[0] == source]
-        assert len(loads) == 3
-        for load in loads:
-            assert answer[load] == [], f"rank {rank}, {load}"
-
-
-@pytest.mark.parametrize("source, target", [("fsdp3", "fsdp2tp2"), ("fsdp2tp2", "fsdp3")])
-def test_reshard_every_format_by_every_strategy_gives_the_same_bits(saved, source, target):
-    loads = [(f"{source}/{form.name}", strategy) for form in FORMATS for strategy in STRATEGIES]
-    for answer in run(LAYOUTS[target], load_layout, saved(source), target, loads, 0):
-        assert len(answer) == 9 and not any(answer.values()), answer
+def test_reshard_from_any_layout_in_any_format_to_any_other_is_exact(saved, target):
+    loads = []
+    for (n, source), (m, form) in itertools.product(enumerate(LAYOUTS), enumerate(FORMATS)):
+        every = {source, target} == {"fsdp3", "fsdp2tp2"}
+        strategies = STRATEGIES if every else [STRATEGIES[(n + m) % 3]]
+        loads += [(f"{source}/{form.name}", strategy) for strategy in strategies]
+        base = saved(source)
+    assert len(loads) in (24, 30)
+    assert run(LAYOUTS[target], load_layout, base, target, loads) == [[]] * LAYOUTS[target]
 
 
 @pytest.mark.parametrize("level", [level for level in LEVELS if level.name != "NONE"])
 def test_reshard_compressed_checkpoints_of_every_format(tmp_path, level):
     run(3, save_layout, tmp_path, "fsdp3", FORMATS, level)
     loads = [(f"fsdp3/{form.name}", strategy) for form, strategy in zip(FORMATS, STRATEGIES)]
-    for answer in run(4, load_layout, tmp_path, "fsdp2tp2", loads, 1):
-        assert len(answer) == 3 and not any(answer.values()), answer
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_shard_of_many_blocks_is_broadcast_whole(tmp_path, level):
-    assert all(run(2, broadcast_many_blocks, tmp_path, level))
-
-
-def broadcast_many_blocks(rank, world_size, tmp, level):
-    truth = torch.randn(48 * MiB // 4, generator=torch.Generator().manual_seed(1))
-    opened(tmp).save(Bag(a=truth, b=truth[:100]), None, to(compression_level=level))
-    found = Bag(a=torch.zeros_like(truth), b=torch.zeros(100))
-    opened(tmp).load(found, None, at(resharding_strategy="broadcast"))
-    return torch.equal(found.state["a"], truth) and torch.equal(found.state["b"], truth[:100])
-
-
-class Halves(nn.Module):
-    """Eight layers of 6 MiB: where each of two ranks wants half of a layer, both want a part of nearly every block."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(1024, 1536, bias=False) for _ in range(8))
-
-
-def half_a_model(mesh, layers=8):
-    model = Halves()
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    del model.layers[layers:]
-    return model
-
-
-def load_halves(rank, world_size, tmp, case):
-    """What each rank got, the bytes that it read of shards, and the bytes that it wants."""
-    mesh = init_device_mesh("cpu", (world_size,))
-    truth, model = filled(Halves(), "truth"), half_a_model(mesh, layers=6 if case == "fewer" and rank else 8)
-    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp, files := Seam()))
-    strategy = "parallel" if case == "fewer" else case
-    options = at(strict_mode=case != "fewer", resharding_strategy=strategy)
-    kind, _, message = told(lambda: checkpoint.load(model, None, options))
-    mine = {name: tensor.to_local() for name, tensor in model.state_dict().items()}
-    theirs = {n: tensor.chunk(world_size)[rank] for n, tensor in truth.state_dict().items() if n in mine}
-    read = sum(op.size for op in files.done if op.call == "pread" and op.path.endswith("safetensors"))
-    wanted = sum(tensor.nbytes for tensor in mine.values())
-    return (kind, message if kind != "returned" else identical(mine, theirs)), read, wanted
-
-
-@pytest.mark.parametrize("case", ["parallel", "sequential", "broadcast", "fewer"])
-def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_each(tmp_path, case):
-    opened(tmp_path).save(filled(Halves(), "truth"), None, to())
-    outcomes, reads, wanted = zip(*run(2, load_halves, tmp_path, case))
-    assert set(outcomes) == {("returned", True)} and wanted[0] == 24 * MiB
-    if case == "broadcast":  # where a block is read by one of the ranks that want it, each byte once
-        assert 48 * MiB <= sum(reads) < 49 * MiB
-    assert case == "broadcast" or all(0 <= r - w < 3 * UNIT for r, w in zip(reads, wanted)), (reads, wanted)
-
-
-def broadcast_columns(rank, world_size, tmp, level):
-    """Save by rows, and load by columns: every rank needs all pieces. The bytes that this rank read of shards."""
-    mesh = init_device_mesh("cpu", (world_size,))
-    truth = {
-        f"w{n}": torch.randn(1000 + n, 1030, generator=torch.Generator().manual_seed(n)) for n in range(9)
-    }
-    rows = Bag(**{name: distribute_tensor(w, mesh, [ShardDim(0)]) for name, w in truth.items()})
-    opened(tmp).save(rows, None, to(compression_level=level, include_rng_state=False))
-    columns = {name: distribute_tensor(torch.zeros_like(w), mesh, [ShardDim(1)]) for name, w in truth.items()}
-    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp, files := Seam()))
-    checkpoint.load(Bag(**columns), None, at(load_rng_state=False, resharding_strategy="broadcast"))
-    exact = all(torch.equal(columns[name].full_tensor(), w) for name, w in truth.items())
-    return exact, sum(op.size for op in files.done if op.call == "pread" and op.path.endswith("safetensors"))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_broadcast_reads_each_stored_byte_once_where_pieces_share_units_and_blocks_too(tmp_path, level):
-    (exact, one), (too, other) = run(2, broadcast_columns, tmp_path, level)
-    files = [Shard(path) for path in shards(tmp_path)]
-    headers, data = sum(f.data_at for f in files), sum(len(f.bytes) - f.data_at for f in files)
-    assert exact and too and data + headers <= one + other <= data + 2 * headers, (one + other, data, headers)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("layer_half", [1, 2])
-def test_damage_in_any_ranks_part_of_a_shared_block_is_named_and_fails_all(tmp_path, layer_half, strategy):
-    opened(tmp_path).save(filled(Halves(), "truth"), None, to())
-    place = 12 * MiB + (2 * layer_half - 1) * MiB
-    flip(shards(tmp_path)[0], 4096 + place)
-    for (kind, message), _, _ in run(2, load_halves, tmp_path, strategy):
-        assert kind == "CORRUPTED_CHECKPOINT"
-        assert f"unit {place // UNIT} has CRC32" in message and "layers.2.weight" in message
-        assert "undefined" in message
-
-
-def load_random_layouts(rank, world_size, tmp, cases):
-    """Tensors saved in one layout and loaded into another, every second time after a bit of a file was flipped."""
-    st.UNIT_BYTES, st.BLOCK_BYTES, st._MIN_DIRECT_BYTES = PAGE, 2 * PAGE, PAGE
-    mesh, outcomes = init_device_mesh("cpu", (world_size,)), []
-    for case in range(cases):
-        rng, path = np.random.default_rng(case), f"{tmp}/{case}"
-
-        def laid(tensor):
-            placement = Replicate() if rng.random() < 0.2 else ShardDim(int(rng.integers(tensor.ndim)))
-            return distribute_tensor(tensor, mesh, [placement])
-
-        shapes = [rng.integers(1, (9000,) if flat else (60, 40, 8)) for flat in rng.integers(2, size=5)]
-        dtypes = [
-            (torch.float64, torch.float32, torch.bfloat16, torch.uint8)[n] for n in rng.integers(4, size=5)
-        ]
-        truth = [torch.from_numpy(rng.integers(0, 200, size=s)).to(d) for s, d in zip(shapes, dtypes)]
-        saved = Bag(**{str(n): laid(tensor) for n, tensor in enumerate(truth)})
-        form, level = FORMATS[case % 3], LEVELS[case // 2 % 4]
-        opened(path).save(saved, None, to(format=form, compression_level=level, include_rng_state=False))
-        place = rng.random()
-        if rank == 0 and case % 2:
-            flip(file := shards(path)[0], int(place * file.stat().st_size))
-        dist.barrier()
-        found = Bag(**{str(n): laid(torch.zeros_like(tensor)) for n, tensor in enumerate(truth)})
-        options = at(load_rng_state=False, resharding_strategy=STRATEGIES[case // 3 % 3])
-        kind, _, _ = told(lambda: opened(path).load(found, None, options))
-        whole = [tensor.full_tensor() for tensor in found.state.values()]
-        outcomes.append("exact" if kind == "returned" and all(map(torch.equal, whole, truth)) else kind)
-    return outcomes
-
-
-def torchs_shard(rows, dim, ways, index, split_factor):
-    """What torch gives shard `index` of a tensor: by `torch.chunk` alone, for `_StridedShard` group by group."""
-
-    def chunk(part, count, at):
-        parts = part.chunk(count, dim)
-        return parts[at] if at < len(parts) else part.narrow(dim, 0, 0)
-
-    groups = [chunk(rows, split_factor, group) for group in range(split_factor)]
-    return torch.cat([chunk(group, ways, index) for group in groups], dim)
-
-
-def random_layout(rng, meshes, shape):
-    """A mesh, placements, and a function from a whole tensor to what a coordinate holds of it."""
-    mesh = meshes[int(rng.integers(len(meshes)))]
-    dims = [int(rng.integers(-1, len(shape))) for _ in range(mesh.ndim)]  # -1: replicated
-    factors = [int(rng.choice([1, 1, 1, 2, 3])) for _ in dims]
-    later = [
-        math.prod(mesh.size(j) for j in range(i + 1, mesh.ndim) if dims[j] == d) for i, d in enumerate(dims)
-    ]
-    as_fsdp = mesh.ndim > 1 and rng.random() < 0.4 and later[0] > 1 and dims[0] >= 0
-    if as_fsdp:
-        factors = [later[0], *[1] * (mesh.ndim - 1)]
-    placements = [
-        Replicate() if d < 0 else ShardDim(d) if factor == 1 else StridedShard(d, split_factor=factor)
-        for d, factor in zip(dims, factors)
-    ]
-
-    def part(whole, coordinate):
-        order = (
-            [*range(1, mesh.ndim), 0] if as_fsdp else range(mesh.ndim)
-        )  # FSDP2 cuts what the others have left
-        for i in order:
-            if dims[i] >= 0:
-                whole = torchs_shard(
-                    whole, dims[i], mesh.size(i), coordinate[i], 1 if as_fsdp else factors[i]
-                )
-        return whole.clone()
-
-    return mesh, placements, part
-
-
-def save_random_meshes(rank, world_size, tmp, cases):
-    tables = [
-        [0, 1, 2, 3],
-        [2, 0, 3, 1],
-        [[0, 1], [2, 3]],
-        [[3, 1], [0, 2]],
-        [[[0, 1]], [[2, 3]]],
-        [[1], [0], [2], [3]],
-        [1, 3],
-    ]
-    meshes, outcomes = [DeviceMesh("cpu", torch.tensor(table)) for table in tables], []
-    for case in range(cases):
-        rng = np.random.default_rng(case)
-        shape = tuple(
-            int(n) for n in rng.integers(0 if case % 9 == 0 else 1, 14, size=int(rng.integers(1, 4)))
-        )
-        index, checkpoint = torch.arange(math.prod(shape)).view(shape), opened(f"{tmp}/{case}")
-
-        def laid(whole, layout):
-            mesh, placements, part = layout
-            coordinate = mesh.get_coordinate()
-            local = whole.new_empty(0) if coordinate is None else part(whole, coordinate)
-            return DTensor.from_local(
-                local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
-            )
-
-        source, target = (random_layout(rng, meshes, shape) for _ in range(2))
-        form = FORMATS[case % 3]
-        kind, _, message = told(lambda: checkpoint.save(Bag(w=laid(index, source)), None, to(format=form)))
-        if kind != "returned":
-            assert not listing(f"{tmp}/{case}"), "refused before anything is written"
-            outcomes.append((kind, str(source[1]), message))
-            continue
-        found = Bag(w=laid(torch.full(shape, -1), target))
-        kind, _, message = told(lambda: checkpoint.load(found, None, at(load_rng_state=False)))
-        plain = Bag(w=torch.full(shape, -1))
-        checkpoint.load(plain, None, at(load_rng_state=False))
-        exact = torch.equal(plain.state["w"], index)
-        if kind == "returned":
-            exact = exact and torch.equal(found.state["w"].to_local(), laid(index, target).to_local())
-        outcomes.append(
-            ("exact" if exact else "WRONG", f"{source[1]} {shape} -> {target[1]}: {message}", kind)
-        )
-    return outcomes
-
-
-def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_anything_is_written(tmp_path):
-    cases = 60
-    for outcomes in run(4, save_random_meshes, tmp_path, cases):
-        assert not [outcome for outcome in outcomes if outcome[0] == "WRONG"]
-        refused = [outcome for outcome in outcomes if outcome[0] != "exact"]
-        assert len(refused) < cases // 10 and all("Strided" in placements for _, placements, _ in refused), (
-            refused
-        )
-
-
-def save_packed_rows(rank, world_size, tmp):
-    """Two packed matrices, each cut by rows: what `distribute_tensor(x, mesh, [Shard(1)]).flatten(0, 1)` makes of them."""
-    mesh = init_device_mesh("cpu", (2,))
-
-    def packed(whole):
-        local, kind = whole.view(2, 4, 3).chunk(2, 1)[rank].reshape(4, 3), StridedShard(0, split_factor=2)
-        return DTensor.from_local(
-            local, mesh, [kind], run_check=False, shape=whole.shape, stride=whole.stride()
-        )
-
-    truth, target, plain = (
-        packed(torch.arange(24.0).view(8, 3)),
-        packed(torch.zeros(8, 3)),
-        Bag(w=torch.zeros(8, 3)),
-    )
-    opened(tmp).save(Bag(w=truth), None, to())
-    opened(tmp).load(Bag(w=target), None, at())
-    opened(tmp).load(plain, None, at())
-    return plain.state["w"].tolist(), torch.equal(target.to_local(), truth.to_local())
-
-
-def test_a_shard_of_several_runs_of_rows_is_stored_in_the_order_of_the_whole(tmp_path):
-    assert run(2, save_packed_rows, tmp_path) == [(torch.arange(24.0).view(8, 3).tolist(), True)] * 2
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_random_layouts_are_loaded_exactly_into_others_or_on_all_ranks_refused_as_damaged(
-    tmp_path, world_size
-):
-    first, *others = run(world_size, load_random_layouts, tmp_path, 36)
-    assert all(other == first for other in others)
-    assert set(first[::2]) == {"exact"} and {"CORRUPTED_CHECKPOINT"} <= set(first[1::2])
-    assert set(first[1::2]) <= {
-        "exact",
-        "CORRUPTED_CHECKPOINT",
-    }  # what no rank wants, such as a filler, need not be right
-
-
-def test_small_pieces_lie_together_so_that_a_rank_that_wants_all_of_them_reads_few_blocks(tmp_path):
-    state = {
-        f"layer{n}.{what}": torch.ones(size)
-        for n in range(3)
-        for what, size in (("step", 1), ("weight", MiB))
-    }
-    opened(tmp_path).save(Bag(**state), None, to(include_rng_state=False))
-    names = list(Shard(shards(tmp_path)[0]).header)
-    assert names == [f"model/layer{n}.{what}" for what in ("weight", "step") for n in range(3)]
+    assert run(4, load_layout, tmp_path, "fsdp2tp2", loads) == [[]] * 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -3063,236 +2086,338 @@ def test_reshard_to_whole_tensors_on_disk_holds_the_unsharded_truth(saved, layou
         assert shard.header[name]["shape"] == list(tensor.shape) and shard.data(name) == raw(tensor), name
 
 
-def test_reshard_reports_what_it_did(saved):
-    for answer in run(2, describe_a_load, saved("fsdp4")):
-        assert answer == (4, 2, True, True)
+def eight_layers(salt):
+    """Layers of 6 MiB: two ranks that each want half of a layer both want a part of nearly every block."""
+    return filled(nn.ModuleList(nn.Linear(1024, 1536, bias=False) for _ in range(8)), salt)
 
 
-def describe_a_load(rank, world_size, tmp):
-    model, optimizer = the_truth("fsdp2")
-    result = opened(tmp).load(model, optimizer, at("fsdp4/MULTI_SHARD"))
-    (rng,) = [warning for warning in result.warnings if "rng" in warning]  # ranks 0 and 1 have theirs
-    return result.source_world_size, result.target_world_size, result.was_resharded, "rank(s) 2, 3," in rng
+def load_halves(rank, world_size, tmp, case):
+    """What a rank got of its half of each layer, the bytes that it read of shards, and those it wants."""
+    mesh, truth, model = init_device_mesh("cpu", (2,)), eight_layers("truth"), eight_layers("other")
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    if case == "fewer" and rank == 1:
+        del model[6:]
+    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp, files := Seam()))
+    options = at(strict_mode=case != "fewer", resharding_strategy="parallel" if case == "fewer" else case)
+    kind, _, message = told(lambda: checkpoint.load(model, None, options))
+    mine = {name: tensor.to_local() for name, tensor in model.state_dict().items()}
+    theirs = {name: tensor.chunk(2)[rank] for name, tensor in truth.state_dict().items() if name in mine}
+    read = sum(op.size for op in files.done if op.call == "pread" and op.path.endswith("safetensors"))
+    outcome = kind, identical(mine, theirs) if kind == "returned" else message
+    return outcome, read, sum(tensor.nbytes for tensor in mine.values())
 
 
-class Scaled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gain, self.linear = nn.Parameter(torch.tensor(0.0)), nn.Linear(3, 2)
+@pytest.mark.parametrize("case", [*STRATEGIES, "fewer"])
+def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_each(tmp_path, case):
+    opened(tmp_path).save(eight_layers("truth"), None, to())
+    outcomes, reads, wanted = zip(*run(2, load_halves, tmp_path, case))
+    assert set(outcomes) == {("returned", True)} and wanted[0] == 24 * MiB
+    if case == "broadcast":  # where a block is read by one of the ranks that want it, each byte once
+        assert 48 * MiB <= sum(reads) < 49 * MiB
+    else:
+        assert all(0 <= r - w < 3 * UNIT for r, w in zip(reads, wanted)), (reads, wanted)
 
 
-def test_a_scalar_parameter_goes_from_one_process_to_ddp_and_back(tmp_path):
-    model = filled(Scaled(), "truth")
-    optimizer = stepped(model)
-    opened(tmp_path).save(model, optimizer, to("one"))
-    run(2, pass_on_through_ddp, tmp_path)
-    other = Scaled()
-    other_optimizer = torch.optim.AdamW(other.parameters())
-    opened(tmp_path).load(other, other_optimizer, at("two"))
-    assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("place", [13 * MiB, 15 * MiB])  # in layer 2, of rank 0 and of rank 1
+def test_damage_in_any_ranks_part_of_a_shared_block_is_named_and_fails_all(tmp_path, place, strategy):
+    opened(tmp_path).save(eight_layers("truth"), None, to())
+    flip(shards(tmp_path)[0], PAGE + place)
+    for (kind, message), _, _ in run(2, load_halves, tmp_path, strategy):
+        assert kind == "CORRUPTED_CHECKPOINT" and f"unit {place // UNIT} has CRC32" in message
+        assert "model/2.weight" in message and "undefined" in message
 
 
-def pass_on_through_ddp(rank, world_size, tmp):
-    model = DistributedDataParallel(Scaled())
-    optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint = opened(tmp)
-    checkpoint.load(model, optimizer, at("one", load_rng_state=False))
-    checkpoint.save(model, optimizer, to("two"))
+def torchs_shard(rows, dim, ways, index, split_factor):
+    """Shard `index` of a tensor: by `torch.chunk` alone, for `_StridedShard` group by group."""
+
+    def chunk(part, count, at):
+        parts = part.chunk(count, dim)
+        return parts[at] if at < len(parts) else part.narrow(dim, 0, 0)
+
+    groups = [chunk(rows, split_factor, group) for group in range(split_factor)]
+    return torch.cat([chunk(group, ways, index) for group in groups], dim)
 
 
-def by_name(model, optimizer):
-    return {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
-
-
-def test_optimizer_state_follows_names_through_another_order_and_other_groups(tmp_path):
-    model = filled(Net(), "truth")
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": weights, "lr": 0.5}, {"params": others, "lr": 0.25, "weight_decay": 0.0}]
-    )
-    for p in model.parameters():
-        p.grad = torch.rand_like(p)
-    optimizer.step()
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to())
-
-    swapped = Net()
-    others = [p for p in swapped.parameters() if p.ndim <= 1]
-    weights = [p for p in swapped.parameters() if p.ndim > 1]
-    swapped_optimizer = torch.optim.AdamW([{"params": others[::-1]}, {"params": weights[::-1]}])
-    checkpoint.load(swapped, swapped_optimizer, at())
-    assert identical(by_name(swapped, swapped_optimizer), by_name(model, optimizer))
-    assert [(g["lr"], g["weight_decay"]) for g in swapped_optimizer.param_groups] == [
-        (0.25, 0.0),
-        (0.5, 0.01),
+def random_layout(rng, meshes, shape):
+    """A function from a whole tensor to its DTensor on some mesh, and whether that has a `_StridedShard`."""
+    mesh = meshes[int(rng.integers(len(meshes)))]
+    dims = [int(rng.integers(-1, len(shape))) for _ in range(mesh.ndim)]  # -1: replicated
+    factors = cuts = [int(rng.choice([1, 1, 1, 2, 3])) for _ in dims]
+    order = list(range(mesh.ndim))
+    later = math.prod(mesh.size(i) for i in order[1:] if dims[i] == dims[0])
+    if dims[0] >= 0 and later > 1 and rng.random() < 0.4:  # FSDP2 cuts what the others have left
+        cuts, order = [1] * mesh.ndim, [*order[1:], 0]
+        factors = [later, *cuts[1:]]
+    placements = [
+        Replicate() if dim < 0 else ShardDim(dim) if factor == 1 else StridedShard(dim, split_factor=factor)
+        for dim, factor in zip(dims, factors)
     ]
 
-    single = Net()
-    single_optimizer = torch.optim.AdamW(reversed(list(single.parameters())))
-    checkpoint.load(single, single_optimizer, at(strict_mode=False))
-    assert identical(by_name(single, single_optimizer), by_name(model, optimizer))
+    def laid(whole):
+        coordinate, part = mesh.get_coordinate(), whole
+        for i in order:
+            if coordinate is not None and dims[i] >= 0:
+                part = torchs_shard(part, dims[i], mesh.size(i), coordinate[i], cuts[i])
+        part = whole.new_empty(0) if coordinate is None else part.clone()
+        sizes = {"shape": whole.shape, "stride": whole.stride()}
+        return DTensor.from_local(part, mesh, placements, run_check=False, **sizes)
+
+    return laid, "Strided" in str(placements)
+
+
+def save_random_layouts(rank, world_size, tmp, cases):
+    """A tensor saved in one layout and loaded into another, sometimes after a bit of a file was flipped."""
+    st.UNIT_BYTES, st.BLOCK_BYTES, st._MIN_DIRECT_BYTES = PAGE, 2 * PAGE, PAGE
+    tables = [[0, 1, 2, 3], [2, 0, 3, 1], [[0, 1], [2, 3]], [[3, 1], [0, 2]]]
+    tables += [[[[0, 1]], [[2, 3]]], [[1], [0], [2], [3]], [1, 3], [0, 1, 2]]
+    meshes, outcomes = [DeviceMesh("cpu", torch.tensor(table)) for table in tables], []
+    for case in range(cases):
+        rng, path = np.random.default_rng(case), f"{tmp}/{case}"
+        least, most = 0 if case % 9 == 0 else 1, (14, 14, 40, 9000)[case % 4]
+        shape = tuple(rng.integers(least, most, size=1 if most == 9000 else rng.integers(1, 4)).tolist())
+        dtype = (torch.int64, torch.float32, torch.bfloat16, torch.uint8)[rng.integers(4)]
+        truth = (torch.arange(math.prod(shape)) * 37 % 251).view(shape).to(dtype)
+        (source, strided), (target, target_strided) = (random_layout(rng, meshes, shape) for _ in range(2))
+        level, place, is_damaged = LEVELS[case // 2 % 4], rng.random(), rng.random() < 0.3
+        options = to(format=FORMATS[case % 3], compression_level=level, include_rng_state=False)
+        kind, _, message = told(lambda: opened(path).save(Bag(w=source(truth)), None, options))
+        if kind != "returned":
+            assert strided and not listing(path), (case, kind, message)
+            outcomes.append("refused")
+            continue
+        if rank == 0 and is_damaged:
+            flip(file := shards(path)[0], int(place * file.stat().st_size))
+        dist.barrier()
+        options = at(resharding_strategy=STRATEGIES[case // 3 % 3])
+        for found, exact, may_fail in (
+            (torch.zeros(shape, dtype=dtype), truth, False),
+            (target(torch.zeros(shape, dtype=dtype)), target(truth), target_strided),
+        ):
+            kind, _, message = told(lambda: opened(path).load(Bag(w=found), None, options))
+            if kind == "returned":
+                assert identical(found, exact), case
+            else:
+                assert (kind == "CORRUPTED_CHECKPOINT" and is_damaged) or may_fail, (case, kind, message)
+            outcomes.append(kind)
+    return outcomes
+
+
+def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_anything_is_written(tmp_path):
+    first, *others = run(4, save_random_layouts, tmp_path, cases := 130)
+    assert others == [first] * 3 and first.count("refused") < cases // 10
+    assert first.count("returned") > cases and first.count("CORRUPTED_CHECKPOINT") > cases // 10
+
+
+def test_small_pieces_lie_together_so_that_a_rank_that_wants_all_of_them_reads_few_blocks(tmp_path):
+    sizes = {f"layer{n}.{what}": size for n in range(3) for what, size in (("step", 1), ("weight", MiB))}
+    bag = Bag(**{name: torch.ones(size) for name, size in sizes.items()})
+    opened(tmp_path).save(bag, None, to(include_rng_state=False))
+    names = list(Shard(shards(tmp_path)[0]).header)
+    assert names == [f"model/layer{n}.{what}" for what in ("weight", "step") for n in range(3)]
+
+
+def momentum(parameters, turned=False):
+    """SGD over matrices and the rest, with options; or over all in the other order, with others."""
+    matrices, rest = [], []
+    for parameter in parameters:
+        (matrices if parameter.ndim > 1 else rest).append(parameter)
+    groups = [{"params": matrices, "lr": 0.5}, {"params": rest, "lr": 0.25, "weight_decay": 0.5}]
+    if turned:
+        groups = [{"params": group["params"][::-1]} for group in groups[::-1]]
+    return torch.optim.SGD(groups, momentum=0.1 if turned else 0.9, weight_decay=0.125, foreach=False)
+
+
+def save_momentum(rank, world_size, tmp):
+    model = laid_out(filled(Net(), "truth"), "fsdp3")
+    opened(tmp).save(model, stepped(model, momentum), to())
+
+
+def test_optimizer_state_follows_names_through_another_layout_order_and_other_groups(tmp_path):
+    run(3, save_momentum, tmp_path)
+    model = filled(Net(), "truth")
+    truth = everything(model, stepped(model, momentum)) | {"groups": 0}
+    turned, single = Net(), Net()
+    optimizer = momentum(turned.parameters(), turned=True)
+    opened(tmp_path).load(turned, optimizer, at())
+    assert identical(everything(turned, optimizer) | {"groups": 0}, truth)
+    options = [(group["lr"], group["weight_decay"], group["momentum"]) for group in optimizer.param_groups]
+    assert options == [(0.25, 0.5, 0.9), (0.5, 0.125, 0.9)]
+    optimizer = torch.optim.SGD(reversed(list(single.parameters())), momentum=0.9)
+    opened(tmp_path).load(single, optimizer, at(strict_mode=False))
+    assert identical(everything(single, optimizer) | {"groups": 0}, truth)
 
 
 def test_options_of_groups_without_parameters_come_back_by_their_order_among_those(tmp_path):
-    def start(*groups, **lr):
+    def start(*groups):
+        """Two models; an optimizer with a group without parameters for each rate, and one with two groups."""
         models = {name: nn.Linear(2, 2) for name in ("a", "b")}
         groups = [{"params": [], "lr": lr} if lr else {"params": models["a"].parameters()} for lr in groups]
         b = [{"params": [], "lr": 0.3}, {"params": models["b"].parameters()}]
         return models, {"a": torch.optim.SGD(groups, lr=0.2), "b": torch.optim.SGD(b, lr=0.4)}
 
     def rates(optimizers):
-        return [[g["lr"] for g in optimizers[name].param_groups] for name in ("a", "b")]
+        return [[group["lr"] for group in optimizers[name].param_groups] for name in ("a", "b")]
 
     checkpoint = opened(tmp_path)
     checkpoint.save(*start(0.05, None, 0.07), to())
     models, optimizers = start(None, 0.9, 0.8)
     optimizers["b"].param_groups[0]["lr"] = 0.7
-    mixed = {"b": optimizers["b"], "a": optimizers["a"]}  # parts in another order
-    assert not checkpoint.load(models, mixed, at()).warnings
+    assert not checkpoint.load(models, dict(reversed(optimizers.items())), at()).warnings
     assert rates(optimizers) == [[0.2, 0.05, 0.07], [0.3, 0.4]]
     models, optimizers = start(0.9, None)  # one fewer: which one it is, nobody can tell
     (warning,) = checkpoint.load(models, optimizers, at()).warnings
     assert "optimizer 'a': 2 group(s)" in warning and rates(optimizers) == [[0.9, 0.2], [0.3, 0.4]]
 
 
-class WithoutDefaults:
-    """An optimizer as a wrapper may show it."""
-
-    def __init__(self, inner):
-        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
-        self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
-
-
 ADAMW, ADAM, RADAM, SGD = torch.optim.AdamW, torch.optim.Adam, torch.optim.RAdam, torch.optim.SGD
+
+
+class Undeclared:
+    """An AdamW as a wrapper may show it, without its `defaults`."""
+
+    def __init__(self, parameters, **options):
+        self.inner = ADAMW(parameters, **options)
+
+    def __getattr__(self, name):
+        if name == "defaults":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("renamed", [False, True])
 @pytest.mark.parametrize(
-    "saved, here, differ",
-    [(ADAMW, SGD, True), (SGD, ADAMW, True), (ADAM, ADAMW, False), (RADAM, ADAM, False)],
+    "saver, loader",
+    [(ADAMW, SGD), (SGD, ADAMW), (ADAM, ADAMW), (RADAM, ADAM), (Undeclared, ADAMW), (ADAMW, Undeclared)],
 )
-def test_another_kind_of_optimizer_is_refused_or_left_as_it_is(
-    tmp_path, saved, here, differ, renamed, strict
-):
-    models = {"a": filled(nn.Linear(3, 2), "truth"), "b": filled(nn.Linear(2, 2), "truth")}
-    optimizers = {"a": stepped(models["a"], saved, lr=0.5), "b": stepped(models["b"], ADAMW, lr=0.25)}
-    torch.optim.lr_scheduler.StepLR(optimizers["a"], 5)  # adds an option of its own, initial_lr
-    checkpoint = opened(tmp_path)
-    checkpoint.save(models, optimizers, to())
-    others = {"a": filled(nn.Linear(3, 2), "mine"), "b": filled(nn.Linear(2, 2), "mine")}
-    mine = {"c" if renamed else "a": stepped(others["a"], here, lr=0.125)}
-    mine["b"] = stepped(others["b"], ADAMW, lr=0.75)
-    first, before = list(mine.values())[0], state_of(nn.ModuleDict(others))
-    state = copy.deepcopy(first.state_dict())
+def test_another_kind_of_optimizer_is_refused_or_left_as_it_is(tmp_path, saver, loader, renamed, strict):
+    def start(salt, kind, name, rate, rate_of_b):
+        models = nn.ModuleDict({"a": filled(nn.Linear(3, 2), salt), "b": filled(nn.Linear(2, 2), salt)})
+        b = stepped(models["b"], ADAMW, lr=rate_of_b)
+        return models, {name: stepped(models["a"], kind, lr=rate), "b": b}
+
+    checkpoint, name, differ = opened(tmp_path), "c" if renamed else "a", SGD in (saver, loader)
+    models, optimizers = start("truth", saver, "a", 0.5, 0.25)
+    optimizers["a"].param_groups[0]["initial_lr"] = 0.5  # as a scheduler adds it
+    checkpoint.save(dict(models), optimizers, to())
+    others, mine = start("mine", loader, name, 0.125, 0.75)
+    before, state = state_of(others), copy.deepcopy(mine[name].state_dict())
+    options = at(strict_mode=strict)
     if differ and strict:
-        message = refusal(lambda: checkpoint.load(others, mine, at()), ExceptionType.VALIDATION_FAILED)
+        failed = ExceptionType.VALIDATION_FAILED
+        message = refusal(lambda: checkpoint.load(dict(others), mine, options), failed)
         assert "betas" in message and "momentum" in message and "initial_lr" not in message
-        assert identical(state_of(nn.ModuleDict(others)), before) and mine["b"].param_groups[0]["lr"] == 0.75
-        assert identical(first.state_dict(), state)
+        assert identical(state_of(others), before) and mine["b"].param_groups[0]["lr"] == 0.75
+        assert identical(mine[name].state_dict(), state)
         return
-    (*warnings,) = checkpoint.load(others, mine, at(strict_mode=strict)).warnings
+    warnings = checkpoint.load(dict(others), mine, options).warnings
     assert [("betas" in w, "momentum" in w) for w in warnings] == [(True, True)] * differ
     expected = state if differ else optimizers["a"].state_dict()
-    assert identical(first.state_dict()["state"], expected["state"])
-    assert first.param_groups[0]["lr"] == (0.125 if differ else 0.5)
-    assert mine["b"].param_groups[0]["lr"] == 0.25
-    assert identical(state_of(nn.ModuleDict(others)), state_of(nn.ModuleDict(models)))
-    for p in (p for model in others.values() for p in model.parameters()):
-        p.grad = torch.ones_like(p)
-    first.step()
-
-
-@pytest.mark.parametrize("saver, loader", [(WithoutDefaults, lambda o: o), (lambda o: o, WithoutDefaults)])
-def test_an_optimizer_that_does_not_tell_its_options_is_of_no_other_kind(tmp_path, saver, loader):
-    (model, optimizer), (other, other_optimizer) = small(), small("other")
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, saver(optimizer), to())
-    assert not checkpoint.load(other, loader(other_optimizer), at()).warnings
-    assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
+    assert identical(mine[name].state_dict()["state"], expected["state"])
+    assert mine[name].param_groups[0]["lr"] == (0.125 if differ else 0.5)
+    assert mine["b"].param_groups[0]["lr"] == 0.25 and identical(state_of(others), state_of(models))
+    for parameter in others.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    mine[name].step()
 
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_optimizer_state_of_another_shape_is_always_an_error_that_names_both(tmp_path, strict):
-    model, other = filled(nn.Linear(3, 2), "truth"), filled(nn.Linear(3, 2), "mine")
+    model, other = (filled(nn.Linear(3, 2).bfloat16(), salt) for salt in ("truth", "mine"))
     optimizer, mine = (stepped(m, SGD, lr=0.5, momentum=0.9) for m in (model, other))
-    checkpoint = opened(tmp_path)
+    for number, state in enumerate([*optimizer.state.values(), *mine.state.values()]):
+        state["momentum_buffer"] = state["momentum_buffer"].float() / (3 + number)  # of bfloat16 parameters
+    checkpoint, options = opened(tmp_path), at(strict_mode=strict)
     checkpoint.save(model, optimizer, to())
     mine.state[other.weight]["momentum_buffer"] = torch.ones(6)
     before = state_of(other, mine)
-    message = refusal(
-        lambda: checkpoint.load(other, mine, at(strict_mode=strict)), ExceptionType.VALIDATION_FAILED
-    )
+    message = refusal(lambda: checkpoint.load(other, mine, options), ExceptionType.VALIDATION_FAILED)
     assert "optimizer/weight/momentum_buffer: shape [2, 3] in the checkpoint, [6] here" in message
     assert identical(state_of(other, mine), before)
     del mine.state[other.weight]["momentum_buffer"]  # nothing here to compare with: as it was stored
-    checkpoint.load(other, mine, at(strict_mode=strict))
+    checkpoint.load(other, mine, options)
     assert identical(state_of(other, mine), state_of(model, optimizer))
+    assert mine.state[other.weight]["momentum_buffer"].dtype == torch.float32
 
 
-OPTIMIZERS = {
-    "adafactor": (torch.optim.Adafactor, {}), "momentum": (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
-    "lbfgs": (torch.optim.LBFGS, {"lr": 0.1, "max_iter": 3}), "rmsprop": (torch.optim.RMSprop, {"centered": True}),
-    "adamw_amsgrad": (torch.optim.AdamW, {"amsgrad": True}), "sgd_without_state": (torch.optim.SGD, {"lr": 0.1}),
-}  # fmt: skip
+def logged():
+    """All that the library logs in this process from now on."""
+    log = io.StringIO()
+    logging.getLogger().addHandler(logging.StreamHandler(log))
+    return log
 
 
-def train_with(model, optimizer, steps):
-    data = torch.arange(12.0).reshape(4, 3).sin()
+JOBS = {
+    "adafactor": torch.optim.Adafactor,
+    "momentum": lambda params: SGD(params, lr=0.01, momentum=0.9),
+    "lbfgs": lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=3),
+    "rmsprop": lambda params: torch.optim.RMSprop(params, centered=True),
+    "amsgrad": lambda params: ADAMW(params, amsgrad=True),
+    "sgd without state": SGD,
+    "two of one model": lambda params: {"muon": torch.optim.Muon(params[::2]), "adamw": ADAMW(params[1::2])},
+    "parameters outside": lambda params: ADAMW([*params, nn.Parameter(torch.ones(4))], lr=0.3),
+    "pipeline": ADAMW,
+}
+
+
+def layers_of(first=0, last=3):
+    """Layers of different shapes, under their names in the whole model."""
+    return filled(nn.ModuleDict({str(n): nn.Linear(3 + n, 4 + n) for n in range(first, last + 1)}), "start")
+
+
+def start_job(kind, rank, world_size):
+    if world_size == 1:
+        model = layers_of()
+    else:
+        model = (
+            layers_of(2 * rank, 2 * rank + 1) if kind == "pipeline" else DistributedDataParallel(layers_of())
+        )
+    return model, JOBS[kind](list(model.parameters()))
+
+
+def train_job(model, optimizer, steps):
+    """The state of a job after some more steps."""
+    optimizers = list(optimizer.values()) if isinstance(optimizer, dict) else [optimizer]
+    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    stored = list(map(id, model.parameters()))  # the others are as new: only their state comes back
 
     def closure():
-        optimizer.zero_grad()
-        loss = model(data).square().mean()
-        loss.backward()
-        return loss
+        for parameter in parameters:
+            wave = 3 * parameter.detach() if id(parameter) in stored else torch.zeros_like(parameter)
+            parameter.grad = wave.cos()
+        return sum((3 * parameter.detach()).sin().sum() for parameter in parameters)
 
-    for _ in range(steps):
-        optimizer.step(closure)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_any_optimizer_continues_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, kind, world_size):
-    for same_state, same_after in run(world_size, continue_with, tmp_path, kind):
-        assert same_state and same_after
+    for each in optimizers * steps:
+        each.step(closure)
+    return model.state_dict(), [each.state_dict() for each in optimizers]
 
 
-def continue_with(rank, world_size, tmp, kind):
-    def start():
-        model = filled(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), "start")
-        model = DistributedDataParallel(model) if world_size > 1 else model
-        optimizer, options = OPTIMIZERS[kind]
-        return model, optimizer(model.parameters(), **options)
-
-    model, optimizer = start()
-    train_with(model, optimizer, 3)
-    checkpoint = opened(tmp)
-    checkpoint.save(model, optimizer, to())
-    other, other_optimizer = start()
-    checkpoint.load(other, other_optimizer, at())
-    same_state = identical(state_of(other, other_optimizer), state_of(model, optimizer))
-    train_with(model, optimizer, 2)
-    train_with(other, other_optimizer, 2)
-    return same_state, identical(state_of(other, other_optimizer), state_of(model, optimizer))
+def save_job(rank, world_size, tmp, kind):
+    log, job = logged(), start_job(kind, rank, world_size)
+    train_job(*job, 3)
+    opened(tmp).save(*job, to(f"of-{world_size}"))
+    return "position" in log.getvalue()
 
 
-def test_momentum_of_sharded_parameters_reshards(tmp_path):
-    run(3, save_momentum, tmp_path)
-    model = filled(Net(), "truth")
-    optimizer = stepped(model, torch.optim.SGD, lr=0.01, momentum=0.9)
-    truth = state_of(model, optimizer)
-    fresh = Net()
-    fresh_optimizer = torch.optim.SGD(fresh.parameters(), lr=0.5, momentum=0.1)
-    opened(tmp_path).load(fresh, fresh_optimizer, at())
-    assert identical(state_of(fresh)[0], truth[0])
-    assert identical(by_name(fresh, fresh_optimizer), by_name(model, optimizer))
-    assert fresh_optimizer.param_groups[0]["momentum"] == 0.9
+def continue_job(rank, world_size, tmp, kind):
+    """For each saved world size, whether a loaded job is as one that went on, at once and two steps later."""
+    same = []
+    for saved in (1, 2):
+        never_stopped, loaded = (start_job(kind, rank, world_size) for _ in "12")
+        train_job(*never_stopped, 3)
+        opened(tmp).load(*loaded, at(f"of-{saved}"))
+        same += [identical(train_job(*never_stopped, steps), train_job(*loaded, steps)) for steps in (0, 2)]
+    return same
 
 
-def save_momentum(rank, world_size, tmp):
-    model = laid_out(filled(Net(), "truth"), "fsdp3")
-    opened(tmp).save(model, stepped(model, torch.optim.SGD, lr=0.01, momentum=0.9, foreach=False), to())
+@pytest.mark.parametrize("kind", JOBS)
+def test_any_optimizer_continues_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, kind):
+    by_position = [run(world_size, save_job, tmp_path, kind)[0] for world_size in (1, 2)]
+    assert by_position == [kind == "parameters outside"] * 2
+    for world_size in (1, 2):
+        assert run(world_size, continue_job, tmp_path, kind) == [[True] * 4] * world_size
 
 
 class Tenths(nn.Module):
@@ -3300,85 +2425,77 @@ class Tenths(nn.Module):
 
     _version = 2
 
-    def __init__(self, value=0.0, old_key=False):
+    def __init__(self, value=0.0):
         super().__init__()
-        self.value, self.heard = nn.Parameter(torch.full((4, 3), value)), []
+        self.value, self.versions = nn.Parameter(torch.full((4, 3), value)), []
         self.module, self._orig_mod = nn.Linear(3, 3), nn.BatchNorm1d(3)
         self._checkpoint_wrapped_module = nn.ModuleDict({"inner": nn.Linear(3, 3)})
 
     def _load_from_state_dict(self, state, prefix, metadata, *rest):
-        self.heard.append(metadata.get("version"))
-        if (self.heard[-1] or 1) < 2:
+        self.versions.append(metadata.get("version"))
+        if (self.versions[-1] or 1) < 2:
             state[prefix + "value"] = state[prefix + "value"] / 10
         super()._load_from_state_dict(state, prefix, metadata, *rest)
 
 
-def in_layers(*wrappers):
-    """Each layer wrapped by all of these, the last one outermost."""
-
-    def wrap(model):
-        for index, layer in enumerate(model):
-            for wrapper in wrappers:
-                layer = wrapper(layer)
-            model[index] = layer
-        return model
-
-    return wrap
-
-
-def in_children(wrapper):
-    def wrap(model):
-        layer = model[0]
-        layer.module, layer._orig_mod = wrapper(layer.module), wrapper(layer._orig_mod)
-        layer._checkpoint_wrapped_module["inner"] = wrapper(layer._checkpoint_wrapped_module["inner"])
-        return model
-
-    return wrap
-
-
+# The wrappers of the children of modules ("" for the layers), then those of the model; innermost first.
+CHILDREN = "0._checkpoint_wrapped_module"
+BOTH = (checkpoint_wrapper, torch.compile)
 WRAPPINGS = {
-    "ddp": [DistributedDataParallel], "data parallel": [nn.DataParallel], "compile": [torch.compile],
-    "checkpoint": [checkpoint_wrapper], "layers in ddp": [in_layers(DistributedDataParallel)],
-    "layers in checkpoint of compile in compile": [in_layers(torch.compile, checkpoint_wrapper), torch.compile],
-    "layers in compile of checkpoint in ddp": [in_layers(checkpoint_wrapper, torch.compile), DistributedDataParallel],
-    "layers in two checkpoints": [in_layers(checkpoint_wrapper, offload_wrapper)],
-    "children in compile, layers in checkpoint": [in_children(torch.compile), in_layers(checkpoint_wrapper)],
-    "children in checkpoint, layers in data parallel": [in_children(checkpoint_wrapper), in_layers(nn.DataParallel)],
-    "layers in compile of checkpoint, in fsdp2": [in_layers(checkpoint_wrapper, torch.compile), fully_shard],
-}  # fmt: skip
+    "ddp": ({}, DistributedDataParallel),
+    "data parallel": ({}, nn.DataParallel),
+    "compile": ({}, torch.compile),
+    "checkpoint": ({}, checkpoint_wrapper),
+    "layers in ddp": ({"": [DistributedDataParallel]},),
+    "layers in checkpoint of compile": ({"": BOTH[::-1]}, torch.compile),
+    "layers in compile of checkpoint": ({"": BOTH}, DistributedDataParallel),
+    "layers in two checkpoints": ({"": [checkpoint_wrapper, offload_wrapper]},),
+    "compiled children": ({CHILDREN: [torch.compile], "0": [torch.compile], "": [checkpoint_wrapper]},),
+    "children": ({CHILDREN: [checkpoint_wrapper], "0": [checkpoint_wrapper], "": [nn.DataParallel]},),
+    "layers in fsdp2": ({"": BOTH}, fully_shard),
+}
+
+
+def wrapped(model, of_children, *wrappers):
+    for name, inner in of_children.items():
+        parent = model.get_submodule(name)
+        for (key, _), wrapper in itertools.product(list(parent.named_children()), inner):
+            setattr(parent, key, wrapper(getattr(parent, key)))
+    for wrapper in wrappers:
+        model = wrapper(model)
+    return model
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_names_and_module_versions_do_not_depend_on_wrappers_at_any_depth(tmp_path, wrapping):
-    names, heard, equal = run(1, load_through_wrappers, tmp_path, wrapping)[0]
+    names, versions, equal = zip(*run(1, load_through_wrappers, tmp_path, wrapping)[0])
     assert names[0] == names[1] and names[0] > {"model/0.module.weight", "model/0._orig_mod.bias"}
     assert "model/0._checkpoint_wrapped_module.inner.bias" in names[0]
-    assert heard == [[2], [2]] and equal == [True, True]
+    assert versions == ([2], [2]) and equal == (True, True)
 
 
 def load_through_wrappers(rank, world_size, tmp, wrapping):
+    """Wrapped to plain, and back: the stored names, the versions that the module got, if all is equal."""
+
     def start(salt, wrap):
-        model = inner = filled(nn.Sequential(Tenths(), nn.Linear(3, 2)), salt)
-        tenths = inner[0]
-        for wrapper in WRAPPINGS[wrapping] if wrap else ():
-            model = wrapper(model)
-        return model, stepped(model, lr=0.1 + wrap), tenths
+        tenths = Tenths()
+        model = filled(nn.Sequential(tenths, nn.Linear(3, 2)), salt)
+        model = wrapped(model, *WRAPPINGS[wrapping]) if wrap else model
+        return tenths, model, stepped(model, lr=0.1 + wrap)
 
     def values(model, optimizer):
-        tensors = [*model.parameters(), *model.buffers()]
-        tensors += [tensor for state in optimizer.state_dict()["state"].values() for tensor in state.values()]
-        return [whole(tensor) for tensor in tensors]
+        states = optimizer.state_dict()["state"].values()
+        slots = [tensor for state in states for tensor in state.values()]
+        return [whole(tensor) for tensor in (*model.parameters(), *model.buffers(), *slots)]
 
-    names, heard, equal, checkpoint = [], [], [], opened(tmp)
+    answers, checkpoint = [], opened(tmp)
     for prefix, wrap in (("wrapped", True), ("plain", False)):
-        model, optimizer, _ = start("truth", wrap)
-        checkpoint.save(model, optimizer, to(prefix))
-        other, other_optimizer, tenths = start("other", not wrap)
-        found = checkpoint.load(other, other_optimizer, at(prefix))
-        names.append({t.name for t in found.metadata.tensors})
-        heard.append(tenths.heard)
-        equal.append(values(other, other_optimizer) == values(model, optimizer))
-    return names, heard, equal
+        _, *saved = start("truth", wrap)
+        tenths, *loaded = start("other", not wrap)
+        checkpoint.save(*saved, to(prefix))
+        names = {tensor.name for tensor in checkpoint.load(*loaded, at(prefix)).metadata.tensors}
+        answers.append((names, tenths.versions, values(*loaded) == values(*saved)))
+    return answers
 
 
 def test_two_entries_that_have_one_name_without_wrappers_are_an_error(tmp_path):
@@ -3392,31 +2509,34 @@ def test_two_entries_that_have_one_name_without_wrappers_are_an_error(tmp_path):
     assert list(result.model_state) == ["module.a", "_orig_mod.a"], "what is no module keeps its keys"
 
 
-class Renaming(nn.Module):
-    """Takes what versions before 2 call `old`."""
-
-    _version = 2
-
-    def __init__(self):
-        super().__init__()
-        self.new = nn.Parameter(torch.zeros(1))
-
-    def _load_from_state_dict(self, state, prefix, metadata, *rest):
-        if metadata.get("version", 1) < 2:
-            state[prefix + "new"] = state.pop(prefix + "old")
-        super()._load_from_state_dict(state, prefix, metadata, *rest)
-
-
 def test_a_module_is_handed_the_version_that_was_saved_else_its_own(tmp_path):
-    checkpoint, saved = opened(tmp_path), {"now": Tenths(5.0), "before": Tenths(5.0), "renamed": Renaming()}
+    def values(live):
+        return [module.value.unique().item() for module in live.values()]
+
+    checkpoint, saved = opened(tmp_path), {"now": Tenths(5.0), "before": Tenths(5.0)}
     saved["before"]._version = 1
+    together = nn.ModuleDict(saved)
+    state = together.state_dict()
     checkpoint.save(saved, None, to("mapping"))
-    checkpoint.save(nn.ModuleDict(saved), None, to("one"))
-    checkpoint.save(Bag(**nn.ModuleDict(saved).state_dict()), None, to("imported"))
-    for prefix, before in (("mapping", 0.5), ("one", 0.5), ("imported", 5.0)):
-        live = {"now": Tenths(), "before": Tenths(), "renamed": Renaming()}
+    checkpoint.save(together, None, to("one"), extra_state={"module": together, "nested": [state]})
+    checkpoint.save(Bag(**state), None, to("imported"))
+    run(2, save_versions, tmp_path)
+    for prefix, before in (("mapping", 0.5), ("one", 0.5), ("stages", 0.5), ("imported", 5.0)):
+        live = {"now": Tenths(), "before": Tenths()}
         checkpoint.load(nn.ModuleDict(live) if prefix == "mapping" else live, None, at(prefix))
-        assert [live[name].value.unique().item() for name in ("now", "before")] == [5.0, before]
+        assert values(live) == [5.0, before], prefix
+    live = {"now": Tenths(), "before": Tenths()}
+    extra = {"module": nn.ModuleDict(live)}
+    result = checkpoint.load(Bag(), None, at("one", strict_mode=False), extra_state=extra)
+    assert values(live) == [5.0, 0.5] and result.extra_state["nested"][0]._metadata == state._metadata
+
+
+def save_versions(rank, world_size, tmp):
+    """Each rank of a pipeline saves a module of its own."""
+    stage = nn.ModuleDict({("now", "before")[rank]: Tenths(5.0)})
+    for module in stage.values():
+        module._version = 2 - rank
+    opened(tmp).save(stage, None, to("stages"))
 
 
 class Handed(nn.ModuleDict):
@@ -3439,139 +2559,49 @@ def test_load_state_dict_is_handed_the_metadata_that_torch_load_would_hand_it(tm
     assert ours.metadata["a.module"] == {"version": 1, "scheme": ["int8", 4]} and "added" not in ours.metadata
 
 
-def test_a_module_in_extra_state_gets_its_versions_too(tmp_path):
-    checkpoint, average, other = opened(tmp_path), nn.Sequential(Tenths(5.0)), nn.Sequential(Tenths())
-    state = {"ema": average, "nested": [average.state_dict()]}
-    checkpoint.save(nn.Module(), None, to(), extra_state=state)
-    result = checkpoint.load(nn.Module(), None, at(), extra_state={"ema": other})
-    assert other[0].value.unique().item() == 5.0
-    assert result.extra_state["nested"][0]._metadata == average.state_dict()._metadata
-
-
-def test_versions_of_modules_that_pipeline_ranks_hold_apart_come_together(tmp_path):
-    versions = [[("0", 1)], [("1", 2)], []]
-    assert run(2, save_versions, tmp_path) == versions[:2]
-    assert run(1, load_versions, tmp_path, [["0", "1"]]) == [{"0": 0.5, "1": 5.0}]
-    assert run(3, load_versions, tmp_path, [["1"], ["0", "1"], ["0"]]) == [
-        {"1": 5.0},
-        {"0": 0.5, "1": 5.0},
-        {"0": 0.5},
-    ]
-
-
-def save_versions(rank, world_size, tmp):
-    stage = nn.ModuleDict({str(rank): Tenths(5.0)})
-    stage[str(rank)]._version = 1 + rank
-    opened(tmp).save(stage, None, to())
-    return [(name, module._version) for name, module in stage.items()]
-
-
-def load_versions(rank, world_size, tmp, held):
-    stage = nn.ModuleDict({name: Tenths() for name in held[rank]})
-    opened(tmp).load(stage, None, at(load_rng_state=False))
-    return {name: module.value.unique().item() for name, module in stage.items()}
-
-
 def test_only_the_models_bytes_are_read_for_only_the_model(tmp_path):
-    model = filled(nn.Linear(1024, 3072), "truth")  # 12 MiB; its optimizer twice that
+    model, other = (filled(nn.Linear(1024, 3072), salt) for salt in ("truth", "other"))
+    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files := Seam()))
     opened(tmp_path).save(model, stepped(model), to())
-    files = Seam()
-    other = nn.Linear(1024, 3072)
-    ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files)).load(other, None, at(load_rng_state=False))
-    read = sum(op.size for op in files.log if op.call == "pread")
-    assert 12 * MiB <= read < 12 * MiB + 3 * UNIT, (
-        "the header, and the units with the bias and the modules' versions"
-    )
     shard = Shard(shards(tmp_path)[0])
-    last = max(
-        shard.place(name) for name in shard.header if name.startswith("optimizer/") and "exp_avg" in name
-    )
-    flip(shard.path, last[1] - 1)
-    other = nn.Linear(1024, 3072)
-    checkpoint = opened(tmp_path)
+    last = max(shard.place(name)[1] for name in shard.header if re.match("optimizer/.*exp_avg", name))
+    flip(shard.path, last - 1)
     checkpoint.load(other, None, at(load_rng_state=False))
     assert identical(state_of(other)[0], state_of(model)[0])
-    full = stepped(other)
-    refusal(lambda: checkpoint.load(other, full, at()), ExceptionType.CORRUPTED_CHECKPOINT)
+    read = sum(op.size for op in files.log if op.call == "pread")  # the optimizer has twice as much
+    assert 12 * MiB <= read < 12 * MiB + 3 * UNIT
+    refusal(lambda: checkpoint.load(other, stepped(other), at()), ExceptionType.CORRUPTED_CHECKPOINT)
 
 
-def is_cold(tmp):
-    """Drop every file below `tmp` from the page cache; whether that is so now (a file system in memory keeps them)."""
-    for path in filter(Path.is_file, tmp.rglob("*")):
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as view:  # a read would have the kernel read ahead
-            there = (ctypes.c_ubyte * -(-len(view) // PAGE))()
-            address = np.frombuffer(view, np.uint8).ctypes.data
-            libc = ctypes.CDLL(None)
-            assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(view)), there) == 0
-        os.close(fd)
-        if any(page & 1 for page in there):
-            return False
-    return True
+def not_cached(op):
+    """Nothing is in the page cache."""
+    if op.call == "is_cold":
+        raise OSError(errno.EAGAIN, "not in the page cache")
 
 
 def reads_past_the_cache(rank, world_size, tmp, layout):
-    """Whether this rank's load of a cold checkpoint of 24 MiB reads past the page cache; None where nothing gets cold."""
+    """Whether this rank's load of 24 MiB reads past the page cache."""
     model = nn.Linear(2048, 3072, bias=False)
-    if layout != "plain":
+    if "rows" in layout:
         fully_shard(model)
     opened(tmp).save(model, None, to())
     if layout == "rows to columns":
         mesh = init_device_mesh("cpu", (world_size,))
         model = Bag(weight=distribute_tensor(torch.zeros(3072, 2048), mesh, [ShardDim(1)]))
-    cold = [is_cold(tmp)] if rank == 0 else [None]
-    dist.broadcast_object_list(cold)
-    if not cold[0]:
-        return None
-    files = Seam()
+    cached = layout == "in the cache" and all(path.read_bytes() for path in shards(tmp))
+    files = Seam() if cached else Seam(not_cached)
     ckpt.DistributedCheckpoint(storage=Storage(tmp, files)).load(model, None, at())
     return any(op.call == "open_direct" for op in files.log)
 
 
 @pytest.mark.parametrize(
     "world_size, layout, past",
-    [(1, "plain", True), (2, "sharded", True), (2, "plain", False), (2, "rows to columns", False)],
+    [(1, "cold", 1), (2, "rows", 1), (2, "cold", 0), (2, "rows to columns", 0), (1, "in the cache", 0)],
 )
 def test_a_cold_file_is_read_past_the_page_cache_where_no_other_rank_wants_the_same_bytes(
     tmp_path, world_size, layout, past
 ):
-    found = run(world_size, reads_past_the_cache, tmp_path, layout)
-    if None in found:
-        pytest.skip("the files stay in memory here")
-    assert found == [past] * world_size
-
-
-def test_what_the_page_cache_has_is_read_from_it(tmp_path):
-    model = filled(nn.Linear(1024, 3072), "truth")
-    opened(tmp_path).save(model, None, to())
-    assert all(path.read_bytes() for path in shards(tmp_path))
-    files = Seam()
-    ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files)).load(model, None, at())
-    assert not any(op.call == "open_direct" for op in files.log)
-
-
-@pytest.mark.parametrize("rows, alone", [((0, 512), True), ((100, 400), True), ((0, 512, 2), False)])
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
-def test_only_what_is_to_three_quarters_one_ranks_alone_counts_as_such(tmp_path, rows, alone, level):
-    weight = torch.randn(512, 1 << 14)  # 32 MiB: 64 rows a block, 4 rows a unit
-    opened(tmp_path).save(Bag(weight=weight), None, to(compression_level=level))
-    storage = ckpt.LocalStorage(tmp_path)
-    with ckpt.CheckpointReader(storage, st.read_committed(storage, "p")) as reader:
-        (index,) = reader.stored["model/weight"].values()
-        low, high, *halves = rows
-        box = st.Box((low, 0), (high - low, (1 << 14) // (halves or [1])[0]))
-        view = torch.empty(box.size)
-        reads = reader.plan([coord.Target(index, box, view, alone=True)])
-        own = sum(fill.alone * (fill.high - fill.low) for read in reads for fill in read.fills)
-        assert level is not CompressionLevel.NONE or own == pytest.approx(view.nbytes, rel=1e-4)
-        assert {read.alone() for read in reads[1:-1]} == {alone}
-        assert not any(read.alone() for read in reader.plan([coord.Target(index, box, view)]))
-        for read in reads:
-            assert read.low % UNIT == 0 and read.nbytes <= 2 * BLOCK
-            reader.run(read, aligned(2 * BLOCK), st.Gate(), coord.Meter())
-    assert torch.equal(view, weight[low:high, : box.size[1]])
+    assert run(world_size, reads_past_the_cache, tmp_path, layout) == [bool(past)] * world_size
 
 
 @pytest.mark.parametrize("low, high", [(0, 64), (128, 1024), (0, 65), (100, 101), (127, 129), (60, 1000)])
@@ -3583,69 +2613,51 @@ def test_a_partial_read_verifies_its_own_units_and_copies_nothing_of_a_damaged_o
     opened(tmp_path).save(Bag(weight=weight), None, to(include_rng_state=False))
     (path,), storage = shards(tmp_path), ckpt.LocalStorage(tmp_path)
     flip(path, Shard(path).place("model/weight")[0] + 100 * 4096)  # in the second unit
+    view = torch.full((high - low, columns), -1.0)
     with ckpt.CheckpointReader(storage, st.read_committed(storage, "p")) as reader:
         (index,) = reader.stored["model/weight"].values()
-        view = torch.full((high - low, columns), -1.0)
-        kind, _, message = told(
-            lambda: reader.fill([coord.Target(index, st.Box((low, 0), tuple(view.shape)), view)])
-        )
+        target = coord.Target(index, st.Box((low, 0), tuple(view.shape)), view)
+        kind, _, message = told(lambda: reader.fill([target]))
     if high <= 64 or low >= 128:
         assert kind == "returned" and torch.equal(view, weight[low:high, :columns])
-        return
-    assert kind == "CORRUPTED_CHECKPOINT" and "unit 1 has CRC32" in message and "model/weight" in message
-    assert (view[max(0, 64 - low) : 128 - low] == -1.0).all(), "not one element of that unit"
+    else:
+        assert kind == "CORRUPTED_CHECKPOINT" and "unit 1 has CRC32" in message and "model/weight" in message
+        assert (view[max(0, 64 - low) : 128 - low] == -1.0).all(), "not one element of that unit"
+
+
+class Marking(Seam):
+    """Marks the paths of operations that pass the page cache."""
+
+    def open(self, path, flags, mode=0o777):
+        fd = super().open(path, flags, mode)
+        self.paths[fd] += ", direct" if flags & os.O_DIRECT else ""
+        return fd
 
 
 @pytest.mark.parametrize("refused", ["is_cold", "open_direct", "pread", "pwrite"])
 def test_where_the_page_cache_cannot_be_passed_by_saves_and_loads_go_through_it(tmp_path, refused):
-    class Refusing(Seam):
-        def refuse(self, call, fd=None):
-            if call == refused and (fd is None or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT):
-                self.refused += 1
-                raise OSError(errno.EINVAL, "not on this file system")
+    refusals = []
 
-        def open(self, path, flags, mode=0o777):
-            self.refuse("open_direct") if flags & os.O_DIRECT else None
-            return super().open(path, flags, mode)
-
-        def preadv(self, fd, buffers, offset, flags=0):
-            self.refuse("is_cold" if flags else "pread", None if flags else fd)
-            if flags:
-                raise OSError(errno.EAGAIN, "not in the page cache")
-            return super().preadv(fd, buffers, offset)
-
-        def pwrite(self, fd, data, offset):
-            self.refuse("pwrite", fd)
-            return super().pwrite(fd, data, offset)
+    def refuse(op):
+        if op.call == refused and (op.call in ("is_cold", "open_direct") or op.path.endswith(", direct")):
+            refusals.append(op)
+            raise OSError(errno.EINVAL, "not on this file system")
+        not_cached(op)
 
     model, other = filled(nn.Linear(1024, 3072), "truth"), filled(nn.Linear(1024, 3072), "other")
-    files = Refusing()
-    files.refused = 0
-    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files))
+    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files := Marking(refuse)))
     checkpoint.save(model, None, to())
     checkpoint.load(other, None, at())
     assert identical(state_of(other)[0], state_of(model)[0])
     passed = any(op.call == "open_direct" for op in files.log)  # not in memory, such as tmpfs
-    assert files.refused or (refused in ("pread", "pwrite") and not passed)
-
-
-@pytest.mark.parametrize("left", [MiB, 64 * MiB])
-def test_a_file_cut_short_while_it_is_open_is_damage_wherever_it_is_read(tmp_path, left):
-    with open(tmp_path / "file", "wb") as sparse:
-        sparse.truncate(130 * MiB)
-    with contextlib.closing(ckpt.LocalStorage(tmp_path).open("file")) as file:
-        os.truncate(tmp_path / "file", left)
-        for offset, read in itertools.product((64 * MiB, 128 * MiB), (file.read, file.read_directly)):
-            with pytest.raises(ckpt.CheckpointException, match="bytes missing"):
-                read(offset, aligned(MiB).data)
+    assert refusals or (refused in ("pread", "pwrite") and not passed)
 
 
 def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_yet(tmp_path):
     free = os.open(tmp_path, os.O_RDONLY)
     os.close(free)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = Seam()
-    with contextlib.closing(Storage(tmp_path, files).create("file")) as file:
+    with contextlib.closing(Storage(tmp_path, Seam()).create("file")) as file:
         resource.setrlimit(resource.RLIMIT_NOFILE, (2 * free, limits[1]))
         try:
             file.write(0, aligned(2 * MiB).data)
@@ -3656,28 +2668,21 @@ def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_y
     assert (tmp_path / "file").stat().st_size == 2 * MiB
 
 
-@pytest.mark.parametrize("length", [MiB, 3 * MiB + 5, 4 * MiB])
 @pytest.mark.parametrize("past", [False, True])
-@pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("cap", [1 << 40, 3 * PAGE, 5000])
-def test_a_read_gives_the_same_bytes_past_the_cache_or_not_however_short_its_parts(
-    tmp_path, length, past, start, cap
-):
-    class Cold(Seam):
-        def preadv(self, fd, buffers, offset, flags=0):
-            if flags:
-                raise OSError(errno.EAGAIN, "not in the page cache")
-            return super().preadv(fd, buffers, offset)
-
+def test_a_read_gives_the_same_bytes_past_the_cache_or_not_however_short_its_parts(tmp_path, past, cap):
     data = np.random.default_rng(1).integers(0, 256, PAGE + 4 * MiB, np.uint8)
     (tmp_path / "file").write_bytes(data)
-    into = aligned(length + 1)[start:][:length]
-    with contextlib.closing(Storage(tmp_path, Cold(cap=cap)).open("file")) as file:
+    with contextlib.closing(Storage(tmp_path, Seam(not_cached, cap=cap)).open("file")) as file:
         read = file.read_directly if past else file.read
-        read(PAGE, into.data)
-        assert np.array_equal(into, data[PAGE : PAGE + length])
-        with pytest.raises(ckpt.CheckpointException, match="bytes missing"):
-            read(2 * PAGE, aligned(4 * MiB).data)
+        for length, start in itertools.product((MiB, 3 * MiB + 5, 4 * MiB), (0, 1)):
+            into = aligned(length + 1)[start:][:length]
+            read(PAGE, into.data)
+            assert np.array_equal(into, data[PAGE : PAGE + length]), (length, start)
+        for offset, length in ((2 * PAGE, 4 * MiB), (PAGE, MiB), (2 * MiB, MiB)):
+            with pytest.raises(CheckpointException, match="bytes missing"):
+                read(offset, aligned(length).data)
+            os.truncate(tmp_path / "file", MiB)  # while it is open
 
 
 def test_a_fork_finds_zeros_in_the_memory_for_io_not_its_parents_bytes():
@@ -3687,330 +2692,122 @@ def test_a_fork_finds_zeros_in_the_memory_for_io_not_its_parents_bytes():
     assert (memory == 7).all()
 
 
-class Stage(nn.Module):
-    """Layers `first`..`last` of a pipeline, under the names that they have in the whole model."""
-
-    def __init__(self, first, last):
-        super().__init__()
-        self.layers = nn.ModuleDict({str(i): nn.Linear(3 + i, 4 + i) for i in range(first, last + 1)})
-
-
-def test_pipeline_ranks_with_the_same_optimizer_indices_join_and_part_again(tmp_path):
-    run(2, save_stage, tmp_path)
-    model, truth = Stage(0, 3), filled(Stage(0, 3), "truth")
-    optimizer, truth_optimizer = torch.optim.AdamW(model.parameters()), stepped(truth, lr=0.125)
-    checkpoint = opened(tmp_path)
-    checkpoint.load(model, optimizer, at("stages"))
-    assert identical(state_of(model)[0], state_of(truth)[0])
-    assert identical(by_name(model, optimizer), by_name(truth, truth_optimizer))
-    assert optimizer.param_groups[0]["lr"] == 0.125
-    checkpoint.save(model, optimizer, to("whole"))
-    assert run(2, load_stage, tmp_path, "whole") == [True, True]
-    assert run(2, load_stage, tmp_path, "stages") == [True, True]
-
-
-def stage_of(rank):
-    model = filled(Stage(2 * rank, 2 * rank + 1), "truth")
-    return model, stepped(model, lr=0.125)
-
-
-def save_stage(rank, world_size, tmp):
-    opened(tmp).save(*stage_of(rank), to("stages"))
-
-
-def load_stage(rank, world_size, tmp, prefix):
-    model = Stage(2 * rank, 2 * rank + 1)
-    optimizer = torch.optim.AdamW(model.parameters())
-    opened(tmp).load(model, optimizer, at(prefix))
-    truth, truth_optimizer = stage_of(rank)
-    same = identical(by_name(model, optimizer), by_name(truth, truth_optimizer))
-    return same and identical(state_of(model)[0], state_of(truth)[0])
-
-
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
 @pytest.mark.parametrize("form", FORMATS)
-def test_plain_tensors_that_differ_between_ranks_are_kept_per_rank_and_named_once(tmp_path, form, level):
-    logs, values, trusted = zip(*run(3, save_different, tmp_path, form, level))
-    assert list(values) == [[0.0, 7.0, 0.5], [1.0, 7.0, 1.5], [2.0, 7.0, 0.5]]
-    assert (
-        logs[0].count("model/layer.place") == logs[0].count("model/layer.odd") == 1
-        and "layer.same" not in logs[0]
+def test_of_copies_that_are_declared_or_trusted_to_be_equal_one_is_kept(tmp_path, form):
+    logs, *values = zip(*run(3, save_false_copies, tmp_path, form))
+    assert values[:2] == [(0.0, 0.0, 0.0), (0.0, 1.0, 2.0)], (
+        "declared: the lowest rank's; plain: each its own"
     )
-    assert len(set(trusted)) == 1  # told to trust, the save kept one rank's copy
+    assert [len(set(trusted)) for trusted in values[2:]] == [1, 1]
+    assert re.search(r"model/declared.*\brank\D*[012]\b", logs[0])
 
 
-def save_different(rank, world_size, tmp, form, level):
-    log = io.StringIO()
-    logging.getLogger().addHandler(logging.StreamHandler(log))
-    values = (float(rank), 7.0, rank % 2 + 0.5)
+def save_false_copies(rank, world_size, tmp, form):
+    """What the saves log; and what comes back of a DTensor and of a plain tensor, verified and trusted."""
+    log, mesh, values = logged(), init_device_mesh("cpu", (world_size,)), []
 
-    def bag(place, same, odd):
-        tensors = {"layer.place": torch.full((400_000,), place), "layer.same": torch.full((400_000,), same)}
-        return Bag(**tensors, **{"layer.odd": torch.tensor(odd)})
+    def bag(value):
+        declared = DTensor.from_local(torch.full((400_000,), value), mesh, [Replicate()])
+        return Bag(declared=declared, plain=torch.full((400_000,), value))
 
-    checkpoint = opened(tmp)
-    for attempt in ("first", "again"):
-        checkpoint.save(bag(*values), None, to(attempt, format=form, compression_level=level))
-    both, first = bag(-1.0, -1.0, -1.0), bag(-2.0, -2.0, -2.0)
-    result, target = checkpoint.load(both, None, at("again")), both
-    checkpoint.load(first, None, at("first"))
-    assert identical(first.state, both.state)
-    left = [name for name in listing(tmp) if name.startswith(("first", "again"))]
-    assert len(left) == 2 * (1 + {"multi_shard": 3, "single_file": 1, "consolidated": 4}[form.value]), left
-    text = log.getvalue() + " ".join(result.warnings)
-    checkpoint.save(bag(*values), None, to("trusted", format=form, replicas="trust"))
-    blind = bag(-1.0, -1.0, -1.0)
-    checkpoint.load(blind, None, at("trusted"))
-    names = ("layer.place", "layer.same", "layer.odd")
-    return (
-        text,
-        [target.state[name].flatten()[0].item() for name in names],
-        blind.state["layer.place"][0].item(),
-    )
+    for replicas in ("verify", "trust"):
+        found, checkpoint = bag(-1.0), opened(tmp)
+        checkpoint.save(bag(float(rank)), None, to(replicas, format=form, replicas=replicas))
+        log.write("".join(checkpoint.load(found, None, at(replicas)).warnings))
+        values += [found.state["declared"].to_local(), found.state["plain"]]
+    return log.getvalue(), *(tensor.unique().item() for tensor in values)
 
 
-def test_batch_norm_statistics_of_every_ddp_rank_survive(tmp_path):
-    assert run(2, save_batch_norm, tmp_path) == [(True, True)] * 2
-
-
-def save_batch_norm(rank, world_size, tmp):
-    def start():
-        return DistributedDataParallel(
-            nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), broadcast_buffers=False
-        )
-
-    model, other = start(), start()
-    model(torch.rand(8, 3, generator=torch.Generator().manual_seed(rank))).sum().backward()
-    checkpoint = opened(tmp)
-    checkpoint.save(model, None, to())
-    checkpoint.load(other, None, at())
-    means = [torch.zeros(4) for _ in range(world_size)]
-    dist.all_gather(means, model.module[1].running_mean)
-    return identical(state_of(other)[0], state_of(model)[0]), not torch.equal(*means)
-
-
-def test_copies_that_a_placement_declares_equal_but_are_not_are_named_and_the_lowest_ranks_is_kept(tmp_path):
-    (values, log), (others, _) = run(2, save_false_replicas, tmp_path)
-    assert values == others == [0.0] and "declared" in log and re.search(r"\brank\D*[01]\b", log)
-
-
-def save_false_replicas(rank, world_size, tmp):
-    log = io.StringIO()
-    logging.getLogger().addHandler(logging.StreamHandler(log))
-    mesh = init_device_mesh("cpu", (2,))
-    checkpoint = opened(tmp)
-    checkpoint.save(
-        Bag(declared=DTensor.from_local(torch.full((400_000,), float(rank)), mesh, [Replicate()])), None, to()
-    )
-    target = Bag(declared=DTensor.from_local(torch.full((400_000,), 9.0), mesh, [Replicate()]))
-    result = checkpoint.load(target, None, at())
-    return target.state["declared"].to_local().unique().tolist(), log.getvalue() + " ".join(result.warnings)
-
-
-# A name on several meshes: per case what rank r holds of it, as (ranks of its mesh, placement, value); None: a plain tensor.
+# What ranks 0 and 1, and ranks 2 and 3, hold of one tensor: ranks of a mesh, placement, value. Then the ranks
+# that its copies are kept for, or what the error says.
+LOW, HIGH, ALL, SHARDED, COPIES = (0, 1), (2, 3), (0, 1, 2, 3), ShardDim(0), Replicate()
 MESHES = {
-    "sharded, equal": lambda r: (PAIRS[r // 2], ShardDim(0), 1.0),
-    "sharded, different": lambda r: (PAIRS[r // 2], ShardDim(0), float(r // 2)),
-    "replicated, equal": lambda r: (PAIRS[r // 2], Replicate(), 1.0),
-    "replicated, different": lambda r: (PAIRS[r // 2], Replicate(), float(r // 2)),
-    "cut differently, equal": lambda r: (PAIRS[r // 2], (ShardDim(0), Replicate())[r // 2], 1.0),
-    "other order of ranks": lambda r: ((0, 1, 2, 3) if r < 2 else (3, 2, 1, 0), Replicate(), 1.0),
-    "overlapping": lambda r: ((0, 1, 2) if r < 2 else (2, 3), Replicate(), 1.0),
-    "plain beside": lambda r: ((0, 1), Replicate(), 1.0) if r < 2 else (None, None, 1.0),
+    "sharded, equal": ((LOW, SHARDED, 1.0), (HIGH, SHARDED, 1.0), [None]),
+    "sharded, different": ((LOW, SHARDED, 0.0), (HIGH, SHARDED, 1.0), [0, 2]),
+    "replicated, equal": ((LOW, COPIES, 1.0), (HIGH, COPIES, 1.0), [None]),
+    "replicated, different": ((LOW, COPIES, 0.0), (HIGH, COPIES, 1.0), [0, 2]),
+    "cut differently, equal": ((LOW, SHARDED, 1.0), (HIGH, COPIES, 1.0), [0, 2]),
+    "other order of ranks": ((ALL, COPIES, 1.0), (ALL[::-1], COPIES, 1.0), [None]),
+    "overlapping": (((0, 1, 2), COPIES, 1.0), (HIGH, COPIES, 1.0), r"\[0, 1, 2\].*\[2, 3\]"),
+    "plain beside": ((LOW, COPIES, 1.0), (None, None, 1.0), r"plain.* 2, 3 .*DTensor"),
 }
-PAIRS = ((0, 1), (2, 3))
 
 
 def save_on_meshes(rank, world_size, tmp, form):
-    """Per case: the outcome, the number of stored copies, what came back, and the warnings of rank 0."""
-    meshes = {
-        ranks: DeviceMesh("cpu", torch.tensor(ranks))
-        for ranks in (*PAIRS, (0, 1, 2), (2, 3), (0, 1, 2, 3), (3, 2, 1, 0))
-    }
-    answer, log = {}, io.StringIO()
-    logging.getLogger("ckpt").addHandler(logging.StreamHandler(log))
-    for number, (case, layout) in enumerate(MESHES.items()):
-        (ranks, placement, value), checkpoint = layout(rank), opened(tmp)
+    """Per case: the ranks that copies are kept for, if its own came back, and if the save warned."""
+    answer, groups = [], (LOW, HIGH, (0, 1, 2), ALL, ALL[::-1])
+    meshes = {ranks: DeviceMesh("cpu", torch.tensor(ranks)) for ranks in groups}
+    for number, row in enumerate(MESHES.values()):
+        (ranks, placement, value), log, checkpoint = row[rank // 2], logged(), opened(tmp)
+        options = to(str(number), format=form)
 
         def laid(value, ranks=ranks, placement=placement):
-            whole = torch.full((6, 3), value) + torch.arange(6).view(6, 1)
-            return (
-                whole
-                if ranks is None
-                else distribute_tensor(whole, meshes[ranks], [placement], src_data_rank=None)
-            )
+            tensor = torch.full((6, 3), value) + torch.arange(6).view(6, 1)
+            if ranks:
+                tensor = distribute_tensor(tensor, meshes[ranks], [placement], src_data_rank=None)
+            return tensor
 
-        log.truncate(log.seek(0))
-        outcome = told(lambda: checkpoint.save(Bag(w=laid(value)), None, to(f"p{number}", format=form)))
-        if outcome[0] != "returned":
-            answer[case] = outcome[0], outcome[2]
+        kind, _, message = told(lambda: checkpoint.save(Bag(w=laid(value)), None, options))
+        if kind != "returned":
+            answer.append((kind, message))
             continue
-        model = Bag(w=laid(-1.0))
-        warned, result = log.getvalue(), checkpoint.load(model, None, at(f"p{number}"))
-        kept = [t.rank for t in result.metadata.tensors if t.name == "model/w"]
-        local, truth = (getattr(x, "to_local", lambda x=x: x)() for x in (model.state["w"], laid(value)))
-        answer[case] = kept, torch.equal(local, truth), "model/w" in warned, result.warnings
+        model, warned = Bag(w=laid(-1.0)), "model/w" in log.getvalue()
+        result = checkpoint.load(model, None, at(str(number)))
+        kept = [tensor.rank for tensor in result.metadata.tensors if tensor.name == "model/w"]
+        answer.append((kept, identical(model.state["w"], laid(value)) and not result.warnings, warned))
     return answer
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_name_on_disjoint_meshes_is_one_tensor_if_equal_else_each_mesh_gets_its_own_back(tmp_path, form):
     answers = run(4, save_on_meshes, tmp_path, form)
-    for rank, answer in enumerate(answers):
-        for case in ("sharded, equal", "replicated, equal", "other order of ranks"):
-            assert answer[case] == ([None], True, False, []), (case, answer)
-        for case in ("sharded, different", "replicated, different", "cut differently, equal"):
-            assert answer[case] == ([0, 2], True, rank == 0, []), (case, answer)
-        for case, what in {
-            "overlapping": r"\[0, 1, 2\].*\[2, 3\]",
-            "plain beside": r"plain.* 2, 3 .*DTensor",
-        }.items():
-            kind, message = answer[case]
-            assert kind == "VALIDATION_FAILED" and "model/w" in message and re.search(what, message), message
-            assert answer[case] == answers[0][case], "one error on all ranks"
+    for rank, number in itertools.product(range(4), range(len(MESHES))):
+        case, (_, _, expected) = list(MESHES.items())[number]
+        answer = answers[rank][number]
+        if isinstance(expected, list):
+            assert answer == (expected, True, len(expected) == 2 and rank == 0), case
+        else:
+            kind, message = answer
+            assert kind == "VALIDATION_FAILED" and "model/w" in message and re.search(expected, message), case
+            assert answer == answers[0][number], "one error on all ranks"
 
 
-def train_one_dimension(rank, world_size, tmp):
-    """FSDP2 on one dimension of a mesh whose other one these parameters do not use; the copies drift apart there."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "other"))
-    log = io.StringIO()
-    logging.getLogger("ckpt").addHandler(logging.StreamHandler(log))
-
-    def start(salt):
-        model = filled(nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)), salt)
-        fully_shard(model, mesh=mesh["dp"])
-        return model, stepped(model)
-
-    checkpoint, answers = opened(tmp), []
-    model, optimizer = start("truth")
-    for drift in (0.0, 1e-7 * mesh.get_coordinate()[1]):
-        with torch.no_grad():
-            model[1].weight.to_local().add_(drift)
-        log.truncate(log.seek(0))
-        checkpoint.save(model, optimizer, to())
-        warned = log.getvalue()
-        other, other_optimizer = start("other")
-        result = checkpoint.load(other, other_optimizer, at())
-        kept = {t.name for t in result.metadata.tensors if t.rank is not None and t.name != "rng/state"}
-        same = identical(state_of(other, other_optimizer), state_of(model, optimizer))
-        answers.append((sorted(kept), "model/1.weight" in warned, same))
-    return answers
+def save_at_different_steps(rank, world_size, tmp, kind, counted, sharded):
+    """Outcomes of saves of which rank 1 has made one step less, and of one where both are level."""
+    model, checkpoint, outcomes = filled(nn.Linear(4, 6), "truth"), opened(tmp), []
+    if sharded:
+        fully_shard(model)
+    for steps, replicas in ((2 - rank, "verify"), (2 - rank, "trust"), (2, "verify")):
+        optimizer = stepped(model, kind, steps=steps, lr=0.0)
+        for parameter in model.parameters() if counted else ():
+            optimizer.state[parameter]["step"] = steps
+        outcome = told(lambda: checkpoint.save(model, optimizer, to(replicas=replicas)))
+        outcomes.append((outcome[0], "different optimizer steps" in str(outcome[2])))
+    return outcomes
 
 
-def test_copies_that_drift_apart_outside_of_their_mesh_are_kept_per_mesh_and_training_goes_on(tmp_path):
-    for rank, (equal, drifted) in enumerate(run(4, train_one_dimension, tmp_path)):
-        assert equal == ([], False, True)
-        assert drifted == (["model/1.weight"], rank == 0, True)
-    assert len(shards(tmp_path)) == 4, "one file a rank: nothing was written twice"
-
-
-class Counted(torch.optim.SGD):
-    """An optimizer whose step is a number in its state."""
-
-    def step(self, closure=None):
-        super().step()
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["step"] = self.state[p].get("step", 0) + 1
-
-
-def save_at_different_steps(rank, world_size, tmp):
-    """Outcomes of saves of which rank 1 has made one step less, or not, by optimizer; then after they are level again."""
-    mesh, answers = init_device_mesh("cpu", (2,)), {}
-    makers = {
-        "AdamW": torch.optim.AdamW,
-        "Counted": Counted,
-        "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
-    }
-    for layout, (name, maker) in itertools.product(("plain", "fsdp2"), makers.items()):
-        model = filled(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), "truth")
-        if layout == "fsdp2":
-            fully_shard(model, mesh=mesh)
-        optimizer, checkpoint = maker(model.parameters(), lr=0.0), opened(tmp)
-
-        def step(times, model=model, optimizer=optimizer):
-            for _ in range(times):
-                for parameter in model.parameters():
-                    parameter.grad = torch.ones_like(parameter)
-                optimizer.step()
-
-        step(2 - rank)
-        for options in ({}, {"replicas": "trust"}):
-            outcome = told(lambda: checkpoint.save(model, optimizer, to(**options)))
-            answers[(layout, name, *options)] = (outcome[0], "different optimizer steps" in str(outcome[2]))
-        step(rank)
-        answers[layout, name, "level"] = told(lambda: checkpoint.save(model, optimizer, to()))[0]
-    return answers
-
-
-def test_ranks_at_different_optimizer_steps_cannot_save(tmp_path):
-    for answers in run(2, save_at_different_steps, tmp_path):
-        for (_, name, *options), outcome in answers.items():
-            if options == ["level"]:
-                assert outcome == "returned"
-            else:  # SGD has no step: nothing tells
-                assert outcome == (("returned", False) if name == "SGD" else ("SAVE_FAILED", True)), (
-                    name,
-                    outcome,
-                )
-
-
-class Experts(nn.Module):
-    def __init__(self, rank):
-        super().__init__()
-        self.expert, self.shared = nn.Parameter(torch.full((4,), float(rank))), nn.Parameter(torch.ones(3))
-
-
-def save_experts(rank, world_size, tmp):
-    model = Experts(rank)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    for parameter, steps in ((model.expert, rank + 1), (model.shared, 2)):
-        for _ in range(steps):
-            parameter.grad = torch.ones_like(parameter)
-            optimizer.step()
-            parameter.grad = None
-    checkpoint, other = opened(tmp), Experts(7)
-    checkpoint.save(model, optimizer, to())
-    others = torch.optim.AdamW(other.parameters())
-    checkpoint.load(other, others, at())
-    return identical(state_of(other, others), state_of(model, optimizer))
-
-
-def test_experts_that_each_rank_has_for_itself_may_be_at_steps_of_their_own(tmp_path):
-    assert run(2, save_experts, tmp_path) == [True, True]
-
-
-def test_what_is_no_tensor_is_stored_per_rank_where_it_differs(tmp_path):
-    assert run(2, save_data_place, tmp_path, True) == [({"at": 0}, 5, False), ({"at": 1}, 5, False)]
-    (alone,) = run(1, save_data_place, tmp_path, False)
-    assert alone[:2] == ({"at": 0}, 5)
-    *known, newcomer = run(3, save_data_place, tmp_path, False)
-    assert [k[0] for k in known] == [{"at": 0}, {"at": 1}] and newcomer == ({"at": -1}, 5, True)
-
-
-def save_data_place(rank, world_size, tmp, save):
-    checkpoint = opened(tmp)
-    model = Bag(w=torch.zeros(2))
-    if save:
-        checkpoint.save(model, None, to(), extra_state={"loader": Bag(at=rank), "epoch": 5})
-    loader = Bag(at=-1)
-    options = at(load_rng_state=False)
-    result = checkpoint.load(model, None, options, extra_state={"loader": loader})
-    return loader.state, result.extra_state["epoch"], any("loader" in warning for warning in result.warnings)
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kind, counted", [(ADAMW, False), (SGD, True), (SGD, False)])
+def test_ranks_at_different_optimizer_steps_cannot_save(tmp_path, kind, counted, sharded):
+    apart = ("SAVE_FAILED", True) if kind is ADAMW or counted else ("returned", False)  # nothing tells
+    outcomes = [apart, apart, ("returned", False)]
+    assert run(2, save_at_different_steps, tmp_path, kind, counted, sharded) == [outcomes] * 2
 
 
 class PerRank:
-    """A training job in which every part of the state contains the number of its rank."""
+    """A training job in which every part of the state contains the number of its rank, but for `net.0`."""
 
     def __init__(self, rank):
         net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
         net = DistributedDataParallel(net, broadcast_buffers=False)
         self.norm, expert = net.module[1], nn.Linear(2, 2, bias=False)
         self.model = {"net": net, "expert": expert, "config": Bag(value=50.0 + rank)}
-        sgd = stepped(expert, torch.optim.SGD, lr=10.0 + rank, momentum=0.5)
-        self.optimizer = {"sgd": sgd, "other": Bag(value=55.0 + rank)}
-        self.momentum = sgd.state[expert.weight]["momentum_buffer"]
-        for number, tensor in enumerate((self.norm.running_mean, expert.weight.data, self.momentum)):
+        adamw = stepped(nn.ModuleDict({"net": net, "expert": expert}), lr=10.0 + rank)
+        self.optimizer = {"adamw": adamw, "other": Bag(value=55.0 + rank)}
+        filled(net, "on all ranks")
+        slots = adamw.state[expert.weight]  # of an expert, which may be at a step of its own
+        self.tensors = [self.norm.running_mean, expert.weight.data, slots["exp_avg"], slots["step"]]
+        for number, tensor in enumerate(self.tensors):
             tensor.fill_(20.0 + 10 * number + rank)
         # A value; a value with a tensor in it; a value that all ranks have alike, with a tensor that differs.
         seen, state = torch.full((2, 1), 60.0 + rank), torch.full((3,), 70 + rank, dtype=torch.bfloat16)
@@ -4018,122 +2815,105 @@ class PerRank:
         torch.manual_seed(80 + rank)
 
     def numbers(self):
-        tensors = (self.norm.running_mean, self.model["expert"].weight, self.momentum)
-        values = (part.state["value"] for part in (self.model["config"], self.optimizer["other"]))
-        return [self.optimizer["sgd"].param_groups[0]["lr"], *(t.unique().item() for t in tensors), *values]
+        values = [part.state["value"] for part in (self.model["config"], self.optimizer["other"])]
+        rate = self.optimizer["adamw"].param_groups[0]["lr"]
+        return [rate, *(tensor.unique().item() for tensor in self.tensors), *values]
 
     def values(self):
         return {key: value.state if isinstance(value, Bag) else value for key, value in self.extra.items()}
 
 
-def save_per_rank(rank, world_size, tmp, form):
-    log = io.StringIO()
-    logging.getLogger().addHandler(logging.StreamHandler(log))
-    job, checkpoint = PerRank(rank), opened(tmp)
+def save_per_rank(rank, world_size, tmp, options):
+    log, job, checkpoint = logged(), PerRank(rank), opened(tmp)
     for _ in range(2):
-        extra = {**job.extra, "epoch": 7}
-        checkpoint.save(job.model, job.optimizer, to(format=form), extra_state=extra)
+        checkpoint.save(job.model, job.optimizer, options, extra_state={**job.extra, "epoch": 7})
     return log.getvalue()
 
 
 def load_per_rank(rank, world_size, tmp, strategy):
-    job, own, checkpoint = PerRank(-1 - rank), PerRank(rank), opened(tmp)
-    kept, drawn = job.values(), {who: torch.manual_seed(who).get_state() for who in (80 + rank, 79 - rank)}
+    job, own = PerRank(-1 - rank), PerRank(rank)
+    kept, drawn = job.values(), {seed: torch.manual_seed(seed).get_state() for seed in (80 + rank, 79 - rank)}
     torch.manual_seed(79 - rank)
     options = at(resharding_strategy=strategy)
-    result = checkpoint.load(job.model, job.optimizer, options, extra_state=job.extra)
-    generator = 80 + rank if rank < result.source_world_size else 79 - rank
-    assert identical(torch.get_rng_state(), drawn[generator])
+    result = opened(tmp).load(job.model, job.optimizer, options, extra_state=job.extra)
+    assert result.target_world_size == world_size
+    assert result.was_resharded == (world_size != result.source_world_size)
+    known = rank < result.source_world_size
+    assert identical(torch.get_rng_state(), drawn[80 + rank if known else 79 - rank])
     assert result.extra_state.pop("epoch") == 7
-    if rank < result.source_world_size:
-        assert identical(result.extra_state, own.values())
-        assert identical(job.values() | {"place": rank}, own.values())
-    else:
-        assert result.extra_state == {} and identical(job.values(), kept)
-    everything = {} if world_size == result.source_world_size else {key: {} for key in kept}
-    for saved in range(result.source_world_size):
-        for key, value in PerRank(saved).values().items():
-            everything.get(key, {})[saved] = value
-    assert identical({key: result.extra_state_per_rank[key] for key in everything}, everything)
-    assert result.extra_state_per_rank.keys() == everything.keys()
+    assert identical(result.extra_state, own.values() if known else {})
+    assert identical(job.values() | ({"place": rank} if known else {}), own.values() if known else kept)
+    per_rank = {}
+    if world_size != result.source_world_size:
+        saved = {number: PerRank(number).values() for number in range(result.source_world_size)}
+        per_rank = {key: {number: saved[number][key] for number in saved} for key in kept}
+    assert identical(dict(result.extra_state_per_rank), per_rank)
     return job.numbers(), result.warnings
 
 
 PER_RANK = ["model/net.1.running_mean", "model/expert.weight", "model-values/config.value"]
-PER_RANK += ["optimizer/expert.weight/momentum_buffer"]
+PER_RANK += [f"optimizer/expert.weight/{slot}" for slot in ("exp_avg", "step")]
 EXTRA_PER_RANK = ["extra/place", "extra/loader", "extra/sampler"]
 
 
 @pytest.mark.parametrize(
-    "saved, here, form, strategy",
-    [(2, 3, "multi_shard", "parallel"), (3, 2, "single_file", "broadcast"),
-     (2, 1, "consolidated", "parallel"), (2, 2, "multi_shard", "sequential")],
-)  # fmt: skip
+    "saved, here, form, level, strategy",
+    [
+        (2, 3, "multi_shard", "none", "parallel"),
+        (3, 2, "single_file", "none", "broadcast"),
+        (2, 1, "consolidated", "none", "parallel"),
+        (2, 2, "multi_shard", "fast", "sequential"),
+    ],
+)
 def test_what_is_kept_per_rank_goes_to_its_rank_or_from_the_lowest_one_and_what_does_not_is_named(
-    tmp_path, saved, here, form, strategy
+    tmp_path, saved, here, form, level, strategy
 ):
-    log, *_ = run(saved, save_per_rank, tmp_path, CheckpointFormat(form))
+    log, *_ = run(saved, save_per_rank, tmp_path, to(format=form, compression_level=level))
+    assert len(shards(tmp_path)) == {"multi_shard": saved, "single_file": 1, "consolidated": 1 + saved}[form]
     for name in (*PER_RANK, "extra/place", "extra/loader", "extra/loader.seen", "extra/sampler.state"):
         assert len(re.findall(re.escape(name) + r"(?![\w.])", log)) == 1, (name, log)
-    assert "rng" not in log and "optimizer/state" not in log and "epoch" not in log
+    assert not re.search("rng|optimizer/state|epoch|net.0", log)
     for rank, (numbers, told) in enumerate(run(here, load_per_rank, tmp_path, strategy)):
-        own, text = rank if rank < saved else 0, "\n".join(told)
-        assert numbers == [number + own for number in (10.0, 20.0, 30.0, 40.0, 50.0, 55.0)]
+        new, text = rank >= saved, "\n".join(told)
+        own = 0 if new else rank
+        assert numbers == [number + own for number in (10.0, 20.0, 30.0, 40.0, 50.0, 50.0, 55.0)]
         for name in [*PER_RANK, "optimizer/other", "optimizer/expert.weight,"]:
-            assert bool(re.search(f"rank 0's copy.*{re.escape(name)}", text)) == (rank >= saved), text
+            assert bool(re.search(f"rank 0's copy.*{re.escape(name)}", text)) == new, text
         for name in [*EXTRA_PER_RANK, "rng/state"]:
-            assert (f"{name}: kept for" in text) == (rank >= saved), text
+            assert (f"{name}: kept for" in text) == new, text
         for name in [*PER_RANK, *EXTRA_PER_RANK, "rng/state"]:
             lost = f"{here}, and taken by no rank here.*{re.escape(name)}"
             assert bool(re.search(lost, text)) == (here < saved), text
-        assert bool(told) == (rank >= saved or here < saved), text
+        assert bool(told) == (new or here < saved), text
 
 
-def test_mappings_of_models_and_optimizers_are_saved_under_their_names(tmp_path):
-    def start(salt):
-        models = {"actor": filled(nn.Linear(3, 2), salt), "critic": filled(nn.Linear(3, 1), salt)}
-        optimizers = {name: stepped(model, lr=0.1 + len(name)) for name, model in models.items()}
-        return models, optimizers
-
-    models, optimizers = start("truth")
-    others, other_optimizers = start("other")
-    checkpoint = opened(tmp_path)
-    checkpoint.save(models, optimizers, to())
-    checkpoint.load(others, other_optimizers, at())
-    for name in models:
-        assert identical(
-            state_of(others[name], other_optimizers[name]), state_of(models[name], optimizers[name])
-        )
-
-
-def named_tensors(scale, *, place=lambda tensor: tensor, swap=False):
-    """Tensors under the names of `nn.Linear(6, 4)`, with an optimizer for each, in one order or the other."""
+def named_tensors(scale, place=lambda tensor: tensor):
+    """Tensors under the names of `nn.Linear(6, 4)`, with an optimizer for each."""
     tensors = {"weight": scale * torch.arange(24.0).reshape(4, 6), "bias": torch.full((4,), scale)}
     tensors = {name: place(tensor).requires_grad_() for name, tensor in tensors.items()}
     optimizers = [torch.optim.AdamW([tensor], lr=tensor.ndim / 10) for tensor in tensors.values()]
     for tensor, optimizer in zip(tensors.values(), optimizers):
         tensor.grad = torch.full_like(tensor, scale * tensor.ndim)
         optimizer.step()
-    return tensors, optimizers[::-1] if swap else optimizers
+    return tensors, optimizers
 
 
 def save_named_tensors(rank, world_size, tmp):
     mesh = init_device_mesh("cpu", (world_size,))
-    opened(tmp).save(*named_tensors(2.0, place=lambda t: distribute_tensor(t, mesh, [ShardDim(0)])), to())
+    opened(tmp).save(*named_tensors(2.0, lambda tensor: distribute_tensor(tensor, mesh, [ShardDim(0)])), to())
 
 
 def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_by_these_names(tmp_path):
     run(2, save_named_tensors, tmp_path)
-    (tensors, optimizers), (truth, true_optimizers) = named_tensors(5.0, swap=True), named_tensors(2.0)
+    (tensors, optimizers), (truth, true_optimizers) = named_tensors(5.0), named_tensors(2.0)
     held, checkpoint = dict(tensors), opened(tmp_path)
-    result = checkpoint.load(types.MappingProxyType(tensors), tuple(optimizers), "p")
+    result = checkpoint.load(types.MappingProxyType(tensors), tuple(optimizers[::-1]), "p")
     names = {t.name for t in result.metadata.tensors if not t.name.startswith(("optimizer/", "rng/"))}
     assert names == {"model/weight", "model/bias"} and all("rng/state" in w for w in result.warnings)
     for name, tensor in tensors.items():
         assert tensor is held[name] and identical(tensor.detach(), truth[name].detach())
         assert identical(result.model_state[name], truth[name].detach())
-    for optimizer, true in zip(optimizers[::-1], true_optimizers):
-        assert identical(optimizer.state_dict(), true.state_dict())
+    assert identical(*([o.state_dict() for o in mine] for mine in (optimizers, true_optimizers)))
     linear = nn.Linear(6, 4)  # and a module may go on from it
     checkpoint.load(linear, torch.optim.AdamW(linear.parameters()), "p")
     assert identical(linear.weight.detach(), truth["weight"].detach())
@@ -4144,115 +2924,46 @@ def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_
 
 def test_a_zero_redundancy_optimizer_is_refused_with_a_way_that_works(tmp_path):
     truth = run(2, save_zero, tmp_path)
-    assert run(2, load_zero, tmp_path) == truth and run(1, load_unsharded_zero, tmp_path) == truth[:1]
+    model = layers_of()
+    optimizer = ADAMW(model.parameters(), lr=0.5)
+    opened(tmp_path).load(model, optimizer, at())
+    assert train_zero(model, optimizer) == truth[0] == truth[1]
 
 
-def start_zero(kind=ZeroRedundancyOptimizer, lr=0.5):
-    model = DistributedDataParallel(filled(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), "truth"))
-    options = {"optimizer_class": torch.optim.AdamW} if kind is ZeroRedundancyOptimizer else {}
-    return model, kind(model.parameters(), lr=lr, **options)
-
-
-def go_on(model, optimizer):
-    for _ in range(2):
-        model(torch.ones(4, 3)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def train_zero(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = (3 * parameter.detach()).cos()
+    optimizer.step()
     return [raw(parameter) for parameter in model.parameters()]
 
 
 def save_zero(rank, world_size, tmp):
-    (model, optimizer), checkpoint = start_zero(lr=0.125), opened(tmp)
-    go_on(model, optimizer)
+    models, checkpoint = [DistributedDataParallel(layers_of()) for _ in "12"], opened(tmp)
+    optimizer, other = (
+        ZeroRedundancyOptimizer(model.parameters(), optimizer_class=ADAMW, lr=lr)
+        for model, lr in zip(models, (0.125, 0.5))
+    )
+    train_zero(models[0], optimizer)
     for holder in (None, 0, 1):  # on no rank, and where torch itself says
         if holder is not None:
             optimizer.consolidate_state_dict(to=holder)
-        message = refusal(lambda: checkpoint.save(model, optimizer, to()), ExceptionType.SAVE_FAILED)
+        message = refusal(lambda: checkpoint.save(models[0], optimizer, to()), ExceptionType.SAVE_FAILED)
         assert "`optim`" in message and "fully_shard" in message and "consolidate" not in message
-    checkpoint.save(model, optimizer.optim, to())
-    assert "`optim`" in refusal(lambda: checkpoint.load(model, optimizer, at()), ExceptionType.LOAD_FAILED)
-    return go_on(model, optimizer)
-
-
-def load_zero(rank, world_size, tmp):
-    model, optimizer = start_zero()
-    opened(tmp).load(model, optimizer.optim, at())
-    for group, own in zip(optimizer.param_groups, optimizer.optim.param_groups):
+    checkpoint.save(models[0], optimizer.optim, to())
+    assert "`optim`" in refusal(lambda: checkpoint.load(models[1], other, at()), ExceptionType.LOAD_FAILED)
+    checkpoint.load(models[1], other.optim, at())
+    for group, own in zip(other.param_groups, other.optim.param_groups):
         group.update({**own, "params": group["params"]})
-    return go_on(model, optimizer)
+    weights = train_zero(models[0], optimizer)
+    assert train_zero(models[1], other) == weights
+    return weights
 
 
-def load_unsharded_zero(rank, world_size, tmp):
-    model, optimizer = start_zero(torch.optim.AdamW)
-    opened(tmp).load(model, optimizer, at())
-    return go_on(model, optimizer)
-
-
-def test_two_optimizers_may_share_one_model(tmp_path):
-    def start(salt):
-        model = filled(Net(), salt)
-        matrices = [model.up.weight, model.down.weight]
-        rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-        optimizers = {"muon": torch.optim.Muon(matrices, lr=0.1), "adamw": torch.optim.AdamW(rest)}
-        for p in model.parameters():
-            p.grad = torch.rand_like(p)
-        for optimizer in optimizers.values():
-            optimizer.step()
-        return model, optimizers
-
-    model, optimizers = start("truth")
-    other, others = start("other")
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizers, to())
-    checkpoint.load(other, others, at())
-    assert identical(state_of(other)[0], state_of(model)[0])
-    assert all(identical(state_of(others[name])[0], state_of(optimizers[name])[0]) for name in optimizers)
-
-
-def test_an_optimizer_over_parameters_outside_the_model_goes_by_position_and_says_so(tmp_path, caplog):
-    def start(salt):
-        model, outside = filled(nn.Linear(3, 2), salt), nn.Parameter(torch.ones(4))
-        optimizer = torch.optim.AdamW([*model.parameters(), outside], lr=0.3)
-        for p in [*model.parameters(), outside]:
-            p.grad = torch.full_like(p, len(salt))
-        optimizer.step()
-        return model, optimizer, outside
-
-    model, optimizer, outside = start("truth")
-    other, other_optimizer, other_outside = start("elsewhere")
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to())
-    assert "position" in caplog.text
-    checkpoint.load(other, other_optimizer, at())
-    assert identical(other_optimizer.state[other_outside], optimizer.state[outside])
-
-
-def test_float32_state_of_bfloat16_parameters_stays_float32(tmp_path):
-    def start(salt):
-        model = filled(nn.Linear(3, 2).bfloat16(), salt)
-        optimizer = stepped(model)
-        for p in model.parameters():
-            for slot in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[p][slot] = torch.rand(
-                    p.shape, generator=torch.Generator().manual_seed(len(salt))
-                )
-        return model, optimizer
-
-    model, optimizer = start("truth")
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to())
-    fresh = nn.Linear(3, 2).bfloat16()
-    for other, other_optimizer in (start("elsewhere"), (fresh, torch.optim.AdamW(fresh.parameters()))):
-        checkpoint.load(other, other_optimizer, at())
-        assert identical(by_name(other, other_optimizer), by_name(model, optimizer))
-        assert other_optimizer.state[other.weight]["exp_avg"].dtype == torch.float32
-
-
-# ---- resume: a run that stopped goes on as if it had not -------------------------------------------------------------
+# ---- resume: a run that stopped goes on as if it had not ---------------------------------------------------
 
 
 def train(rank, world_size, tmp, start, stop):
-    """Train from step `start` (from its checkpoint, unless 0) to `stop`; save there; return losses and weights."""
+    """Train from step `start` (from its checkpoint, unless 0) to `stop`; save; return losses and weights."""
     model = filled(nn.Sequential(nn.Linear(5, 9), nn.Dropout(0.3), nn.Tanh(), nn.Linear(9, 3)), "start")
     if world_size > 1:
         fully_shard(model[0])
@@ -4280,113 +2991,85 @@ def train(rank, world_size, tmp, start, stop):
 
 @pytest.mark.parametrize("world_size", [1, 2], ids=["one process", "fsdp2"])
 def test_resume_gives_the_losses_and_weights_of_a_run_that_never_stopped(tmp_path, world_size):
-    whole = run(world_size, train, tmp_path / "whole", 0, 10)
+    never = run(world_size, train, tmp_path / "whole", 0, 10)
     first = run(world_size, train, tmp_path / "parts", 0, 5)
     second = run(world_size, train, tmp_path / "parts", 5, 10)  # new processes, nothing shared but the files
-    for rank in range(world_size):
-        assert whole[rank][0] == first[rank][0] + second[rank][0]
-        assert whole[rank][1] == second[rank][1] and len(set(whole[rank][0])) == 10
+    for (losses, weights), (before, _), (after, resumed) in zip(never, first, second):
+        assert losses == before + after and weights == resumed and len(set(losses)) == 10
 
 
-# ---- bad input: refused clearly, and nothing changes -----------------------------------------------------------------
+# ---- bad input: refused clearly, and nothing changes -------------------------------------------------------
 
-BAD_PREFIXES = [
-    "",
-    "/abs",
-    "..",
-    "../x",
-    "a/../b",
-    "a//b",
-    "a/",
-    "./a",
-    "a/.",
-    "a b",
-    "a\\b",
-    "a\0b",
-    "ü",
-    "a" * 201,
-]
-BAD_PREFIXES += ["a.metadata.json", "a.metadata.json/b", "a\n"]
+BAD_PREFIXES = ["", "/abs", "..", "../x", "a/../b", "a//b", "a/", "./a", "a/.", "a b", "a\\b", "a\0b", "ü"]
+BAD_PREFIXES += ["a" * 201, "a.metadata.json", "a.metadata.json/b", "a\n"]
 
 
 @pytest.mark.parametrize("prefix", BAD_PREFIXES, ids=repr)
 def test_a_bad_prefix_is_refused_before_any_file_is_touched(tmp_path, prefix):
-    base = tmp_path / "inner" / "base"
-    checkpoint = opened(base)
-    model, optimizer = small()
-    checkpoint.save(model, optimizer, to("good"))
+    checkpoint, (model, optimizer) = opened(tmp_path / "inner" / "base"), small()
+    checkpoint.save(model, optimizer, "good")
     before = listing(tmp_path)
-    calls = [
-        lambda: checkpoint.save(model, optimizer, to(prefix)),
-        lambda: checkpoint.save_model_only(model, to(prefix)),
-        lambda: checkpoint.load(model, optimizer, at(prefix)),
-        lambda: checkpoint.delete_checkpoint(prefix),
-        lambda: checkpoint.validate_checkpoint(prefix),
-    ]
-    for call in calls:
+    for call, *given in (
+        (checkpoint.save, model, optimizer, to(prefix)),
+        (checkpoint.save_model_only, model, to(prefix)),
+        (checkpoint.load, model, optimizer, at(prefix)),
+        (checkpoint.delete_checkpoint, prefix),
+        (checkpoint.validate_checkpoint, prefix),
+    ):
         with pytest.raises(ValueError, match="prefix"):
-            call()
+            call(*given)
     assert listing(tmp_path) == before
 
 
-MISUSES = {
-    "format": lambda c, m: c.save(m, None, to(format="ZIP")),
-    "compression_level": lambda c, m: c.save(m, None, to(compression_level="ULTRA")),
-    "staging": lambda c, m: c.save(m, None, to(staging="lazy")),
-    "replicas": lambda c, m: c.save(m, None, to(replicas="hope")),
-    "resharding_strategy": lambda c, m: c.load(m, None, at(resharding_strategy="psychic")),
-    "timeout": lambda c, m: c.save(m, None, to(timeout=-1.0)),
-    "checkpoint_prefix": lambda c, m: c.load(m, None, LoadOptions()),
-    "provider": lambda c, m: ckpt.StorageFactory.create(ckpt.StorageOptions(provider="ftp")),
-    "basepath": lambda c, m: ckpt.StorageFactory.create(
-        ckpt.StorageOptions(connection_settings={"basepath": "x"})
-    ),
-}
-ALLOWED = {
-    "format": "MULTI_SHARD SINGLE_FILE CONSOLIDATED multi_shard single_file consolidated",
-    "compression_level": "NONE FAST BALANCED MAXIMUM none fast balanced maximum",
-    "staging": "eager overlapped", "replicas": "verify trust", "resharding_strategy": "parallel sequential broadcast",
-    "timeout": "", "checkpoint_prefix": "", "provider": "local", "basepath": "base_path",
-}  # fmt: skip
+FORMAT_WORDS = "MULTI_SHARD SINGLE_FILE CONSOLIDATED multi_shard single_file consolidated"
+LEVEL_WORDS = "NONE FAST BALANCED MAXIMUM none fast balanced maximum"
+MISUSES = [
+    ("format", to(format="ZIP"), FORMAT_WORDS),
+    ("compression_level", to(compression_level="ULTRA"), LEVEL_WORDS),
+    ("staging", to(staging="lazy"), "eager overlapped"),
+    ("replicas", to(replicas="hope"), "verify trust"),
+    ("timeout", to(timeout=-1.0), ""),
+    ("resharding_strategy", at(resharding_strategy="psychic"), "parallel sequential broadcast"),
+    ("checkpoint_prefix", LoadOptions(), ""),
+    ("provider", ckpt.StorageOptions(provider="ftp"), "local"),
+    ("basepath", ckpt.StorageOptions(connection_settings={"basepath": "x"}), "base_path"),
+]
 
 
-@pytest.mark.parametrize("option", MISUSES)
-def test_an_unknown_value_is_a_value_error_that_lists_what_is_allowed(tmp_path, option):
-    checkpoint = opened(tmp_path)
+@pytest.mark.parametrize("option, options, allowed", MISUSES)
+def test_an_unknown_value_is_a_value_error_that_lists_what_is_allowed(tmp_path, option, options, allowed):
     with pytest.raises(ValueError) as caught:
-        MISUSES[option](checkpoint, small()[0])
-    assert option in str(caught.value)
-    for word in ALLOWED[option].split():
+        if isinstance(options, ckpt.StorageOptions):
+            ckpt.StorageFactory.create(options)
+        call = opened(tmp_path).save if isinstance(options, SaveOptions) else opened(tmp_path).load
+        call(small()[0], None, options)
+    for word in (option, *allowed.split()):
         assert word in str(caught.value)
     assert listing(tmp_path) == {}
 
 
 MODULE = nn.Linear(1, 1)
 UNFIT = [
-    ("layer", {"layer": MODULE, "w": torch.ones(2)}, None), ("step", {"w": torch.ones(2), "step": 3}, None),
-    ("7", {7: torch.ones(2)}, None), ("x._extra_state", {"x._extra_state": torch.ones(2)}, None),
-    ("ndarray", np.ones(2), None), ("list", [MODULE], None), ("Tensor", torch.ones(2), None),
-    ("optimizer", MODULE, [torch.ones(2)]), ("'w'", MODULE, {"w": torch.ones(2)}), ("str", MODULE, "p"),
-]  # fmt: skip
+    ("layer", {"layer": MODULE, "w": torch.ones(2)}, None),
+    ("step", {"w": torch.ones(2), "step": 3}, None),
+    ("7", {7: torch.ones(2)}, None),
+    ("x._extra_state", {"x._extra_state": torch.ones(2)}, None),
+    ("ndarray", np.ones(2), None),
+    ("list", [MODULE], None),
+    ("Tensor", torch.ones(2), None),
+    ("optimizer", MODULE, [torch.ones(2)]),
+    ("'w'", MODULE, {"w": torch.ones(2)}),
+    ("str", MODULE, "p"),
+]
 
 
 @pytest.mark.parametrize("word, model, optimizer", UNFIT)
 def test_a_model_or_optimizer_of_another_type_is_a_value_error_naming_it(tmp_path, word, model, optimizer):
     checkpoint = opened(tmp_path)
-    calls = [lambda: checkpoint.save(model, optimizer, "p"), lambda: checkpoint.load(model, optimizer, "p")]
-    for call in [*calls, lambda: checkpoint.save_async(model, optimizer, "p").result(20.0)]:
+    for call in (checkpoint.save, checkpoint.load, lambda *given: checkpoint.save_async(*given).result(20.0)):
         with pytest.raises(ValueError, match=re.escape(word)):
-            call()
+            call(model, optimizer, "p")
     assert listing(tmp_path) == {}
-
-
-def test_a_checkpoint_that_does_not_exist_is_named_with_those_that_do(tmp_path):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to("here"))
-    with pytest.raises(CheckpointException) as caught:
-        checkpoint.load(*small(), at("gone"))
-    assert "gone" in str(caught.value) and "gone" in caught.value.checkpoint_path
-    assert not checkpoint.validate_checkpoint("gone").is_valid
 
 
 def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(tmp_path):
@@ -4396,87 +3079,58 @@ def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(tmp_path
     message = refusal(lambda: checkpoint.load(target, None, at()), ExceptionType.VALIDATION_FAILED)
     assert "new" in message and "old0" in message and "31 problem" in message and "11 more" in message
     assert not target.state["both"].any()
-    result = checkpoint.load(target, None, at(strict_mode=False))
-    assert target.state["both"].all() and not target.state["new"].any()
-    text = " ".join(result.warnings)
+    text = " ".join(checkpoint.load(target, None, at(strict_mode=False)).warnings)
     assert "new" in text and "old0" in text
+    assert target.state["both"].all() and not target.state["new"].any()
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_another_shape_is_always_an_error_that_names_both(tmp_path, strict):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(nn.Linear(3, 5), None, to())
-    model = filled(nn.Linear(4, 5), "mine")
-    before = state_of(model)
-    message = refusal(
-        lambda: checkpoint.load(model, None, at(strict_mode=strict)), ExceptionType.VALIDATION_FAILED
-    )
-    assert "weight" in message and re.search(r"5, ?3", message) and re.search(r"5, ?4", message)
-    assert identical(state_of(model), before)
+def test_another_shape_is_always_an_error_and_another_dtype_a_cast_with_a_warning_unless_strict(tmp_path):
+    checkpoint, truth = opened(tmp_path), filled(nn.Linear(3, 5), "truth")
+    checkpoint.save(truth, None, to())
+    wide, half = filled(nn.Linear(4, 5), "mine"), filled(nn.Linear(3, 5).bfloat16(), "mine")
+    shapes, dtypes = "weight.*5, ?3.*5, ?4", r"weight.*(float32|\bF32).*(bfloat16|BF16)"
+    for model, strict, words in ((wide, True, shapes), (wide, False, shapes), (half, True, dtypes)):
+        before, options = state_of(model), at(strict_mode=strict)
+        message = refusal(lambda: checkpoint.load(model, None, options), ExceptionType.VALIDATION_FAILED)
+        assert re.search(words, message) and identical(state_of(model), before)
+    assert "weight" in " ".join(checkpoint.load(half, None, at(strict_mode=False)).warnings)
+    assert identical(half.weight.data, truth.weight.data.bfloat16())
 
 
-def test_another_dtype_is_an_error_if_strict_and_else_a_cast_with_a_warning(tmp_path):
-    checkpoint = opened(tmp_path)
-    model = filled(nn.Linear(3, 5), "truth")
-    checkpoint.save(model, None, to())
-    half = filled(nn.Linear(3, 5).bfloat16(), "mine")
-    before = state_of(half)
-    message = refusal(lambda: checkpoint.load(half, None, at()), ExceptionType.VALIDATION_FAILED)
-    assert re.search(r"weight.*(float32|\bF32).*(bfloat16|BF16)", message) and identical(
-        state_of(half), before
-    )
-    result = checkpoint.load(half, None, at(strict_mode=False))
-    assert "weight" in " ".join(result.warnings)
-    assert identical(half.weight.data, model.weight.data.bfloat16())
-
-
-CUTS = {"one byte": lambda size: size - 1, "half": lambda size: size // 2, "all": lambda size: 0}
-
-
-@pytest.mark.parametrize("cut", [*CUTS, "extended", "replaced by another save's"])
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_file_of_another_length_is_corrupt_and_named_and_nothing_changes(tmp_path, form, cut):
-    checkpoint = opened(tmp_path)
+def test_a_file_of_another_length_and_a_damaged_record_are_named_and_nothing_changes(tmp_path, form):
+    checkpoint, (model, optimizer), record = opened(tmp_path), small("other"), tmp_path / "p.metadata.json"
     checkpoint.save(*small(), to(format=form))
     checkpoint.save(*small("second"), to("q", format=form))
-    model, optimizer = small("other")
-    before = state_of(model, optimizer)
-    for path, twin in zip(shards(tmp_path), shards(tmp_path, "q")):
+    before, damages = state_of(model, optimizer), []
+    for path, twin in zip([*shards(tmp_path), record], [*shards(tmp_path, "q"), None]):
         whole = path.read_bytes()
-        changed = whole + b"\0" if cut == "extended" else twin.read_bytes()
-        path.write_bytes(whole[: CUTS[cut](len(whole))] if cut in CUTS else changed)
+        damages += [(path, bad) for bad in (b"", whole[: len(whole) // 2], whole[:-1], whole + b"\0")]
+        damages += [(path, twin.read_bytes())] if twin else []
+    bads = [whole[:-20], whole[:50] + bytes([whole[50] ^ 1]) + whole[51:], b"\xff" + whole]
+    damages += [(record, bad) for bad in (*bads, b"[]\n", b"hello", b"[" * 100_000)]
+    for path, bad in damages:
+        whole = path.read_bytes()
+        path.write_bytes(bad)
         message = refusal(lambda: checkpoint.load(model, optimizer, at()), ExceptionType.CORRUPTED_CHECKPOINT)
-        assert path.name in message and identical(state_of(model, optimizer), before)
+        assert path.name in message and identical(state_of(model, optimizer), before), (path, bad[:80])
         assert not checkpoint.validate_checkpoint("p").is_valid
+        if path == record or len(bad) != len(whole):  # then it is not committed
+            assert [info.prefix for info in checkpoint.list_checkpoints()] == ["q"]
         path.write_bytes(whole)
     checkpoint.load(model, optimizer, at())
-
-
-@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "not json", "a list", "bad utf-8", "deep"])
-def test_a_damaged_record_is_corrupt_never_absent(tmp_path, damage):
-    checkpoint = opened(tmp_path)
-    checkpoint.save(*small(), to())
-    path = tmp_path / "p.metadata.json"
-    whole = path.read_bytes()
-    flipped = whole[:50] + bytes([whole[50] ^ 1]) + whole[51:]
-    bad = {"empty": b"", "cut": whole[:-20], "flipped": flipped, "a list": b"[]\n", "not json": b"hello"}
-    bad |= {"bad utf-8": b"\xff" + whole, "deep": b"[" * 100_000}
-    path.write_bytes(bad[damage])
-    message = refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.CORRUPTED_CHECKPOINT)
-    assert "p.metadata.json" in message
-    assert not checkpoint.validate_checkpoint("p").is_valid and checkpoint.list_checkpoints() == []
 
 
 @pytest.mark.parametrize("version", [1, 99])
 def test_another_format_version_is_refused_by_its_number_left_alone_by_gc_overwritten_and_deleted(
     tmp_path, version, caplog
 ):
-    checkpoint, record = opened(tmp_path), tmp_path / "p.metadata.json"
+    checkpoint = opened(tmp_path)
 
     def save_in_that_version():
-        checkpoint.save(*small(), to())
-        reseal(record, lambda fields: fields.update(format_version=version))
-        (tmp_path / "p" / f"{json.loads(record.read_bytes())['save_id']}.rest.safetensors").touch()
+        checkpoint.save(*small(), "p")
+        reseal(tmp_path / "p.metadata.json", lambda fields: fields.update(format_version=version))
+        (tmp_path / "p" / f"{save_id(tmp_path)}.rest.safetensors").touch()
         return listing(tmp_path)
 
     before = save_in_that_version()
@@ -4485,87 +3139,53 @@ def test_another_format_version_is_refused_by_its_number_left_alone_by_gc_overwr
     assert checkpoint.list_checkpoints() == [] and "skipped p" in caplog.text
     assert "overwrite" in refusal(lambda: checkpoint.save(*small(), to(overwrite=False)))
     assert ckpt.collect_garbage(checkpoint.storage, 0.0) == [] and listing(tmp_path) == before
-    checkpoint.save(*small(), to())
-    assert set(listing(tmp_path)) == named_files(tmp_path) and not set(listing(tmp_path)) & set(before) - {
-        "p.metadata.json"
-    }
+    checkpoint.save(*small(), "p")
+    after = set(listing(tmp_path))
+    assert after == named_files(tmp_path) and after & set(before) == {"p.metadata.json"}
+    assert checkpoint.load(*small(), "p").metadata.torch_version == torch.__version__
     save_in_that_version()
     checkpoint.delete_checkpoint("p")
     assert listing(tmp_path) == {}
 
 
-def test_a_base_path_that_is_no_directory_is_a_storage_error(tmp_path):
+def test_a_base_path_that_is_no_directory_or_may_not_be_read_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    checkpoint = opened(tmp_path / "file" / "base", retry_policy=ckpt.RetryPolicy(max_retries=1))
+    checkpoint = over(tmp_path / "file" / "base")
     refusal(lambda: checkpoint.save(*small(), to()), ExceptionType.STORAGE_ERROR)
-    with pytest.raises(CheckpointException):
-        checkpoint.load(*small(), at())
-
-
-def test_a_directory_that_may_not_be_read_is_a_storage_error(tmp_path):
+    refusal(lambda: checkpoint.load(*small(), at()))
     opened(tmp_path).save(*small(), to())
-    checkpoint = ckpt.DistributedCheckpoint(
-        storage=Storage(tmp_path, Seam(Strike(0, fail(errno.EACCES), until=FOREVER)))
-    )
-    assert "Permission denied" in refusal(
-        lambda: checkpoint.load(*small(), at()), ExceptionType.STORAGE_ERROR
-    )
+    checkpoint = over(Storage(tmp_path, Seam(Strike(0, fail(errno.EACCES), until=FOREVER))))
+    message = refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.STORAGE_ERROR)
+    assert "Permission denied" in message
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_full_disk_is_a_storage_error_on_all_ranks_and_harms_nothing(tmp_path, world_size, form):
-    for (kind, _, message), old, files in run(world_size, fill_the_disk, tmp_path, form):
-        assert kind == "STORAGE_ERROR" and old == (3.0, 3.0)
-        assert files["after"] == files["before"], message
+    for (kind, _, message), old, unchanged in run(world_size, fill_the_disk, tmp_path, form):
+        assert kind == "STORAGE_ERROR" and old == [3.0] and unchanged, message
 
 
 def fill_the_disk(rank, world_size, tmp, form):
-    retry = ckpt.RetryPolicy(max_retries=2, initial_delay=0.01)
-    checkpoint = opened(tmp, retry_policy=retry)
+    checkpoint = opened(tmp, retry_policy=ckpt.RetryPolicy(max_retries=2, initial_delay=0.01))
     checkpoint.save(Bag(w=torch.full((5 * MiB,), 3.0)), None, to(format=form))
-    files = {"before": sorted(listing(tmp))}
+    before = sorted(listing(tmp))
     dist.barrier()
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (6 * MiB, resource.RLIM_INFINITY)
-    )  # every rank's share is larger
+    limit = 6 * MiB, resource.RLIM_INFINITY  # every rank's share is larger
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     answer = told(lambda: checkpoint.save(Bag(w=torch.full((5 * MiB,), 4.0)), None, to(format=form)))
     dist.barrier()
-    files["after"] = sorted(listing(tmp))
-    target = Bag(w=torch.zeros(5 * MiB))
+    unchanged, target = sorted(listing(tmp)) == before, Bag(w=torch.zeros(5 * MiB))
     checkpoint.load(target, None, at())
-    return answer, (target.state["w"].min().item(), target.state["w"].max().item()), files
+    return answer, target.state["w"].unique().tolist(), unchanged
 
 
-def test_a_failure_after_bytes_began_to_land_says_that_tensors_are_undefined(tmp_path):
-    bag = Bag(a=torch.ones(2 * BLOCK, dtype=torch.uint8), b=torch.ones(2 * BLOCK, dtype=torch.uint8))
-    checkpoint = opened(tmp_path)
-    checkpoint.save(bag, None, to(include_rng_state=False))
-    (path,) = shards(tmp_path)
-    flip(path, Shard(path).place(Shard(path).find("model/b"))[1] - 1)
-    message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
-    assert "undefined" in message
-
-
-def test_an_error_of_load_state_dict_says_that_tensors_are_undefined(tmp_path):
-    class Broken(Bag):
-        def load_state_dict(self, state):
-            raise KeyError("step")
-
-    checkpoint = opened(tmp_path)
-    checkpoint.save(Bag(a=torch.ones(2)), None, to())
-    target = Broken(a=torch.zeros(2))
-    message = refusal(lambda: checkpoint.load(target, None, at()), ExceptionType.LOAD_FAILED)
-    assert "KeyError" in message and "undefined" in message and target.state["a"].all()
-
-
-# ---- the command line ------------------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def two_checkpoints(tmp_path):
-    checkpoint = opened(tmp_path)
-    model, optimizer = small()
+    checkpoint, (model, optimizer) = opened(tmp_path), small()
     checkpoint.save(model, optimizer, to("runs/one", custom_metadata={"epoch": 3}))
     checkpoint.save_model_only(model, to("two"))
     return tmp_path
@@ -4578,37 +3198,71 @@ def command(capsys, *words):
     return code, captured.out + captured.err, captured.out
 
 
-def test_ls_lists_checkpoints_with_size_ranks_and_format(two_checkpoints, capsys):
-    code, text, _ = command(capsys, "ls", two_checkpoints)
-    assert code == 0 and text.index("runs/one") < text.index("two") and "MULTI_SHARD" in text.upper()
-    code, _, text = command(capsys, "ls", two_checkpoints, "--json")
-    entries = json.loads(text)
-    entries = entries if isinstance(entries, list) else entries["checkpoints"]
-    assert code == 0 and [entry["prefix"] for entry in entries] == ["runs/one", "two"]
-    assert entries[0]["world_size"] == 1 and entries[0]["size_bytes"] > entries[1]["size_bytes"] > 0
+COMMANDS = r"""
+0 ls {}                                                 (?s)runs/one.*multi_shard.*two
+0 show {} runs/one                                      (?m)^model/0\.weight +F32 +5x3 +1 +60 B$
+0 show {} runs/one                                      (?s)torch_version +\d.*epoch.*1\.safetensors.*exp_avg
+0 verify {}                                             (?s)runs/one: ok.*two: ok
+1 show {} gone                                          gone
+1 verify {} gone                                        gone
+1 rm {} gone                                            gone
+2 show {} ../x                                          \.\./x
+2 import {} {} new                                      name one file; .* there: none
+2 export {} ../x {}/m.safetensors                       \.\./x
+2 export {} two {}/model.bin                            must end in \.safetensors
+2 export {} two {}/m.safetensors --dtype int8           int8
+2 export {} two {}/m.safetensors --max-shard-size big   'big' is no size
+2 export {} two {}/m.safetensors --max-shard-size 0     at least 1, not 0
+2 import {}/m.safetensors {}                            required: prefix
+2 diff {} two                                           required: b
+2 show {}/nowhere two                                   nowhere: no such directory
+2 ls {}/nowhere                                         nowhere: no such directory
+2                                                       required: command
+"""
 
 
-def test_show_tells_tensors_shapes_dtypes_shards_and_metadata(two_checkpoints, capsys):
-    code, text, _ = command(capsys, "show", two_checkpoints, "runs/one")
+@pytest.mark.parametrize("line", COMMANDS.strip().splitlines())
+def test_a_command_says_what_is_there_or_exits_1_or_2_and_why(two_checkpoints, line, capsys):
+    wanted, *words = line[:56].format(*[two_checkpoints] * 2).split()
+    before = listing(two_checkpoints)
+    try:
+        code = ckpt.main(words)
+    except SystemExit as exit:
+        code = exit.code
+    said = "".join(capsys.readouterr())
+    assert code == int(wanted) and re.search(line[56:], said), said
+    assert not re.search("Traceback|\x1b", said) and listing(two_checkpoints) == before
+
+
+def test_the_json_of_ls_and_show_is_as_documented(two_checkpoints, capsys):
     (path,) = shards(two_checkpoints, "runs/one")
-    assert code == 0
-    for part in ("0.weight", "exp_avg", "F32", "epoch", path.name, torch.__version__):
-        assert part in text
-    assert re.search(r"0\.weight.*5\D+3", text)
-    code, _, text = command(capsys, "show", two_checkpoints, "runs/one", "--json")
-    assert code == 0 and "0.weight" in json.dumps(json.loads(text)) and path.name in text
+    one, two = json.loads(command(capsys, "ls", two_checkpoints, "--json")[2])
+    assert (one["prefix"], two["prefix"], one["world_size"]) == ("runs/one", "two", 1)
+    assert one["size_bytes"] > two["size_bytes"] > 0
+    shown = json.loads(command(capsys, "show", two_checkpoints, "runs/one", "--json")[2])
+    keys = "prefix save_id sequence version timestamp world_size format compression torch_version size_bytes"
+    assert list(shown) == [*keys.split(), "custom_metadata", "shards", "tensors"]
+    assert shown["shards"] == [{"file": path.name, "bytes": path.stat().st_size}]
+    (weight,) = [tensor for tensor in shown["tensors"] if tensor["name"] == "model/0.weight"]
+    keys = ("name", "dtype", "shape", "rank", "pieces", "bytes", "tied_to")
+    assert list(weight.items()) == list(zip(keys, ("model/0.weight", "F32", [5, 3], None, 1, 60, None)))
+    readme = (HERE / "README.md").read_text()
+    assert all(f"`{key}`" in readme for key in [*shown, *shown["shards"][0], *weight])
 
 
-def test_verify_checks_every_byte_and_exits_1_naming_tensor_and_file(two_checkpoints, capsys):
-    assert command(capsys, "verify", two_checkpoints)[0] == 0
+def test_verify_checks_every_byte_and_exits_1_naming_checkpoint_tensor_and_file(two_checkpoints, capsys):
     (path,) = shards(two_checkpoints, "runs/one")
     shard = Shard(path)
     flip(path, shard.place(shard.find("model/1.weight"))[0])
-    code, text, _ = command(capsys, "verify", two_checkpoints)
-    assert code == 1 and "1.weight" in text and path.name in text and "runs/one" in text
+    for words in ([], ["runs/one"], ["runs/one", "--json"]):
+        code, text, printed = command(capsys, "verify", two_checkpoints, *words)
+        assert code == 1 and all(part in text for part in ("1.weight", path.name, "runs/one"))
+    assert json.loads(printed)["runs/one"]["valid"] is False
     assert command(capsys, "verify", two_checkpoints, "two")[0] == 0
-    code, _, text = command(capsys, "verify", two_checkpoints, "runs/one", "--json")
-    assert code == 1 and "1.weight" in json.dumps(json.loads(text)) and path.name in text
+    flip(two_checkpoints / "two.metadata.json", 30)
+    path.unlink()
+    code, text, _ = command(capsys, "verify", two_checkpoints)
+    assert code == 1 and "two: DAMAGED" in text and "runs/one: DAMAGED" in text and path.name in text
 
 
 @pytest.mark.parametrize("dtype", ["float99", [], {}, None, 1])
@@ -4617,59 +3271,32 @@ def test_a_tensor_of_a_record_whose_dtype_is_no_name_of_one_is_malformed(dtype):
         st.decode_tensors([["weight", dtype, [1], None, None]])
 
 
-def test_verify_exits_1_on_a_damaged_record_and_a_missing_shard(two_checkpoints, capsys):
-    flip(two_checkpoints / "two.metadata.json", 30)
-    code, text, _ = command(capsys, "verify", two_checkpoints)
-    assert code == 1 and "two" in text
-    shards(two_checkpoints, "runs/one")[0].unlink()
-    code, text, _ = command(capsys, "verify", two_checkpoints, "runs/one")
-    assert code == 1 and ".safetensors" in text
-
-
-def test_rm_deletes_one_checkpoint(two_checkpoints, capsys):
-    assert command(capsys, "rm", two_checkpoints, "runs/one")[0] == 0
-    assert [info.prefix for info in opened(two_checkpoints).list_checkpoints()] == ["two"]
-    assert not (two_checkpoints / "runs/one").exists() or not shards(two_checkpoints, "runs/one")
-    code, text, _ = command(capsys, "rm", two_checkpoints, "runs/one")
-    assert code != 0 and "runs/one" in text
-
-
-def test_gc_removes_orphans_and_nothing_that_a_record_names_or_that_is_not_ours(two_checkpoints, capsys):
+def test_gc_and_rm_remove_nothing_that_a_record_names_or_that_is_not_ours(two_checkpoints, capsys):
     (path,) = shards(two_checkpoints, "two")
-    orphan = path.with_name("0badf00d-00000-of-00001.safetensors")
-    shutil.copy(path, orphan)
-    foreign = two_checkpoints / "two" / "notes.txt"
-    foreign.write_text("mine")
-    damaged = two_checkpoints / "runs" / "one" / "0badf00d-00000-of-00001.safetensors"
-    shutil.copy(path, damaged)
-    flip(
-        two_checkpoints / "runs/one.metadata.json", 30
-    )  # gc touches nothing under a record that it cannot read
-    code, text, _ = command(capsys, "gc", two_checkpoints)
-    assert code == 0 and orphan.name in text
-    assert not orphan.exists() and path.exists() and foreign.exists() and damaged.exists()
-    code, _, text = command(capsys, "gc", two_checkpoints, "--json")
-    assert code == 0 and orphan.name not in json.dumps(json.loads(text))
+    orphan, foreign = path.with_name("0badf00d-00000-of-00001.safetensors"), path.with_name("notes.txt")
+    unclear = two_checkpoints / "runs/one" / orphan.name  # under a record that gc cannot read
+    for copy_of in (orphan, unclear, foreign):
+        shutil.copy(path, copy_of)
+    flip(two_checkpoints / "runs/one.metadata.json", 30)
+    before = set(listing(two_checkpoints))
+    for words, gone in (((), True), (("--json",), False)):
+        code, text, _ = command(capsys, "gc", two_checkpoints, *words)
+        assert code == 0 and (orphan.name in text) == gone
+        assert before - set(listing(two_checkpoints)) == {f"two/{orphan.name}"}
+    assert command(capsys, "rm", two_checkpoints, "two")[0] == 0
+    assert {name for name in listing(two_checkpoints) if name.startswith("two")} == {"two/notes.txt"}
 
 
-def test_the_command_line_says_what_is_wrong_with_its_arguments(tmp_path, capsys):
-    for words in (["show", tmp_path, "gone"], ["verify", tmp_path, "gone"], ["show", tmp_path, "../x"]):
-        code, text, _ = command(capsys, *words)
-        assert code != 0 and words[-1] in text and "Traceback" not in text
-    code, text, _ = command(capsys, "ls", tmp_path / "nowhere")
-    assert "Traceback" not in text
-
-
-def test_python_ckpt_py_is_the_command(two_checkpoints):
-    def python(*words):
-        command = [sys.executable, str(HERE / "ckpt.py"), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
-
-    done = python("ls", two_checkpoints, "--json")
-    assert done.returncode == 0 and "runs/one" in json.dumps(json.loads(done.stdout))
+def test_python_ckpt_py_is_the_command_whose_reader_may_stop_early(two_checkpoints):
+    line = [sys.executable, str(HERE / "ckpt.py")]
     shards(two_checkpoints, "two")[0].unlink()
-    done = python("verify", two_checkpoints)
-    assert done.returncode == 1 and "two" in done.stdout + done.stderr and "Traceback" not in done.stderr
+    for words, wanted, said in (("ls", 0, b"runs/one"), ("verify", 1, b"two: DAMAGED")):
+        done = subprocess.run([*line, words, two_checkpoints], capture_output=True, timeout=HANG_S)
+        assert done.returncode == wanted and said in done.stdout and b"Traceback" not in done.stderr
+    show = [*line, "show", two_checkpoints, "runs/one"]
+    process = subprocess.Popen(show, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(HANG_S)) == (b"", 0)
 
 
 # Out: safetensors files, as Hugging Face's libraries expect them
@@ -4682,18 +3309,18 @@ def contents(path):
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     assert header.pop("__metadata__") == {"format": "pt"} and length % 8 == 0
     places = sorted(entry["data_offsets"] for entry in header.values())
-    assert [0, *(end for _, end in places)] == [*(begin for begin, _ in places), len(body)], (
-        "a hole, or an overlap"
-    )
+    begins, ends = [begin for begin, _ in places], [end for _, end in places]
+    assert [0, *ends] == [*begins, len(body)], "a hole, or an overlap"
     return {n: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for n, e in header.items()}
 
 
 def as_stored(state):
     """What a file must hold of a state dict of plain tensors; of F4, two elements a byte."""
-    forms = {n: (code_of(t.dtype), list(t.shape), raw(t)) for n, t in state.items()}
-    return {
-        n: (c, [*s[:-1], s[-1] * 2], data) if c == "F4" else (c, s, data) for n, (c, s, data) in forms.items()
-    }
+    found = {}
+    for name, tensor in state.items():
+        code, shape = code_of(tensor.dtype), list(tensor.shape)
+        found[name] = code, [*shape[:-1], 2 * shape[-1]] if code == "F4" else shape, raw(tensor)
+    return found
 
 
 def exported(capsys, tmp, prefix, *words, out="out/model.safetensors"):
@@ -4704,235 +3331,185 @@ def exported(capsys, tmp, prefix, *words, out="out/model.safetensors"):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_export_from_any_layout_and_format_holds_the_unsharded_truth_in_the_same_bytes(
-    saved, layout, capsys
-):
-    base, truth = saved(layout), as_stored(filled(Net(), "truth").state_dict())
-    files = set()
+def test_an_export_from_any_layout_and_format_is_the_unsharded_truth_in_the_same_bytes(saved, layout, capsys):
+    base, truth, files = saved(layout), as_stored(filled(Net(), "truth").state_dict()), set()
     for form in FORMATS:
         assert exported(capsys, base, f"{layout}/{form.name}", "--model-only") == truth
         files.add((base / "out/model.safetensors").read_bytes())
-        whole = exported(capsys, base, f"{layout}/{form.name}")
-        moments = {name: whole.pop(name) for name in list(whole) if name.startswith("optimizer/")}
-        assert whole == truth
+        found = exported(capsys, base, f"{layout}/{form.name}")
+        moments = {name: found.pop(name) for name in list(found) if name.startswith("optimizer/")}
+        assert found == truth
         for slot in ("exp_avg", "exp_avg_sq"):
             wanted = as_stored(dict(filled(Net(), f"truth{slot}").named_parameters()))
             assert {name: moments[f"optimizer/{name}/{slot}"] for name in wanted} == wanted
     assert len(files) == 1 and not list(base.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("level", [level for level in LEVELS if level.name != "NONE"])
-def test_an_export_of_a_compressed_checkpoint_is_the_same(tmp_path, level, capsys):
-    run(2, save_layout, tmp_path, "fsdp2", FORMATS, level)
-    for form in FORMATS:
-        exact = as_stored(filled(Net(), "truth").state_dict())
-        assert exported(capsys, tmp_path, f"fsdp2/{form.name}", "--model-only") == exact
-
-
-class Wide(nn.Module):
+def two_blocks():
     """Two blocks and a bit of a matrix, which TP cuts into columns, and small things before and behind it."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.wide, self.last = nn.Linear(3, 5), nn.Linear(1100, 2000), nn.Linear(5, 3)
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(1100, 2000), nn.Linear(5, 3))
 
 
-def save_columns(rank, world_size, tmp):
-    mesh = init_device_mesh("cpu", (world_size,))
-    model = parallelize_module(filled(Wide(), "truth"), mesh, {"wide": RowwiseParallel()})
+def save_columns_and_rows(rank, world_size, tmp, level):
+    model = filled(nn.ModuleDict({"columns": two_blocks(), "rows": Net()}), "")
+    fully_shard(model["rows"], ignored_params={model["rows"].gain})  # which takes no scalars
+    parallelize_module(model["columns"], init_device_mesh("cpu", (world_size,)), {"1": RowwiseParallel()})
     for form in FORMATS:
-        for level in (CompressionLevel.NONE, CompressionLevel.FAST):
-            opened(tmp).save(
-                model, None, to(f"{form.name}/{level.name}", format=form, compression_level=level)
-            )
+        opened(tmp).save(model, None, to(form.name, format=form, compression_level=level))
 
 
-def test_an_export_puts_columns_of_several_blocks_together(tmp_path, capsys):
-    run(3, save_columns, tmp_path)
-    truth = as_stored(filled(Wide(), "truth").state_dict())
-    for form, level in itertools.product(FORMATS, ("NONE", "FAST")):
-        assert exported(capsys, tmp_path, f"{form.name}/{level}", "--model-only") == truth, (form, level)
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_export_puts_columns_of_several_blocks_and_compressed_pieces_together(tmp_path, level, capsys):
+    run(3, save_columns_and_rows, tmp_path, level)
+    models = {"columns": two_blocks(), "rows": Net()}
+    truth = as_stored(filled(nn.ModuleDict(models), "").state_dict())
+    for form in FORMATS:
+        assert exported(capsys, tmp_path, form.name, "--model-only") == truth, form
 
 
-def test_an_export_is_byte_for_byte_what_safetensors_itself_writes(tmp_path, capsys):
+def test_an_export_is_what_was_saved_or_imported_byte_for_byte_as_safetensors_writes_it(tmp_path, capsys):
+    state = {f"{number}/~@é\n.{dtype}": pattern(dtype, number) for number, dtype in enumerate(DTYPES)}
+    state = {name: tensor for name, tensor in state.items() if tensor.dtype != torch.complex128}
+    state |= {"empty": torch.zeros(2, 0), "scalar": torch.tensor(-0.0), "big": torch.randn(3 * MiB + 5)}
+    state |= {"z": torch.ones(3, 5), "a": torch.zeros(()), "none": torch.zeros(0)}
+    opened(tmp_path).save(Bag(**state), None, to("saved"))
+    source = safetensors_file(tmp_path / "m.safetensors", state)
+    assert command(capsys, "import", source, tmp_path, "imported")[0] == 0
+    files = set()
+    for words in (["saved"], ["imported"], ["imported", "--model-only"]):
+        assert exported(capsys, tmp_path, *words) == as_stored(state)
+        files.add((tmp_path / "out/model.safetensors").read_bytes())
     save_file = pytest.importorskip("safetensors.torch").save_file
-    truth = {f"{name}.é\n": pattern(dtype) for name, dtype in ((str(d), d) for d in DTYPES)}
-    truth |= {"z": torch.ones(3, 5), "a": torch.zeros(()), "empty": torch.zeros(2, 0)}
-    truth = {name: tensor for name, tensor in truth.items() if tensor.dtype != torch.complex128}
-    opened(tmp_path).save(Bag(**truth), None, to())
-    save_file(truth, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    exported(capsys, tmp_path, "p")
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    save_file(state, source, metadata={"format": "pt"})
+    assert files == {source.read_bytes()}
 
 
 def test_an_export_over_the_size_limit_is_cut_into_files_with_an_index(tmp_path, capsys):
-    truth = {f"h.{i}": torch.full((1000, 1 + i % 3), i, dtype=torch.int16) for i in range(10)} | {
-        "big": torch.ones(9000)
-    }
+    truth = {f"h.{n}": torch.full((1000, 1 + n % 3), n, dtype=torch.int16) for n in range(10)}
+    truth["big"] = torch.ones(9000)
     opened(tmp_path).save(Bag(**truth), None, to())
     exported(capsys, tmp_path, "p")
-    folder, name = tmp_path / "out", "model.safetensors"
-    assert command(capsys, "export", tmp_path, "p", folder / name, "--max-shard-size", "8kB")[0] == 0
-    index = json.loads((folder / f"{name}.index.json").read_text())
-    assert index["metadata"] == {"total_size": sum(t.numel() * t.element_size() for t in truth.values())}
-    count = len(list(folder.iterdir())) - 1  # and the single file of before is gone: readers would prefer it
-    parts = {f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
-    assert (
-        set(index["weight_map"].values())
-        == parts
-        == {p.name for p in folder.iterdir()} - {f"{name}.index.json"}
-    )
-    found = {part: contents(folder / part) for part in sorted(parts)}
-    assert all(
-        len(part) == 1 or sum(len(data) for *_, data in part.values()) <= 8000 for part in found.values()
-    )
-    assert {n: found[part][n] for n, part in index["weight_map"].items()} == as_stored(truth)
-    assert sum(map(len, found.values())) == len(truth)
-    assert list(index["weight_map"]) == sorted(truth) and count > 3
+    folder, index_name = tmp_path / "out", "model.safetensors.index.json"
+    words = ("export", tmp_path, "p", folder / "model.safetensors", "--max-shard-size", "8kB")
+    assert command(capsys, *words)[0] == 0
+    index = json.loads((folder / index_name).read_text())
+    assert index["metadata"] == {"total_size": sum(t.nbytes for t in truth.values())}
+    files = {path.name for path in folder.iterdir()} - {index_name}  # the single file of before is gone
+    wanted = {f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)}
+    assert files == wanted == set(index["weight_map"].values()) and len(files) > 3
+    found = {part: contents(folder / part) for part in files}
+    for part in found.values():
+        assert len(part) == 1 or sum(len(data) for *_, data in part.values()) <= 8000
+    assert {name: found[part][name] for name, part in index["weight_map"].items()} == as_stored(truth)
+    assert sum(map(len, found.values())) == len(truth) and list(index["weight_map"]) == sorted(truth)
+    parts = shutil.copytree(folder, tmp_path / "parts")
     exported(capsys, tmp_path, "p")
-    assert [path.name for path in folder.iterdir()] == [name], (
-        "an index, or parts, of before are those of another model"
-    )
-
-
-def test_an_export_cut_into_files_opens_with_safetensors(tmp_path, capsys):
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]  # without the index of before
     safe_open = pytest.importorskip("safetensors").safe_open
-    truth = {f"h.{i}": torch.randn(30, 1 + i) for i in range(10)}
-    opened(tmp_path).save(Bag(**truth), None, to())
-    assert (
-        command(capsys, "export", tmp_path, "p", tmp_path / "m.safetensors", "--max-shard-size", "2KiB")[0]
-        == 0
-    )
-    for name, part in json.loads((tmp_path / "m.safetensors.index.json").read_text())["weight_map"].items():
-        with safe_open(tmp_path / part, framework="pt") as file:
-            assert identical(file.get_tensor(name), truth.pop(name)) and file.metadata() == {"format": "pt"}
-    assert not truth
+    for name, part in index["weight_map"].items():
+        with safe_open(parts / part, framework="pt") as file:
+            assert identical(file.get_tensor(name), truth[name]) and file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=code_of)
 def test_export_casts_the_floats_of_the_model_and_nothing_else(tmp_path, dtype, capsys):
-    model = nn.Linear(300, 5)
-    model.register_buffer("narrow", torch.randn(7).half())
-    model.register_buffer("tiny", torch.randn(7).to(torch.float8_e5m2))
-    model.register_buffer("steps", torch.arange(7))
-    optimizer = stepped(model)
-    checkpoint = opened(tmp_path)
-    checkpoint.save(model, optimizer, to(compression_level=CompressionLevel.FAST))
-    kept = {"tiny", "steps"}
+    model, kept = nn.Linear(300, 5), {"tiny": torch.randn(7).to(torch.float8_e5m2), "steps": torch.arange(7)}
+    for name, tensor in {"narrow": torch.randn(7).half(), **kept}.items():
+        model.register_buffer(name, tensor)
+    opened(tmp_path).save(model, stepped(model), to(compression_level=CompressionLevel.FAST))
     wanted = {name: t if name in kept else t.to(dtype) for name, t in model.state_dict().items()}
     found = exported(capsys, tmp_path, "p", "--dtype", code_of(dtype).lower())
-    assert {name: found[name] for name in wanted} == as_stored(wanted)
-    assert {found[name][0] for name in found.keys() - wanted.keys()} == {"F32"}, (
-        "moments and steps of the optimizer"
-    )
-    with pytest.raises(ValueError, match="bfloat16"):
-        ckpt.export_checkpoint(checkpoint.storage, "p", tmp_path / "x.safetensors", dtype=torch.int8)
+    assert {name: found.pop(name) for name in wanted} == as_stored(wanted)
+    assert {code for code, _, _ in found.values()} == {"F32"}, "moments and steps of the optimizer"
 
 
 def test_export_tells_what_is_complex_per_rank_or_no_tensor(tmp_path, capsys):
     run(2, save_odd, tmp_path)
     code, text, _ = command(capsys, "export", tmp_path, "p", tmp_path / "m.safetensors")
+    for said in ("pairs.*: c\n", "lowest rank.*: mean\n", "model-values/note", "rng/state~r0"):
+        assert code == 0 and re.search(said, text), (said, text)
     found = contents(tmp_path / "m.safetensors")
-    assert code == 0 and set(found) == {"c", "mean", "model/mean~r1"} and "rng/state~r0" in text
-    assert (
-        re.search("pairs.*: c\n", text)
-        and re.search("lowest rank.*: mean\n", text)
-        and "model-values/note" in text
-    )
-    assert found["c"] == ("F64", [2, 2], raw(torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128)))
-    assert found["mean"][2] == raw(torch.tensor([1.0])) and found["model/mean~r1"][2] == raw(
-        torch.tensor([2.0])
-    )
-    assert set(exported(capsys, tmp_path, "p", "--model-only")) == {"c", "mean"}
+    mean, other = (("F32", [1], raw(torch.tensor([number]))) for number in (1.0, 2.0))
+    pairs = "F64", [2, 2], raw(torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128))
+    assert found == {"c": pairs, "mean": mean, "model/mean~r1": other}
+    assert exported(capsys, tmp_path, "p", "--model-only") == {"c": pairs, "mean": mean}
 
 
 def save_odd(rank, world_size, tmp):
-    state = Bag(
-        c=torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128), mean=torch.tensor([rank + 1.0]), note="x"
-    )
-    opened(tmp).save(state, None, to())
+    pairs = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128)
+    opened(tmp).save(Bag(c=pairs, mean=torch.tensor([rank + 1.0]), note="x"), None, to())
 
 
-def memory_of(act):
-    """By how much the memory of this process grows at most during `act()`."""
-
-    def status(field):
-        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-    act()  # what is allocated once and for all, such as the stacks of threads
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    before = status("VmRSS")
-    act()
-    return status("VmHWM") - before
+def test_an_export_or_import_takes_the_memory_of_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path):
+    for size in (64, 256):
+        assert run(1, memory_of_export, tmp_path, size, group=False)[0] < 64 * MiB
+    assert run(1, memory_of_import, tmp_path, group=False)[0] < 48 * MiB
 
 
-def test_an_export_takes_the_memory_of_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path):
-    for part in (64, 256):
-        assert (
-            run(1, export_wide, tmp_path, part, group=False)[0] < 64 * MiB
-        )  # two buffers of up to two blocks for each thread
+def memory(field):
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def export_wide(tmp, size):
-    storage = ckpt.LocalStorage(tmp / str(size))
-    state = Bag(w=torch.arange(size * MiB // 8, dtype=torch.int64).view(-1, 1 << 14))
+def memory_of_export(tmp, size):
+    """By how much the memory of this process grows at most during an export that is not its first."""
+    storage, out = ckpt.LocalStorage(tmp / str(size)), tmp / "out.safetensors"
+    state = Bag(w=torch.arange(size * MiB // 8).view(-1, 1 << 14))
     opened(storage.base_path).save(state, None, to())
     state.state.clear()
-    peak = memory_of(lambda: ckpt.export_checkpoint(storage, "p", tmp / "m.safetensors", model_only=True))
-    assert (tmp / "m.safetensors").stat().st_size > size * MiB
-    return peak
+    ckpt.export_checkpoint(storage, "p", out, model_only=True)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before = memory("VmRSS")
+    ckpt.export_checkpoint(storage, "p", out, model_only=True)
+    assert out.stat().st_size > size * MiB
+    return memory("VmHWM") - before
+
+
+def memory_of_import(tmp):
+    """The same of an import, without the source, which is mapped."""
+    source, samples = safetensors_file(tmp / "m.safetensors", {"w": torch.arange(16 * MiB)}), []
+    ckpt.import_checkpoint(source, tmp, "first")
+    before = memory("RssAnon")
+    ckpt.import_checkpoint(source, tmp, "second", progress=lambda _: samples.append(memory("RssAnon")))
+    return max(samples) - before
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_export_of_a_damaged_checkpoint_exits_1_naming_it_and_leaves_what_was_there(
-    tmp_path, form, capsys
-):
-    state = Bag(a=torch.ones(5), b=torch.randn(3 * BLOCK // 4 + 5))
-    opened(tmp_path).save(state, None, to(format=form))
+def test_an_export_of_a_damaged_checkpoint_exits_1_and_leaves_what_was_there(tmp_path, form, capsys):
+    opened(tmp_path).save(Bag(a=torch.ones(5), b=torch.randn(3 * BLOCK // 4 + 5)), None, to(format=form))
     before = exported(capsys, tmp_path, "p", "--model-only")
     victim = next(path for path in shards(tmp_path) if any(name.endswith("b") for name in Shard(path).header))
     flip(victim, victim.stat().st_size - 1)
-    for words in ((), ("--max-shard-size", "1kB")):
-        code, text, _ = command(
-            capsys, "export", tmp_path, "p", tmp_path / "out/model.safetensors", "--model-only", *words
-        )
+    out = tmp_path / "out"
+    words = ("export", tmp_path, "p", out / "model.safetensors", "--model-only")
+    for more in ((), ("--max-shard-size", "1kB")):
+        code, text, _ = command(capsys, *words, *more)
         assert code == 1 and victim.name in text and re.search(r"holds .*\bb\b", text)
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors"}
-        assert contents(tmp_path / "out/model.safetensors") == before
-
-
-@pytest.mark.parametrize(
-    "name, limit, why",
-    [("m.pt", 1, "must end in .safetensors: .*m.pt"), ("m.safetensors", 0, "at least 1, not 0")],
-)
-def test_an_export_that_cannot_be_says_which_argument_is_wrong(tmp_path, name, limit, why):
-    with pytest.raises(ValueError, match=why):
-        ckpt.export_checkpoint(ckpt.LocalStorage(tmp_path), "p", tmp_path / name, max_shard_bytes=limit)
+        assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+        assert contents(out / "model.safetensors") == before
 
 
 def test_an_export_that_the_disk_cannot_take_leaves_nothing(tmp_path):
     opened(tmp_path).save(Bag(w=torch.ones(MiB)), None, to())
-    kind, _, message = run(1, export_to_little_room, tmp_path, group=False)[0]
-    assert kind == "STORAGE_ERROR" and "m.safetensors" in message, message
-    assert not list(tmp_path.glob("m*"))
+    ((kind, _, message),) = run(1, export_to_little_room, tmp_path, group=False)
+    assert kind == "STORAGE_ERROR" and "m.safetensors" in message and not list(tmp_path.glob("m*")), message
 
 
 def export_to_little_room(tmp):
     resource.setrlimit(resource.RLIMIT_FSIZE, (MiB, MiB))
-    return told(lambda: ckpt.export_checkpoint(ckpt.LocalStorage(tmp), "p", tmp / "m.safetensors"))
+    return told(lambda: ckpt.export_checkpoint(tmp, "p", tmp / "m.safetensors"))
 
 
 def test_two_exports_to_one_name_are_each_whole_and_what_a_dead_one_has_left_goes_a_day_later(tmp_path):
-    checkpoint, out, storage = opened(tmp_path), tmp_path / "out", ckpt.LocalStorage(tmp_path)
+    out = tmp_path / "out"
     states = {prefix: {"w": torch.full((2 * BLOCK,), number)} for number, prefix in enumerate("ab")}
     for prefix, state in states.items():
-        checkpoint.save(Bag(**state), None, to(prefix, include_rng_state=False))
+        opened(tmp_path).save(Bag(**state), None, to(prefix, include_rng_state=False))
 
-    def export(prefix, between=lambda told: None):
-        ckpt.export_checkpoint(storage, prefix, out / "m.safetensors", progress=between)
+    def export(prefix, between=None):
+        ckpt.export_checkpoint(tmp_path, prefix, out / "m.safetensors", progress=between)
         assert contents(out / "m.safetensors") == as_stored(states[prefix])
 
-    export("a", between=lambda told: export("b"))  # the whole of the other one while this one writes
+    export("a", between=lambda _: export("b"))  # the whole of the other one while this one writes
     assert [path.name for path in out.iterdir()] == ["m.safetensors"]
     for name, age_s in (("m.safetensors.0badf00d.tmp", 90_000), ("m.safetensors.0badf00e.tmp", 80_000)):
         (out / name).touch()
@@ -4942,7 +3519,7 @@ def test_two_exports_to_one_name_are_each_whole_and_what_a_dead_one_has_left_goe
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_transformers_model_goes_through_fsdp2_and_safetensors_to_from_pretrained(tmp_path, kind, capsys):
+def test_a_transformers_model_goes_from_fsdp2_to_from_pretrained_and_back(tmp_path, kind, capsys):
     transformers = pytest.importorskip("transformers")
     logits = run(2, save_transformer, tmp_path, kind)
     for number, words in enumerate(([], ["--max-shard-size", "20kB"])):
@@ -4950,40 +3527,50 @@ def test_a_transformers_model_goes_through_fsdp2_and_safetensors_to_from_pretrai
         assert command(capsys, "export", tmp_path, "p", out, "--model-only", *words)[0] == 0
         transformer_of(kind).config.save_pretrained(out.parent)
         model = transformers.AutoModelForCausalLM.from_pretrained(out.parent).eval()
-        assert torch.equal(model(torch.arange(12).view(2, 6)).logits, logits[0]), (
-            "the same logits, bit for bit"
-        )
+        assert identical(model(torch.arange(12).view(2, 6)).logits, logits[0])
         assert model.lm_head.weight is model.get_input_embeddings().weight
-    transformer_of(kind).save_pretrained(tmp_path / "theirs")
+    transformer_of(kind).save_pretrained(tmp_path / "theirs", max_shard_size="8kB")
+    assert (tmp_path / "theirs/model.safetensors.index.json").exists()
     assert command(capsys, "import", tmp_path / "theirs", tmp_path, "imported")[0] == 0
     opened(tmp_path).load(filled(model, "other"), None, at("imported"))
-    assert identical(dict(model.state_dict()), dict(transformer_of(kind).state_dict()))
+    truth = dict(transformer_of(kind).state_dict())
+    assert identical(dict(model.state_dict()), truth) and len(truth) > 20
+    for found, (warning,) in run(2, load_transformer, tmp_path, kind):
+        assert identical(found, truth) and "nothing was verified" in warning
 
 
 def transformer_of(kind):
     import transformers
 
-    tied = dict(vocab_size=50, tie_word_embeddings=True)
+    config = {"vocab_size": 50, "tie_word_embeddings": True}
     if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **tied)
+        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **config)
     else:
-        heads = dict(num_attention_heads=4, num_key_value_heads=2)
-        config = transformers.LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, **heads, **tied
-        )
+        config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        config = transformers.LlamaConfig(hidden_size=16, intermediate_size=24, **config)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def shard_transformer(model):
+    for block in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        fully_shard(block)
+    return fully_shard(model)
 
 
 def save_transformer(rank, world_size, tmp, kind):
     model = transformer_of(kind)
     with torch.no_grad():
         logits = model(torch.arange(12).view(2, 6)).logits
-    for block in model.model.layers if kind == "llama" else model.transformer.h:
-        fully_shard(block)
-    fully_shard(model)
-    opened(tmp).save(model, None, to())
+    opened(tmp).save(shard_transformer(model), None, to())
     return logits
+
+
+def load_transformer(rank, world_size, tmp, kind):
+    model = shard_transformer(filled(transformer_of(kind), "other"))
+    result = ckpt.load_safetensors(model, tmp / "theirs")
+    assert (result.source_world_size, result.target_world_size) == (1, 2)
+    return {name: t.full_tensor().detach() for name, t in model.state_dict().items()}, result.warnings
 
 
 # In: what others have saved
@@ -5000,14 +3587,27 @@ def safetensors_file(path, state, pad=0, metadata=None):
     return path
 
 
+def as_file(tmp, state, **options):
+    return safetensors_file(tmp / "m.safetensors", state, **options)
+
+
 def as_index(tmp, state):
     """The same in two files with an index."""
-    names = [list(state)[::2], list(state)[1::2]]
-    for number, part in enumerate(names):
-        safetensors_file(tmp / f"m-{number}.safetensors", {name: state[name] for name in part})
-    weights = {name: f"m-{number}.safetensors" for number, part in enumerate(names) for name in part}
+    weights = {name: f"m-{number % 2}.safetensors" for number, name in enumerate(state)}
+    for part in sorted(set(weights.values())):
+        safetensors_file(tmp / part, {name: state[name] for name in state if weights[name] == part})
     (tmp / "m.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     return tmp / "m.safetensors.index.json"
+
+
+def as_snapshot(tmp, state):
+    """The same as links to blobs, as Hugging Face's cache has them."""
+    (tmp / "blobs").mkdir()
+    (tmp / "snapshots/0a1b").mkdir(parents=True)
+    for number, path in enumerate(sorted(as_index(tmp, state).parent.glob("m*"))):
+        path.rename(tmp / "blobs" / str(number))
+        (tmp / "snapshots/0a1b" / path.name).symlink_to(f"../../blobs/{number}")
+    return tmp / "snapshots/0a1b"
 
 
 def as_torch(tmp, state, **options):
@@ -5021,135 +3621,76 @@ def as_dcp(tmp, state):
 
 
 def save_dcp(rank, world_size, tmp, state):
-    mesh, nested = init_device_mesh("cpu", (world_size,)), isinstance(next(iter(state.values())), dict)
-    model = state["model"] if nested else state
+    mesh, model = init_device_mesh("cpu", (world_size,)), state.get("model", state)
     for name in [name for name in model if name.endswith("weight")]:
         model[name] = distribute_tensor(model[name], mesh, [ShardDim(0)])
     dcp.save(state, checkpoint_id=tmp / "dcp")
 
 
-def as_links(source):
-    """A directory of links to the files of another one, as Hugging Face's cache has them."""
-    (source.parent / "links").mkdir()
-    for path in [path for path in source.parent.iterdir() if path.is_file()]:
-        (source.parent / "links" / path.name).symlink_to(f"../{path.name}")
-    return source.parent / "links"
+def from_ddp(state):
+    return {f"module.{name}": tensor for name, tensor in state.items()}
 
 
+BESIDE = {"epoch": 3, "optimizer": {"m": torch.ones(2)}}
 SOURCES = {
-    "safetensors": lambda tmp, state: safetensors_file(tmp / "m.safetensors", state),
-    "misaligned safetensors": lambda tmp, state: safetensors_file(tmp / "m.safetensors", state, pad=3),
+    "safetensors": as_file,
+    "safetensors, misaligned": lambda tmp, state: as_file(tmp, state, pad=3),
+    "safetensors, from DDP": lambda tmp, state: as_file(tmp, from_ddp(state)),
+    "safetensors, in a directory": lambda tmp, state: as_file(tmp, state).parent,
     "index": as_index,
-    "safetensors, from DDP": lambda tmp, state: safetensors_file(
-        tmp / "m.safetensors", {f"module.{name}": tensor for name, tensor in state.items()}
-    ),
-    "directory with an index": lambda tmp, state: as_index(tmp, state).parent,
-    "directory of safetensors": lambda tmp, state: safetensors_file(tmp / "any.safetensors", state).parent,
-    "directory of links": lambda tmp, state: as_links(as_index(tmp, state)),
+    "index, in a directory": lambda tmp, state: as_index(tmp, state).parent,
+    "index, of links": lambda tmp, state: as_snapshot(tmp, state) / "m.safetensors.index.json",
+    "index, of links in a directory": as_snapshot,
     "torch": as_torch,
     "torch, of before zip": lambda tmp, state: as_torch(tmp, state, _use_new_zipfile_serialization=False),
-    "torch, from DDP": lambda tmp, state: as_torch(tmp, {f"module.{name}": t for name, t in state.items()}),
-    "torch, nested": lambda tmp, state: as_torch(
-        tmp, {"model": state, "epoch": 3, "optimizer": {0: {"m": torch.ones(2)}}}
-    ),
-    "torch, Lightning": lambda tmp, state: as_torch(
-        tmp, {"epoch": 3, "state_dict": state, "optimizer": None}
-    ),
+    "torch, from DDP": lambda tmp, state: as_torch(tmp, from_ddp(state)),
+    "torch, nested": lambda tmp, state: as_torch(tmp, {"model": state, **BESIDE, "optimizer": {0: {"m": 1}}}),
+    "torch, nested, of Lightning": lambda tmp, state: as_torch(tmp, {"state_dict": state, **BESIDE}),
     "DCP": as_dcp,
-    "DCP, nested": lambda tmp, state: as_dcp(
-        tmp, {"model": state, "epoch": 3, "optimizer": {"m": torch.ones(2)}}
-    ),
+    "DCP, nested": lambda tmp, state: as_dcp(tmp, {"model": state, **BESIDE}),
 }
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_an_import_from_any_source_loads_strictly_and_bit_for_bit(tmp_path, kind, capsys):
+def test_an_import_or_load_safetensors_from_any_source_is_strict_and_bit_for_bit(tmp_path, kind, capsys):
     (tmp_path / "in").mkdir()
-    source = SOURCES[kind](tmp_path / "in", dict(filled(Net(), "truth").state_dict()))
-    code, text, _ = command(capsys, "import", source, tmp_path / "new/checkpoints", "a/b")
+    truth = filled(Net(), "truth").state_dict()
+    source, model = SOURCES[kind](tmp_path / "in", dict(truth)), filled(Net(), "other")
+    words = ("import", source, tmp_path / "new/checkpoints", "a/b")
+    code, text, _ = command(capsys, *words)
     assert code == 0 and ("pickle" in text) == kind.startswith("DCP"), text
-    model, checkpoint = filled(Net(), "other"), opened(tmp_path / "new/checkpoints")
-    result = checkpoint.load(model, None, at("a/b"))
-    assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
-    nested = kind in ("torch, nested", "torch, Lightning", "DCP, nested")
-    assert set(result.extra_state) == ({"epoch", "optimizer"} if nested else set())
-    if nested:
-        assert result.extra_state["epoch"] == 3 and "epoch" in text
-    code, text, _ = command(capsys, "import", source, tmp_path / "new/checkpoints", "a/b")
+    result = opened(tmp_path / "new/checkpoints").load(model, None, at("a/b"))
+    assert identical(model.state_dict(), truth)
+    assert set(result.extra_state) == (set(BESIDE) if "nested" in kind else set())
+    assert "nested" not in kind or (result.extra_state["epoch"] == 3 and "epoch" in text)
+    code, text, _ = command(capsys, *words)
     assert code == 1 and "a/b" in text and "exists" in text
-
-
-def test_the_optimizer_of_an_imported_torch_file_comes_back_as_extra_state(tmp_path, capsys):
-    model, optimizer = small()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "m.pt")
-    assert command(capsys, "import", tmp_path / "m.pt", tmp_path, "p")[0] == 0
-    other, other_optimizer = small("other")
-    result = opened(tmp_path).load(other, None, at())
-    other_optimizer.load_state_dict(result.extra_state["optimizer"])
-    assert identical(state_of(other, other_optimizer), state_of(model, optimizer))
+    if kind.startswith(("safetensors", "index")):
+        model = filled(Net(), "other")
+        ckpt.load_safetensors(model, source, rename=lambda name: name.removeprefix("module."))
+        assert identical(model.state_dict(), truth)
 
 
 def test_dicts_of_dicts_of_tensors_are_imported_by_dotted_names_and_tied_tensors_once(tmp_path, capsys):
     shared = torch.randn(1000)
-    source = as_torch(tmp_path, {"a": {"w": shared, "b": {"0": torch.ones(2)}}, "c": shared, "lr": 0.1})
-    assert command(capsys, "import", source, tmp_path, "p")[0] == 0
-    state = Bag(**{"a.w": torch.zeros(1000), "a.b.0": torch.zeros(2), "c": torch.zeros(1000)})
-    result = opened(tmp_path).load(state, None, at())
+    state = {"a": {"w": shared, "b": {"0": torch.ones(2)}}, "c": shared, "lr": 0.1}
+    assert command(capsys, "import", as_torch(tmp_path, state), tmp_path, "p")[0] == 0
+    names = {"a.w": torch.zeros(1000), "a.b.0": torch.zeros(2), "c": torch.zeros(1000)}
+    result = opened(tmp_path).load(names, None, at())
     assert result.extra_state == {"lr": 0.1}
-    assert identical(state.state["c"], shared) and identical(state.state["a.w"], shared)
+    assert identical(names, {"a.w": shared, "a.b.0": torch.ones(2), "c": shared})
     assert [t.name for t in result.metadata.tensors if t.alias_of is not None] == ["model/c"]
 
 
 def test_a_tied_tensor_may_be_imported_under_one_of_its_names_alone(tmp_path, capsys):
     state = dict(filled(Net(), "truth").state_dict())
     del state["head.weight"]  # as save_pretrained leaves it out
-    assert (
-        command(capsys, "import", safetensors_file(tmp_path / "m.safetensors", state), tmp_path, "p")[0] == 0
-    )
+    assert command(capsys, "import", as_file(tmp_path, state), tmp_path, "p")[0] == 0
     model, apart = filled(Net(), "other"), filled(Net(), "other")
     opened(tmp_path).load(model, None, at())
     assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
     apart.head.weight = nn.Parameter(apart.head.weight.detach().clone())
     assert "model/head.weight: missing" in refusal(lambda: opened(tmp_path).load(apart, None, at()))
-
-
-def test_an_export_of_an_import_is_the_same_tensors_and_the_same_files_as_safetensors_writes(
-    tmp_path, capsys
-):
-    state = {f"{number}/~@.{dtype}": pattern(dtype, number) for number, dtype in enumerate(DTYPES)}
-    state = {name: tensor for name, tensor in state.items() if tensor.dtype != torch.complex128}
-    state |= {"empty": torch.zeros(0), "scalar": torch.tensor(-0.0), "big": torch.randn(3 * MiB + 5)}
-    source = safetensors_file(tmp_path / "m.safetensors", state)
-    code, text, _ = command(capsys, "import", source, tmp_path, "p")
-    assert code == 0, text
-    assert (
-        exported(capsys, tmp_path, "p") == exported(capsys, tmp_path, "p", "--model-only") == as_stored(state)
-    )
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    save_file(state, source, metadata={"format": "pt"})
-    assert source.read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
-
-
-def test_an_import_reads_no_more_into_memory_than_blocks_in_flight(tmp_path):
-    assert run(1, import_wide, tmp_path, group=False)[0] < 48 * MiB
-
-
-def import_wide(tmp):
-    safetensors_file(tmp / "m.safetensors", {"w": torch.arange(16 * MiB)})
-    storage, names = ckpt.LocalStorage(tmp), itertools.count()
-
-    def anonymous():
-        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-    ckpt.import_checkpoint(tmp / "m.safetensors", storage, f"p{next(names)}")
-    before, most = anonymous(), 0
-
-    def watch(told):
-        nonlocal most
-        most = max(most, anonymous())
-
-    ckpt.import_checkpoint(tmp / "m.safetensors", storage, f"p{next(names)}", progress=watch)
-    return most - before
 
 
 class Bomb:
@@ -5158,235 +3699,153 @@ class Bomb:
 
 
 def bad_sources(tmp):
-    """(what, source, exit code, a word of the message)."""
-    good = safetensors_file(tmp / "good.safetensors", {"w": torch.ones(3)}).read_bytes()
-    text = good[8:-12]
+    """(source, its bytes, or the files of a directory, exit code, what is to be said of it)."""
+    good, ones = as_file(tmp, {"w": torch.ones(3)}).read_bytes(), torch.ones(2)
+    index = as_index(tmp, {"a": torch.ones(1), "b": torch.ones(2)})
+    text, part = index.read_bytes(), (tmp / "m-0.safetensors").read_bytes()
+    parts = {"m-0.safetensors": part, "m-1.safetensors": (tmp / "m-1.safetensors").read_bytes()}
 
-    def file(name, data):
-        (tmp / name).write_bytes(data)
-        return tmp / name
+    def header(old, new):
+        changed = good[8:-12].replace(old, new)
+        assert changed != good[8:-12]
+        return struct.pack("<Q", len(changed)) + changed + good[-12:]
 
-    def header(name, old, new):
-        changed = text.replace(old, new)
-        assert changed != text
-        return file(name, struct.pack("<Q", len(changed)) + changed + good[-12:])
+    def pickled(state, save=torch.save, **options):
+        save(state, file := io.BytesIO(), **options)
+        return file.getvalue()
 
-    def folder(name, *files):
-        (tmp / name).mkdir()
-        for path in files:
-            shutil.copy(path, tmp / name)
-        return tmp / name
-
-    both = folder("both", tmp / "good.safetensors")
-    safetensors_file(both / "again.safetensors", {"w": torch.ones(3)})
-    index = as_index(folder("index"), {"a": torch.ones(1), "b": torch.ones(2)})
-    beside = shutil.copytree(index.parent, tmp / "beside")
-    shutil.copy(tmp / "good.safetensors", beside / "m.safetensors")
-    short = shutil.copytree(index.parent, tmp / "short") / index.name
-    short.write_text(index.read_text().replace('"a":', '"x":'))
-    path = shutil.copytree(index.parent, tmp / "path") / index.name
-    path.write_text(index.read_text().replace('"m-1.', '"../index/m-1.'))
-    gone = shutil.copytree(index.parent, tmp / "gone") / index.name
-    (gone.parent / "m-1.safetensors").unlink()
-    torch.save({"w": Bomb()}, tmp / "bomb.pt")
-    torch.save([torch.ones(2)], tmp / "list.pt")
-    torch.save({"w": torch.ones(2), "x": {"w": torch.ones(2).to_sparse()}}, tmp / "sparse.pt")
-    torch.save({"a.b": torch.ones(2), "a": {"b": torch.ones(2)}}, tmp / "twice.pt")
-    torn = folder("torn")
-    (torn / ".metadata").write_bytes(b"no pickle")
-    return [
-        ("nothing", tmp / "nothing", 1, "nothing"), ("empty directory", folder("empty"), 2, "empty"),
-        ("two files", both, 2, "w"), ("index beside a file", beside, 2, "m.safetensors"), ("wrong index", short, 1, "x"),
-        ("path in an index", path, 1, "'../index/m-1.safetensors' is not the plain name"),
-        ("missing part", gone, 1, "m-1.safetensors"), ("no index", file("i.index.json", b"{}"), 1, "weight_map"),
-        ("empty file", file("0.safetensors", b""), 1, "0.safetensors"), ("cut", file("c.safetensors", good[:-1]), 1, "c.safet"),
-        ("longer", file("l.safetensors", good + b"\0"), 1, "l.safetensors"), ("7", file("7.safetensors", good[:7]), 1, "7."),
-        ("length", file("h.safetensors", struct.pack("<Q", 1 << 63) + good[8:]), 1, "header length"),
-        ("dtype", header("d.safetensors", b"F32", b"F31"), 1, "F31"), ("ours", header("o.safetensors", b"F32", b"C32"), 1, "C32"),
-        ("overlap", header("s.safetensors", b"[0, 12]", b"[4, 12]"), 1, "s.safet"),
-        ("shape", header("z.safetensors", b"[3]", b"[4]"), 1, "'w': F32 of shape [4] in 12"),
-        ("twice", header("t.safetensors", b'"w": {', b'"w": 1, "w": {'), 1, "duplicate"),
-        ("pickle", tmp / "bomb.pt", 1, "weights_only"), ("text", file("x.pt", b"hello"), 1, "x.pt"),
-        ("list", tmp / "list.pt", 2, "list"), ("sparse", tmp / "sparse.pt", 1, "x.w"), ("names", tmp / "twice.pt", 2, "a.b"),
-        ("DCP", torn, 1, "torn"),
-    ]  # fmt: skip
-
-
-def test_an_import_of_what_is_damaged_or_unclear_says_so_and_saves_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for what, source, wanted, word in bad_sources(tmp_path):
-        code, text, _ = command(capsys, "import", source, tmp_path / "c", "p")
-        assert code == wanted and word in text and "Traceback" not in text, (what, code, text)
-        assert not (tmp_path / "exploded").exists() and not listing(tmp_path / "c"), what
-
-
-def refused_by_torch(tmp):
-    """Files that torch.load refuses, each for another reason, and what is to be said of them."""
-    torch.jit.script(nn.Linear(2, 2)).save(tmp / "script.pt")
-    torch.save({"w": torch.ones(1000)}, tmp / "cut.pt")
-    (tmp / "cut.pt").write_bytes((tmp / "cut.pt").read_bytes()[:-50])
-    torch.save({"w": torch.ones(2), "x": Point()}, tmp / "class.pt")
-    torch.save(nn.Linear(2, 2), tmp / "module.pt")
-    for name, zipped in (("bomb.pt", True), ("legacy.pt", False)):
-        torch.save({"w": Bomb()}, tmp / name, _use_new_zipfile_serialization=zipped)
-    with tarfile.open(tmp / "tar.pt", "w") as archive:
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
         for name in ("storages", "tensors", "pickle"):
             archive.addfile(tarfile.TarInfo(name))
-    (tmp / "text.pt").write_text("hello")
-    names = {"class.pt": "it holds test_ckpt.Point", "bomb.pt": "posix.mkdir", "legacy.pt": "posix.mkdir"}
-    names |= {
-        "module.pt": "torch.nn.modules.linear.Linear",
-        "script.pt": "TorchScript",
-        "tar.pt": ".tar format",
-    }
-    return names | {"cut.pt": "it is cut short or damaged", "text.pt": "KeyError"}
+    return [
+        ("nothing", None, 1, "nothing"),
+        ("empty", {}, 2, "empty"),
+        ("both", {"a.safetensors": good, "b.safetensors": good}, 2, "several files have w"),
+        ("beside", {**parts, index.name: text, "m.safetensors": good}, 2, "m.safetensors"),
+        ("wrong", {**parts, index.name: text.replace(b'"a":', b'"x":')}, 1, "x"),
+        ("path", {**parts, index.name: text.replace(b'"m-1.', b'"../m-1.')}, 1, "is not the plain name"),
+        ("gone", {"m-0.safetensors": part, index.name: text}, 1, "m-1.safetensors"),
+        ("torn", {".metadata": b"no pickle"}, 1, "torn"),
+        ("i.index.json", b"{}", 1, "weight_map"),
+        ("0.safetensors", b"", 1, "0.safetensors"),
+        ("7.safetensors", good[:7], 1, "7.safetensors"),
+        ("cut.safetensors", good[:-1], 1, "cut.safetensors"),
+        ("longer.safetensors", good + b"\0", 1, "longer.safetensors"),
+        ("length.safetensors", struct.pack("<Q", 1 << 63) + good[8:], 1, "header length"),
+        ("dtype.safetensors", header(b"F32", b"F31"), 1, "F31"),
+        ("ours.safetensors", header(b"F32", b"C32"), 1, "C32"),
+        ("overlap.safetensors", header(b"[0, 12]", b"[4, 12]"), 1, "overlap.safetensors"),
+        ("shape.safetensors", header(b"[3]", b"[4]"), 1, "'w': F32 of shape [4] in 12"),
+        ("twice.safetensors", header(b'"w": {', b'"w": 1, "w": {'), 1, "duplicate"),
+        ("list.pt", pickled([ones]), 2, "list"),
+        ("sparse.pt", pickled({"w": ones, "x": {"w": ones.to_sparse()}}), 1, "x.w"),
+        ("names.pt", pickled({"a.b": ones, "a": {"b": ones}}), 2, "a.b"),
+        ("bomb.pt", pickled({"w": Bomb()}), 1, "posix.mkdir"),
+        ("old.pt", pickled({"w": Bomb()}, _use_new_zipfile_serialization=False), 1, "posix.mkdir"),
+        ("class.pt", pickled({"w": ones, "x": Point()}), 1, "it holds test_ckpt.Point"),
+        ("module.pt", pickled(nn.Linear(2, 2)), 1, "torch.nn.modules.linear.Linear"),
+        ("part.pt", pickled({"w": ones})[:-50], 1, "cut short or damaged"),
+        ("text.pt", b"hello", 1, "KeyError"),
+        ("script.pt", pickled(torch.jit.script(nn.Linear(2, 2)), torch.jit.save), 1, "TorchScript"),
+        ("tar.pt", tar.getvalue(), 1, ".tar format"),
+    ]
 
 
-def test_a_refused_torch_file_says_why_and_what_to_do_without_torchs_advice_to_turn_checks_off(
-    tmp_path, monkeypatch
-):
+def test_an_import_of_what_is_damaged_or_unclear_says_why_and_saves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, word in refused_by_torch(tmp_path).items():
-        with pytest.raises(CheckpointException, match=re.escape(word)) as caught:
-            ckpt.import_checkpoint(tmp_path / name, ckpt.LocalStorage(tmp_path / "c"), "p")
-        text = "".join(traceback.format_exception(caught.value))
-        assert caught.value.type is ExceptionType.LOAD_FAILED and "save these alone" in text, name
-        assert not re.search("False|safe_globals|likely succeed|trust", str(caught.value)), (name, text)
-        assert not re.search("safe_globals|likely succeed", text), (name, text)
-    assert not (tmp_path / "exploded").exists()
+    for name, content, wanted, why in bad_sources(tmp_path):
+        if isinstance(content, dict):
+            Path(name).mkdir()
+        for file, data in (content if isinstance(content, dict) else {"": content}).items():
+            data is None or Path(name, file).write_bytes(data)
+        code, text, _ = command(capsys, "import", tmp_path / name, "c", "p")
+        assert code == wanted and why in text and "Traceback" not in text, (name, code, text)
+        assert not Path("exploded").exists() and not listing("c"), name
+        if "weights_only" in text:  # torch refused it, and its advice is to turn the checks off
+            with pytest.raises(CheckpointException) as caught:
+                ckpt.import_checkpoint(tmp_path / name, "c", "p")
+            shown = "".join(traceback.format_exception(caught.value))
+            assert caught.value.type is ExceptionType.LOAD_FAILED and "save these alone" in text, text
+            assert not re.search("False|trust", text) and not re.search("safe_globals|likely succeed", shown)
+        refused_by_torch = name.endswith(".pt") and wanted == 1 and name != "sparse.pt"
+        assert ("weights_only=True" in text) == refused_by_torch, text
 
 
 # Safetensors files of other programs, straight into a model
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_load_safetensors_fills_an_fsdp2_model_as_from_pretrained_does_a_whole_one(tmp_path, kind):
-    pytest.importorskip("transformers")
-    transformer_of(kind).save_pretrained(tmp_path / "hf", max_shard_size="8kB")
-    assert (tmp_path / "hf/model.safetensors.index.json").exists()
-    for same, told_of in run(2, load_transformer, tmp_path, kind):
-        assert all(same.values()) and len(same) > 20, same
-        assert len(told_of) == 1 and "nothing was verified" in told_of[0]
-
-
-def load_transformer(rank, world_size, tmp, kind):
-    import transformers
-
-    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp / "hf").state_dict()
-    model = filled(transformer_of(kind), "other")
-    for block in model.model.layers if kind == "llama" else model.transformer.h:
-        fully_shard(block)
-    fully_shard(model)
-    result = ckpt.load_safetensors(model, tmp / "hf")
-    found = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
-    assert found.keys() == wanted.keys() and (result.source_world_size, result.target_world_size) == (1, 2)
-    return {name: identical(tensor.detach(), wanted[name]) for name, tensor in found.items()}, result.warnings
-
-
 def test_load_safetensors_reads_on_each_rank_little_more_than_its_own_bytes(tmp_path):
-    layers = filled(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))), "truth")
-    path = safetensors_file(tmp_path / "m.safetensors", dict(layers.state_dict()))
+    path = as_file(tmp_path, dict(filled(four_layers(), "truth").state_dict()))
     for count in run(2, load_counted, tmp_path):
         assert 0.5 < count / path.stat().st_size < 0.65
 
 
+def four_layers():
+    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)))
+
+
 def load_counted(rank, world_size, tmp):
-    layers = filled(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))), "other")
+    layers, st.os = filled(four_layers(), "other"), Seam()
     for layer in layers:
         fully_shard(layer)
-    st.os = Seam()
     ckpt.load_safetensors(layers, tmp / "m.safetensors")
-    wanted = filled(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))), "truth").state_dict()
+    wanted = filled(four_layers(), "truth").state_dict()
     assert all(torch.equal(t.full_tensor(), wanted[name]) for name, t in layers.state_dict().items())
     return sum(op.size for op in st.os.log if op.call == "pread")
 
 
-def safetensors_state():
-    return {"w": torch.randn(3, 5), "b": torch.arange(4)}
-
-
-def misfit(tmp, model, **options):
-    """What load_safetensors of `safetensors_state` into `model` raises, which leaves `model` as it is."""
-    before = copy.deepcopy(model)
-    kind, _, message = told(lambda: ckpt.load_safetensors(model, tmp / "m.safetensors", **options))
-    assert identical(model, before) and kind in ("VALIDATION_FAILED", "ValueError"), (kind, message)
-    return message
-
-
-def test_load_safetensors_refuses_what_does_not_fit_or_warns_of_it_and_casts(tmp_path):
-    state = safetensors_state()
-    path = safetensors_file(tmp_path / "m.safetensors", state)
-    fits = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    assert "model/x: missing" in misfit(tmp_path, {**fits, "x": torch.zeros(1)})
-    assert "model/b: in the checkpoint, but not here" in misfit(tmp_path, {"w": fits["w"]})
-    assert "dtype F32 in the checkpoint, BF16 here" in misfit(tmp_path, {**fits, "w": fits["w"].bfloat16()})
-    for strict in (True, False):
-        assert "shape [3, 5] in the" in misfit(tmp_path, {**fits, "w": torch.zeros(5, 3)}, strict=strict)
-    assert "model" in misfit(tmp_path, [1])
-    loose = {"w": torch.zeros(3, 5, dtype=torch.bfloat16), "x": torch.ones(1)}
+def test_load_safetensors_refuses_what_does_not_fit_and_changes_nothing_or_warns_of_it_and_casts(tmp_path):
+    state, zeros = {"w": torch.randn(3, 5), "b": torch.arange(4)}, torch.zeros(3, 5)
+    path, fits = as_file(tmp_path, state), {"w": zeros, "b": torch.zeros_like(state["b"])}
+    bad = [
+        ("model/x: missing", {**fits, "x": torch.zeros(1)}, {}),
+        ("model/b: in the checkpoint, but not here", {"w": zeros}, {}),
+        ("dtype F32 in the checkpoint, BF16 here", {**fits, "w": zeros.bfloat16()}, {}),
+        ("shape [3, 5] in the", {**fits, "w": torch.zeros(5, 3)}, {}),
+        ("shape [3, 5] in the", {**fits, "w": torch.zeros(5, 3)}, {"strict": False}),
+        ("the name 'b', one of them from 'b'", fits, {"rename": {"w": "b"}}),
+        ("no such layer", fits, {"rename": lambda name: [].index("no such layer")}),
+        ("model", [1], {}),
+    ]
+    for why, model, options in bad:
+        before = copy.deepcopy(model)
+        kind, _, message = told(lambda: ckpt.load_safetensors(model, path, **options))
+        assert kind in ("VALIDATION_FAILED", "ValueError") and why in message, (kind, message)
+        assert identical(model, before)
+    loose = {"w": zeros.bfloat16(), "x": torch.ones(1)}
     result = ckpt.load_safetensors(loose, path, strict=False)
     assert identical(loose, {"w": state["w"].bfloat16(), "x": torch.ones(1)})
     for word in ("nothing was verified", "model/x: missing", "model/b: in the", "dtype F32"):
         assert any(word in warning for warning in result.warnings), word
-
-
-def test_load_safetensors_renames_by_a_mapping_or_a_function_and_leaves_out_what_becomes_none(tmp_path):
-    state = safetensors_state()
-    path = safetensors_file(tmp_path / "m.safetensors", state)
     for rename in ({"w": "layer.w", "b": None}, lambda name: {"w": "layer.w"}.get(name)):
         model = {"layer.w": torch.zeros(3, 5)}
         ckpt.load_safetensors(model, path, rename=rename)
         assert identical(model["layer.w"], state["w"])
-    assert "the name 'b', one of them from 'b'" in misfit(tmp_path, dict(state), rename={"w": "b"})
-
-    def fails(name):
-        raise KeyError("no such layer")
-
-    with pytest.raises(CheckpointException, match="no such layer"):
-        ckpt.load_safetensors(dict(state), path, rename=fails)
 
 
 def test_load_safetensors_takes_files_whose_tensors_are_not_aligned_and_empty_ones(tmp_path):
-    big = torch.randn(3 * BLOCK // 8 + 3)  # more than a block
-    state = {
-        "a": torch.ones(3, dtype=torch.uint8),
-        "big": big,
-        "none": torch.zeros(0, 2),
-        "half": torch.ones(3).half(),
-    }
-    state |= {"z": torch.randn(5).double()}
-    path = safetensors_file(tmp_path / "m.safetensors", state, pad=3)
+    big, half = torch.randn(3 * BLOCK // 8 + 3), torch.ones(3).half()  # more than a block
+    state = {"a": torch.ones(3).byte(), "big": big, "none": torch.zeros(0, 2), "half": half}
+    path = as_file(tmp_path, state | {"z": torch.randn(5).double()}, pad=3)
     found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    found["big"] = torch.zeros(len(big), 2)[:, 0]  # strided, so that it is filled box by box
+    found |= {
+        "z": torch.zeros(5).double(),
+        "big": torch.zeros(len(big), 2)[:, 0],
+    }  # strided: filled box by box
     result = ckpt.load_safetensors(found, path)
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     assert {shard.file for shard in result.metadata.shards} == {path.name}
     ckpt.load_safetensors({}, safetensors_file(tmp_path / "0.safetensors", {}))
 
 
-def test_load_safetensors_follows_the_links_of_a_snapshot_in_hugging_faces_cache(tmp_path):
-    state = dict(filled(Net(), "truth").state_dict())
-    (tmp_path / "blobs").mkdir()
-    as_index(tmp_path / "blobs", state)
-    snapshot = tmp_path / "snapshots" / "0a1b"
-    snapshot.mkdir(parents=True)
-    for number, blob in enumerate(sorted((tmp_path / "blobs").iterdir())):
-        (snapshot / blob.name).symlink_to(f"../../blobs/{number}")
-        blob.rename(blob.with_name(str(number)))
-    for source in (snapshot, snapshot / "m.safetensors.index.json"):
-        model = filled(Net(), "other")
-        ckpt.load_safetensors(model, source)
-        assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
-
-
 def test_load_safetensors_raises_on_all_ranks_what_fails_on_one(tmp_path):
-    state = {name: torch.randn(8, 4) for name in ("a", "b")}
     for place in ("0", "1"):
         (tmp_path / place).mkdir()
-        as_index(tmp_path / place, state)
-    outcomes = run(2, load_with_faults, tmp_path)
-    assert outcomes[0] == outcomes[1]
-    read, cut, other = outcomes[0]
+        as_index(tmp_path / place, {name: torch.randn(8, 4) for name in ("a", "b")})
+    first, second = run(2, load_with_faults, tmp_path)
+    assert first == second
+    read, cut, other = first
     assert read[:2] == ("STORAGE_ERROR", 1) and "tensors being loaded are undefined" in read[2]
     assert cut[:2] == ("CORRUPTED_CHECKPOINT", 1) and "m-1.safetensors" in cut[2]
     assert other[0] == "ValueError" and "disagree about the headers" in other[2]
@@ -5394,28 +3853,22 @@ def test_load_safetensors_raises_on_all_ranks_what_fails_on_one(tmp_path):
 
 def load_with_faults(rank, world_size, tmp):
     """What a disk that fails in L4, a file cut short, and another file do on rank 1."""
-    model = {
-        name: distribute_tensor(torch.zeros(8, 4), init_device_mesh("cpu", (2,)), [ShardDim(0)])
-        for name in ("a", "b")
-    }
-    source, outcomes = tmp / str(rank), []
+    mesh, source = init_device_mesh("cpu", (world_size,)), tmp / str(rank)
+    model = {name: distribute_tensor(torch.zeros(8, 4), mesh, [ShardDim(0)]) for name in ("a", "b")}
+    part, outcomes = source / "m-1.safetensors", []
+    data = part.read_bytes()
 
     def load():
         outcomes.append(told(lambda: ckpt.load_safetensors(model, source)))
 
-    def broken(op):
-        if rank == 1 and op.call == "pread" and op.offset > 8:
-            fail(errno.EIO)(op)
-
-    st.os = Seam(broken)
+    broken = Strike(0, fail(errno.EIO), lambda op: op.call == "pread" and op.offset > 8, until=FOREVER)
+    st.os = Seam(broken if rank else lambda op: None)
     load()
     st.os = os
-    part = source / "m-1.safetensors"
-    data = part.read_bytes()
-    if rank == 1:
+    if rank:
         part.write_bytes(data[:-1])
     load()
-    if rank == 1:
+    if rank:
         safetensors_file(part, {"b": torch.randn(4, 8)})
     load()
     part.write_bytes(data)
@@ -5447,77 +3900,61 @@ def load_with_checkers(rank, world_size, tmp):
 # What differs between two checkpoints
 
 
-def kinds(capsys, tmp, *words):
+def differing(capsys, tmp, *words):
     """Exit code, and {name: (kind, what, largest change)}, of diff."""
     code, _, text = command(capsys, "diff", tmp, *words, "--json")
-    return code, {d["name"]: (d["kind"], d["what"], d["largest_change"]) for d in json.loads(text or "[]")}
+    return code, {d["name"]: (d["kind"], d["what"], d["largest_change"]) for d in json.loads(text)}
 
 
-def test_diff_names_what_was_added_removed_and_changed_and_how_much(tmp_path, capsys):
-    checkpoint = opened(tmp_path)
-    old = dict(
-        same=torch.ones(5),
-        gone=torch.ones(2),
-        wide=torch.ones(3),
-        typed=torch.ones(4),
-        moved=torch.zeros(2 * MiB),
-    )
-    old |= dict(
-        nan=torch.tensor([1.0, math.nan]),
-        ints=torch.tensor([1, 2]),
-        z=torch.tensor([3 + 4j]),
-        far=torch.ones(2),
-    )
-    new = {**old, "wide": torch.ones(4), "typed": torch.full((4,), 1.5).bfloat16(), "new": torch.ones(1)}
-    new |= dict(
-        moved=old["moved"].index_fill(0, torch.tensor([MiB]), -0.25), nan=torch.tensor([math.nan, math.nan])
-    )
-    new |= dict(ints=torch.tensor([1, -5]), z=torch.tensor([0j]), far=torch.tensor([1.0, math.inf]))
-    del new["gone"]
-    checkpoint.save(
-        Bag(**old), None, to("a", include_rng_state=False), extra_state={"step": 1, "day": 1, "lr": 0.5}
-    )
-    checkpoint.save(
-        Bag(**new), None, to("b", include_rng_state=False), extra_state={"step": 20, "day": 2, "lr": 0.5}
-    )
-    wanted = {
-        "model/gone": ("removed", "F32 [2]", None), "model/new": ("added", "F32 [1]", None),
-        "model/wide": ("changed", "F32 [3] -> F32 [4]", None), "model/typed": ("changed", "F32 [4] -> BF16 [4]", 0.5),
-        "model/moved": ("changed", "value", 0.25), "model/ints": ("changed", "value", 7.0), "model/z": ("changed", "value", 5.0),
-        "model/far": ("changed", "value", math.inf), "extra/step": ("changed", "value", None),
-        "extra/day": ("changed", "value", None),
-    }  # fmt: skip
-    code, found = kinds(capsys, tmp_path, "a", "b", "--values")
-    kind, what, change = found.pop("model/nan")
-    assert code == 1 and found == wanted and (kind, what) == ("changed", "value") and math.isnan(change)
-    code, found = kinds(capsys, tmp_path, "a", "b")
-    assert code == 1 and {n: (k, w) for n, (k, w, _) in found.items()} == {
-        n: (k, w) for n, (k, w, _) in {**wanted, "model/nan": ("changed", "value", 0)}.items()
-    }
-    assert all(change is None for *_, change in found.values())
+def test_diff_names_what_was_added_removed_and_changed_and_by_how_much(tmp_path, capsys):
+    zeros, tensor = torch.zeros(2 * MiB), torch.tensor
+    rows = [  # name, old, new, kind, what, largest change
+        ("same", torch.ones(5), torch.ones(5), None, "", None),
+        ("gone", torch.ones(2), None, "removed", "F32 [2]", None),
+        ("new", None, torch.ones(1), "added", "F32 [1]", None),
+        ("wide", torch.ones(3), torch.ones(4), "changed", "F32 [3] -> F32 [4]", None),
+        ("typed", torch.ones(4), tensor([1.5] * 4).bfloat16(), "changed", "F32 [4] -> BF16 [4]", 0.5),
+        ("moved", zeros, zeros.index_fill(0, tensor([MiB]), -0.25), "changed", "value", 0.25),
+        ("nan", tensor([1.0, math.nan]), tensor([math.nan, math.nan]), "changed", "value", math.nan),
+        ("ints", tensor([1, 2]), tensor([1, -5]), "changed", "value", 7.0),
+        ("z", tensor([3 + 4j]), tensor([0j]), "changed", "value", 5.0),
+        ("far", torch.ones(2), tensor([1.0, math.inf]), "changed", "value", math.inf),
+    ]
+    for prefix, side, extra in (("a", 1, {"step": 1, "day": 1}), ("b", 2, {"step": 20, "day": 2})):
+        state = Bag(**{row[0]: row[side] for row in rows if row[side] is not None})
+        options = to(prefix, include_rng_state=False)
+        opened(tmp_path).save(state, None, options, extra_state={**extra, "lr": 0.5})
+    wanted = {f"model/{name}": tuple(change) for name, _, _, *change in rows if change[0]}
+    wanted |= dict.fromkeys(("extra/step", "extra/day"), ("changed", "value", None))
+    code, found = differing(capsys, tmp_path, "a", "b", "--values")
+    assert code == 1 and identical(found, wanted)
+    code, found = differing(capsys, tmp_path, "a", "b")
+    assert code == 1 and found == {name: (kind, what, None) for name, (kind, what, _) in wanted.items()}
     code, text, _ = command(capsys, "diff", tmp_path, "a", "b", "--values")
-    assert re.search(r"^model/gone +removed +F32 \[2\]$", text, re.M) and re.search(
-        r"^model/moved +changed +value +0.25$", text, re.M
-    )
+    for line in (r"model/gone +removed +F32 \[2\]", r"model/moved +changed +value +0.25"):
+        assert code == 1 and re.search(f"^{line}$", text, re.M)
     assert command(capsys, "diff", tmp_path, "a", "a") == (0, "", "")
 
 
 def test_diff_of_two_layouts_of_the_same_state_is_nothing(saved, capsys):
-    base = saved("fsdp2tp2")
+    base = [saved(layout) for layout in ("fsdp2tp2", "fsdp3")][0]
     for form in FORMATS:
-        _, found = kinds(capsys, saved("fsdp3"), "fsdp3/MULTI_SHARD", f"fsdp2tp2/{form.name}")
-        assert base == saved("fsdp3") and all(name.startswith("rng/state~r") for name in found)
+        _, found = differing(capsys, base, "fsdp3/MULTI_SHARD", f"fsdp2tp2/{form.name}")
+        assert all(name.startswith("rng/state~r") for name in found)
 
 
 # Shown on a terminal, or not
 
 
-def on_terminal(columns, *words):
-    """Exit code and screen output of the command, on a terminal of so many columns."""
+@pytest.mark.parametrize("name", ["verify", "export"])
+def test_long_commands_show_rate_and_time_left_on_a_terminal_alone(tmp_path, name, capsys):
+    opened(tmp_path).save(Bag(w=torch.randn(32 * MiB)), None, to())
+    out = tmp_path / "m.safetensors"
+    words, last = ([out], str(out)) if name == "export" else ([], "p: ok")
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
-    line = [sys.executable, str(HERE / "ckpt.py"), *map(str, words)]
+    line = [sys.executable, str(HERE / "ckpt.py"), name, tmp_path, "p", *words]
     process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     text = b""
@@ -5525,183 +3962,98 @@ def on_terminal(columns, *words):
         while data := os.read(ours, 1 << 16):
             text += data
     os.close(ours)
-    return process.wait(HANG_S), text.decode()
-
-
-def test_show_lists_each_tensor_with_its_dtype_shape_size_and_pieces(two_checkpoints, capsys):
-    opened(two_checkpoints).save_model_only(nn.ModuleDict({"block": nn.Linear(500, 1000)}), to("tree"))
-    code, text, _ = command(capsys, "show", two_checkpoints, "tree")
-    assert code == 0 and "\x1b" not in text
-    assert re.search(r"^model/block\.weight +F32 +1000x500 +1 +2\.00 MB$", text, re.M), text
-
-
-def test_the_json_of_show_is_as_documented(two_checkpoints, capsys):
-    told = json.loads(command(capsys, "show", two_checkpoints, "runs/one", "--json")[2])
-    keys = "prefix save_id sequence version timestamp world_size format compression torch_version size_bytes"
-    assert list(told) == [*keys.split(), "custom_metadata", "shards", "tensors"]
-    assert list(told["shards"][0]) == ["file", "bytes"]
-    (tensor,) = [tensor for tensor in told["tensors"] if tensor["name"] == "model/0.weight"]
-    documented = dict(
-        name="model/0.weight", dtype="F32", shape=[5, 3], rank=None, pieces=1, bytes=60, tied_to=None
+    text, bar = (
+        text.decode(),
+        rf"{name} p +\d+ %  [\d.]+ \wB of 134\.\d\d MB  [\d.]+ \wB/s  \d+:\d\d left  \[#* *\]",
     )
-    assert tensor == documented and list(tensor) == list(documented)
-    documented = (HERE / "README.md").read_text()
-    assert all(f"`{key}`" in documented for key in [*told, *tensor])
-
-
-@pytest.mark.parametrize("words", [["verify"], ["export"]])
-def test_long_commands_show_rate_and_time_left_on_a_terminal_alone(tmp_path, words, capsys):
-    opened(tmp_path).save(Bag(w=torch.randn(32 * MiB)), None, to())
-    words = [*words, tmp_path, "p", *([tmp_path / "m.safetensors"] if words == ["export"] else [])]
-    code, text = on_terminal(100, *words)
-    line = rf"{words[0]} p +\d+ %  [\d.]+ \wB of 134\.\d\d MB  [\d.]+ \wB/s  \d+:\d\d left  \[#* *\]"
-    assert code == 0 and re.search(line, text), text
-    assert (
-        text.rstrip()
-        .rpartition("\r")[2]
-        .lstrip()
-        .startswith("p: ok" if words[0] == "verify" else str(tmp_path)[:20])
-    ), "it is gone"
-    code, text, _ = command(capsys, *words)
+    assert process.wait(HANG_S) == 0 and re.search(bar, text), text
+    assert text.rstrip().rpartition("\r")[2].lstrip().startswith(last[:20]), "the bar is gone"
+    code, text, _ = command(capsys, name, tmp_path, "p", *words)
     assert code == 0 and "B/s" not in text and "\r" not in text
 
 
-def test_a_reader_of_the_output_may_stop_early(two_checkpoints):
-    line = [sys.executable, str(HERE / "ckpt.py"), "show", str(two_checkpoints), "runs/one"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert (process.stderr.read(), process.wait(HANG_S)) == (b"", 0)
-
-
-MISUSE = [
-    "export {} two {}/model.bin", "export {} ../x {}/m.safetensors", "export {} two {}/m.safetensors --dtype int8",
-    "export {} two {}/m.safetensors --max-shard-size big", "export {} two {}/m.safetensors --max-shard-size 0",
-    "import {} {} ../x", "import {}/m.safetensors {}", "diff {} two", "show {}/nowhere two", "",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("words", MISUSE)
-def test_misuse_exits_2_and_writes_nothing(two_checkpoints, words, capsys):
-    before = listing(two_checkpoints)
-    try:
-        code = ckpt.main([word.format(two_checkpoints) for word in words.split()])
-    except SystemExit as exit:
-        code = exit.code
-    assert code == 2 and capsys.readouterr().err and listing(two_checkpoints) == before
-
-
-# ---- the README's format: enough to write a reader from -----------------------------------------------------------------
+# ---- the README's format: enough to write a reader from ----------------------------------------------------
 
 
 class Stranger:
-    """A checkpoint as somebody reads it who has the README's section "On disk" and a standard library, and nothing else."""
+    """A checkpoint as read by somebody who has the README's section "On disk", Python and numpy alone."""
 
-    SIZES: ClassVar = {
-        "BOOL": 1,
-        "U8": 1,
-        "I8": 1,
-        "U16": 2,
-        "I16": 2,
-        "F16": 2,
-        "BF16": 2,
-        "U32": 4,
-        "I32": 4,
-        "F32": 4,
-    }
-    SIZES |= {"U64": 8, "I64": 8, "F64": 8, "C64": 8, "C128": 16, "C32": 4, "JSON": 1}
+    CODES: ClassVar = {1: "BOOL U8 I8 JSON", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32 C32", 16: "C128"}
+    CODES[8] = "U64 I64 F64 C64"
+    SIZES: ClassVar = {code: size for size, codes in CODES.items() for code in codes.split()}
 
     def __init__(self, directory, prefix):
         with open(f"{directory}/{prefix}.metadata.json", "rb") as file:
             text = file.read()
-        assert text[-21:-10] == b',"crc32":"' + text[-11:-10] and text[-3:] == b'"}\n'
+        assert text[-21:-11] == b',"crc32":"' and text[-3:] == b'"}\n'
         assert int(text[-11:-3], 16) == zlib.crc32(text[:-21])
         self.record = json.loads(text)
+        self.files = []  # of each: its data, and where entries begin and end
         assert self.record["format_version"] == 2
-        self.files = []  # of each: its data, and where the entries begin and end
         for name, length, header_bytes, crc in self.record["files"]:
-            assert name.startswith(self.record["save_id"])
             with open(f"{directory}/{prefix}/{name}", "rb") as file:
-                self.files.append(self.file(file.read(), length, header_bytes, crc))
-
-    @staticmethod
-    def file(content, length, header_bytes, crc):
-        (n,) = struct.unpack("<Q", content[:8])
-        assert len(content) == length and 8 + n == header_bytes and header_bytes % 4096 == 0
-        assert f"{zlib.crc32(content[:header_bytes]):08x}" == crc
-        header, data = json.loads(content[8:header_bytes]), content[header_bytes:]
-        assert list(header)[0] == "__metadata__"
-        metadata = header.pop("__metadata__")
-        assert list(metadata) == ["format", "ckpt_version", "unit_bytes", "crc32"]
-        assert (metadata["format"], metadata["ckpt_version"], metadata["unit_bytes"]) == ("pt", "2", "262144")
-        units = [data[at : at + 262144] for at in range(0, len(data), 262144)]
-        assert metadata["crc32"] == "".join(f"{zlib.crc32(unit):08x}" for unit in units)
-        return data, {name: tuple(entry["data_offsets"]) for name, entry in header.items()}
+                content = file.read()
+            (n,) = struct.unpack("<Q", content[:8])
+            assert len(content) == length and 8 + n == header_bytes and header_bytes % 4096 == 0
+            assert f"{zlib.crc32(content[:header_bytes]):08x}" == crc
+            assert name.startswith(self.record["save_id"])
+            header, data = json.loads(content[8:header_bytes]), content[header_bytes:]
+            assert list(header)[0] == "__metadata__"
+            units = [data[begin : begin + 262144] for begin in range(0, len(data), 262144)]
+            crcs = "".join(f"{zlib.crc32(unit):08x}" for unit in units)
+            metadata = {"format": "pt", "ckpt_version": "2", "unit_bytes": "262144", "crc32": crcs}
+            assert list(header.pop("__metadata__").items()) == list(metadata.items())
+            self.files.append((data, {key: tuple(entry["data_offsets"]) for key, entry in header.items()}))
 
     @staticmethod
     def column(text):
         differences = struct.iter_unpack("<q", zlib.decompress(base64.b64decode(text)))
-        total, numbers = 0, []
-        for (difference,) in differences:
-            total += difference
-            numbers.append(total)
-        return numbers
+        return list(itertools.accumulate(difference for (difference,) in differences))
 
     @staticmethod
     def expand(stored, size, length):
         """The row-major bytes of a piece of `length` bytes, with elements of `size`, from its stored ones."""
         if len(stored) == length:
             return stored
-        planes = stored[0]
-        assert planes in (1, size)
-        lengths = struct.unpack(f"<{planes}I", stored[1 : 1 + 4 * planes])
-        share, at, plain = length // planes, 1 + 4 * planes, bytearray(length)
+        planes, plain = stored[0], bytearray(length)
+        lengths, begin = struct.unpack(f"<{planes}I", stored[1 : 1 + 4 * planes]), 1 + 4 * planes
         for plane, stored_length in enumerate(lengths):
-            chunk = stored[at : at + stored_length]
-            at += stored_length
-            plain[plane::planes] = chunk if stored_length == share else zlib.decompress(chunk)
-        assert at == len(stored) and len(plain) == length
+            chunk = stored[begin : begin + stored_length]
+            plain[plane::planes] = chunk if stored_length == length // planes else zlib.decompress(chunk)
+            begin += stored_length
+        assert begin == len(stored) and len(plain) == length and planes in (1, size)
         return bytes(plain)
-
-    def entry(self, name, low, count, shape, rank, in_model):
-        """What the name of a piece's entry must be."""
-        if in_model:
-            return name.removeprefix("model/")
-        name = name.replace("~", "~0").replace("@", "~1")
-        name += "" if count == shape else "@" + ",".join(map(str, low))
-        return name if rank is None else f"{name}~r{rank}"
 
     def tensors(self):
         """(name, rank or None) -> (dtype, shape, row-major bytes) of every tensor, whole."""
         rows, pieces = self.record["tensors"], self.record["pieces"]
-        whole = [bytearray(math.prod(shape) * self.SIZES[code]) for _, code, shape, _, _ in rows]
-        which, file, begin, length = (
-            self.column(pieces[key]) for key in ("tensor", "file", "begin", "length")
-        )
+        whole = [np.zeros((*shape, self.SIZES[code]), np.uint8) for _, code, shape, _, _ in rows]
+        assert list(pieces) == ["count", "tensor", "file", "begin", "length", "offset", "size"]
+        which, file, begin, length = (self.column(column) for column in list(pieces.values())[1:5])
         offset, size = ([self.column(text) for text in pieces[key]] for key in ("offset", "size"))
         assert which == sorted(which) and len(which) == pieces["count"]
         self.compressed = []  # the stored lengths of compressed pieces, and the lengths of their boxes
         for row, index in enumerate(which):
             name, code, shape, rank, tied = rows[index]
-            item, ndim = self.SIZES[code], len(shape)
+            item, ndim, end = self.SIZES[code], len(shape), begin[row] + length[row]
             low, count = ([column[row] for column in columns] for columns in (offset, size))
             assert not any(low[ndim:]) and set(count[ndim:]) <= {1} and tied is None
-            low, count, end = low[:ndim], count[:ndim], begin[row] + length[row]
+            low, count = low[:ndim], count[:ndim]
+            if self.record["files"][file[row]][0].endswith(".model.safetensors"):
+                entry = name.removeprefix("model/")
+            else:
+                entry = name.replace("~", "~0").replace("@", "~1")
+                entry += "" if count == shape else "@" + ",".join(map(str, low))
+                entry += "" if rank is None else f"~r{rank}"
             data, entries = self.files[file[row]]
-            in_model = self.record["files"][file[row]][0].endswith(".model.safetensors")
-            assert entries[self.entry(name, low, count, shape, rank, in_model)] == (begin[row], end)
-            if length[row] < math.prod(count) * item:
-                self.compressed.append((length[row], math.prod(count) * item))
-            data = self.expand(data[begin[row] : end], item, math.prod(count) * item)
-            line = (count[-1] if count else 1) * item
-            for number in range(len(data) // line):  # a line of the last dimension at a time
-                rest, at, stride = number, low[-1] if low else 0, 1
-                for dim in range(len(shape) - 2, -1, -1):
-                    stride *= shape[dim + 1]
-                    at += (low[dim] + rest % count[dim]) * stride
-                    rest //= count[dim]
-                whole[index][at * item : at * item + line] = data[number * line : (number + 1) * line]
+            assert entries[entry] == (begin[row], end)
+            plain = self.expand(data[begin[row] : end], item, math.prod(count) * item)
+            if length[row] < len(plain):
+                self.compressed.append((length[row], len(plain)))
+            box = tuple(slice(first, first + extent) for first, extent in zip(low, count))
+            whole[index][box] = np.frombuffer(plain, np.uint8).reshape(*count, item)
         return {
-            (name, rank): (code, shape, bytes(whole[row if tied is None else tied]))
+            (name, rank): (code, shape, whole[row if tied is None else tied].tobytes())
             for row, (name, code, shape, rank, tied) in enumerate(rows)
         }
 
@@ -5726,30 +4078,32 @@ class Stranger:
             "$float": lambda: struct.unpack(">d", bytes.fromhex(body))[0],
             "$bytes": lambda: base64.b64decode(body),
             "$str": lambda: base64.b64decode(body).decode("utf-8", "surrogatepass"),
-            "$ndarray": lambda: ("array", body[0], body[1], base64.b64decode(body[2])),
-            "$scalar": lambda: ("scalar", body[0], body[1], base64.b64decode(body[2])),
+            "$ndarray": lambda: (*body[:2], base64.b64decode(body[2])),
+            "$scalar": lambda: (*body[:2], base64.b64decode(body[2])),
         }
         return readers[kind]() if kind in readers else (kind, body)  # tensor, dtype, device, datetime: a name
 
 
 def documented_state(rank):
     """Every kind of thing that the README's tables name, as `rank` has it before anything is sharded."""
-    big = torch.arange(2_600_000, dtype=torch.float32).view(1300, 2000)  # several blocks
     tied, noise = torch.arange(6).view(2, 3), torch.Generator().manual_seed(1)
-    model = {
-        "big": big, "noise": torch.randn(40_000, generator=noise), "tied": tied, "again": tied, "empty": torch.zeros(0, 3),
-        "scalar": torch.tensor(2.5, dtype=torch.float64), "flag": torch.tensor([True, False, True]),
-        "half": torch.randn(7, 3, generator=noise).bfloat16(), "strided": torch.arange(24.0).view(4, 6).T,
-        "complex": torch.randn(3, 2, dtype=torch.complex128, generator=noise), "own~@name": torch.ones(1, 1, 1, 2),
-        "apart": torch.full((2, 2), float(rank)), "config": {"depth": 3, "name": "ü", 5: (1.5, None)},
-    }  # fmt: skip
-    extra = {
-        "plain": [1, -2.5, "x", None, True], "tuple": (1, (2,)), "large": -(2**70), "odd": [math.inf, -math.inf],
-        "set": {3, 1}, "bytes": b"\0\xff", "torn": "\ud83d\ude00", "keys": {(1, 2): "a"}, "counter": Counter("aab"),
-        "place": {"rank": rank}, "array": np.arange(3, dtype=">i2"), "size": torch.Size([2, 3]), "dtype": torch.bfloat16,
-        "nested": {"deep": [torch.arange(3)]}, "frozen": frozenset("a"),
-    }  # fmt: skip
-    return model, extra
+    randn = functools.partial(torch.randn, generator=noise)
+    tensors = dict(tied=tied, again=tied, empty=torch.zeros(0, 3), strided=torch.arange(24.0).view(4, 6).T)
+    tensors |= dict(
+        big=torch.arange(2.6e6).view(1300, 2000), noise=randn(40_000), half=randn(7, 3).bfloat16()
+    )
+    tensors |= dict(complex=randn(3, 2, dtype=torch.complex128), scalar=torch.tensor(2.5).double())
+    tensors |= dict(flag=torch.tensor([True, False, True]), apart=torch.full((2, 2), float(rank)))
+    tensors["own~@name"] = torch.ones(1, 1, 1, 2)
+    values = dict(plain=[1, -2.5, "x", None, True], tuple=(1, (2,)), large=-(2**70), bytes=b"\0\xff")
+    values |= dict(odd=[math.inf, -math.inf], set={3, 1}, torn="\ud83d\ude00", keys={(1, 2): "a"})
+    values |= dict(place={"rank": rank}, array=np.arange(3, dtype=">i2"), number=np.float32(0.1))
+    values |= dict(size=torch.Size([2, 3]), dtype=torch.bfloat16, frozen=frozenset("a"))
+    values |= dict(nested={"deep": [torch.arange(3)]}, counter=Counter("aab"))
+    return tensors, values
+
+
+CONFIG = {"depth": 3, "name": "ü", 5: (1.5, None)}  # a value in a model's state
 
 
 def documented_layers(salt="truth"):
@@ -5757,15 +4111,15 @@ def documented_layers(salt="truth"):
 
 
 def save_documented(rank, world_size, tmp, form, level):
-    layers = documented_layers()
+    layers, (tensors, values) = documented_layers(), documented_state(rank)
     fully_shard(layers[0])  # 7 rows over 2 ranks: uneven
     fully_shard(layers)
     optimizer = stepped(layers)
-    model, extra = documented_state(rank)
     torch.manual_seed(rank)
     random.seed(rank)
     options = to(format=form, compression_level=level, custom_metadata={"note": [1, 2]})
-    opened(tmp).save({"layers": layers, "bag": Bag(**model)}, optimizer, options, extra_state=extra)
+    model = {"layers": layers, "bag": Bag(**tensors, config=CONFIG)}
+    opened(tmp).save(model, optimizer, options, extra_state=values)
 
 
 @pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST, CompressionLevel.MAXIMUM])
@@ -5774,13 +4128,11 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
     run(2, save_documented, ram, form, level)
     found = Stranger(ram, "p")
     assert found.record["custom_metadata"] == {"note": [1, 2]} and found.record["format"] == form.value
-    tensors = found.tensors()
-    values = {
-        key: found.value(json.loads(data)) for key, (dtype, _, data) in tensors.items() if dtype == "JSON"
-    }
+    stored = found.tensors()
+    values = {key: found.value(json.loads(data)) for key, (code, _, data) in stored.items() if code == "JSON"}
     assert max((plain for _, plain in found.compressed), default=0) <= 4194304
-    own_files = form is not CheckpointFormat.SINGLE_FILE
-    assert bool(found.compressed) == (level is not CompressionLevel.NONE and own_files)
+    compressible = level is not CompressionLevel.NONE and form is not CheckpointFormat.SINGLE_FILE
+    assert bool(found.compressed) == compressible
     whole_file = {"single_file": "model/bag.empty", "consolidated": "bag.empty"}.get(form.value)
     assert whole_file is None or whole_file in found.files[0][1], "an empty tensor has an entry there"
     layers = documented_layers()
@@ -5789,34 +4141,25 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
     for (name, _), state in zip(layers.named_parameters(), optimizer.state_dict()["state"].values()):
         expected |= {(f"optimizer/layers.{name}/{key}", None): tensor for key, tensor in state.items()}
     for rank in (0, 1):
-        model, extra = documented_state(rank)
-        config, apart = model.pop("config"), model.pop("apart")
-        expected |= {(f"model/bag.{key}", None): tensor for key, tensor in model.items()}
-        expected["model/bag.apart", rank] = apart
-        generator = torch.Generator().manual_seed(rank).get_state().numpy().tobytes()
-        assert values["rng/state", rank]["torch"] == generator
-        assert values["rng/state", rank]["random"] == random.Random(rank).getstate()
-        assert values["extra/place", rank] == extra["place"]
+        tensors, extra = documented_state(rank)
+        expected["model/bag.apart", rank] = tensors.pop("apart")
+        expected |= {(f"model/bag.{key}", None): tensor for key, tensor in tensors.items()}
         expected["extra/nested.deep.0", None] = extra["nested"]["deep"][0]
-    codes = {
-        torch.float32: "F32",
-        torch.float64: "F64",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-        torch.bool: "BOOL",
-    }
-    codes[torch.complex128] = "C128"
-    expected = {key: (codes[t.dtype], list(t.shape), raw(t)) for key, t in expected.items()}
-    assert {key: found for key, found in tensors.items() if found[0] != "JSON"} == expected
-    assert values["model-values/bag.config", None] == config
+        rng = values["rng/state", rank]
+        assert rng["torch"] == torch.Generator().manual_seed(rank).get_state().numpy().tobytes()
+        assert rng["random"] == random.Random(rank).getstate()
+        assert values["extra/place", rank] == extra["place"]
+    expected = {key: (code_of(t.dtype), list(t.shape), raw(t)) for key, t in expected.items()}
+    assert {key: found for key, found in stored.items() if found[0] != "JSON"} == expected
+    assert values["model-values/bag.config", None] == CONFIG
     group = values["optimizer/state", None]["groups"][0]
     assert group["params"] == [f"layers.{name}" for name, _ in layers.named_parameters()]
     assert group["options"]["betas"] == (0.9, 0.999)
-    for key in ("plain", "tuple", "large", "odd", "set", "bytes", "torn", "keys", "counter", "frozen"):
-        assert identical(values[f"extra/{key}", None], dict(extra[key]) if key == "counter" else extra[key])
-    assert values["extra/array", None] == ("array", ">i2", [3], np.arange(3, dtype=">i2").tobytes())
-    assert values["extra/size", None] == (2, 3) and values["extra/dtype", None] == ("$dtype", "bfloat16")
-    assert values["extra/nested", None] == {"deep": [("$tensor", "extra/nested.deep.0")]}
+    extra |= {"counter": dict(extra["counter"]), "size": (2, 3), "dtype": ("$dtype", "bfloat16")}
+    extra["array"], extra["number"] = (">i2", [3], b"\0\0\0\1\0\2"), ("<f4", [], b"\xcd\xcc\xcc\x3d")
+    extra["nested"] = {"deep": [("$tensor", "extra/nested.deep.0")]}
+    for key in extra.keys() - {"place"}:
+        assert identical(values[f"extra/{key}", None], extra[key]), key
 
 
 def test_the_worked_examples_of_the_readme_are_what_is_written(tmp_path):
@@ -5826,22 +4169,19 @@ def test_the_worked_examples_of_the_readme_are_what_is_written(tmp_path):
     dump = re.findall(r"^0000([0-9a-f]{4})  ((?:[0-9a-f]{2} +)+)", readme, re.MULTILINE)
     content = path.read_bytes()
     assert len(dump) == 3 and len(content) == 4096 + 8
-    for place, digits in dump:
-        assert content[int(place, 16) :].startswith(bytes.fromhex(digits))
+    assert all(content[int(place, 16) :].startswith(bytes.fromhex(digits)) for place, digits in dump)
     assert f"CRC32 {zlib.crc32(content[4096:]):08x}" in readme
     (example,) = re.findall(r"^```json\n(\{\"format_version.*\n)```", readme, re.MULTILINE)
     assert example.endswith(f',"crc32":"{zlib.crc32(example[:-21].encode()):08x}"}}\n')
-    written, shown = (
-        expanded(json.loads(text)) for text in ((tmp_path / "p.metadata.json").read_bytes(), example)
-    )
+    text = (tmp_path / "p.metadata.json").read_text()
+    written, shown = expanded(json.loads(text)), expanded(json.loads(example))
     assert list(written) == list(shown)
-    for key in ("save_id", "torch_version", "timestamp", "crc32"):
-        written[key] = shown[key]
     written["files"][0][0] = shown["save_id"] + written["files"][0][0][8:]
-    assert written == shown
+    others = ("save_id", "torch_version", "timestamp", "crc32")
+    assert written == shown | {key: written[key] for key in others}
 
 
-# ---- recipes: the README names these, and each is ready to copy -------------------------------------------------------
+# ---- recipes: the README names these, and each is ready to copy --------------------------------------------
 
 
 def tensor_parallel(model):
@@ -5858,7 +4198,7 @@ SHARDINGS = {
 
 
 def train_in_any_layout(layout, steps):
-    """Continue from the newest checkpoint, of whatever layout and number of ranks; returns the step reached."""
+    """Continue from the newest checkpoint, of any layout and number of ranks; return the step reached."""
     model = SHARDINGS[layout](nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1)))
     optimizer, step = torch.optim.AdamW(model.parameters()), 0
     with ckpt.DistributedCheckpoint(storage="./ckpts") as checkpoint:
@@ -5913,7 +4253,7 @@ def ckpt_trainer():
 
 
 def lightning_callback():
-    """A callback for Lightning with any strategy: it saves after each epoch, and resumes before the first step.
+    """A callback for Lightning with any strategy: it saves after each epoch, and resumes at the start.
 
     `Trainer(callbacks=[CkptCallback(DistributedCheckpoint(storage="./ckpts"))], enable_checkpointing=False)`.
     """
@@ -5940,7 +4280,7 @@ def lightning_callback():
 
 
 class StoredObject:
-    """An object of an object store: read in ranges; a new one is collected in memory, and written by `sync`."""
+    """An object of an object store: read in ranges; a new one is collected in memory, written by `sync`."""
 
     def __init__(self, fs, name):
         self.fs, self.name, self.data = fs, name, bytearray()
@@ -5966,9 +4306,9 @@ class StoredObject:
 class ObjectStorage:
     """S3, GCS or Azure, by `fsspec`: `DistributedCheckpoint(storage=ObjectStorage("s3://bucket/ckpts"))`.
 
-    Writing the record, last and in one request, is the commit. What a file system has and this lacks: files that
-    ranks share (save as MULTI_SHARD), and a rename that fails once the ranks have abandoned a save (do not reuse
-    prefixes).
+    Writing the record, last and in one request, is the commit. What a file system has and this lacks: files
+    that ranks share (save as MULTI_SHARD), and a rename that fails once the ranks have abandoned a save (do
+    not reuse prefixes).
     """
 
     def __init__(self, url):
@@ -6037,34 +4377,31 @@ class SameArchitecture:
         return ckpt.ValidationResult([] if found == "v2" else [f"architecture {found!r}, not 'v2'"])
 
 
-# ---- the recipes do what they say ---------------------------------------------------------------------------------------
+# ---- the recipes do what they say --------------------------------------------------------------------------
 
 
-def test_every_recipe_that_the_readme_names_is_here_or_there():
+def test_every_recipe_that_the_readme_names_is_in_the_section_recipes():
     text = (HERE / "README.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
-    named = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
-    section = (HERE / "test_ckpt.py").read_text().partition("\n# ---- recipes:")[2].partition("\n# ---- ")[0]
-    defined = re.findall(r"^(?:def|class) (\w+)", section, re.MULTILINE)
-    assert len(named) >= 5 and {name for row in named for name in re.findall(r"`(\w+)`", row)} <= set(defined)
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)))
+    recipes = Path(__file__).read_text().partition("\n# ---- recipes")[2].partition("\n# ---- ")[0]
+    assert len(named) >= 6 and set(named) <= set(re.findall(r"^(?:def|class) (\w+)", recipes, re.MULTILINE))
 
 
 def test_one_loop_continues_in_any_layout_from_what_any_other_has_saved(tmp_path):
-    steps, losses = 0, []
-    for layout, ranks in (("plain", 1), ("ddp", 2), ("fsdp2", 2), ("tp", 2), ("ddp", 3), ("plain", 1)):
-        told = run(ranks, follow_the_recipe, tmp_path, layout)
-        steps += 3
-        assert told == [steps] * ranks
+    layouts = (("plain", 1), ("ddp", 2), ("fsdp2", 2), ("tp", 2), ("ddp", 3), ("plain", 1))
+    for number, (layout, ranks) in enumerate(layouts):
+        assert run(ranks, follow_the_recipe, tmp_path, layout, 3) == [3 * number + 3] * ranks
     (tmp_path / "whole").mkdir()
-    run(1, follow_the_recipe, tmp_path / "whole", "plain", steps)
+    run(1, follow_the_recipe, tmp_path / "whole", "plain", 18)
+    weights = []
     for directory in (tmp_path, tmp_path / "whole"):
-        linear = {name: torch.zeros(shape) for name, shape in (("0.weight", (64, 8)), ("2.bias", (1,)))}
-        bag = Bag(**linear)
-        opened(directory / "ckpts").load(bag, None, at(f"step_{steps}", strict_mode=False))
-        losses.append(torch.cat([tensor.reshape(-1) for tensor in bag.state.values()]))
-    assert torch.allclose(*losses, rtol=1e-4, atol=1e-6)  # other layouts add in another order
+        found = {"0.weight": torch.zeros(64, 8), "2.bias": torch.zeros(1)}
+        opened(directory / "ckpts").load(found, None, at("step_18", strict_mode=False))
+        weights.append(torch.cat([tensor.reshape(-1) for tensor in found.values()]))
+    assert torch.allclose(*weights, rtol=1e-4, atol=1e-6)  # other layouts add in another order
 
 
-def follow_the_recipe(rank, world_size, tmp, layout, steps=3):
+def follow_the_recipe(rank, world_size, tmp, layout, steps):
     os.chdir(tmp)
     if layout == "plain":
         dist.destroy_process_group()
@@ -6080,18 +4417,9 @@ def recipes():
     return types.SimpleNamespace(**namespace)
 
 
-class TwoParts(nn.Module):
-    """A backbone and a head."""
-
-    def __init__(self, salt, head=2):
-        super().__init__()
-        self.backbone, self.head = filled(nn.Linear(3, 5), salt), filled(nn.Linear(5, head), salt)
-
-
 def test_a_renamed_subset_of_a_checkpoint_fills_the_backbone_for_fine_tuning(tmp_path):
     run(2, save_an_encoder, tmp_path)
-    for found in run(3, fine_tune_it, tmp_path):
-        assert found == (True, True, True)
+    assert run(3, fine_tune_it, tmp_path) == [(True, True, True)] * 3
 
 
 def save_an_encoder(rank, world_size, tmp):
@@ -6101,44 +4429,37 @@ def save_an_encoder(rank, world_size, tmp):
 
 
 def fine_tune_it(rank, world_size, tmp):
-    model, same = TwoParts("other"), TwoParts("other")
-    fully_shard(model.backbone)
+    model = filled(nn.ModuleDict({"backbone": nn.Linear(3, 5), "head": nn.Linear(5, 2)}), "other")
+    before = state_of(model["head"])
+    fully_shard(model["backbone"])
     warnings = recipes().fine_tune(opened(tmp), "p", model)
-    loaded = whole(model.backbone.weight) == whole(filled(nn.Linear(3, 5), "truth").weight)
-    untouched = identical(state_of(model.head), state_of(same.head))
+    loaded = whole(model["backbone"].weight) == whole(filled(nn.Linear(3, 5), "truth").weight)
+    untouched = identical(state_of(model["head"]), before)
     return loaded, untouched, any("decoder.weight" in warning for warning in warnings)
 
 
-def test_the_optimizer_of_an_imported_file_loads_into_an_fsdp2_optimizer(tmp_path):
-    model = documented_layers()
-    optimizer = stepped(model)
+def test_the_optimizer_of_an_imported_file_loads_here_and_into_an_fsdp2_optimizer(tmp_path):
+    model, other, storage = documented_layers(), documented_layers("other"), ckpt.LocalStorage(tmp_path / "c")
+    optimizer, here = stepped(model, lr=0.125), torch.optim.AdamW(other.parameters())
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "old.pt")
-    storage = ckpt.LocalStorage(tmp_path / "c")
     ckpt.import_checkpoint(tmp_path / "old.pt", storage, "old")
-    other = documented_layers("other")
-    whole_prefix = recipes().with_optimizer(
-        ckpt.DistributedCheckpoint(ckpt.LocalCoordinator(), storage),
-        "old",
-        other,
-        torch.optim.AdamW(other.parameters()),
-    )
-    truth = [raw(t) for s in optimizer.state_dict()["state"].values() for t in s.values()]
-    for found in run(2, load_the_optimizer, tmp_path / "c", whole_prefix):
-        assert found == truth
+    alone = ckpt.DistributedCheckpoint(ckpt.LocalCoordinator(), storage)
+    prefix = recipes().with_optimizer(alone, "old", other, here)
+    assert identical(state_of(other, here), state_of(model, optimizer))
+    truth = [raw(t) for state in optimizer.state_dict()["state"].values() for t in state.values()]
+    assert run(2, load_the_optimizer, tmp_path / "c", prefix) == [(0.125, truth)] * 2
 
 
 def load_the_optimizer(rank, world_size, tmp, prefix):
-    model = documented_layers("third")
-    fully_shard(model)
+    model = fully_shard(documented_layers("third"))
     optimizer = torch.optim.AdamW(model.parameters())
     opened(tmp).load(model, optimizer, at(prefix, load_rng_state=False))
-    return [whole(t) for s in optimizer.state_dict()["state"].values() for t in s.values()]
+    found = [whole(t) for state in optimizer.state_dict()["state"].values() for t in state.values()]
+    return optimizer.param_groups[0]["lr"], found
 
 
 def test_retain_keeps_every_thousandth_step_and_the_best_five(tmp_path):
-    options = dataclasses.replace(
-        recipes().options, storage=ckpt.StorageOptions("local", {"base_path": str(tmp_path)})
-    )
+    options = dataclasses.replace(recipes().options, storage=str(tmp_path))
     checkpoint = ckpt.DistributedCheckpointFactory.create(options=options)
     losses = {step: abs(step - 1450) for step in range(100, 2400, 100)}
     for step, loss in losses.items():
@@ -6149,49 +4470,32 @@ def test_retain_keeps_every_thousandth_step_and_the_best_five(tmp_path):
 
 
 def test_fsdp1_goes_through_the_stateful_of_the_readme_to_any_number_of_ranks(tmp_path):
-    (lr, truth), again = run(2, save_fsdp1, tmp_path)
-    assert again == (lr, truth) and len(truth) == 4 * 3
+    (lr, truth), again = run(2, through_fsdp1, tmp_path, "truth")
+    assert again == (lr, truth) == (0.125, truth) and len(truth) == 4 * 3
     for ranks in (2, 3, 1):
-        assert run(ranks, load_fsdp1, tmp_path) == [(0.125, truth)] * ranks
+        assert run(ranks, through_fsdp1, tmp_path, "other") == [(lr, truth)] * ranks
 
 
-def start_fsdp1(salt, lr):
-    mesh, model = (
-        init_device_mesh("cpu", (dist.get_world_size(),)),
-        nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)),
-    )
-    cpu, policy = torch.device("cpu"), ModuleWrapPolicy({nn.Linear})
-    model = FullyShardedDataParallel(
-        filled(model, salt), device_mesh=mesh, device_id=cpu, auto_wrap_policy=policy, use_orig_params=True
-    )
-    return model, torch.optim.AdamW(model.parameters(), lr=lr)
-
-
-def whole_fsdp1(stateful, optimizer):
-    """The options that count, and all tensors whole, as bytes by name."""
+def through_fsdp1(rank, world_size, tmp, salt):
+    """Save "truth", or load it; the learning rate, and all tensors whole, as bytes by name."""
+    model = filled(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), salt)
+    how = {"device_mesh": init_device_mesh("cpu", (world_size,)), "device_id": torch.device("cpu")}
+    how |= {"auto_wrap_policy": ModuleWrapPolicy({nn.Linear}), "use_orig_params": True}
+    model = FullyShardedDataParallel(model, **how)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.125 if salt == "truth" else 0.5)
+    stateful = recipes().FSDP1(model, optimizer)
+    if salt == "truth":
+        for _ in range(2):
+            model(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+        opened(tmp).save(nn.Module(), None, to(), extra_state={"fsdp": stateful})
+    else:
+        opened(tmp).load(nn.Module(), None, at(load_rng_state=False), extra_state={"fsdp": stateful})
     state = stateful.state_dict()
-    tensors = {
-        f"{key}.{slot}": t for key, slots in state["optimizer"]["state"].items() for slot, t in slots.items()
-    }
-    tensors = {name: t for name, t in tensors.items() if not name.endswith("step")} | state["model"]
-    return optimizer.param_groups[0]["lr"], {name: whole(t) for name, t in tensors.items()}
-
-
-def save_fsdp1(rank, world_size, tmp):
-    model, optimizer = start_fsdp1("truth", 0.125)
-    for _ in range(2):
-        model(torch.ones(4, 3)).square().sum().backward()
-        optimizer.step()
-    stateful = recipes().FSDP1(model, optimizer)
-    opened(tmp).save(nn.Module(), None, to(), extra_state={"fsdp": stateful})
-    return whole_fsdp1(stateful, optimizer)
-
-
-def load_fsdp1(rank, world_size, tmp):
-    model, optimizer = start_fsdp1("other", 0.5)
-    stateful = recipes().FSDP1(model, optimizer)
-    opened(tmp).load(nn.Module(), None, at(load_rng_state=False), extra_state={"fsdp": stateful})
-    return whole_fsdp1(stateful, optimizer)
+    found = {name: whole(tensor) for name, tensor in state["model"].items()}
+    for name, slots in state["optimizer"]["state"].items():
+        found |= {f"{name}.{slot}": whole(slots[slot]) for slot in ("exp_avg", "exp_avg_sq")}
+    return optimizer.param_groups[0]["lr"], found
 
 
 @contextlib.contextmanager
@@ -6205,9 +4509,7 @@ def inside(directory):
 
 
 @pytest.mark.parametrize("stop", [7, 10])  # in the middle of an epoch, and at its end
-def test_a_trainer_of_hugging_face_resumes_with_the_losses_steps_and_weights_of_an_uninterrupted_run(
-    tmp_path, stop
-):
+def test_a_resumed_trainer_has_the_losses_steps_and_weights_of_an_uninterrupted_one(tmp_path, stop):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
@@ -6220,13 +4522,10 @@ def test_a_trainer_of_hugging_face_resumes_with_the_losses_steps_and_weights_of_
         sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
         config = transformers.LlamaConfig(**sizes, num_attention_heads=2, attention_dropout=0.2)
         model = transformers.LlamaForCausalLM(config)
-        data = [
-            {"input_ids": torch.arange(8) * n % 32, "labels": torch.arange(8)} for n in range(40)
-        ]  # shuffled
-        quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
-        saving = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 4}
-        arguments = transformers.TrainingArguments(str(tmp_path / directory), **quiet, **saving)
-        stopper = Stop()
+        data = [{"input_ids": torch.arange(8) * n % 32, "labels": torch.arange(8)} for n in range(40)]
+        how = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+        how |= {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 4}
+        arguments, stopper = transformers.TrainingArguments(str(tmp_path / directory), **how), Stop()
         stopper.step = step
         trainer = ckpt_trainer()(model, arguments, train_dataset=data, callbacks=[stopper])
         trainer.train(trainer.newest())
@@ -6245,13 +4544,12 @@ LIGHTNING_JOB = """
 import os, sys
 import lightning, torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
-from test_ckpt import ckpt, lightning_callback, whole
+from test_ckpt import ckpt, fully_shard, lightning_callback, nn, whole
 
 class Module(lightning.LightningModule):
     def __init__(self):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 1))
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.2), nn.Linear(16, 1))
         self.losses = []
     def configure_model(self):
         if sharded:
@@ -6264,38 +4562,25 @@ class Module(lightning.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
 
-class Stop(lightning.Callback):
-    def __init__(self, step):
-        self.step = step
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            raise KeyboardInterrupt
-
-def fit(directory, step=0):
+def fit(directory, epochs=4):
     torch.manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.arange(320.0).view(40, 8) / 320)
     data = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
-    callbacks = [lightning_callback()(ckpt.DistributedCheckpoint(storage=directory)), Stop(step)]
+    callbacks = [lightning_callback()(ckpt.DistributedCheckpoint(storage=directory))]
     how = {"strategy": ModelParallelStrategy(ranks, 1)} if sharded else {}
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(
-        max_epochs=4, accelerator="cpu", devices=ranks, callbacks=callbacks, enable_checkpointing=False, **how, **quiet
-    )
+    how |= dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    how |= {"max_epochs": epochs, "accelerator": "cpu", "devices": ranks, "enable_checkpointing": False}
+    trainer = lightning.Trainer(callbacks=callbacks, **how)
     module = Module()
-    try:
-        trainer.fit(module, data)
-    except SystemExit:
-        return trainer.global_step
+    trainer.fit(module, data)
     rates = [config.scheduler.get_last_lr() for config in trainer.lr_scheduler_configs]
     moments = [whole(t) for s in trainer.optimizers[0].state.values() for t in s.values()]
     return module.losses, [whole(t) for t in module.state_dict().values()], moments, rates
 
 sharded, ranks = sys.argv[1] == "fsdp2", int(os.environ.get("WORLD_SIZE", 1))
 per_epoch = 10 // ranks
-uninterrupted = fit("whole")
-assert fit("stopped", 2 * per_epoch + 1) == 2 * per_epoch + 1
-resumed = fit("stopped")
-assert len(uninterrupted[0]) == 4 * per_epoch and resumed[0] == uninterrupted[0][2 * per_epoch :]
+uninterrupted, first, resumed = fit("whole"), fit("stopped", 2), fit("stopped")
+assert len(uninterrupted[0]) == 4 * per_epoch and first[0] + resumed[0] == uninterrupted[0]
 assert resumed[1:] == uninterrupted[1:]
 print("resumed equally")
 """
@@ -6306,39 +4591,26 @@ def test_lightning_resumes_by_the_callback_as_if_it_had_never_stopped(tmp_path, 
     pytest.importorskip("lightning")
     (tmp_path / "job.py").write_text(LIGHTNING_JOB)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    launcher = [*TORCHRUN, "2"] if how == "fsdp2" else [sys.executable]
-    done = subprocess.run(
-        [*launcher, "job.py", how],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
-    )
+    line = [*([*TORCHRUN, "2"] if how == "fsdp2" else [sys.executable]), "job.py", how]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0 and "resumed equally" in done.stdout, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """A bucket of a real S3 server: a process of its own, which `timeout` ends if nobody does."""
+def s3():
+    """A bucket of a real S3 server, in a thread of this process."""
     why = "needs moto[server] and s3fs, which .ci/run installs"
-    s3fs, _ = (pytest.importorskip(name, reason=why) for name in ("s3fs", "moto.server"))
-    log, deadline = tmp_path_factory.mktemp("s3") / "log", time.monotonic() + 60
-    with log.open("wb") as told, pytest.MonkeyPatch.context() as patch:
-        line = ["timeout", "300", sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-        server = subprocess.Popen(line, stdout=told, stderr=told)
-        try:
-            while (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
-                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
-            patch.setenv("AWS_ENDPOINT_URL", found[0])
-            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-                patch.setenv(name, "testing")
-            s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-            yield "s3://bucket"
-        finally:
-            server.terminate()
-            server.wait()
+    s3fs, moto = (pytest.importorskip(name, reason=why) for name in ("s3fs", "moto.server"))
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    settings = {"ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port())}
+    settings |= {"ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, setting in settings.items():
+            patch.setenv(f"AWS_{name}", setting)
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -6346,127 +4618,96 @@ def bucket(request, tmp_path):
     """An object store of the README's recipe: in the memory of this process, and on a server."""
     fsspec = pytest.importorskip("fsspec")
     base = "memory:/" if request.param == "memory" else request.getfixturevalue("s3")
-    url = f"{base}/{tmp_path.name}"
-    storage = ObjectStorage(url)
-    yield storage
+    yield ObjectStorage(f"{base}/{tmp_path.name}")
+    fs, path = fsspec.url_to_fs(f"{base}/{tmp_path.name}")
     with contextlib.suppress(FileNotFoundError):
-        fsspec.url_to_fs(url)[0].rm(fsspec.url_to_fs(url)[1], recursive=True)
+        fs.rm(path, recursive=True)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_object_store_of_the_readme_saves_loads_lists_validates_and_deletes(bucket, world_size):
+def test_the_object_store_of_the_readme_saves_loads_lists_validates_collects_and_deletes(bucket, world_size):
     assert isinstance(bucket, ckpt.CheckpointStorage)
-
-    def each(body):
-        coordinators = (ckpt.LocalCoordinator(),)
-        return together(world_size, body) if world_size > 1 else [body(*coordinators)]
-
     large = Bag(w=torch.arange(3 * MiB, dtype=torch.int32))  # several blocks: written by several threads
+    alone, options, cancel = over(bucket), to("deep/large", include_rng_state=False), threading.Event()
     for word in ("old", "new"):  # the second replaces the first
-        each(lambda coordinator: put(bucket, word, coordinator=coordinator))
-        each(
-            lambda coordinator: over(bucket, coordinator).save(
-                large, None, to("deep/large", include_rng_state=False)
-            )
-        )
+
+        def save(coordinator):
+            put(bucket, word, coordinator=coordinator)
+            over(bucket, coordinator).save(large, None, options)
+
+        together(world_size, save) if world_size > 1 else save(ckpt.LocalCoordinator())
     assert seen(bucket) == "new" and len(bucket.names("p")) == world_size
-    target = Bag(w=torch.zeros(3 * MiB, dtype=torch.int32))
-    over(bucket).load(target, None, at("deep/large", load_rng_state=False))
-    assert identical(target.state, large.state)
-    assert [info.prefix for info in over(bucket).list_checkpoints()] == ["p", "deep/large"]
-    assert over(bucket).validate_checkpoint("deep/large").is_valid
+    target, before = {"w": torch.zeros(3 * MiB, dtype=torch.int32)}, bucket.names()
+    alone.load(target, None, at("deep/large", load_rng_state=False))
+    assert identical(target, large.state) and alone.validate_checkpoint("deep/large").is_valid
+    assert [info.prefix for info in alone.list_checkpoints()] == ["p", "deep/large"]
+    stop = to(include_rng_state=False, progress=lambda _: cancel.set())
+    refusal(lambda: alone.save(value("next"), None, stop, cancel=cancel), ExceptionType.CANCELLED)
+    for form in (CheckpointFormat.SINGLE_FILE, CheckpointFormat.CONSOLIDATED):
+        assert "MULTI_SHARD" in refusal(lambda: put(bucket, "next", format=form), ExceptionType.SAVE_FAILED)
+    assert "exists" in refusal(lambda: put(bucket, "next", overwrite=False))
+    assert bucket.names() == before and seen(bucket) == "new"
+    left = ["p.metadata.json.0badf00d.tmp", "p/0badf00d-00000-of-00001.safetensors"]
+    for name in left:
+        bucket.create(name)
+    while bucket.age_s(left[0]) < 1.0:  # the clock of S3 has whole seconds
+        time.sleep(0.05)
+    assert st.collect_garbage(bucket) == [] and bucket.names() == sorted([*before, *left])
+    assert st.collect_garbage(bucket, 0.5) == left and bucket.names() == before
     name = bucket.names("p")[0]
     content = bytearray(bucket.fs.cat_file(name))
     content[-1] ^= 1
     bucket.fs.pipe_file(name, bytes(content))
-    assert not over(bucket).validate_checkpoint("p").is_valid and "CORRUPTED" in seen(bucket)
-    with pytest.raises(CheckpointException, match="exists"):
-        put(bucket, "next", overwrite=False)
+    assert not alone.validate_checkpoint("p").is_valid and "CORRUPTED" in seen(bucket)
     for prefix in ("p", "deep/large"):
-        over(bucket).delete_checkpoint(prefix)
-    assert bucket.names() == []
+        alone.delete_checkpoint(prefix)
+    ckpt.StorageFactory.register("objects", lambda settings: ObjectStorage(**settings))
+    elsewhere = ckpt.StorageFactory.create(ckpt.StorageOptions("objects", {"url": "memory://elsewhere"}))
+    assert bucket.names() == elsewhere.names() == []
 
 
-def test_the_object_store_of_the_readme_keeps_the_old_checkpoint_until_the_record_and_refuses_shared_files(
-    bucket,
-):
-    put(bucket, "old")
-    before = bucket.names()
-    cancel = threading.Event()
-    stop = to(include_rng_state=False, progress=lambda _: cancel.set())
-    refusal(lambda: over(bucket).save(value("new"), None, stop, cancel=cancel), ExceptionType.CANCELLED)
-    for form in (CheckpointFormat.SINGLE_FILE, CheckpointFormat.CONSOLIDATED):
-        assert "MULTI_SHARD" in refusal(
-            lambda form=form: put(bucket, "new", format=form), ExceptionType.SAVE_FAILED
-        )
-    assert bucket.names() == before and seen(bucket) == "old"
-    left = ["p.metadata.json.0badf00d.tmp", "p/0badf00d-00000-of-00001.safetensors"]
-    for name in left:
-        bucket.create(name)
-    time.sleep(1.1)  # the clock of S3 has whole seconds
-    assert st.collect_garbage(bucket) == [] and bucket.names() == sorted([*before, *left])
-    assert st.collect_garbage(bucket, 0.5) == left and bucket.names() == before
-    options = ckpt.StorageOptions("objects", {"url": "memory://elsewhere"})
-    ckpt.StorageFactory.register("objects", lambda settings: type(bucket)(**settings))
-    assert ckpt.StorageFactory.create(options).names() == []
-
-
-def test_the_checkers_of_the_readme_refuse_a_checkpoint_that_is_not_finite_or_of_another_architecture(
-    tmp_path,
-):
-    with inside(tmp_path):
-        checkers = {
-            "integrity_checkers": [
-                Finite(),
-                ckpt.ChecksumIntegrityChecker(),
-            ],  # the second: at every load, of every byte
-            "compatibility_checkers": [SameArchitecture()],
-        }
-        checkpoint = opened(tmp_path, **checkers)
-        for prefix, number, version in (("good", 1.0, "v2"), ("bad", math.nan, "v2"), ("other", 1.0, "v1")):
-            options = to(prefix, custom_metadata={"architecture": version})
-            checkpoint.save(Bag(w=torch.tensor([number]), none=torch.zeros(0)), None, options)
-        target = Bag(w=torch.zeros(1), none=torch.zeros(0))
-        checkpoint.load(target, None, at("good"))
-        assert target.state["w"].item() == 1.0 and checkpoint.validate_checkpoint("good").is_valid
-        for prefix, why in (("bad", "model/w is not finite"), ("other", "architecture 'v1'")):
-            message = refusal(
-                functools.partial(checkpoint.load, target, None, at(prefix)), ExceptionType.VALIDATION_FAILED
-            )
-            assert why in message
-            assert not checkpoint.validate_checkpoint(prefix).is_valid
+def test_the_checkers_of_the_readme_refuse_what_is_not_finite_or_of_another_architecture(tmp_path):
+    integrity = [Finite(), ckpt.ChecksumIntegrityChecker()]  # the second: at every load, of every byte
+    checkpoint = opened(tmp_path, integrity_checkers=integrity, compatibility_checkers=[SameArchitecture()])
+    rows = [  # prefix, number, architecture, why it is refused
+        ("good", 1.0, "v2", None),
+        ("bad", math.nan, "v2", "model/w is not finite"),
+        ("other", 1.0, "v1", "architecture 'v1'"),
+    ]
+    for prefix, number, version, why in rows:
+        target = {"w": torch.zeros(1), "none": torch.zeros(0)}
+        options = to(prefix, custom_metadata={"architecture": version})
+        checkpoint.save({**target, "w": torch.tensor([number])}, None, options)
+        if why:
+            load = functools.partial(checkpoint.load, target, None, at(prefix))
+            assert why in refusal(load, ExceptionType.VALIDATION_FAILED)
+        else:
+            checkpoint.load(target, None, at(prefix))
+        assert target["w"].item() == (0.0 if why else 1.0)
+        assert checkpoint.validate_checkpoint(prefix).is_valid == (why is None)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_progress_reaches_its_total_on_every_rank_and_comes_from_one_thread(ram, form):
     for calls in run(2, watch_progress, ram, form):
         for what, seen in calls.items():
-            done = [at.bytes_done for at, _ in seen]
-            totals = {at.bytes_total for at, _ in seen}
+            done, totals = [at.bytes_done for at, _ in seen], {at.bytes_total for at, _ in seen}
             assert done == sorted(done) and {done[-1]} == totals and done[-1] > 0, (what, seen[-1], totals)
             assert {at.step for at, _ in seen} == {"L4 read" if what.startswith("load") else "S4 write"}
             assert len({thread for _, thread in seen}) == 1
 
 
 def watch_progress(rank, world_size, tmp, form):
-    calls, checkpoint = {}, opened(tmp)
-    layers = documented_layers()
-    fully_shard(layers)
-    replica = Bag(
-        w=torch.arange(3 * MiB, dtype=torch.int32), odd=torch.zeros(5, dtype=torch.uint8)
-    )  # leaves a gap
+    calls, checkpoint, layers = {}, opened(tmp), fully_shard(documented_layers())
+    replica = Bag(w=torch.arange(3 * MiB, dtype=torch.int32), odd=torch.zeros(5).byte())  # leaves a gap
     model = {"layers": layers, "replica": replica, "own": Bag(x=torch.full((MiB,), float(rank)))}
 
     def note(what):
         return lambda at: calls.setdefault(what, []).append((at, threading.get_ident()))
 
-    checkpoint.save(
-        model, None, to("first", format=form)
-    )  # finds that `own` differs, and starts over: once only
     for level in LEVELS:
-        checkpoint.save(
-            model, None, to(level.name, format=form, compression_level=level, progress=note(level.name))
-        )
+        options = {"format": form, "compression_level": level, "progress": note(level.name)}
+        checkpoint.save(model, None, to(level.name, **options))
         for strategy in STRATEGIES:
             told = note(f"load {level.name} {strategy}")
             checkpoint.load(model, None, at(level.name, resharding_strategy=strategy, progress=told))
@@ -6475,16 +4716,12 @@ def watch_progress(rank, world_size, tmp, form):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_error_in_the_progress_callback_of_one_rank_fails_the_operation_on_all_and_leaves_nothing(
-    ram, form
-):
+def test_an_error_in_the_progress_callback_of_one_rank_fails_the_call_on_all_and_leaves_nothing(ram, form):
     for left, failed, ran, broken, after in run(2, spoil_progress, ram, form):
         assert failed[:2] == ("SAVE_FAILED", 1) and "ZeroDivisionError" in failed[2]
-        assert left == set() and ran == ("returned", None, "p")
-        assert (
-            broken[:2] == ("LOAD_FAILED", 1) and "ZeroDivisionError" in broken[2] and "undefined" in broken[2]
-        )
-        assert after == "returned"
+        assert left == set() and ran == ("returned", None, "p") and after == "returned"
+        assert broken[:2] == ("LOAD_FAILED", 1)
+        assert "ZeroDivisionError" in broken[2] and "undefined" in broken[2]
     assert set(listing(ram)) == named_files(ram)
 
 
@@ -6500,83 +4737,51 @@ def spoil_progress(rank, world_size, tmp, form):
     return left, failed, ran, broken, told(lambda: checkpoint.load(model, optimizer, at()))[0]
 
 
-def test_a_save_and_a_load_are_one_line_each_at_info_on_rank_zero_with_bytes_seconds_and_steps(ram):
-    rank_0, rank_1 = run(2, keep_a_log, ram)
-    size = sum(path.stat().st_size for path in shards(ram)) / 1e9
+def test_warnings_are_printed_and_once_asked_for_a_line_for_each_save_and_load_on_rank_zero(ram):
+    (before, (warning, saved, loaded)), (others_before, others) = run(2, keep_a_log, ram)
+    assert warning.startswith("WARNING:ckpt:step_10: ") and others_before == ""
+    assert before.startswith("step_10: ") and before.count("\n") == 1
+    assert [line[:26] for line in others] == ["DEBUG:ckpt:saved step_10: ", "DEBUG:ckpt:loaded step_10:"]
+    assert " 0.017 GB by rank 1" in others[0] and " 0.034 of" in others[1]
+    size = sum(path.stat().st_size for path in shards(ram, "step_10")) / 1e9
     steps = " ".join(rf"S{number} \d+\.\d{{3}}" for number in range(1, 8))
-    saved, loaded = [line for level, line in rank_0 if level == "INFO"]
-    assert re.fullmatch(
-        rf"saved p: {size:.3f} GB by 2 rank\(s\) in \d+\.\d{{3}} s, \d+\.\d\d GB/s \({steps}\)", saved
-    )
-    steps = steps.replace("S", "L").partition(" L6")[0]
-    own = rf"loaded p: 0\.034 of {size:.3f} GB to rank 0 of 2 in \d+\.\d{{3}} s, \d+\.\d\d GB/s \({steps}\)"
-    assert re.fullmatch(own, loaded)
-    assert [level for level, _ in rank_1 if level != "DEBUG"] == []
-    assert [line[:22] for _, line in rank_1] == ["saved p: 0.017 GB by r", "loaded p: 0.034 of 0.0"]
+    timing = rf" in \d+\.\d{{3}} s, \d+\.\d\d GB/s \({steps}\)"
+    assert re.fullmatch(rf"INFO:ckpt:saved step_10: {size:.3f} GB by 2 rank\(s\){timing}", saved), saved
+    timing = timing.replace("S", "L").partition(" L6")[0] + r"\)"
+    pattern = rf"INFO:ckpt:loaded step_10: 0\.034 of {size:.3f} GB to rank 0 of 2{timing}"
+    assert re.fullmatch(pattern, loaded), loaded
+    (example,) = re.findall(r"`(INFO:ckpt:.*?) \.\.\.`", (HERE / "README.md").read_text())
+    assert saved.startswith(example.replace("0.000", f"{size:.3f}"))
 
 
 def keep_a_log(rank, world_size, tmp):
-    checkpoint, lines = opened(tmp), []
-    checkpoint.logger = logging.Logger("mine")
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))
-    checkpoint.logger.addHandler(handler)
-    bag = Bag(w=torch.zeros(8 * MiB))
-    checkpoint.save(bag, None, to())
-    checkpoint.load(bag, None, at())
-    return lines
-
-
-def test_warnings_are_printed_and_logging_once_set_up_says_what_the_readme_says(tmp_path):
-    script = (
-        "import sys, logging, torch, ckpt\n"
-        "if len(sys.argv) > 1: logging.basicConfig(level=logging.INFO)\n"
-        "options = ckpt.SaveOptions('step_100', ckpt.CheckpointFormat.CONSOLIDATED, ckpt.CompressionLevel.FAST)\n"  # warns
-        "with ckpt.DistributedCheckpoint() as checkpoint:\n"
-        "    checkpoint.save(torch.nn.Linear(2, 2), options=options)\n"
-        "    checkpoint.load(torch.nn.Linear(2, 2), options=ckpt.LoadOptions('step_100'))\n"
-    )
-    said = []
-    for arguments in ([], ["loud"]):
-        command = [sys.executable, "-c", script, *arguments]
-        done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S, check=True
-        )
-        said.append(done.stdout + done.stderr)
-    quiet, loud = said
-    assert quiet.startswith("step_100: ") and quiet.count("\n") == 1 and "WARNING:ckpt:step_100" in loud
-    lines = [line for line in loud.splitlines() if line.startswith("INFO")]
-    assert [line.split()[0] for line in lines] == ["INFO:ckpt:saved", "INFO:ckpt:loaded"]
-    (example,) = re.findall(r"`(INFO:ckpt:.*?) \.\.\.`", (HERE / "README.md").read_text())
-    saved, shown = (re.sub(r"[0-9.]+", "#", line) for line in (lines[0], example))
-    assert saved.startswith(shown)
+    """What is on standard error before logging is set up, and the lines of a save and a load after it."""
+    checkpoint, bag, error = opened(tmp), Bag(w=torch.zeros(8 * MiB)), io.StringIO()
+    options = to("step_10", format="consolidated", compression_level="fast")  # warns
+    with contextlib.redirect_stderr(error):
+        for _ in range(2):
+            before = error.getvalue()
+            checkpoint.save(bag, None, options)
+            checkpoint.load(bag, None, "step_10")
+            logging.basicConfig(level=logging.INFO)
+            checkpoint.logger.setLevel(logging.DEBUG)
+    return before, error.getvalue().removeprefix(before).splitlines()
 
 
 def test_what_the_readme_says_of_dcp_is_there_in_torch():
     import inspect
 
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import format_utils, state_dict
 
     table = (HERE / "README.md").read_text().partition("## Moving from DCP")[2].partition("\n## ")[0]
     names = {}
-    for row in table.splitlines():
-        for name, arguments in re.findall(
-            r"(?:dcp\.)?(\w+)\((.*?)\)(?=`|,)", row.split("|")[1] if "|" in row else ""
-        ):
+    for row in re.findall(r"^\|(.*?)\|", table, re.MULTILINE):
+        for name, arguments in re.findall(r"(?:dcp\.)?(\w+)\((.*?)\)(?=`|,)", row):
             names.setdefault(name, set()).update(re.findall(r"(\w+)=", arguments))
-    assert {
-        "save",
-        "load",
-        "async_save",
-        "set_state_dict",
-        "FileSystemWriter",
-        "DefaultLoadPlanner",
-    } <= names.keys()
+    wanted = {"save", "load", "async_save", "set_state_dict", "FileSystemWriter", "DefaultLoadPlanner"}
+    assert wanted <= names.keys()
     for name, keywords in names.items():
-        (thing,) = {
-            getattr(module, name) for module in (dcp, format_utils, state_dict) if hasattr(module, name)
-        }
+        (thing,) = {vars(module)[name] for module in (dcp, format_utils, state_dict) if name in vars(module)}
         assert keywords <= set(inspect.signature(thing).parameters), name
 
 
@@ -6585,61 +4790,49 @@ def test_a_checkpoint_moves_from_dcp_as_the_readme_says_and_the_calls_do_the_sam
 
 
 def move_from_dcp(rank, world_size, tmp):
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     def start(salt):
-        model = documented_layers(salt)
-        fully_shard(model)
+        model = fully_shard(documented_layers(salt))
         return model, torch.optim.AdamW(model.parameters())
 
-    model, _ = start("truth")
+    model = start("truth")[0]
     optimizer = stepped(model)
     m, o = get_state_dict(model, optimizer)
     dcp.save({"model": m, "optim": o, "epoch": 3}, checkpoint_id=tmp / "dcp")
-    other, other_optimizer = start("other")
-    m, o = get_state_dict(other, other_optimizer)
+    other = start("other")
+    m, o = get_state_dict(*other)
     state = {"model": m, "optim": o, "epoch": 0}
     dcp.load(state, checkpoint_id=tmp / "dcp")
-    set_state_dict(other, other_optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
-    moved = identical(state_of(other), state_of(model))
-    checkpoint = opened(tmp)
-    checkpoint.save(other, other_optimizer, to(), extra_state={"epoch": state["epoch"]})
-    third, third_optimizer = start("third")
-    result = checkpoint.load(third, third_optimizer, at())
-    same = identical(third_optimizer.state_dict()["state"], optimizer.state_dict()["state"])
-    return moved, same and identical(state_of(third), state_of(model)), result.extra_state["epoch"]
+    set_state_dict(*other, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    checkpoint, third = opened(tmp), start("third")
+    checkpoint.save(*other, to(), extra_state={"epoch": state["epoch"]})
+    result = checkpoint.load(*third, at())
+    same = identical(third[1].state_dict()["state"], optimizer.state_dict()["state"])
+    moved, loaded = (identical(state_of(found), state_of(model)) for found in (other[0], third[0]))
+    return moved, same and loaded, result.extra_state["epoch"]
 
 
 # ---- faults: every row of the matrix in the header; at each of them a reader sees old or new, whole ---------------------
 
 
 @pytest.fixture
-def ram(tmp_path):
+def ram():
     """A directory in memory, where the system has one: these tests sync files thousands of times."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    path = Path(tempfile.mkdtemp(prefix="test_ckpt-", dir=memory))
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="test_ckpt-", dir=memory, ignore_cleanup_errors=True) as path:
+        yield Path(path)
 
 
-COUNTS = Counter()  # what the fault tests have tried; printed when the run ends
+COUNTS = Counter()  # what the fault tests have tried
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _counts_are_printed_at_the_end(request):
     yield
-    plugins = request.config.pluginmanager
-    reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
-    if reporter and COUNTS:
-        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-            reporter.write_line("")  # ends the line of dots
-            reporter.write_line(
-                "faults tried: " + ", ".join(f"{number:,} {what}" for what, number in COUNTS.items())
-            )
+    if COUNTS:
+        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            print("\nfaults tried:", ", ".join(f"{number:,} {what}" for what, number in COUNTS.items()))
 
 
 WORDS = ("old", "new", "next", "other")
@@ -6689,24 +4882,23 @@ def make_old(tmp, hours=25):
 
 
 def check_recovery(tmp, prefixes=("p",), context=""):
-    """Whatever happened: `gc` leaves only what records name, what is listed loads, and a save succeeds.
+    """Whatever happened: after a day `gc` leaves only what records name, what is listed loads, a save succeeds.
 
-    That is, once a day has passed. Before, `gc` takes nothing of a save that still has its fence.
+    Before that day is over, `gc` takes nothing of a save that still has its fence.
     """
-    storage, left = ckpt.LocalStorage(tmp), set(listing(tmp))
+    storage, before = ckpt.LocalStorage(tmp), set(listing(tmp))
     alive = {path.name.split(".")[-2] for path in fences(tmp) if time.time() - path.stat().st_mtime < 86400}
-    if alive:
-        st.collect_garbage(storage)
-        gone = left - set(listing(tmp))
-        assert not [name for name in gone if alive & set(re.findall("[0-9a-f]{8}", name))], (gone, context)
+    st.collect_garbage(storage)
+    gone = before - set(listing(tmp))
+    assert not [name for name in gone if alive & set(re.findall("[0-9a-f]{8}", name))], (gone, context)
     make_old(tmp)
     st.collect_garbage(storage)
     listed = {info.prefix for info in over(storage).list_checkpoints()}
-    assert listed == {prefix for prefix in prefixes if seen(storage, prefix) in WORDS}
+    assert listed == {prefix for prefix in prefixes if seen(storage, prefix) in WORDS}, context
     assert set(listing(tmp)) == named_files(tmp), context
     put(storage, "next")
-    assert seen(storage) == "next" and over(storage).validate_checkpoint("p").is_valid
-    assert set(listing(tmp)) == named_files(tmp)
+    assert seen(storage) == "next" and over(storage).validate_checkpoint("p").is_valid, context
+    assert set(listing(tmp)) == named_files(tmp), context
 
 
 def named_files(tmp):
@@ -6728,34 +4920,32 @@ class Scene(NamedTuple):
     after: dict  # prefix: what is seen once `act` has returned
 
 
-def _save_scene(form, old, **options):
-    before = (lambda s: put(s, "old", format=form)) if old else (lambda s: None)
+def _save_scene(form=CheckpointFormat.MULTI_SHARD, first="absent", **options):
     return Scene(
-        before,
+        lambda s: first == "old" and put(s, "old", format=form),
         lambda s: put(s, "new", format=form, **options),
-        {"p": {"old" if old else "absent", "new"}},
+        {"p": {first, "new"}},
         {"p": {"new"}},
     )
 
 
 def _leave_orphans(storage):
     """A checkpoint, and beside it what a crashed overwrite leaves."""
+    base = Path(storage.base_path)
     put(storage, "old")
     put(storage, "other", "q")
-    record, shard = (
-        next(Path(storage.base_path).glob(f"q{end}")) for end in (".metadata.json", "/*.safetensors")
-    )
-    (Path(storage.base_path) / "p" / shard.name).write_bytes(shard.read_bytes())
-    record.rename(record.with_name(f"p.metadata.json.{shard.name[:8]}.tmp"))
-    make_old(storage.base_path)
+    (shard,) = shards(base, "q")
+    shutil.copy(shard, base / "p")
+    (base / "q.metadata.json").rename(base / f"p.metadata.json.{shard.name[:8]}.tmp")
+    make_old(base)
 
 
 SCENES = {
-    "save": _save_scene(CheckpointFormat.MULTI_SHARD, old=False),
-    "save, overwrite=False": _save_scene(CheckpointFormat.MULTI_SHARD, old=False, overwrite=False),
-    "overwrite": _save_scene(CheckpointFormat.MULTI_SHARD, old=True),
-    "overwrite a single file": _save_scene(CheckpointFormat.SINGLE_FILE, old=True),
-    "overwrite a consolidated one": _save_scene(CheckpointFormat.CONSOLIDATED, old=True),
+    "save": _save_scene(),
+    "save, overwrite=False": _save_scene(overwrite=False),
+    "overwrite": _save_scene(first="old"),
+    "overwrite a single file": _save_scene(CheckpointFormat.SINGLE_FILE, "old"),
+    "overwrite a consolidated one": _save_scene(CheckpointFormat.CONSOLIDATED, "old"),
     "delete": Scene(
         lambda s: put(s, "old"),
         lambda s: over(s).delete_checkpoint("p"),
@@ -6768,11 +4958,16 @@ SCENES = {
         {"p": {"absent", "new"}, "q": {"old", "absent"}, "r": {"other", "absent"}},
         {"p": {"new"}, "q": {"absent"}, "r": {"absent"}},
     ),
-    "gc": Scene(
-        _leave_orphans, st.collect_garbage, {"p": {"old"}, "q": {"absent"}}, {"p": {"old"}, "q": {"absent"}}
-    ),
+    "gc": Scene(_leave_orphans, st.collect_garbage, *[{"p": {"old"}, "q": {"absent"}}] * 2),
 }
 PREFIXES = ("p", "q", "r")
+
+
+def begun(tmp, before):
+    """A directory below `tmp` in the state that `before(storage)` makes."""
+    (base := tmp / "base").mkdir()
+    before(ckpt.LocalStorage(base))
+    return base
 
 
 def check_oracle(storage, scene, returned, context):
@@ -6785,173 +4980,128 @@ def check_oracle(storage, scene, returned, context):
 # Row 1, 3: a real process ends at operation k
 
 
+def at_each_operation(tmp, before, main, act, when=lambda op: True, until=None):
+    """Run `main(storage)` with `act(op, storage)` before its operation k, for each k in turn.
+
+    Yields what `main` returned or raised, its directory, which begins as `before(storage)` makes it, and its seam.
+    The last k is beyond the last operation: nothing is hit.
+    """
+    base = begun(tmp, before)
+    for k in itertools.count():
+        left = tmp / str(k)
+        shutil.copytree(base, left)
+        files = Seam(Strike(k, lambda op: act(op, ckpt.LocalStorage(left)), when, until))
+        try:
+            outcome = told(lambda: main(Storage(left, files)))
+        except OSError as error:
+            outcome = "OSError", None, str(error)
+        yield outcome, left, files
+        shutil.rmtree(left)
+        if files.before.hit is None:
+            assert k or when is is_change  # a clean-up may find nothing to change
+            return
+
+
 def apart(body, tmp, *args, limit_s=HANG_S):
     """`body(tmp, *args)` in a fresh process that has no other threads, so that it may fork; its result."""
     return run(1, body, tmp, *args, limit_s=limit_s, group=False)[0]
 
 
 def forked(act, limit_s=HANG_S):
-    """How a fork of this process ends that runs `act()` and then exits with code 0: its wait status."""
-    pid = os.fork()
-    if pid == 0:
-        code = 97
-        try:
-            act()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + limit_s
-    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise AssertionError(f"hangs: still running after {limit_s} s")
-        time.sleep(0.0005)
-    return os.waitstatus_to_exitcode(ended[1])
+    """The exit code of a fork of this process that runs `act()`: 0 if it returns, that of a signal if it hangs."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = 97
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(limit_s))
+        act()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 CRASHED = 42
 
 
-def crash(op):
-    os._exit(CRASHED)
+def crash_everywhere(tmp, before, act):
+    """Run `act(storage)` in a process that ends at change k, for each k in turn. Yields whether it did, and what is left."""
+
+    def main(storage):
+        code = forked(lambda: act(storage))
+        assert code in (0, CRASHED), f"exit code {code}"
+        storage.seam.before.hit = code or None  # which only the fork knows
+
+    for _, left, files in at_each_operation(tmp, before, main, lambda *_: os._exit(CRASHED), is_change):
+        yield bool(files.before.hit), left
 
 
-def crash_everywhere(base, act, judge, when=is_change):
-    """Run `act(storage)` from the state of `base`, ending its process at each operation; judge what is left.
-
-    The number of crash points. Operations that change nothing leave what the next one that does finds.
-    """
-    for k in itertools.count():
-        tmp = base.with_name(f"{base.name}-{k}")
-        shutil.copytree(base, tmp)
-        code = forked(lambda: act(Storage(tmp, Seam(Strike(k, crash, when)))))
-        assert code in (0, CRASHED), f"operation {k}: exit code {code}"
-        judge(tmp, k, returned=code == 0)
-        shutil.rmtree(tmp)
-        if code == 0:
-            return k
+CLEANERS = {
+    "gc": st.collect_garbage,
+    "delete": lambda s: told(lambda: over(s).delete_checkpoint("p")),
+    "retention": lambda s: put(s, "other", "z", keep_last=1),
+}
 
 
-@pytest.mark.parametrize("scene", SCENES)
-def test_a_process_that_ends_at_any_operation_leaves_old_or_new_and_the_next_save_succeeds(ram, scene):
-    COUNTS["crash points"] += apart(crash_in_scene, ram, scene)
+@pytest.mark.parametrize(
+    "scene, cleaner", [*((scene, None) for scene in SCENES), *zip(["overwrite"] * 3, CLEANERS)]
+)
+def test_a_process_that_ends_at_any_operation_leaves_old_or_new_and_the_next_save_succeeds(
+    ram, scene, cleaner
+):
+    """With a `cleaner`, which runs after a crash, its process ends at any operation, too."""
+    COUNTS["crash points"] += apart(crash_in_scene, ram, scene, cleaner, limit_s=3 * HANG_S)
 
 
-def crash_in_scene(tmp, name):
-    scene, base = SCENES[name], tmp / "base"
-    base.mkdir()
-    scene.before(ckpt.LocalStorage(base))
-
-    def judge(left, k, returned):
-        check_oracle(ckpt.LocalStorage(left), scene, returned, f"{name}, crash at change {k}")
-        check_recovery(left, PREFIXES)
-
-    return crash_everywhere(base, scene.act, judge)
-
-
-CLEAN_UPS = {"gc": st.collect_garbage, "delete": lambda s: told(lambda: over(s).delete_checkpoint("p"))}
-
-
-@pytest.mark.parametrize("clean_up", CLEAN_UPS)
-def test_a_crash_during_the_clean_up_after_a_crash_is_cleaned_up_next_time(ram, clean_up):
-    COUNTS["crash points"] += apart(crash_in_clean_up, ram, clean_up, limit_s=3 * HANG_S)
-
-
-def crash_in_clean_up(tmp, clean_up):
-    base, total, known = tmp / "base", 0, set()
-    base.mkdir()
-    put(ckpt.LocalStorage(base), "old")
-
-    def judge_first(left, k, returned):
-        nonlocal total
-        state = (
-            tuple(re.sub("[0-9a-f]{8}", "id", name) for name in listing(left)),
-            seen(ckpt.LocalStorage(left)),
-        )
-        if state in known:  # the same files as after the operation before
-            return
-        known.add(state)
-
-        def judge(twice, j, returned):
-            allowed = {"old", "new"} if clean_up == "gc" else {"old", "new", "absent"}
-            assert seen(ckpt.LocalStorage(twice)) in allowed, (k, j)
-            CLEAN_UPS[clean_up](ckpt.LocalStorage(twice))
-            if clean_up == "delete":
-                assert seen(ckpt.LocalStorage(twice)) == "absent", (k, j)
-            check_recovery(twice)
-
-        total += crash_everywhere(left, CLEAN_UPS[clean_up], judge)
-
-    return total + crash_everywhere(base, SCENES["overwrite"].act, judge_first)
+def crash_in_scene(tmp, name, cleaner):
+    scene, points, known = SCENES[name], 0, set()
+    for crashed, left in crash_everywhere(tmp, scene.before, scene.act):
+        context = name, f"crash at change {points}"
+        check_oracle(ckpt.LocalStorage(left), scene, not crashed, context)
+        points += crashed
+        state = seen(ckpt.LocalStorage(left)), *(re.sub("[0-9a-f]{8}", "id", file) for file in listing(left))
+        if cleaner and state not in known:  # else the same files as after the change before
+            known.add(state)
+            (again := tmp / f"again-{points}").mkdir()
+            copied = functools.partial(shutil.copytree, left, dirs_exist_ok=True)
+            cleans = crash_everywhere(again, lambda s: copied(s.base_path), CLEANERS[cleaner])
+            for crashed_too, twice in cleans:
+                points += crashed_too
+                assert seen(ckpt.LocalStorage(twice)) in (
+                    {"old", "new"} if cleaner == "gc" else {"old", "new", "absent"}
+                ), context
+                CLEANERS[cleaner](ckpt.LocalStorage(twice))
+                assert cleaner == "gc" or seen(ckpt.LocalStorage(twice)) == "absent", context
+                check_recovery(twice, ("p", "z"), context)
+        check_recovery(left, PREFIXES, context)
+    return points
 
 
 # Row 3, 4, 5, 6, 29: an error code at operation k
 
 
-def err_everywhere(tmp, scene, hook, attempts=1):
-    """Run a scene with a fault at each operation in turn. Yields (outcome, directory, files, seam) for each."""
-    base = tmp / "base"
-    base.mkdir()
-    scene.before(ckpt.LocalStorage(base))
-    for k in itertools.count():
-        left = tmp / f"{k}"
-        shutil.copytree(base, left)
-        files = hook(k)
-        outcome = told(lambda: scene.act(Storage(left, files)))
-        strike = next(h for h in (files.before, files.after) if isinstance(h, Strike))
-        if strike.hit is None:
-            assert k and outcome[0] == "returned"
-            return
-        yield outcome, left, set(listing(base)), files
-        shutil.rmtree(left)
-
-
-def check_errors(tmp, name, code, forever):
-    """Row 4, 5: where `act` raises, the error is typed and nothing has changed; where it returns, it is done."""
-    scene, total = SCENES[name], 0
-    until = FOREVER if forever else None
-    for (kind, _, message), left, before, files in err_everywhere(
-        tmp, scene, lambda k: Seam(Strike(k, fail(code), until=until))
-    ):
-        total += 1
-        context = name, files.before.hit, kind, message
-        assert kind in ("returned", "STORAGE_ERROR"), context
-        storage = ckpt.LocalStorage(left)
-        check_oracle(storage, scene, False, context)
-        assert kind != "returned" or name == "delete" or seen(storage) == "new", context
-        if kind != "returned" and name != "delete":
-            assert {seen(storage)} == scene.allowed["p"] - {"new"}, context
-            assert forever or set(listing(left)) == before, context
-        check_recovery(left, PREFIXES, context)
-    return total
-
-
-@pytest.mark.parametrize("code", ["EIO", "ENOSPC"])
-@pytest.mark.parametrize("forever", [False, True], ids=["once", "from then on"])
-@pytest.mark.parametrize("scene", [name for name in SCENES if name != "gc"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
+@pytest.mark.parametrize("until", [None, FOREVER], ids=["once", "from then on"])
+@pytest.mark.parametrize("name", SCENES)
 def test_an_error_at_any_operation_is_typed_and_leaves_no_trace_or_happens_too_late_to_matter(
-    ram, scene, forever, code
+    ram, name, until, code
 ):
-    COUNTS["failed operations"] += check_errors(ram, scene, getattr(errno, code), forever)
-
-
-def test_an_error_at_any_operation_of_gc_loses_nothing_and_gc_can_be_repeated(ram):
-    scene = SCENES["gc"]
-
-    def act(storage):
-        try:
-            scene.act(storage)
-        except OSError:
-            return "OSError"
-
-    for _, left, _, _ in err_everywhere(
-        ram, scene._replace(act=act), lambda k: Seam(Strike(k, fail(errno.EIO)))
+    scene, fault = SCENES[name], fail(code)
+    for outcome, left, files in at_each_operation(
+        ram, scene.before, scene.act, lambda op, _: fault(op), until=until
     ):
-        check_oracle(ckpt.LocalStorage(left), scene, False, left)
-        check_recovery(left, PREFIXES)
+        (kind, _, message), hit = outcome, files.before.hit
+        context, returned = (name, hit, kind, message), kind == "returned"
+        assert kind in ("returned", "OSError" if name == "gc" else "STORAGE_ERROR"), context
+        check_oracle(ckpt.LocalStorage(left), scene, hit is None, context)
+        if name not in ("gc", "delete"):
+            found = {seen(ckpt.LocalStorage(left))}
+            assert found == ({"new"} if returned else scene.allowed["p"] - {"new"}), context
+            assert returned or until or set(listing(left)) == set(listing(ram / "base")), context
+        check_recovery(left, PREFIXES, context)
+        COUNTS["failed operations"] += hit is not None
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "fsync_dir", "close"])
@@ -6960,52 +5110,29 @@ def test_a_file_whose_write_or_sync_failed_is_never_synced_again_but_replaced_un
 
 
 def check_failed_sync(tmp, call):
-    scene = SCENES["overwrite"]
-    scene = scene._replace(act=lambda s: put(s, "new", attempts=3))
-    hooks = {"when": lambda op: op.call == call}
-    tried = 0
-    for outcome, left, _, files in err_everywhere(
-        tmp, scene, lambda k: Seam(Strike(k, fail(errno.EIO), **hooks)), attempts=3
+    fault, save = fail(errno.EIO), functools.partial(put, word="new", attempts=3)
+    for (kind, _, _), left, files in at_each_operation(
+        tmp, SCENES["overwrite"].before, save, lambda op, _: fault(op), lambda op: op.call == call
     ):
-        tried += 1
-        hit = files.before.hit
-        at_hit = next(i for i, op in enumerate(files.log) if op is hit)
-        if call != "fsync_dir":
-            assert not any(op.call == "fsync" and op.path == hit.path for op in files.log[at_hit + 1 :]), hit
-        ids = {Path(op.path).name[:8] for op in files.log if is_new_shard(op)}
-        again = {Path(op.path).name[:8] for op in files.log[at_hit:] if is_new_shard(op)}
-        assert len(ids) <= 2 and seen(ckpt.LocalStorage(left)) == (
-            "new" if outcome[0] == "returned" else "old"
-        )
-        if hit.call in ("pwrite", "fsync"):
-            assert len(ids) == 2 or ".tmp" in hit.path, hit
-            assert outcome[0] == "returned" and again, (hit, outcome)
-    assert tried
+        assert seen(ckpt.LocalStorage(left)) == ("new" if kind == "returned" else "old")
+        if hit := files.before.hit:
+            later = files.log[next(number for number, op in enumerate(files.log) if op is hit) :]
+            synced = [op.path for op in later[1:] if op.call == "fsync"]
+            assert call == "fsync_dir" or hit.path not in synced, hit
+            ids = {Path(op.path).name[:8] for op in files.log if is_new_shard(op)}
+            assert len(ids) <= 2
+            if call in ("pwrite", "fsync"):
+                assert len(ids) == 2 or ".tmp" in hit.path, hit
+                assert kind == "returned" and any(map(is_new_shard, later)), (hit, kind)
 
 
-@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
 @pytest.mark.parametrize("attempts", [1, 3])
 def test_a_disk_that_is_full_from_byte_n_on_stops_all_ranks_after_bounded_attempts(ram, code, attempts):
-    files = Seam()
-    together(2, lambda c: put(Storage(ram / "unlimited", files), "new", coordinator=c))
-    needed = sum(len(op.data) for op in files.log)
-    for room in [0, 1, 511, *range(4096, needed, 999), needed - 1]:
-        tmp = ram / str(room)
-        put(ckpt.LocalStorage(tmp), "old")
-        before, files = set(listing(tmp)), full_disk(room, getattr(errno, code))
-        storage = Storage(tmp, files)
-        outcomes = together(2, lambda c: told(lambda: put(storage, "new", coordinator=c, attempts=attempts)))
-        assert {kind for kind, _, _ in outcomes} == {"STORAGE_ERROR"}, outcomes
-        assert seen(ckpt.LocalStorage(tmp)) == "old" and set(listing(tmp)) == before
-        assert sum(map(is_new_shard, files.log)) <= 2 * attempts
-        check_recovery(tmp)
-
-
-def full_disk(room, code):
-    """File calls on a disk that has `room` more bytes: a write that does not fit is short, the next one fails."""
-
     class Full(Seam):
-        left, taking = room, threading.Lock()
+        """A disk with room for `left` more bytes: a write that does not fit is short, the next one fails."""
+
+        left, taking = 1 << 40, threading.Lock()
 
         def pwrite(self, fd, data, offset):
             with self.taking:
@@ -7014,16 +5141,25 @@ def full_disk(room, code):
                 self.left -= (count := super().pwrite(fd, data[: self.left], offset))
                 return count
 
-    return Full()
+    files = Seam()
+    together(2, lambda c: put(Storage(ram / "unlimited", files), "new", coordinator=c))
+    needed = sum(len(op.data) for op in files.log)
+    for room in [0, 1, 511, *range(4096, needed, 999), needed - 1]:
+        tmp, files = ram / str(room), Full()
+        put(ckpt.LocalStorage(tmp), "old")
+        before, files.left, storage = set(listing(tmp)), room, Storage(tmp, files)
+        outcomes = together(2, lambda c: told(lambda: put(storage, "new", coordinator=c, attempts=attempts)))
+        assert {kind for kind, _, _ in outcomes} == {"STORAGE_ERROR"}, outcomes
+        assert seen(ckpt.LocalStorage(tmp)) == "old" and set(listing(tmp)) == before
+        assert sum(map(is_new_shard, files.log)) <= 2 * attempts
+        check_recovery(tmp)
 
 
-@pytest.mark.parametrize(
-    "call, options", [("rename", {}), ("link", {"overwrite": False}), ("unlink", {"overwrite": False})]
-)
-@pytest.mark.parametrize("code", ["EIO", "EINTR", "ESTALE"])
-def test_a_rename_that_reports_an_error_but_happened_is_a_success(ram, call, options, code):
-    files = Seam(after=Strike(0, fail(getattr(errno, code)), lambda op: op.call == call))
-    assert put(Storage(ram, files), "new", **options) == "p"
+@pytest.mark.parametrize("call, overwrite", [("rename", True), ("link", False), ("unlink", False)])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINTR, errno.ESTALE], ids=errno.errorcode.get)
+def test_a_rename_that_reports_an_error_but_happened_is_a_success(ram, call, overwrite, code):
+    files = Seam(after=Strike(0, fail(code), lambda op: op.call == call))
+    assert put(Storage(ram, files), "new", overwrite=overwrite) == "p"
     assert files.after.hit and seen(ckpt.LocalStorage(ram)) == "new"
     check_recovery(ram)
 
@@ -7038,16 +5174,14 @@ class ThreadRank:
         self.shared, self.rank, self.world_size, self.step = shared, rank, world_size, 0
 
     def all_gather(self, value, timeout=600.0):
-        self.step += 1
         changed, posts = self.shared
+        self.step += 1
+        keys = [(self.step, rank) for rank in range(self.world_size)]
         with changed:
-            row = posts.setdefault(self.step, {})
-            row[self.rank] = copy.deepcopy(value)
+            posts[self.step, self.rank] = copy.deepcopy(value)
             changed.notify_all()
-            if not changed.wait_for(lambda: len(row) == self.world_size, timeout):
-                missing = sorted(set(range(self.world_size)) - set(row))
-                raise CheckpointException(f"no answer from rank(s) {missing}", type=ExceptionType.TIMEOUT)
-            return [row[rank] for rank in range(self.world_size)]
+            assert changed.wait_for(lambda: all(key in posts for key in keys), timeout), "a rank is missing"
+            return [posts[key] for key in keys]
 
     def barrier(self, timeout=600.0):
         self.all_gather(None, timeout)
@@ -7073,17 +5207,20 @@ class Memory:
     def __init__(self, files, age=0.0):
         self.files, self.asked, self.age = dict(files), set(), age
 
+    def _require(self, name, present):
+        if (name in self.files) != present:
+            code = errno.ENOENT if present else errno.EEXIST
+            raise OSError(code, os.strerror(code), name)
+
     def create(self, name):
-        if name in self.files:
-            raise FileExistsError(errno.EEXIST, "exists", name)
+        self._require(name, False)
         self.files[name] = b""
-        return MemoryFile(self, name)
+        return MemoryFile(self.files, name)
 
     def open(self, name, write=False):
         self.asked.add(name)
-        if name not in self.files:
-            raise FileNotFoundError(errno.ENOENT, "no such file", name)
-        return MemoryFile(self, name)
+        self._require(name, True)
+        return MemoryFile(self.files, name)
 
     def length(self, name):
         self.asked.add(name)
@@ -7093,8 +5230,7 @@ class Memory:
         return sorted(name for name in self.files if not directory or name.startswith(directory + "/"))
 
     def publish(self, temporary, name, overwrite):
-        if name in self.files and not overwrite:
-            raise FileExistsError(errno.EEXIST, "exists", name)
+        overwrite or self._require(name, False)
         self.files[name] = self.files.pop(temporary)
 
     def delete(self, name):
@@ -7104,35 +5240,33 @@ class Memory:
         pass
 
     def age_s(self, name):
-        if name not in self.files:
-            raise FileNotFoundError(errno.ENOENT, "no such file", name)
+        self._require(name, True)
         return self.age
 
 
-class MemoryFile:
-    def __init__(self, storage, name):
-        self.storage, self.name = storage, name
+class MemoryFile(NamedTuple):
+    files: dict
+    name: str
 
     def read(self, offset, buffer):
-        data = self.storage.files[self.name][offset : offset + len(buffer)]
+        data = self.files[self.name][offset : offset + len(buffer)]
         if len(data) < len(buffer):
             raise CheckpointException(f"{self.name}: too short", type=ExceptionType.CORRUPTED_CHECKPOINT)
         buffer[:] = data
 
     def write(self, offset, data):
-        self.storage.files[self.name] = patched(self.storage.files[self.name], offset, bytes(data))
+        self.files[self.name] = patched(self.files[self.name], offset, bytes(data))
 
     def length(self):
-        return len(self.storage.files[self.name])
+        return len(self.files[self.name])
 
     def resize(self, length):
-        self.storage.files[self.name] = self.storage.files[self.name][:length].ljust(length, b"\0")
+        self.files[self.name] = self.files[self.name][:length].ljust(length, b"\0")
 
     def sync(self):
         pass
 
-    def close(self):
-        pass
+    close = sync
 
 
 def patched(content, offset, data):
@@ -7140,56 +5274,43 @@ def patched(content, offset, data):
     return content[:offset].ljust(offset, b"\0") + data + content[offset + len(data) :]
 
 
-def test_any_object_with_the_methods_of_a_storage_can_hold_checkpoints():
-    storage = Memory({})
-    assert isinstance(storage, ckpt.CheckpointStorage)
-    for form in FORMATS:
-        put(storage, "old", format=form)
-        put(storage, "new", format=form)
-        assert seen(storage) == "new" and over(storage).validate_checkpoint("p").is_valid
-    over(storage).delete_checkpoint("p")
-    assert storage.files == {}
-
-
-DIRECTORY = "a directory"
-
-
 class PowerLoss:
     """A disk as it may be found after a power loss, worked out from the operations on it so far.
 
     Only what was synced is sure: a file's content by fsync of the file, a name by fsync of its directory.
-    Changes of names not yet synced survive in any subset, the earlier or the later ones winning. Writes not
-    yet synced survive in any subset, or up to any of them, torn at every 512 bytes; or the file has its new length and holds zeros.
+    Changes of names not yet synced survive in any subset, the earlier or the later ones winning. Writes not yet synced
+    survive in any subset, the last one torn at any 512 bytes; or the file has its new length and holds zeros.
     """
 
     def __init__(self, base):
         self.base, self.numbers = str(base), itertools.count()
-        self.names, self.pending, self.synced, self.unsynced = {}, [], {}, {}
-        for path in [p for p in Path(base).rglob("*")]:
+        self.names, self.pending = {}, []
+        self.synced, self.unsynced = {}, {}  # by file number; a directory has the content None
+        for path in Path(base).rglob("*"):
             self.names[str(path.relative_to(base))] = number = next(self.numbers)
-            self.synced[number] = DIRECTORY if path.is_dir() else path.read_bytes()
+            self.synced[number] = None if path.is_dir() else path.read_bytes()
         self.sure = dict(self.names)
 
     def apply(self, op):
         path, target = (p.removeprefix(self.base).lstrip("/") for p in (op.path, op.target))
-        if op.call in ("create", "mkdir") and path not in self.names and op.path != self.base:
+        number = self.names.get(path)
+        if op.call in ("create", "mkdir") and number is None and op.path != self.base:
             number = next(self.numbers)
-            self.synced[number] = DIRECTORY if op.call == "mkdir" else b""
+            self.synced[number] = None if op.call == "mkdir" else b""
             self._rename({path: number})
-        elif op.call in ("pwrite", "truncate", "allocate") and path in self.names:
-            self.unsynced.setdefault(self.names[path], []).append(op)
-        elif op.call == "fsync" and self.names.get(path) in self.unsynced:
-            number = self.names[path]
-            self.synced[number] = self._written(self.synced[number], self.unsynced.pop(number))
-        elif op.call == "fsync_dir":
-            for change in [
-                c for c in self.pending if op.path.startswith(self.base) and self._directory(c) == path
-            ]:
+        elif op.call == "fsync_dir" and op.path.startswith(self.base):
+            for change in [c for c in self.pending if next(iter(c)).rpartition("/")[0] == path]:
                 self.sure.update(change)
                 self.pending.remove(change)
-        elif op.call in ("rename", "link") and path in self.names:
-            self._rename({target: self.names[path]} | ({path: None} if op.call == "rename" else {}))
-        elif op.call in ("unlink", "rmdir") and path in self.names:
+        elif number is None:
+            return
+        elif op.call in ("pwrite", "truncate", "allocate"):
+            self.unsynced.setdefault(number, []).append(op)
+        elif op.call == "fsync":
+            self.synced[number] = self._written(self.synced[number], self.unsynced.pop(number, []))
+        elif op.call in ("rename", "link"):
+            self._rename({target: number} | ({path: None} if op.call == "rename" else {}))
+        elif op.call in ("unlink", "rmdir"):
             self._rename({path: None})
 
     def _rename(self, change):
@@ -7197,109 +5318,85 @@ class PowerLoss:
         self.pending.append(change)
 
     @staticmethod
-    def _directory(change):
-        return next(iter(change)).rpartition("/")[0]
-
-    @staticmethod
     def _written(content, ops):
         for op in ops:
-            if op.call in ("truncate", "allocate"):
-                content = content[: op.offset].ljust(op.offset, b"\0")
-            else:
+            if op.call == "pwrite":
                 content = patched(content, op.offset, op.data)
+            else:
+                content = content[: op.offset].ljust(op.offset, b"\0")
         return content
 
     def _contents(self, number):
         """Every content that a file may have."""
         start, ops = self.synced[number], self.unsynced.get(number, [])
         found = {start, self._written(start, ops)}
-        for count in range(len(ops) + 1):
-            for chosen in itertools.combinations(ops, count):
-                found.add(self._written(start, chosen))
-                if chosen and chosen[-1].call == "pwrite":
-                    for tear in range(512, len(chosen[-1].data), 512):
-                        torn = chosen[-1]._replace(data=chosen[-1].data[:tear])
-                        found.add(self._written(start, [*chosen[:-1], torn]))
-                zeros = [op._replace(data=bytes(len(op.data))) for op in chosen]
-                found.add(self._written(start, zeros))
+        for chosen in subsets(ops):
+            zeros = [op._replace(data=bytes(len(op.data))) for op in chosen]
+            found |= {self._written(start, chosen), self._written(start, zeros)}
+            for tear in range(512, len(chosen[-1].data) if chosen else 0, 512):
+                torn = chosen[-1]._replace(data=chosen[-1].data[:tear])
+                found.add(self._written(start, [*chosen[:-1], torn]))
         return found
+
+    def _files(self, changes):
+        """The names of files, with their numbers, if of the pending changes of names these have survived."""
+        names = dict(self.sure)
+        for change in changes:
+            names.update(change)
+        there = {path for path, number in names.items() if number is not None}
+        for path in sorted(there):  # what is in a directory that is not there is not there
+            if "/" in path and path.rpartition("/")[0] not in there:
+                there.remove(path)
+        return tuple((path, names[path]) for path in sorted(there) if self.synced[names[path]] is not None)
 
     def states(self):
         """Every state, as a set of (name, content)."""
-        contents = {
-            number: self._contents(number) for number in self.synced if self.synced[number] is not DIRECTORY
-        }
-        seen_names = set()
-        for count in range(len(self.pending) + 1):
-            for chosen in itertools.combinations(self.pending, count):
-                for order in (chosen, chosen[::-1]):
-                    names = dict(self.sure)
-                    for change in order:
-                        names.update(change)
-                    there = {p: n for p, n in names.items() if n is not None and self._reachable(p, names)}
-                    files = tuple((p, n) for p, n in sorted(there.items()) if self.synced[n] is not DIRECTORY)
-                    if files in seen_names:
-                        continue
-                    seen_names.add(files)
-                    numbers = sorted({n for _, n in files})
-                    for mix in itertools.product(*(contents[n] for n in numbers)):
-                        content = dict(zip(numbers, mix))
-                        yield frozenset((p, content[n]) for p, n in files)
-
-    @staticmethod
-    def _reachable(path, names):
-        parts = path.split("/")
-        return all(names.get("/".join(parts[:depth])) is not None for depth in range(1, len(parts)))
+        contents = functools.cache(self._contents)
+        orders = (order for chosen in subsets(self.pending) for order in (chosen, chosen[::-1]))
+        for files in set(map(self._files, orders)):
+            numbers = sorted({number for _, number in files})
+            for mix in itertools.product(*map(contents, numbers)):
+                content = dict(zip(numbers, mix))
+                yield frozenset((path, content[number]) for path, number in files)
 
 
-class Judge:
-    """Oracle O, asked once for each thing to see: a verdict depends on nothing but the files asked for."""
-
-    def __init__(self, prefix, tensors):
-        self.prefix, self.tensors, self.known = prefix, tensors, {}
-
-    def __call__(self, files):
-        for names, verdicts in self.known.items():
-            if (verdict := verdicts.get(tuple(files.get(name) for name in names))) is not None:
-                return verdict
-        storage = Memory(files)
-        verdict = seen(storage, self.prefix, self.tensors)
-        names = tuple(sorted(storage.asked))
-        self.known.setdefault(names, {})[tuple(files.get(name) for name in names)] = verdict
-        return verdict
+def subsets(items):
+    return itertools.chain.from_iterable(itertools.combinations(items, n) for n in range(len(items) + 1))
 
 
-def check_power_loss(base, act, allowed, after, tensors=2, files=None):
+def check_power_loss(base, act, allowed, after, tensors=2):
     """Cut the power after every operation of `act(storage)`; each state that may be left obeys oracle O.
 
     The distinct states. `after` is what may be seen once `act` has returned.
     """
-    model, files, visited = PowerLoss(base), files or Seam(), set()
+    model, files, visited, known = PowerLoss(base), Seam(), set(), {prefix: {} for prefix in allowed}
+
+    def verdict(prefix, state):
+        """The oracle's, which is asked once for each thing to see: it depends on nothing but the files asked for."""
+        for names, verdicts in known[prefix].items():
+            if (found := verdicts.get(tuple(map(state.get, names)))) is not None:
+                return found
+        found, names = seen(storage := Memory(state), prefix, tensors), tuple(sorted(storage.asked))
+        return known[prefix].setdefault(names, {}).setdefault(tuple(map(state.get, names)), found)
+
     act(Storage(base, files))
-    judges = {prefix: Judge(prefix, tensors) for prefix in allowed}
     log = [op for op in files.done if op.call in CHANGES]
     for done in range(len(log) + 1):
         if done:
             model.apply(log[done - 1])
         legal = after if done == len(log) else allowed
         for state in model.states():
-            if state in visited and legal is allowed:
-                continue
-            visited.add(state)
-            left = dict(state)
-            for prefix, judge in judges.items():
-                assert (verdict := judge(left)) in legal[prefix], (
-                    prefix,
-                    verdict,
-                    log[:done][-5:],
-                    sorted(left),
-                )
+            if state not in visited or legal is after:
+                visited.add(state)
+                found = {prefix: verdict(prefix, dict(state)) for prefix in allowed}
+                context = found, log[:done][-5:], sorted(dict(state))
+                assert all(found[prefix] in legal[prefix] for prefix in allowed), context
     return visited
 
 
-def check_states_recover(tmp, states, prefixes=("p",)):
-    """From states of a power loss: clean-up, and the next save, on real files."""
-    for state in states:
+def check_states_recover(tmp, states, prefixes=("p",), most=25):
+    """From some states of a power loss: clean-up, and the next save, on real files."""
+    for state in random.Random(1).sample(sorted(states, key=sorted), min(len(states), most)):
         for name, content in state:
             (tmp / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp / name).write_bytes(content)
@@ -7319,14 +5416,11 @@ def tiny_blocks(monkeypatch):
 @pytest.mark.parametrize("old", [False, True], ids=["first save", "overwrite"])
 def test_a_power_loss_at_any_moment_of_a_save_leaves_old_or_new(ram, tiny_blocks, old, world_size, form):
     for tensors in (1, 2, 3):
-        base = ram / str(tensors)
-        base.mkdir()
+        (base := ram / str(tensors)).mkdir()
         visited = check_power_loss_of_save(base, old, world_size, form, tensors)
         COUNTS["power-loss states"] += len(visited)
         if tensors == 2:
-            check_states_recover(
-                ram / "left", random.Random(1).sample(sorted(visited, key=sorted), min(len(visited), 25))
-            )
+            check_states_recover(ram / "left", visited)
 
 
 def check_power_loss_of_save(base, old, world_size=1, form=CheckpointFormat.MULTI_SHARD, tensors=2):
@@ -7336,49 +5430,47 @@ def check_power_loss_of_save(base, old, world_size=1, form=CheckpointFormat.MULT
     def act(storage):
         together(world_size, lambda c: put(storage, "new", tensors=tensors, coordinator=c, format=form))
 
-    allowed = {"p": {"old" if old else "absent", "new"}}
-    return check_power_loss(base, act, allowed, {"p": {"new"}}, tensors)
+    return check_power_loss(base, act, {"p": {"old" if old else "absent", "new"}}, {"p": {"new"}}, tensors)
 
 
-@pytest.mark.parametrize("scene", ["save, overwrite=False", "delete", "retention", "gc"])
+LOST = {name: SCENES[name] for name in ("save, overwrite=False", "delete", "retention", "gc")}
+LOST["save into a new deep directory"] = Scene(
+    lambda s: None,
+    lambda s: put(Storage(Path(s.base_path) / "made" / "on" / "the" / "way", s.seam), "new"),
+    {"made/on/the/way/p": {"absent", "new"}},
+    {"made/on/the/way/p": {"new"}},
+)
+
+
+@pytest.mark.parametrize("scene", LOST)
 def test_a_power_loss_at_any_moment_of_a_delete_or_clean_up_leaves_each_checkpoint_or_none(ram, scene):
-    scene = SCENES[scene]
-    scene.before(ckpt.LocalStorage(ram))
-    COUNTS["power-loss states"] += len(check_power_loss(ram, scene.act, scene.allowed, scene.after))
-
-
-def test_a_power_loss_right_after_the_first_save_into_a_new_deep_directory_loses_nothing(ram):
-    (ram / "there").mkdir()
-    model, files = PowerLoss(ram / "there"), Seam()
-    put(Storage(ram / "there" / "made" / "on" / "the" / "way", files), "new")
-    for op in files.done:
-        model.apply(op)
-    for state in model.states():
-        left = {name.removeprefix("made/on/the/way/"): content for name, content in state}
-        assert seen(Memory(left)) == "new"
+    scene, base = LOST[scene], begun(ram, LOST[scene].before)
+    COUNTS["power-loss states"] += len(check_power_loss(base, scene.act, scene.allowed, scene.after))
 
 
 # Row 7: short reads and writes
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("cap", [1, 7, 4095])
-def test_short_reads_and_writes_change_nothing(ram, cap, form):
-    storage = Storage(ram, Seam(cap=cap))
-    put(storage, "new", format=form)
-    assert seen(storage) == "new" and seen(ckpt.LocalStorage(ram)) == "new"
-    assert over(storage).validate_checkpoint("p").is_valid
+@pytest.mark.parametrize("cap", [1, 7, 4095, "in memory"])
+def test_short_reads_and_writes_or_another_kind_of_storage_change_nothing(ram, cap, form):
+    storage = Memory({}) if cap == "in memory" else Storage(ram, Seam(cap=cap))
+    assert isinstance(storage, ckpt.CheckpointStorage)
+    for word in ("old", "new"):
+        put(storage, word, format=form)
+        assert seen(storage) == word and over(storage).validate_checkpoint("p").is_valid
+    assert cap == "in memory" or seen(ckpt.LocalStorage(ram)) == "new"
+    over(storage).delete_checkpoint("p")
+    assert storage.names() == []
 
 
 def test_signals_that_interrupt_system_calls_change_nothing(tmp_path):
-    interrupts = []
+    interrupts, checkpoint = [], opened(tmp_path)
+    bag, other = (Bag(w=torch.arange(start, start + 4 * MiB, dtype=torch.int32)) for start in (0, 1))
     before = signal.signal(signal.SIGALRM, lambda *_: interrupts.append(1))
-    bag = Bag(w=torch.arange(4 * MiB, dtype=torch.int32))
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
     try:
-        checkpoint = opened(tmp_path)
         checkpoint.save(bag, None, to())
-        other = Bag(w=torch.zeros(4 * MiB, dtype=torch.int32))
         checkpoint.load(other, None, at())
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -7388,47 +5480,34 @@ def test_signals_that_interrupt_system_calls_change_nothing(tmp_path):
 
 def test_a_read_or_write_of_more_than_the_kernel_takes_at_once_goes_on_where_it_stopped(ram):
     class Kernel(Seam):
-        spans = ()
-
         def pwrite(self, fd, data, offset):
             done = min(len(data), 0x7FFFF000)
-            self.spans += ((offset, done),)
+            self.spans.append((offset, offset + done))
             return done
 
         pread = pwrite
 
     memory = memoryview(mmap.mmap(-1, 0x7FFFF000 + 3 * PAGE))  # never touched, so it takes no room
-    storage = Storage(ram, files := Kernel())
-    file = storage.create("large")
+    file = Storage(ram, files := Kernel()).create("large")
     for call in (file.write, file.read):
-        files.spans, end = (), PAGE
+        files.spans = []
         call(PAGE, memory)
-        for offset, done in files.spans:
-            assert offset == end and done > 0
-            end += done
-        assert end == PAGE + len(memory)
+        begins, ends = zip(*files.spans)
+        assert [*begins, PAGE + len(memory)] == [PAGE, *ends] and sorted({*begins}) == [*begins]
     file.close()
 
 
 def test_a_write_that_takes_nothing_is_an_error_not_a_hang(ram):
-    class Stuck(Seam):
-        calls = 0
-
-        def pwrite(self, fd, data, offset):
-            self.calls += 1
-            assert self.calls < 10_000, "hangs"
-            return 0
-
-    storage = Storage(ram, files := Stuck())
-    kind, _, message = told(lambda: put(storage, "new"))
-    assert kind == "STORAGE_ERROR" and files.calls < 1000, message
+    files = Seam(Strike(1000, lambda op: 1 / 0, until=FOREVER), cap=0)
+    kind, _, message = told(lambda: put(Storage(ram, files), "new"))
+    assert kind == "STORAGE_ERROR" and "takes nothing more" in message and not files.before.hit, message
 
 
 # Row 8: an error in any worker thread
 
 
 @pytest.mark.parametrize("number", range(st.IO_THREADS))
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
+@pytest.mark.parametrize("level", LEVELS[:2])
 @pytest.mark.parametrize(
     "error", [OSError(errno.EIO, "bad disk"), RuntimeError("boom"), MemoryError()], ids=repr
 )
@@ -7456,11 +5535,10 @@ def check_thread_error(tmp, error, level=CompressionLevel.NONE, number=0):
         return real(*args)
 
     bag = Bag(**{f"w{n}": torch.full((4 * PAGE,), float(n)) for n in range(8)})
+    options = to(compression_level=level, include_rng_state=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(st, real.__name__, work)
-        kind, _, message = told(
-            lambda: over(storage).save(bag, None, to(compression_level=level, include_rng_state=False))
-        )
+        kind, _, message = told(lambda: over(storage).save(bag, None, options))
     assert failed and kind in ("STORAGE_ERROR", "SAVE_FAILED"), (kind, message)
     assert f"{type(error).__name__}: {error}" in message
     assert listing(tmp) == before and seen(storage) == "old"
@@ -7470,50 +5548,48 @@ def check_thread_error(tmp, error, level=CompressionLevel.NONE, number=0):
 
 
 class Hung(Seam):
-    """The first read or write (`call`) of data hangs until `opened`; if `failing`, the next one fails, once."""
+    """The first read or write (`call`) of data hangs until `return_late`; if `failing`, the next one fails."""
 
-    def __init__(self, call, failing=False, before=lambda op: None):
-        super().__init__(before)
-        self.call, self.failing, self.taking = call, failing, threading.Lock()
-        self.reached, self.opened = threading.Event(), threading.Event()
-        self.worker, self.fd, self.numbers, self.later = None, -1, [], 0
+    def __init__(self, call, failing=False):
+        def fail_meanwhile(op):
+            assert self.reached.wait(20)
+            fail(errno.EIO)(op)
+
+        when = functools.partial(is_data, call)
+        super().__init__(Strike(1 if failing else FOREVER, fail_meanwhile, when))
+        self.call, self.worker, self.fd, self.later_fds = call, None, -1, []
+        self.reached, self.opened, self.lock = threading.Event(), threading.Event(), threading.Lock()
 
     def hangs(self, call, fd, offset):
-        if call != self.call or offset < PAGE:  # headers and records are no worker's work
-            return False
-        with self.taking:
-            if self.worker is None:
-                self.worker, self.fd, self.later = threading.current_thread(), fd, len(self.numbers)
-                self.reached.set()
-                return True
-            failing, self.failing = self.failing, False
-        return failing and fail(errno.EIO)(Op(call, self.paths[fd]))
+        with self.lock:
+            if self.worker or not is_data(self.call, Op(call, "", offset=offset)):
+                return False
+            self.worker, self.fd, self.later_fds = threading.current_thread(), fd, []
+        self.reached.set()
+        assert self.opened.wait(60)
+        return True
 
     def return_late(self):
+        """The call goes on. No file that was opened since it hung has its descriptor."""
         self.opened.set()
         self.worker.join(20)
-        assert not self.worker.is_alive()
+        assert not self.worker.is_alive() and self.fd not in self.later_fds
 
     def pread(self, fd, buffer, offset):
-        if not self.hangs("pread", fd, offset):
-            return super().pread(fd, buffer, offset)
-        kept = bytearray(len(buffer))  # the kernel holds on to the file, and to the memory
-        count = super().pread(fd, memoryview(kept), offset)
-        assert self.opened.wait(60)
-        buffer[:count] = kept[:count]
-        return count
+        self.hangs("pread", fd, offset)
+        return super().pread(fd, buffer, offset)
 
     def pwrite(self, fd, data, offset):
-        if self.hangs("pwrite", fd, offset):
-            assert self.opened.wait(60)
-            return Seam.pwrite(
-                self, fd, data[: len(data) // 2], offset
-            )  # short: the writer goes on with the rest
-        return super().pwrite(fd, data, offset)
+        short = self.hangs("pwrite", fd, offset)  # so that the writer goes on with the rest
+        return super().pwrite(fd, data[: len(data) // 2] if short else data, offset)
 
     def open(self, path, flags, mode=0o777):
-        self.numbers.append(super().open(path, flags, mode))
-        return self.numbers[-1]
+        self.later_fds.append(fd := super().open(path, flags, mode))
+        return fd
+
+
+def is_data(call, op):
+    return op.call == call and op.offset >= PAGE  # headers and records are no worker's work
 
 
 @pytest.fixture
@@ -7533,52 +5609,44 @@ TARGETS = {
     "strided": lambda: {name: t.T.contiguous().T for name, t in numbered(100).state.items()},
     "of another dtype": lambda: numbered(100, torch.float64).state,
 }
+ENDS = {"cancel": ExceptionType.CANCELLED, "deadline": ExceptionType.TIMEOUT, "interrupt": KeyboardInterrupt}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_read_that_returns_after_its_load_has_ended_changes_no_tensor(ram, impatient, form, level, target):
+@pytest.mark.parametrize(
+    "end, form, level, target",
+    [("retry", *case) for case in itertools.product(FORMATS, LEVELS[:2], TARGETS)]
+    + [(end, CheckpointFormat.MULTI_SHARD, CompressionLevel.NONE, "as saved") for end in ENDS],
+)
+def test_however_a_load_ends_a_read_that_returns_afterwards_changes_no_tensor(
+    ram, impatient, end, form, level, target
+):
     over(ram).save(numbered(0), None, to(format=form, compression_level=level, include_rng_state=False))
-    files, live, other = Hung("pread", failing=True), Bag(**TARGETS[target]()), numbered(200)
-    checkpoint, options = (
-        over(Storage(ram, files), attempts=2),
-        at(load_rng_state=False, strict_mode=False),
-    )
-    tensors = live.state
-    checkpoint.load(
-        live, None, options
-    )  # the first attempt fails with a worker stuck, the second one succeeds
-    assert not files.failing and files.worker.is_alive()
-    assert all(torch.equal(tensors[name], t) for name, t in numbered(0).state.items())
-    for t in tensors.values():
-        t.mul_(3).add_(1)  # training goes on
-    checkpoint.load(other, None, options)
-    trained = copy.deepcopy(tensors)
-    files.return_late()
-    assert identical(tensors, trained) and identical(other.state, numbered(0).state)
-    assert files.fd not in files.numbers[files.later :]
-
-
-@pytest.mark.parametrize("end", ["cancel", "deadline", "interrupt"])
-def test_however_a_load_ends_a_read_that_returns_afterwards_changes_no_tensor(ram, impatient, end):
-    over(ram).save(numbered(0), None, to(include_rng_state=False))
-    files, live = Hung("pread"), numbered(100)
+    files, live, other = Hung("pread", failing=end == "retry"), Bag(**TARGETS[target]()), numbered(200)
+    checkpoint, tensors = over(Storage(ram, files), attempts=2), live.state
 
     def interrupt(progress):
         if files.reached.is_set():
             raise KeyboardInterrupt
 
     limits = {"deadline": {"timeout": 0.5}, "interrupt": {"progress": interrupt}}.get(end, {})
-    cancel, options = files.reached if end == "cancel" else None, at(load_rng_state=False, **limits)
-    with pytest.raises((CheckpointException, KeyboardInterrupt)) as caught:
-        over(Storage(ram, files)).load(live, None, options, cancel=cancel)
-    expected = {"cancel": ExceptionType.CANCELLED, "deadline": ExceptionType.TIMEOUT}
-    assert getattr(caught.value, "type", None) is expected.get(end)
-    for t in live.state.values():
-        t.fill_(7.0)
+    options = {"load_rng_state": False, "strict_mode": False}
+    try:
+        checkpoint.load(
+            live, None, at(**options, **limits), cancel=files.reached if end == "cancel" else None
+        )
+        outcome = "returned"
+    except (CheckpointException, KeyboardInterrupt) as error:
+        outcome = getattr(error, "type", KeyboardInterrupt)
+    assert outcome == ENDS.get(end, "returned") and files.worker.is_alive()
+    if end == "retry":  # the first attempt failed, with a worker stuck
+        assert files.before.hit
+        assert all(torch.equal(tensors[name], t) for name, t in numbered(0).state.items())
+    for t in tensors.values():
+        t.mul_(3).add_(1)  # training goes on
+    checkpoint.load(other, None, at(**options))
+    trained = copy.deepcopy(tensors)
     files.return_late()
-    assert all((t == 7.0).all() for t in live.state.values())
+    assert identical(tensors, trained) and identical(other.state, numbered(0).state)
 
 
 def hung_load(rank, world_size, tmp, strategy, truth):
@@ -7588,28 +5656,25 @@ def hung_load(rank, world_size, tmp, strategy, truth):
     mesh = init_device_mesh("cpu", (world_size,))
     live = {name: distribute_tensor(torch.zeros_like(t), mesh, [Replicate()]) for name, t in truth.items()}
 
-    class Failing(Hung):
-        def hangs(self, call, fd, offset):
-            if rank == 1 and strategy != "sequential":
-                if call == "pread" and offset >= PAGE and self.failing:
-                    events.wait(["reached"], datetime.timedelta(seconds=20))
-                    self.failing = False
-                    fail(errno.EIO)(Op(call, self.paths[fd]))
-                return False
-            hangs = super().hangs(call, fd, offset) if rank == 0 else False
-            if hangs:
-                events.set("reached", "1")
-            return hangs
+    def fail_too(op):
+        events.wait(["reached"], datetime.timedelta(seconds=20))
+        fail(errno.EIO)(op)
 
-    files = Failing("pread", failing=rank == (strategy != "sequential"))
+    both, failing = strategy != "sequential", rank == (strategy != "sequential")
+    files = Hung("pread", failing)
+    if rank == 1:
+        when = functools.partial(is_data, "pread")
+        files = Seam(Strike(0 if failing else FOREVER, fail_too, when))
+    elif both:
+        files.reached = types.SimpleNamespace(set=lambda: events.set("reached", "1"))
     checkpoint = over(Storage(tmp, files), coord.TorchCoordinator(), attempts=2)
     checkpoint.load(Bag(**live), None, at(load_rng_state=False, resharding_strategy=strategy))
-    loaded = all(torch.equal(t.full_tensor(), truth[name]) for name, t in live.items())
+    assert all(torch.equal(t.full_tensor(), truth[name]) for name, t in live.items())
     local = {name: t.to_local().mul_(3).add_(1) for name, t in live.items()}
     trained = copy.deepcopy(local)
     if rank == 0:
         files.return_late()
-    return loaded and not files.failing, identical(local, trained)
+    assert identical(local, trained) and bool(files.before.hit) == failing
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -7620,53 +5685,48 @@ def test_a_read_that_returns_after_another_rank_failed_and_all_retried_changes_n
     monkeypatch.setattr(st, "BLOCK_BYTES", 8 * PAGE)
     monkeypatch.setattr(st, "UNIT_BYTES", PAGE)
     over(tmp_path).save(Bag(**truth), None, to(include_rng_state=False))
-    assert run(2, hung_load, tmp_path, strategy, truth) == [(True, True)] * 2
+    run(2, hung_load, tmp_path, strategy, truth)
 
 
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST])
+@pytest.mark.parametrize("level", LEVELS[:2])
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_write_that_returns_after_its_save_has_failed_lands_in_no_later_file(ram, impatient, form, level):
-    files = Hung("pwrite")
-    checkpoint, options = over(Storage(ram, files)), {"format": form, "compression_level": level}
-    refusal(
-        lambda: checkpoint.save(numbered(0), None, to(**options), cancel=files.reached),
-        ExceptionType.CANCELLED,
-    )
-    check_late_write(files, lambda: checkpoint.save(numbered(200), None, to(**options)))
+    files, options = Hung("pwrite"), to(format=form, compression_level=level)
+    checkpoint = over(Storage(ram, files))
+    failed = functools.partial(checkpoint.save, numbered(0), None, options, cancel=files.reached)
+    refusal(failed, ExceptionType.CANCELLED)
+    check_late_write(files, lambda: checkpoint.save(numbered(200), None, options))
     assert checkpoint.validate_checkpoint("p").is_valid
     checkpoint.load(loaded := numbered(100), None, at())
     assert identical(loaded.state, numbered(200).state) and set(listing(ram)) == named_files(ram)
 
 
 def check_late_write(files, write):
-    """The hung write returns while `write()` has its own files open and written; none of them has its number."""
-    before = len(files.numbers)
-    files.before = lambda op: op.call == "fsync" and files.worker.is_alive() and files.return_late()
+    """The hung write returns while `write()` has its own files open and written; none of them has its descriptor."""
+    assert files.worker.is_alive()
+    files.before = lambda op: op.call == "fsync" and files.return_late()
     write()
-    assert not files.worker.is_alive() and files.fd not in files.numbers[before:]
+    assert files.opened.is_set()
+    files.return_late()  # again, for the files that were opened since
 
 
 def test_a_write_that_returns_after_its_export_has_failed_lands_in_no_later_file(ram, impatient, monkeypatch):
     over(ram / "c").save(numbered(0), None, to(include_rng_state=False))
-    files, storage = Hung("pwrite", failing=True), ckpt.LocalStorage(ram / "c")
+    files, storage, out = Hung("pwrite", failing=True), ckpt.LocalStorage(ram / "c"), ram / "out"
     ckpt.export_checkpoint(storage, "p", ram / "reference.safetensors")
-    (ram / "out").mkdir()
+    out.mkdir()
     monkeypatch.setattr(ckpt, "LocalStorage", lambda folder: Storage(folder, files))
-    refusal(
-        lambda: ckpt.export_checkpoint(storage, "p", ram / "out/x.safetensors"), ExceptionType.STORAGE_ERROR
-    )
-    assert files.worker.is_alive() and not listing(ram / "out")
-    check_late_write(files, lambda: ckpt.export_checkpoint(storage, "p", ram / "out/y.safetensors"))
-    assert listing(ram / "out") == {"y.safetensors": (ram / "reference.safetensors").read_bytes()}
+    failed = functools.partial(ckpt.export_checkpoint, storage, "p", out / "x.safetensors")
+    refusal(failed, ExceptionType.STORAGE_ERROR)
+    assert not listing(out)
+    check_late_write(files, lambda: ckpt.export_checkpoint(storage, "p", out / "y.safetensors"))
+    assert listing(out) == {"y.safetensors": (ram / "reference.safetensors").read_bytes()}
 
 
 def test_a_load_ends_only_when_no_thread_copies_into_a_tensor_any_more(ram, impatient, monkeypatch):
     over(ram).save(numbered(0), None, to(include_rng_state=False))
-    live, (reached, closing, returned), late = (
-        Bag(**TARGETS["strided"]()),
-        (threading.Event() for _ in range(3)),
-        [],
-    )
+    live, late = Bag(**TARGETS["strided"]()), []
+    reached, closing, returned = (threading.Event() for _ in range(3))
     copy_in, close = st.copy_in, st.Gate.close
 
     def slow(*args):
@@ -7677,137 +5737,95 @@ def test_a_load_ends_only_when_no_thread_copies_into_a_tensor_any_more(ram, impa
 
     monkeypatch.setattr(st, "copy_in", slow)
     monkeypatch.setattr(st.Gate, "close", lambda self, *limit: closing.set() or close(self, *limit))
-    refusal(
-        lambda: over(ram).load(live, None, at(load_rng_state=False), cancel=reached), ExceptionType.CANCELLED
-    )
+    load = functools.partial(over(ram).load, live, None, at(load_rng_state=False), cancel=reached)
+    refusal(load, ExceptionType.CANCELLED)
     returned.set()
     assert late and not any(late)
 
 
-# Row 22, 23, 28: others at work at the same time. An onlooker acts between any two operations of a writer
-
-
-def between(act, storage_path, onlooker, when=lambda op: True):
-    """Run `act(storage)` with `onlooker(op)` called before each of its operations, and once after."""
-    busy = []
-
-    def look(op):
-        if not busy and when(op):
-            busy.append(op)
-            try:
-                onlooker(op)
-            finally:
-                busy.clear()
-
-    act(Storage(storage_path, Seam(look)))
-    onlooker(None)
+# Row 22, 23, 28: others at work at the same time, who do all they do between two operations
 
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_reader_between_any_two_operations_of_a_writer_sees_old_or_new(ram, scene):
-    scene = SCENES[scene]
-    scene.before(ckpt.LocalStorage(ram))
-    reads = []
+    scene, reads = SCENES[scene], []
 
-    def read(op):
-        check_oracle(ckpt.LocalStorage(ram), scene, op is None, op)
+    def read(op, storage):
+        check_oracle(storage, scene, False, op)
         reads.append(op)
 
-    between(scene.act, ram, read)
-    assert len(reads) > 5
+    for outcome, left, files in at_each_operation(ram, scene.before, scene.act, read):
+        assert outcome[0] == "returned" and reads[-1:] == [files.before.hit or reads[-1]]
+        check_oracle(ckpt.LocalStorage(left), scene, True, outcome)
     COUNTS["reads between operations"] += len(reads)
 
 
-@pytest.mark.parametrize(
-    "act",
-    ["overwrite", "overwrite a single file", "overwrite a consolidated one", "delete", "two overwrites"],
+WRITERS = {name: SCENES[name] for name in SCENES if name.startswith("overwrite") or name == "delete"}
+WRITERS["two overwrites"] = SCENES["overwrite"]._replace(
+    act=lambda s: [put(s, "new"), put(s, "next")], allowed={"p": {"old", "new", "next"}}
 )
-def test_a_reader_that_a_writer_overtakes_at_any_operation_sees_old_or_new(ram, act):
-    """The writer does all it does between two operations of the reader."""
-    scene = SCENES["overwrite" if act == "two overwrites" else act]
-
-    def write():
-        scene.act(ckpt.LocalStorage(tmp))
-        if act == "two overwrites":
-            put(ckpt.LocalStorage(tmp), "next")
-
-    allowed = scene.allowed["p"] | {"next"}
-    for k in itertools.count():
-        tmp = ram / str(k)
-        scene.before(ckpt.LocalStorage(tmp))
-        overtaken = Strike(k, lambda op: write())
-        found = seen(Storage(tmp, Seam(overtaken)))
-        assert found in allowed or (act == "delete" and found.startswith("LOAD_FAILED")), (
-            overtaken.hit,
-            found,
-        )
-        if overtaken.hit is None:
-            break
-    COUNTS["reads between operations"] += k
 
 
-@pytest.mark.parametrize("act", ["overwrite", "delete"])
-def test_a_listing_that_a_writer_overtakes_at_any_operation_still_has_every_other_checkpoint(ram, act):
-    for k in itertools.count():
-        tmp = ram / str(k)
-        for prefix in ("a", "p", "z"):
-            put(ckpt.LocalStorage(tmp), "old", prefix)
-        overtaken = Strike(k, lambda op: SCENES[act].act(ckpt.LocalStorage(tmp)))
-        found = [info.prefix for info in over(Storage(tmp, Seam(overtaken))).list_checkpoints()]
-        assert {"a", "z"} <= set(found) and (act == "delete" or "p" in found), (overtaken.hit, found)
-        if overtaken.hit is None:
-            break
-    COUNTS["reads between operations"] += k
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_reader_that_a_writer_overtakes_at_any_operation_sees_old_or_new_and_lists_every_other(ram, writer):
+    scene, deleted = WRITERS[writer], writer == "delete"
+    reads = at_each_operation(
+        ram,
+        lambda s: [put(s, "old", "a"), scene.before(s), put(s, "old", "z")],
+        lambda s: (seen(s), {info.prefix for info in over(s).list_checkpoints()}),
+        lambda op, storage: scene.act(storage),
+    )
+    for (_, _, (found, listed)), _, files in reads:
+        context = files.before.hit, found, listed
+        assert found in scene.allowed["p"] or (deleted and found.startswith("LOAD_FAILED")), context
+        assert {"a", "z"} <= listed and (deleted or "p" in listed), context
+        COUNTS["reads between operations"] += bool(files.before.hit)
 
 
-@pytest.mark.parametrize("act", ["overwrite", "delete"])
-def test_a_save_during_which_another_prefix_changes_still_becomes_the_newest(ram, act):
-    for k in itertools.count():
-        tmp = ram / str(k)
-        for prefix in ("a", "p", "z"):
-            put(ckpt.LocalStorage(tmp), "old", prefix)
-        overtaken = Strike(k, lambda op: SCENES[act].act(ckpt.LocalStorage(tmp)))
-        put(Storage(tmp, Seam(overtaken)), "new", "m")
-        order = [
-            info.prefix for info in over(ckpt.LocalStorage(tmp)).list_checkpoints() if info.prefix != "p"
-        ]
-        assert order == ["a", "z", "m"], (overtaken.hit, order)
-        if overtaken.hit is None:
-            break
-    COUNTS["interleavings"] += k
+# What others do while "p" is saved, and what is seen of it then. One attempt must do, unless two save to one prefix.
+OTHERS = {
+    "gc": (CLEANERS["gc"], {"new"}),
+    "delete": (CLEANERS["delete"], {"new", "absent"}),
+    "retention": (CLEANERS["retention"], {"new", "absent"}),
+    "save": (lambda s: put(s, "other", attempts=3), {"new", "other"}),
+    "save elsewhere": (lambda s: put(s, "new", "b"), {"new"}),
+    "delete elsewhere": (lambda s: over(s).delete_checkpoint("b"), {"new"}),
+}
 
 
-def test_two_jobs_on_one_prefix_one_wins_whole(ram):
-    """Each operation of one job is a place for the whole of the other."""
-    tried = 0
-    for k in itertools.count():
-        tmp = ram / str(k)
-        put(ckpt.LocalStorage(tmp), "old")
-        outcomes = {}
-
-        def job(word, hook):
-            outcomes[word] = told(lambda: put(Storage(tmp, Seam(hook)), word, attempts=3))[0]
-            assert seen(ckpt.LocalStorage(tmp)) in ("new", "other")
-
-        overtaken = Strike(k, lambda op: job("other", lambda op: None))
-        job("new", overtaken)
-        if overtaken.hit is None:
-            break
-        assert set(outcomes.values()) == {"returned"}, (overtaken.hit, outcomes)
-        check_recovery(tmp)
-        tried += 1
-    COUNTS["interleavings"] += tried
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_others_do_at_any_operation_of_a_save_takes_nothing_from_it_and_it_becomes_the_newest(
+    ram, form, other
+):
+    act, words = OTHERS[other]
+    saves = at_each_operation(
+        ram,
+        lambda s: [put(s, "old", prefix, format=form) for prefix in ("p", "a", "b", "c")],
+        lambda s: put(s, "new", format=form, attempts=3 if other == "save" else 1),
+        lambda op, storage: act(storage),
+    )
+    for outcome, left, files in saves:
+        hit, found = files.before.hit, seen(ckpt.LocalStorage(left))
+        assert outcome[0] == "returned" and found in words, (hit, outcome, found)
+        listed = [info.prefix for info in over(left).list_checkpoints() if info.prefix not in ("b", "z")]
+        kept = [] if other == "retention" and hit else ["a", "c"]
+        assert listed == kept + ["p"] * (found != "absent"), (hit, found, listed)
+        check_recovery(left, ("a", "b", "c", "p", "z"), hit)
+        COUNTS["interleavings"] += bool(hit)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_two_jobs_in_lockstep_on_one_prefix_one_wins_whole(ram, overwrite):
-    rng = random.Random(22)
+    rng, words = random.Random(22), ("new", "other")
     for number in range(60):
         tmp = ram / str(number)
-        outcomes = interleaved(
-            rng, [functools.partial(put_told, tmp, word, overwrite=overwrite) for word in ("new", "other")]
-        )
-        winners = [word for word, (kind, _, _) in zip(("new", "other"), outcomes) if kind == "returned"]
+
+        def save(word, hook):
+            return told(lambda: put(Storage(tmp, Seam(hook)), word, attempts=3, overwrite=overwrite))
+
+        outcomes = interleaved(rng, [functools.partial(save, word) for word in words])
+        winners = [word for word, (kind, _, _) in zip(words, outcomes) if kind == "returned"]
         assert winners and (overwrite or len(winners) == 1), outcomes
         assert seen(ckpt.LocalStorage(tmp)) in winners, outcomes
         assert all(kind in ("returned", "SAVE_FAILED", "STORAGE_ERROR") for kind, _, _ in outcomes), outcomes
@@ -7815,141 +5833,87 @@ def test_two_jobs_in_lockstep_on_one_prefix_one_wins_whole(ram, overwrite):
     COUNTS["interleavings"] += number + 1
 
 
-def put_told(tmp, word, hook, **options):
-    return told(lambda: put(Storage(tmp, Seam(hook)), word, attempts=3, **options))
-
-
 def interleaved(rng, jobs):
     """Run jobs in threads of which one at a time makes one file operation, in an order that `rng` draws."""
-    turn, waiting, done = threading.Condition(), {}, set()
+    changed, waiting, running = threading.Condition(), set(), set(range(len(jobs)))
 
-    def hook(number):
-        def wait(op):
-            with turn:
-                waiting[number] = False
-                turn.notify_all()
-                assert turn.wait_for(lambda: waiting.get(number), HANG_S)
-                del waiting[number]
+    def draw():  # once all others wait too, or have ended
+        if waiting and waiting == running:
+            waiting.remove(rng.choice(sorted(waiting)))
+            changed.notify_all()
 
-        return wait
+    def wait(number, op):
+        with changed:
+            waiting.add(number)
+            draw()
+            assert changed.wait_for(lambda: number not in waiting, HANG_S)
 
-    def job(number):
+    def work(number):
         try:
-            return jobs[number](hook(number))
+            return jobs[number](functools.partial(wait, number))
         finally:
-            with turn:
-                done.add(number)
-                turn.notify_all()
+            with changed:
+                running.remove(number)
+                draw()
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        futures = [pool.submit(job, number) for number in range(len(jobs))]
-        with turn:
-            while len(done) < len(jobs):
-                # every job waits for its turn, or is done, or is busy in memory
-                assert turn.wait_for(
-                    lambda: len(waiting) + len(done) >= len(jobs) and not any(waiting.values()), HANG_S
-                )
-                if waiting:
-                    waiting[rng.choice(sorted(waiting))] = True
-                    turn.notify_all()
-        return [future.result(HANG_S) for future in futures]
-
-
-CLEANERS = {
-    "gc": st.collect_garbage,
-    "delete": lambda s: told(lambda: over(s).delete_checkpoint("p")),
-    "retention": lambda s: put(s, "other", "z", keep_last=1),
-}
-
-
-@pytest.mark.parametrize("cleaner", CLEANERS)
-@pytest.mark.parametrize("form", FORMATS)
-def test_clean_up_at_any_operation_of_a_live_save_takes_nothing_from_it(ram, form, cleaner):
-    """One attempt must do: nothing of a live save is deleted."""
-    for k in itertools.count():
-        tmp = ram / str(k)
-        put(ckpt.LocalStorage(tmp), "old", format=form)
-        strike = Strike(k, lambda op: CLEANERS[cleaner](ckpt.LocalStorage(tmp)))
-        outcome = told(lambda: put(Storage(tmp, Seam(strike)), "new", format=form))
-        assert outcome[0] == "returned", (strike.hit, outcome)
-        found = seen(ckpt.LocalStorage(tmp))
-        assert found == "new" or (found == "absent" and cleaner != "gc"), (strike.hit, found)
-        if strike.hit is None:
-            break
-        if cleaner != "retention":
-            check_recovery(tmp)
-    COUNTS["interleavings"] += k
+        return list(pool.map(work, range(len(jobs))))
 
 
 @pytest.mark.parametrize("cleaner", CLEANERS)
 def test_clean_up_that_a_live_save_overtakes_at_any_operation_takes_nothing_from_it(ram, cleaner):
     """Within the clean-up a save begins, and gets as far as its rename, which waits for the clean-up's end."""
-    for k in itertools.count():
-        tmp = ram / str(k)
-        put(ckpt.LocalStorage(tmp), "old", tensors=1)
-        reached, go_on, outcomes = threading.Event(), threading.Event(), []
+    saves = []
 
+    def begin(op, storage):
         def hold(op):
             if op.call == "rename":
                 reached.set()
                 assert go_on.wait(HANG_S)
 
-        writer = threading.Thread(
-            target=lambda: outcomes.append(told(lambda: put(Storage(tmp, Seam(hold)), "new")))
-        )
-        strike = Strike(k, lambda op: writer.start() or reached.wait(HANG_S))
-        CLEANERS[cleaner](Storage(tmp, Seam(strike)))
-        if strike.hit is None:
-            break
-        go_on.set()
-        writer.join(HANG_S)
-        assert outcomes[0][0] == "returned" and seen(ckpt.LocalStorage(tmp)) == "new", (strike.hit, outcomes)
-    COUNTS["interleavings"] += k
+        reached, go_on = threading.Event(), threading.Event()
+        saves.append((go_on, pool.submit(put, Storage(storage.base_path, Seam(hold)), "new")))
+        assert reached.wait(HANG_S)
+
+    with ThreadPoolExecutor(1) as pool:
+        old = functools.partial(put, word="old", tensors=1)
+        for _, left, files in at_each_operation(ram, old, CLEANERS[cleaner], begin):
+            if files.before.hit:
+                go_on, save = saves.pop()
+                go_on.set()
+                assert save.result(HANG_S) == "p" and seen(ckpt.LocalStorage(left)) == "new", files.before.hit
+                COUNTS["interleavings"] += 1
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_clean_up_keeps_a_save_whose_fence_is_younger_than_the_limit_and_takes_an_older_one(
     ram, caplog, form
 ):
-    left = [ram / "fake clock", ram / "changed times"]
-
-    def copy_as_a_crash_leaves_it(op):
-        for path in left:
-            shutil.copytree(ram / "base", path)
-
-    put(ckpt.LocalStorage(ram / "base"), "old", format=form)
-    files = Seam(Strike(0, copy_as_a_crash_leaves_it, lambda op: op.call == "rename"))
-    together(2, lambda c: put(Storage(ram / "base", files), "new", coordinator=c, format=form))
+    base, left = ram / "base", ram / "left"
+    put(ckpt.LocalStorage(base), "old", format=form)
+    crash = Strike(0, lambda op: shutil.copytree(base, left), lambda op: op.call == "rename")
+    files = Seam(crash)
+    together(2, lambda c: put(Storage(base, files), "new", coordinator=c, format=form))
     created = [op.path for op in files.log if op.call == "create"]
     assert created[0].endswith(".tmp") and len(created) > 1, "the fence comes before all other files"
-    whole, (fence,) = set(listing(left[0])), fences(left[0])
-    theirs = {str(fence.relative_to(left[0])), *(f"p/{Path(name).name}" for name in created[1:])}
-    assert whole - named_files(left[0]) == theirs
-
-    class Dated(st.LocalStorage):
-        age = 0.0
-
-        def age_s(self, name):
-            assert super().age_s(name) < 86400
-            return self.age
-
-    storage, limit = Dated(left[0]), 24 * 3600.0
-    for storage.age in (-10 * 365 * limit, -1.0, 0.0, 1.0, limit - 1):
-        assert st.collect_garbage(storage) == [] and set(listing(left[0])) == whole
-        assert f"kept save {fence.name.split('.')[-2]} of p" in caplog.text
-        caplog.clear()
-    storage.age = 3600.0
-    assert st.collect_garbage(storage, 3601.0) == [] and "old enough in 0.0 h" in caplog.text
-    assert set(st.collect_garbage(storage, 3600.0)) == theirs
-    storage = st.LocalStorage(left[1])
-    for hours in (-10 * 365 * 24, -1, 0, 23.9):
-        make_old(left[1], hours)
-        assert st.collect_garbage(storage) == [] and set(listing(left[1])) == whole
-        assert hours or st.collect_garbage(storage, 3600.0) == []
-    make_old(left[1], 24.1)
-    assert set(st.collect_garbage(storage)) == theirs
-    for path in left:
-        assert set(listing(path)) == named_files(path) and seen(ckpt.LocalStorage(path)) == "old"
+    whole, (fence,) = set(listing(left)), fences(left)
+    theirs = {fence.name, *(f"p/{Path(name).name}" for name in created[1:])}
+    assert whole - named_files(left) == theirs
+    for hours, limit_s, takes in (
+        *((hours, (), False) for hours in (-87600, -1, 0, 23.9)),
+        (24.1, (), True),
+        (1, (3700.0,), False),
+        (1, (3600.0,), True),
+    ):
+        shutil.copytree(left, tmp := ram / f"{hours} {limit_s}")
+        make_old(tmp, hours + 0.001)  # its clock is coarse
+        for storage in (Memory(listing(left), 3600.0 * hours), ckpt.LocalStorage(tmp)):
+            caplog.clear()
+            assert set(st.collect_garbage(storage, *limit_s)) == (theirs if takes else set())
+            assert set(storage.names()) == (named_files(left) if takes else whole)
+            assert takes or f"kept save {fence.name.split('.')[-2]} of p" in caplog.text
+            assert takes or not limit_s or "old enough in 0.0 h" in caplog.text
+            assert seen(storage) == "old"
 
 
 def test_directories_that_a_deletion_has_emptied_are_missed_by_nobody(ram):
@@ -7973,18 +5937,15 @@ LACKED = {
     "reserved space": lambda op: op.call == "allocate",
     "reads that do not wait": lambda op: op.call == "is_cold",
 }
-REFUSED = {what: (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS) for what in LACKED}
-REFUSED["hard links"] += (errno.EPERM,)
+UNSUPPORTED = [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS]
 
 
 @pytest.mark.parametrize(
     "what, code",
-    [(what, code) for what, codes in REFUSED.items() for code in codes],
+    [*itertools.product(LACKED, UNSUPPORTED), ("hard links", errno.EPERM)],
     ids=lambda value: errno.errorcode.get(value, value),
 )
 def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_lacks(ram, what, code):
-    lacked = []
-
     class Lacking(Seam):
         def open(self, path, flags, mode=0o777):
             fd = super().open(path, flags & ~os.O_DIRECT, mode)  # as if the file system here had it
@@ -7992,88 +5953,83 @@ def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_
                 self.paths[fd] = path
             return fd
 
-    def before(op):
-        if LACKED[what](op) and op.call != "close":
-            lacked.append(op)
-            fail(code)(op)
-
-    storage, bags = Storage(ram, Lacking(before)), [Bag(w=torch.arange(n, n + (1 << 17))) for n in (1, 2, 3)]
+    lacked = Strike(0, fail(code), lambda op: LACKED[what](op) and op.call != "close", FOREVER)
+    storage, bags = Storage(ram, Lacking(lacked)), [Bag(w=torch.arange(n, n + (1 << 17))) for n in (1, 2, 3)]
     for bag in bags[:2]:
         over(storage).save(bag, None, to(include_rng_state=False))
     st.collect_garbage(storage)
     whole = listing(ram)
-    attempt = told(lambda: over(storage).save(bags[2], None, to("q", overwrite=False)))
+    kind, _, message = told(lambda: over(storage).save(bags[2], None, to("q", overwrite=False)))
     if what == "hard links":
-        kind, _, message = attempt
         assert kind == "STORAGE_ERROR" and "hard links" in message and "overwrite=False" in message
         assert listing(ram) == whole
     else:
-        assert attempt[0] == "returned", attempt
+        assert kind == "returned", message
         over(storage).delete_checkpoint("q")
     over(storage).load(loaded := Bag(w=torch.zeros(1 << 17, dtype=torch.int64)), None, at())
     assert identical(loaded.state, bags[1].state) and over(storage).validate_checkpoint("p").is_valid
-    assert lacked
+    assert lacked.hit
 
 
 # Row 13, 14: damage to any bit, any length, any file out of place
 
-FUZZ_LEVELS = [CompressionLevel.NONE, CompressionLevel.FAST]
-CORES = len(os.sched_getaffinity(0))
-SMALL_BLOCK, SMALL_UNIT = 320, 64  # so that a file of few bytes, of which each bit can be tried, has several
+RECORD = "p.metadata.json"
+REFUSALS = ("CORRUPTED_CHECKPOINT", "INCOMPATIBLE_VERSION", "VALIDATION_FAILED")
+SPECIMEN_EXTRA = {"table": {"x": [7, 1.5, None], "y": torch.tensor(2.5)}}
 
 
-def specimen_state():
+def specimen_state(change=0):
     """Tensors of several kinds and sizes, some of which shrink when compressed."""
     ramp = torch.arange(24, dtype=torch.int32)
-    return {"a": ramp, "b": torch.zeros(40), "c": torch.ones(2, 3, dtype=torch.bool)}
+    return {"a": ramp + change, "b": torch.zeros(40) + change, "c": torch.ones(2, 3, dtype=torch.bool)}
 
 
-def specimen_extra():
-    return {"table": {"x": [7, 1.5, None], "y": torch.tensor(2.5)}}
-
-
-def specimen(tmp, form, level=CompressionLevel.NONE, world_size=1, change=0):
-    """The files of a tiny checkpoint, as a dict."""
-    state = {
-        name: tensor if tensor.dtype == torch.bool else tensor + change
-        for name, tensor in specimen_state().items()
-    }
-    options = {
-        "format": form,
-        "compression_level": level,
-        "custom_metadata": {"epoch": 3, "best": [0.5, "x"]},
-    }
-
-    def save(c):
-        options_now = to(include_rng_state=False, **options)
-        over(tmp, coordinator=c).save(Bag(**state), None, options_now, extra_state=specimen_extra())
-
-    together(world_size, save)
+def specimen(tmp, form=CheckpointFormat.MULTI_SHARD, level="none", world_size=1, change=0):
+    """The files of a tiny checkpoint. One rank makes one piece of each tensor: a, b, c, table.y, table."""
+    custom = {"epoch": 3, "best": [0.5, "x"]}
+    options = to(include_rng_state=False, format=form, compression_level=level, custom_metadata=custom)
+    bag = Bag(**specimen_state(change))
+    together(world_size, lambda c: over(tmp, c).save(bag, None, options, extra_state=SPECIMEN_EXTRA))
     files = listing(tmp)
     shutil.rmtree(tmp)
     return files
 
 
 def load_specimen(files):
-    """What a load of these files says: "exact", "other", or (type, message) of its refusal."""
+    """What a load of these files gives: "exact", "other", or (type, message) of its refusal."""
     target = Bag(**{name: torch.zeros_like(tensor) for name, tensor in specimen_state().items()})
     kind, _, result = told(lambda: over(Memory(files)).load(target, None, at(load_rng_state=False)))
     if kind != "returned":
         return kind, result
-    exact = identical(target.state, specimen_state()) and identical(
-        dict(result.extra_state), specimen_extra()
-    )
-    return "exact" if exact else "other"
+    found = target.state, dict(result.extra_state)
+    return "exact" if identical(found, (specimen_state(), SPECIMEN_EXTRA)) else "other"
 
 
-REFUSALS = ("CORRUPTED_CHECKPOINT", "INCOMPATIBLE_VERSION", "VALIDATION_FAILED")
+def check_bad_input(files, context="", seconds=1.0, write=False):
+    """Only typed refusals come out of bad files, in little processor time. What a load and a validation say.
+
+    With `write`: nor do they stop a listing, a clean-up, a save or a delete.
+    """
+    started, storage = time.process_time(), Memory(files)
+    outcome, checkpoint = load_specimen(files), over(storage, keep_last=3)
+    assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
+    valid = checkpoint.validate_checkpoint("p")
+    valid.get_summary()
+    if write:
+        checkpoint.list_checkpoints()
+        st.collect_garbage(storage)
+        assert save_word(checkpoint, "new", "q") == "q" and seen(storage, "q") == "new", context
+        assert "q" in [info.prefix for info in checkpoint.list_checkpoints()]
+        checkpoint.delete_checkpoint("p")
+    took = time.process_time() - started
+    assert took < seconds, (took, context)
+    return outcome, valid.is_valid
 
 
-def check_damage(files, context):
+def check_damage(context, files):
     """Damaged files are rejected by a validation; a load rejects them, or returns the exact state."""
-    assert not over(Memory(files)).validate_checkpoint("p").is_valid, context
-    outcome = load_specimen(files)
-    assert outcome == "exact" or outcome[0] in REFUSALS, (context, outcome)
+    outcome, valid = check_bad_input(files, context)
+    assert not valid and outcome != "other", (outcome, context)
     return outcome
 
 
@@ -8095,62 +6051,45 @@ def of_other_lengths(files):
             yield (name, more), {**files, name: whole + more}
 
 
-def check_all(ram, monkeypatch, damage, form, level):
-    """Each of the damages that `damage(files)` makes, shared out over the processor's cores. How many."""
-    monkeypatch.setattr(st, "BLOCK_BYTES", SMALL_BLOCK)
-    monkeypatch.setattr(st, "UNIT_BYTES", SMALL_UNIT)
-    files = specimen(ram / "s", form, level)
+# Whole files are never compressed: a level changes nothing but the rank's own files.
+@pytest.mark.parametrize(
+    "form, level", [*((f, "none") for f in FORMATS), (CheckpointFormat.MULTI_SHARD, "fast")]
+)
+@pytest.mark.parametrize("damage", [flipped, of_other_lengths])
+def test_each_bit_and_each_length_is_missed_by_no_validation_and_no_load(ram, damage, form, level):
+    cores = len(os.sched_getaffinity(0))
+    tried = run(cores, check_share, ram, damage, form, level, limit_s=6 * HANG_S)  # minutes of work
+    COUNTS["bits flipped" if damage is flipped else "lengths"] += sum(tried)
+
+
+def check_share(rank, world_size, tmp, damage, form, level):
+    """A rank's share of the damages, on a core of its own, where the I/O threads of a load take turns."""
+    st.BLOCK_BYTES, st.UNIT_BYTES = 320, 64  # a file of so few bytes that each bit can be tried has several
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    files, count = specimen(tmp / str(rank), form, level), 0
     assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
-    return sum(run(CORES, check_share, ram, damage, files, limit_s=6 * HANG_S))  # minutes of work
-
-
-def check_share(rank, world_size, tmp, damage, files):
-    st.BLOCK_BYTES, st.UNIT_BYTES, count = SMALL_BLOCK, SMALL_UNIT, 0
-    os.sched_setaffinity(
-        0, {sorted(os.sched_getaffinity(0))[rank]}
-    )  # the I/O threads of one load: they take turns
     for context, broken in itertools.islice(damage(files), rank, None, world_size):
-        assert check_damage(broken, context) != "exact", context  # this load needs every block
+        assert check_damage(context, broken) != "exact", context  # this load needs every block
         count += 1
     return count
 
 
-# Whole files are never compressed: a level changes nothing but the rank's own files.
-BYTE_FORMS = [(form, CompressionLevel.NONE) for form in FORMATS]
-BYTE_FORMS.append((CheckpointFormat.MULTI_SHARD, CompressionLevel.FAST))
-
-
-@pytest.mark.parametrize("form, level", BYTE_FORMS)
-@pytest.mark.parametrize("damage", [flipped, of_other_lengths])
-def test_each_bit_and_each_length_of_every_file_is_missed_by_no_validation_and_by_no_load(
-    ram, monkeypatch, damage, form, level
-):
-    COUNTS["bits flipped" if damage is flipped else "lengths"] += check_all(
-        ram, monkeypatch, damage, form, level
-    )
-
-
-@pytest.mark.parametrize("level", FUZZ_LEVELS)
+@pytest.mark.parametrize("level", ["none", "fast"])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_shards_swapped_duplicated_missing_or_replayed_from_another_save_are_rejected(
+def test_shards_swapped_duplicated_missing_or_replayed_are_rejected(
     ram, tiny_blocks, world_size, form, level
 ):
     files, other = (specimen(ram / "s", form, level, world_size, change) for change in (0, 1))
-    record = "p.metadata.json"
-    names, theirs = ([name for name in sorted(found) if name != record] for found in (files, other))
+    names, theirs = (sorted(found.keys() - {RECORD}) for found in (files, other))
     assert len(names) == len(theirs) and not set(names) & set(theirs)
-    moved = [{**files, a: files[b], b: files[a]} for a, b in itertools.combinations(names, 2)]  # swapped
-    moved += [{**files, a: files[b]} for a, b in itertools.permutations(names, 2)]  # duplicated
-    moved += [{name: data for name, data in files.items() if name != gone} for gone in names]
-    changed = [(a, b) for a, b in zip(names, theirs) if files[a] != other[b]]
-    assert changed
-    moved += [
-        {**files, a: other[b]} for a, b in changed
-    ]  # one shard, under the name that is expected, or all of them
-    moved += [{**files, **{a: other[b] for a, b in changed}}, {**files, record: other[record]}]
-    for number, broken in enumerate(moved):
-        check_damage(broken, number)
+    contents, replayed = {*files.values(), *other.values()}, dict(zip(names, map(other.get, theirs)))
+    changes = [{name: data} for name in files for data in sorted(contents - {files[name]})]
+    changes += [{a: files[b], b: files[a]} for a, b in itertools.combinations(names, 2)]
+    damaged = [files | change for change in [*changes, replayed]]
+    damaged += [{name: data for name, data in files.items() if name != gone} for gone in names]
+    for number, broken in enumerate(damaged):
+        check_damage(number, broken)
 
 
 # Row 15, 16: fuzz, seeded. Only what is documented comes out, with little work and in little memory
@@ -8158,47 +6097,71 @@ def test_shards_swapped_duplicated_missing_or_replayed_from_another_save_are_rej
 ROUNDS = int(os.environ.get("CKPT_FUZZ_ROUNDS", "1"))  # more of them: more cases of the same kinds
 
 
+def dumped(tree):
+    return json.dumps(tree, separators=(",", ":")).encode()
+
+
 def with_record(files, record):
     """The files with another record: a dict, or JSON text that ends in `}`. Its CRC is right."""
     if isinstance(record, bytes):
-        return {**files, "p.metadata.json": record[:-1] + b',"crc32":"%08x"}\n' % zlib.crc32(record[:-1])}
-    return {**files, "p.metadata.json": sealed(record)}
+        return {**files, RECORD: record[:-1] + b',"crc32":"%08x"}\n' % zlib.crc32(record[:-1])}
+    return {**files, RECORD: sealed(record)}
+
+
+def edited(files, changes):
+    """The files with a record in which each {path: new} was put: a value, or a function of what is there.
+
+    Or other files, if `changes` is a function of the files.
+    """
+    if callable(changes):
+        return changes(files)
+    record = expanded(json.loads(files[RECORD]))
+    for path, new in changes.items():
+        *above, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        node = functools.reduce(lambda node, key: node[key], above, record)
+        node[last] = new(node[last]) if callable(new) else new
+    return with_record(files, record)
 
 
 def with_shard(files, name, header, data):
-    """Replace a file: header text, data. The record knows its new length and the CRC of its header."""
+    """Replace a tensor file: its header (text, or a dict, which gets the right CRCs) and data.
+
+    The record knows its new length and the CRC of its header.
+    """
+    if isinstance(header, dict):
+        units = [data[start : start + UNIT] for start in range(0, len(data), UNIT)]
+        crcs = "".join(f"{zlib.crc32(unit):08x}" for unit in units)
+        header = dumped(header | {"__metadata__": header["__metadata__"] | {"crc32": crcs}})
     header += b" " * (-(8 + len(header)) % PAGE)
     start = struct.pack("<Q", len(header)) + header
-    record = json.loads(files["p.metadata.json"])
+    record = json.loads(files[RECORD])
     (row,) = (row for row in record["files"] if f"p/{row[0]}" == name)
     row[1:] = len(start + data), len(start), f"{zlib.crc32(start):08x}"
     return with_record({**files, name: start + data}, record)
 
 
-def crcs_of(data):
-    """The CRC32 of each unit, as a header has them."""
-    return "".join(f"{zlib.crc32(data[at : at + UNIT]):08x}" for at in range(0, len(data), UNIT))
+def shard_of(files, choose=min):
+    """Name, header text and data of one of the tensor files."""
+    name = choose(sorted(name for name in files if name != RECORD))
+    (length,) = struct.unpack("<Q", files[name][:8])
+    return name, files[name][8 : 8 + length].rstrip(b" "), files[name][8 + length :]
 
 
-def header_of(content):
-    """Header text and data of a shard."""
-    (length,) = struct.unpack("<Q", content[:8])
-    return content[8 : 8 + length].rstrip(b" "), content[8 + length :]
-
-
-NASTY = [
-    "-1", "0", "1", "3", "4096", str(1 << 31), str((1 << 53) + 1), str((1 << 62) - 1), str(1 << 62), str(1 << 63), str(1 << 64),
-    "1" + "0" * 30, "9" * 5000, "-0", "1.0", "1e3", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "true", "null", '""',
-    '".."', '"\\u0000"', '"\\ud800"', '"\xff"', "[]", "{}", "[[]]", "[0,0,1000000000]", "[1,1,1]", "[0,-1,5]", "[9,9]",
-    "[4611686018427387903,1,9]", "[4611686018427387903,4611686018427387903]", '{"a":1,"a":2}', "[" * 100_000,
-    "[" * 500 + "]" * 500,
-    "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900,
-    '"F32"', '"U8"', '"JSON"', '"BOOL"', '"F4"', '"C32"', '"C64"', '"00000000"', '"0"',
-    '{"$tensor":"x"}', '{"$tensor":[]}', '{"$dict":[[[],1]]}', '{"$dict":[1]}', '{"$set":[[]]}', '{"$ndarray":["<f4",[-1],""]}',
-    '{"$ndarray":["|O",[1],"gASVAA=="]}', '{"$scalar":["<f4",[1000000000,1000000000],""]}', '{"$int":"zz"}', '{"$int":""}',
-    '{"$device":"moon:1"}', '{"$dtype":"nn"}', '{"$float":"00"}', '{"$datetime":"now"}', '{"$Size":[-1]}', '{"$Size":["x"]}',
-    '{"$Counter":[[1,"x"]]}', '{"$bytes":"="}', '{"$str":"gA=="}', '{"$str":5}', '{"$eval":"1"}', '{"$":1}',
-]  # fmt: skip
+NASTY_TEXT = r"""
+-1 0 1 3 4096 2147483648 9007199254740993 4611686018427387903 4611686018427387904 9223372036854775808
+18446744073709551616 -0 1.0 1e3 1e999 -1e999 NaN Infinity -Infinity true null "" ".." "\u0000" "\ud800" "ÿ"
+[] {} [[]] [0,0,1000000000] [1,1,1] [0,-1,5] [9,9] [4611686018427387903,1,9] {"a":1,"a":2}
+[4611686018427387903,4611686018427387903] "F32" "U8" "JSON" "BOOL" "F4" "C32" "C64" "00000000" "0"
+{"$tensor":"x"} {"$tensor":[]} {"$dict":[[[],1]]} {"$dict":[1]} {"$set":[[]]} {"$ndarray":["<f4",[-1],""]}
+{"$ndarray":["|O",[1],"gASVAA=="]} {"$scalar":["<f4",[1000000000,1000000000],""]} {"$int":"zz"} {"$int":""}
+{"$device":"moon:1"} {"$dtype":"nn"} {"$float":"00"} {"$datetime":"now"} {"$Size":[-1]} {"$Size":["x"]}
+{"$Counter":[[1,"x"]]} {"$bytes":"="} {"$str":"gA=="} {"$str":5} {"$eval":"1"} {"$":1}
+"=" "AAAA" "eJwDAAAAAAE=" "eJwDeJwDeJwDeJwD" ["","="]
+"""
+NASTY = [*NASTY_TEXT.split(), "1" + "0" * 30, "9" * 5000, "[" * 100_000, '{"a":' * 900 + "1" + "}" * 900]
+NASTY += ["[" * depth + "]" * depth for depth in (500, 900)]
+NASTY += [json.dumps(packed(column)) for column in ([], [1 << 62] * 3, range(50_000))]
+COLUMNS = ("tensor", "file", "begin", "length")
 
 
 def places(node):
@@ -8210,503 +6173,305 @@ def places(node):
 
 
 def mutated(rng, tree):
-    """JSON text of a tree with some change: of its values, of its structure, or of its text."""
-    tree = copy.deepcopy(tree)
-    marks = {}
+    """JSON text of a tree of which some has another value, or is lost, copied, doubled or renamed."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         node, key = rng.choice(list(places(tree)))
-        old = node[key]
-        kind = rng.randrange(8)
-        if kind <= 2 or (kind == 3 and not isinstance(old, int)):
-            mark = f"@@{len(marks)}@@"
-            marks[f'"{mark}"'], node[key] = rng.choice(NASTY), mark
-        elif kind == 3:
-            node[key] = old + rng.choice((-1, 1, 8, -8, 1 << 20, 1 << 61))
+        old, kind = node[key], rng.randrange(8)
+        if kind == 0 and type(old) is int:
+            node[key] = old + rng.choice((-8, -1, 1, 8, 1 << 20, 1 << 61))
+        elif kind <= 3:
+            node[key] = f"@@{rng.randrange(len(NASTY))}@@"
         elif kind == 4:
             del node[key]
-        elif kind == 5 and isinstance(node, dict):
-            marks["@@twice@@"], node[f"@@twice@@{key}"] = "", copy.deepcopy(old)
-        elif kind == 6:
-            node[key] = copy.deepcopy(rng.choice([n[k] for n, k in places(tree)]))
+        elif kind == 5:
+            node[key] = copy.deepcopy(rng.choice([node[key] for node, key in places(tree)]))
         elif isinstance(node, list):
             node.insert(key, copy.deepcopy(old))
         else:
-            node[f"{key}x"] = node.pop(key)
+            node[f"@@twice@@{key}" if kind == 6 else f"{key}x"] = copy.deepcopy(old)
         if not tree:
             break
-    text = json.dumps(tree)
-    for mark, literal in marks.items():
-        text = text.replace(mark, literal)
-    return text.encode("latin-1")
+    text = re.sub('"@@([0-9]+)@@"', lambda mark: NASTY[int(mark[1])], json.dumps(tree))
+    return text.replace("@@twice@@", "").encode("latin-1")
 
 
 def smeared(rng, text):
-    """JSON text with some bytes changed, lost or repeated."""
-    data = bytearray(text)
+    """JSON text of which some bytes are others, lost or repeated."""
     for _ in range(rng.choice((1, 1, 2, 8))):
-        at = rng.randrange(len(data))
-        other = rng.randrange(len(data))
-        kind = rng.randrange(5)
-        if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at : at + rng.choice((1, 3, 30))] = b""
-        elif kind == 2:
-            data[at:at] = data[other : other + rng.choice((1, 5, 50))]
-        elif kind == 3:
-            data[at] = rng.choice(b'0123456789-.eE{}[],:" \\\xff\xc0\x00')
-        else:
-            digits = [index for index, byte in enumerate(data) if chr(byte).isdigit()]
-            if digits:
-                data[rng.choice(digits)] = rng.choice(b"0123456789")
-        if len(data) < 2:
-            break
-    return bytes(data)
+        place, other = rng.randrange(len(text)), rng.randrange(len(text))
+        stray = bytes([rng.choice(b'0123456789-.eE{}[],:" \\\xff\xc0\x00')])
+        new = rng.choice((b"", stray, stray, text[other : other + rng.choice((1, 5, 50))]))
+        text = text[:place] + new + text[place + rng.choice((0, 1, 1, 1, 3, 30)) :] or b"{"
+    return text
 
 
-WILD = (-1, 0, 1, 1 << 31, (1 << 53) + 1, 1 << 61, 1 << 62, (1 << 63) - 1, -(1 << 63))
-JUNK = (
-    "",
-    "=",
-    "AAAA",
-    "eJwDAAAAAAE=",
-    "\xff",
-    packed([]),
-    packed([1 << 62] * 3),
-    packed(range(50_000)),
-    "eJwD" * 9,
-)
-
-
-def fuzzed_columns(rng, record):
-    """A record with some change to the columns of its pieces: numbers, rows, or how they are packed."""
-    pieces = expanded(record)["pieces"]
-    columns = [
-        c
-        for key in pieces
-        if key != "count"
-        for c in (pieces[key] if key in ("offset", "size") else [pieces[key]])
-    ]
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        kind, column = rng.randrange(5), rng.choice(columns)
-        row = rng.randrange(len(column)) if column else 0
-        if kind <= 1 and column:
-            column[row] = rng.choice((*WILD, column[row] + rng.choice((-8, -1, 1, 8)), rng.choice(column)))
-        elif kind == 2:
-            for each in columns if rng.random() < 0.5 else [column]:
-                each[row : row + 1] = each[row : row + 1] * rng.choice((0, 2, 2, 40))
-            pieces["count"] = len(column)
-        elif kind == 3:
-            key = rng.choice(list(pieces))
-            pieces[key] = (
-                rng.choice((*JUNK, [], 7, None, [*JUNK[:2]])) if key != "count" else rng.choice(WILD)
-            )
-        elif len(column) > 1:
-            other = rng.randrange(len(column))
-            for each in columns:  # two rows change places
-                if len(each) > max(row, other):
-                    each[row], each[other] = each[other], each[row]
-    return record
+def fuzzed(rng, text):
+    return mutated(rng, json.loads(text)) if rng.random() < 0.7 else smeared(rng, text)
 
 
 def fuzzed_record(rng, files):
-    record, kind = json.loads(files["p.metadata.json"]), rng.random()
+    record, kind = json.loads(files[RECORD]), rng.random()
     del record["crc32"]
-    if kind < 0.4:
-        return with_record(files, fuzzed_columns(rng, record))
-    text = json.dumps(record, separators=(",", ":")).encode()
-    return with_record(files, mutated(rng, record) if kind < 0.8 else smeared(rng, text))
+    if kind < 0.1:  # rows of all columns are lost, or become copies of another one
+        pieces = expanded(record)["pieces"]
+        (row, other), times = rng.sample(range(pieces["count"]), 2), rng.choice((0, 1, 2, 40))
+        for column in (*pieces["offset"], *pieces["size"], *(pieces[key] for key in COLUMNS)):
+            column[row : row + 1] = [column[other]] * times
+        pieces["count"] += times - 1
+        return with_record(files, record)
+    if kind < 0.4:  # numbers in columns, which are packed if they still are numbers
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            return with_record(files, json.loads(fuzzed(rng, dumped(expanded(record)))))
+    return with_record(files, fuzzed(rng, dumped(record)))
 
 
 def fuzzed_header(rng, files):
-    name = rng.choice([name for name in sorted(files) if name.endswith(".safetensors")])
-    header, data = header_of(files[name])
-    text = mutated(rng, json.loads(header)) if rng.random() < 0.7 else smeared(rng, header)
-    files = with_shard(files, name, text, data)
+    name, header, data = shard_of(files, rng.choice)
+    files = with_shard(files, name, fuzzed(rng, header), data)
     if rng.random() < 0.1:  # the length field
         length = rng.choice((0, 1, 2, len(data), 1 << 31, 1 << 63, (1 << 64) - 1, rng.randrange(1 << 20)))
         files[name] = struct.pack("<Q", length) + files[name][8:]
     return files
 
 
-FUZZERS = {"record": fuzzed_record, "header": fuzzed_header}
-
-
-def check_bad_input(files, context="", seconds=1.0, save=True):
-    """Only typed refusals come out of damaged or lying files, with little work; nor do they stop a save.
-
-    `seconds` are of this process, in all its threads, whatever else the machine does.
-    """
-    started = time.process_time()
-    outcome = load_specimen(files)
-    assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
-    checkpoint = over(Memory(files))
-    checkpoint.list_checkpoints()
-    valid = checkpoint.validate_checkpoint("p")
-    valid.get_summary()
-    assert not save or save_word(checkpoint, "new", "q") == "q", context
-    took = time.process_time() - started
-    assert took < seconds, (took, context)
-    return outcome, valid.is_valid
-
-
-SEALED = {
-    "a float of one byte": {"$float": "00"},
-    "a list in lists": functools.reduce(lambda node, _: [node], range(900), 0),
-    "an object in objects": functools.reduce(lambda node, _: {"a": node}, range(900), 0),
-    "a tuple in tuples": functools.reduce(lambda node, _: {"$tuple": [node]}, range(400), 0),
-    "a mapping with a list as key": {"$dict": [[[], 1]]},
-    "an array of objects": {"$ndarray": ["|O", [1], "gASVAA=="]},
-    "an array larger than its bytes": {"$ndarray": ["<f4", [1 << 40], ""]},
-    "a number of a million digits": {"$int": "f" * 1_000_000},
-    "a dtype that is a module": {"$dtype": "nn"},
-    "an unknown kind": {"$eval": "1"},
-}
-
-
-@pytest.mark.parametrize("value", SEALED)
-def test_a_value_in_a_sealed_record_that_cannot_be_decoded_never_stops_a_listing_a_clean_up_or_a_save(
-    ram, value
-):
-    files = edited(
-        specimen(ram / "s", CheckpointFormat.MULTI_SHARD),
-        lambda r: r["custom_metadata"].update(epoch=SEALED[value]),
-    )
-    check_bad_input(files)
-    storage = Memory(files)
-    st.collect_garbage(storage)
-    put(storage, "new", "q", keep_last=3)
-    assert seen(storage, "q") == "new" and "q" in [info.prefix for info in over(storage).list_checkpoints()]
-    over(storage).delete_checkpoint("p")
-
-
-def most_memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("what", [*FUZZERS, "import"])
-def test_fuzz_of_headers_and_records_raises_only_what_is_documented_in_little_time_and_memory(
-    ram, form, what
-):
+@pytest.mark.parametrize("what", ["record", "header", "import"])
+def test_fuzz_of_headers_and_records_raises_only_what_is_documented(ram, form, what):
+    """And takes little time and memory."""
     count, outcomes = apart(fuzz, ram, what, form, limit_s=HANG_S * ROUNDS)
     COUNTS["fuzz cases"] += count
     # The fuzz reaches the checks: an import looks at entries alone, a load at the CRC of all of the header.
-    assert outcomes["CORRUPTED_CHECKPOINT"] > count // 4, outcomes
+    assert outcomes["CORRUPTED_CHECKPOINT"] + outcomes["ValueError"] > count // 4, outcomes
 
 
 def fuzz(tmp, what, form):
-    outcomes, count, started = Counter(), 1700 * ROUNDS, 0
-    bases = [specimen(tmp / "s", form, level, world_size) for level in FUZZ_LEVELS for world_size in (1, 2)]
+    outcomes, count, taken = Counter(), 1700 * ROUNDS, 0
+    bases = [
+        specimen(tmp / "s", form, level, world_size) for level in ["none", "fast"] for world_size in (1, 2)
+    ]
     for number in range(-20, count):  # a few to warm up
-        seed = max(0, number)
+        context = what, form, seed = what, form, max(0, number)
         rng, base = random.Random(seed), bases[seed % len(bases)]
-        files = FUZZERS["header" if what == "import" else what](rng, base)
+        files = fuzzed_record(rng, base) if what == "record" else fuzzed_header(rng, base)
         if number == 0:
-            started = most_memory()
+            taken = -resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if what == "import":
-            outcome = fuzz_import(tmp / "m.safetensors", files, (form, seed))
+            (tmp / "m.safetensors").write_bytes(files[shard_of(files)[0]])
+            started = time.process_time()
+            outcome = told(lambda: ckpt.import_checkpoint(tmp / "m.safetensors", Memory({}), "p"))
+            assert outcome[0] in ("returned", "ValueError", *REFUSALS), (context, outcome)
+            assert time.process_time() - started < 1.0, context
         else:
-            outcome, valid = check_bad_input(files, (what, form, seed), save=seed % 8 == 0)
-            if what == "header" and files != base:  # which a load does not need, but for its CRCs
-                assert not valid and outcome != "other", (form, seed, outcome)
+            outcome, valid = check_bad_input(files, context, write=seed % 4 == 0)
+            # A load does not need the header, but for its CRCs.
+            assert what == "record" or files == base or (not valid and outcome != "other"), (context, outcome)
         if number >= 0:
             outcomes[outcome if isinstance(outcome, str) else outcome[0]] += 1
-    assert most_memory() - started < 64 * MiB, "memory"
+    taken += resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert taken * 1024 < 64 * MiB, "memory"
     return count, outcomes
-
-
-def fuzz_import(path, files, context):
-    """A tensor file with a fuzzed header as the source of an import."""
-    (name, *_) = [name for name in sorted(files) if name.endswith(".safetensors")]
-    path.write_bytes(files[name])
-    started = time.process_time()
-    kind, _, message = told(lambda: ckpt.import_checkpoint(path, Memory({}), "p"))
-    assert kind in ("returned", "ValueError", *REFUSALS), (context, kind, message)
-    assert time.process_time() - started < 1.0, context
-    return "CORRUPTED_CHECKPOINT" if kind == "ValueError" else kind
 
 
 # Row 17, 18: lies that are well formed. They are refused before memory is taken for them
 
 
-def dumped(tree):
-    return json.dumps(tree, separators=(",", ":")).encode()
+def of_shape(row, shape, **more):
+    """A tensor, and its piece, of another shape."""
+    sizes = [[24, 40, 2, 1, 50], [1, 1, 3, 1, 1], *([1] * 5 for _ in shape[2:])]
+    for column, size in itertools.zip_longest(sizes, shape, fillvalue=1):
+        column[row] = size
+    offsets = [[0] * 5 for _ in sizes]
+    return {f"tensors/{row}/2": shape, "pieces/offset": offsets, "pieces/size": sizes, **more}
 
 
-def edited(files, edit):
-    """The files with a record changed by `edit(dict)`, which gets columns as lists, and sealed again."""
-    record = expanded(json.loads(files["p.metadata.json"]))
-    edit(record)
-    return with_record(files, record)
-
-
-def _tensor(record, name):
-    """The index of a tensor, and that of its only piece."""
-    (number,) = (number for number, row in enumerate(record["tensors"]) if row[0] == name)
-    return number, record["pieces"]["tensor"].index(number)
-
-
-def _shape(name, shape, piece=True, length=False):
-    """A tensor of another shape. So is its piece, and its length is right too, if wished."""
-
-    def edit(record):
-        (number, row), pieces = _tensor(record, name), record["pieces"]
-        record["tensors"][number][2] = shape
-        for key, default in (("offset", 0), ("size", 1)):
-            width = max(len(t[2]) for t in record["tensors"])
-            pieces[key] += [[default] * pieces["count"] for _ in range(width - len(pieces[key]))]
-            for dim in range(width if piece else 0):
-                pieces[key][dim][row] = shape[dim] if key == "size" and dim < len(shape) else default
-        if length:
-            pieces["length"][row] = math.prod(shape) * (1 if record["tensors"][number][1] == "JSON" else 4)
-
-    return lambda files: edited(files, edit)
-
-
-def _entries(files, count):
+def with_entries(files, count):
     """A header with a great many entries of nothing."""
-    path = next(name for name in files if name.endswith(".safetensors"))
-    header, data = header_of(files[path])
+    name, header, data = shard_of(files)
     more = b",".join(b'"z%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(count))
-    return with_shard(files, path, header[:-1] + b"," + more + b"}", data)
+    return with_shard(files, name, header[:-1] + b"," + more + b"}", data)
 
 
-def _pieces(**columns):
-    """Columns of the pieces replaced: by another one, or by a function of the one that is there."""
-
-    def edit(record):
-        pieces = record["pieces"]
-        pieces |= {key: new(pieces[key]) if callable(new) else new for key, new in columns.items()}
-
-    return lambda files: edited(files, edit)
-
-
-def _row(column, number, of="model/a"):
-    """One number of a column replaced."""
-
-    def edit(record):
-        record["pieces"][column][_tensor(record, of)[1]] = number
-
-    return lambda files: edited(files, edit)
+def with_shared_bytes(files):
+    """All pieces of a large tensor are the same few bytes of a file; header and record agree on it."""
+    name, header, data = shard_of(files)
+    places = range(0, 24 * 40, 24)
+    tree = {f"model/a@{n}": {"dtype": "I32", "shape": [24], "data_offsets": [0, 96]} for n in places}
+    tree = {"__metadata__": json.loads(header)["__metadata__"], **tree}
+    pieces = dict.fromkeys(COLUMNS, [0] * 40) | {"count": 40, "length": [96] * 40}
+    pieces |= {"offset": [[*places]], "size": [[24] * 40]}
+    tensors = [["model/a", "I32", [24 * 40], None, None]]
+    record = {"tensors": tensors, "compression": "none", "pieces": pieces}
+    return edited(with_shard(files, name, tree, data), record)
 
 
-def _share(files):
-    """A file in which all pieces of a large tensor are the same few bytes; header and record agree on it."""
-    path = next(name for name in files if name.endswith(".safetensors"))
-    header, data = header_of(files[path])
-    tree = {"__metadata__": json.loads(header)["__metadata__"]}
-    for n in range(40):
-        tree[f"model/a@{24 * n}"] = {"dtype": "I32", "shape": [24], "data_offsets": [0, 96]}
-
-    def edit(record):
-        record["tensors"], record["compression"] = [["model/a", "I32", [24 * 40], None, None]], "none"
-        columns = {"tensor": [0] * 40, "file": [0] * 40, "begin": [0] * 40, "length": [96] * 40}
-        record["pieces"] = {"count": 40, **columns, "offset": [[*range(0, 24 * 40, 24)]], "size": [[24] * 40]}
-
-    text = dumped(tree)
-    return edited(with_shard(files, path, text, data), edit)
+def epoch(value):
+    return {"custom_metadata/epoch": value}
 
 
-def _files(times=1, **fields):
-    """A record whose file has another length or header length, or is named several times."""
-
-    def edit(record):
-        name, length, header_bytes, crc = record["files"][0]
-        row = [name, fields.get("length", length), fields.get("header_bytes", header_bytes), crc]
-        record["files"] = [row] * times
-
-    return lambda files: edited(files, edit)
-
-
-def _claim(**fields):
-    return lambda files: edited(files, lambda record: record.update(fields))
-
-
-BILLION = 10**9
+BILLION, TOP, HUGE = 10**9, (1 << 63) - 1, 1 << 40
 BOMB = base64.b64encode(zlib.compress(bytes(256 * MiB), 9)).decode()  # a column of 33 million zeros
 LIES = {
-    "10^9 pieces": _pieces(count=BILLION),
-    "2^62 pieces": _pieces(count=(1 << 62) - 1),
-    "pieces of 64 dimensions": _pieces(
-        offset=lambda old: old + [[0] * len(old[0])] * 62, size=lambda old: old + [[1] * len(old[0])] * 62
-    ),
-    "pieces of 10^4 dimensions": _pieces(
-        offset=lambda old: old[:1] * 10**4, size=lambda old: old[:1] * 10**4
-    ),
-    "a column that inflates to 256 MiB": _pieces(begin=BOMB),
-    "columns that inflate to 256 MiB": _pieces(offset=[BOMB] * 2, size=[BOMB] * 2),
-    "a column of more rows": _pieces(begin=lambda old: old + old),
-    "a column of fewer rows": _pieces(length=lambda old: old[:-1]),
-    "a column with bytes behind its end": _pieces(
-        file=lambda old: base64.b64encode(base64.b64decode(packed(old)) + b"\0").decode()
-    ),
-    "a begin of which the end overflows": _row("begin", (1 << 63) - 1),
-    "a length of 2^63 - 1": _row("length", (1 << 63) - 1),
-    "a negative begin": _row("begin", -1),
-    "a negative length": _row("length", -96),
-    "a tensor of a negative number": _row("tensor", -1),
-    "a file of a negative number": _row("file", -1),
-    "an offset and a size that overflow": lambda f: edited(
-        f, lambda r: [r["pieces"][key][0].__setitem__(0, (1 << 63) - 1) for key in ("offset", "size")]
-    ),
-    "pieces that share their bytes": _share,
-    "a shape over the file's size": _shape("model/a", [1 << 40]),
-    "a shape over the file's size, and its length": _shape("model/a", [1 << 40], length=True),
-    "a shape over the file's size, extra state": _shape("extra/table.y", [1 << 40]),
-    "a value over the file's size": _shape("extra/table", [1 << 40]),
-    "a value over the file's size, and its length": _shape("extra/table", [1 << 40], length=True),
-    "a shape of 64 dimensions": _shape("model/a", [2] * 64),
-    "a shape that overflows": _shape("model/a", [1 << 61] * 8),
-    "a shape in the list of tensors alone": _shape("model/b", [1 << 40], piece=False),
-    "10^6 entries": lambda f: _entries(f, 10**6),
-    "5,000 files that are one": _files(times=5000),
-    "10^9 ranks": _claim(world_size=BILLION),
-    "a sequence number at the limit": _claim(sequence=(1 << 62) - 1),
-    "a sequence number over the limit": _claim(sequence=1 << 62),
-    "a file of 2^61 bytes": _files(length=1 << 61),
-    "a header of 2^61 bytes": _files(length=1 << 61, header_bytes=1 << 61),
-    "a header as long as the file": _files(header_bytes=4096 + 262),
+    "10^9 pieces": {"pieces/count": BILLION},
+    "2^62 pieces": {"pieces/count": (1 << 62) - 1},
+    "pieces of 64 dimensions": {"pieces/offset": [[0] * 5] * 64, "pieces/size": [[1] * 5] * 64},
+    "pieces of 10^4 dimensions": {"pieces/offset": [[0] * 5] * 10**4, "pieces/size": [[1] * 5] * 10**4},
+    "a column that inflates to 256 MiB": {"pieces/begin": BOMB},
+    "columns that inflate to 256 MiB": {"pieces/offset": [BOMB] * 2, "pieces/size": [BOMB] * 2},
+    "a column of more rows": {"pieces/begin": lambda old: old + old},
+    "a column of fewer rows": {"pieces/length": lambda old: old[:-1]},
+    "a column with bytes behind its end": {
+        "pieces/file": lambda old: base64.b64encode(base64.b64decode(packed(old)) + b"\0").decode()
+    },
+    "a begin of which the end overflows": {"pieces/begin/0": TOP},
+    "a length of 2^63 - 1": {"pieces/length/0": TOP},
+    "a negative begin": {"pieces/begin/0": -1},
+    "a negative length": {"pieces/length/0": -96},
+    "a tensor of a negative number": {"pieces/tensor/0": -1},
+    "a file of a negative number": {"pieces/file/0": -1},
+    "an offset and a size that overflow": {"pieces/offset/0/0": TOP, "pieces/size/0/0": TOP},
+    "pieces that share their bytes": with_shared_bytes,
+    "a shape over the file's size": of_shape(0, [HUGE]),
+    "a shape over the file's size, and its length": of_shape(0, [HUGE], **{"pieces/length/0": 4 * HUGE}),
+    "a shape over the file's size, extra state": of_shape(3, [HUGE]),
+    "a value over the file's size": of_shape(4, [HUGE]),
+    "a value over the file's size, and its length": of_shape(4, [HUGE], **{"pieces/length/4": HUGE}),
+    "a shape of 64 dimensions": of_shape(0, [2] * 64),
+    "a shape that overflows": of_shape(0, [1 << 61] * 8),
+    "a shape in the list of tensors alone": {"tensors/1/2": [HUGE]},
+    "10^6 entries": lambda files: with_entries(files, 10**6),
+    "5,000 files that are one": {"files": lambda rows: rows * 5000},
+    "10^9 ranks": {"world_size": BILLION},
+    "a sequence number at the limit": {"sequence": (1 << 62) - 1},
+    "a sequence number over the limit": {"sequence": 1 << 62},
+    "a file of 2^61 bytes": {"files/0/1": 1 << 61},
+    "a header of 2^61 bytes": {"files/0/1": 1 << 61, "files/0/2": 1 << 61},
+    "a header as long as the file": {"files/0/2": 4096 + 262},
+    "a float of one byte": epoch({"$float": "00"}),
+    "lists 900 deep": epoch(functools.reduce(lambda node, _: [node], range(900), 0)),
+    "objects 900 deep": epoch(functools.reduce(lambda node, _: {"a": node}, range(900), 0)),
+    "tuples 400 deep": epoch(functools.reduce(lambda node, _: {"$tuple": [node]}, range(400), 0)),
+    "a mapping with a list as key": epoch({"$dict": [[[], 1]]}),
+    "an array of objects": epoch({"$ndarray": ["|O", [1], "gASVAA=="]}),
+    "an array larger than its bytes": epoch({"$ndarray": ["<f4", [1 << 40], ""]}),
+    "a number of a million digits": epoch({"$int": "f" * 1_000_000}),
+    "a dtype that is a module": epoch({"$dtype": "nn"}),
+    "an unknown kind": epoch({"$eval": "1"}),
 }
-TRUE_FOR_A_LOAD = ("10^9 ranks", "a sequence number at the limit", "10^6 entries")  # it needs none of that
+EXACT = ["10^9 ranks", "a sequence number at the limit", "a number of a million digits", "10^6 entries"]
 
 
-@pytest.mark.parametrize("level", FUZZ_LEVELS)
-@pytest.mark.parametrize("lie", LIES)
-def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, lie, level):
-    honest = specimen(ram / "s", CheckpointFormat.MULTI_SHARD, level)
-    lying = LIES[lie](honest)
-    size = sum(map(len, lying.values()))
-    outcome, valid = check_bad_input(lying)
-    tracemalloc.start()  # which takes its time
+def traced(call):
+    """What a call returns, and the most memory that was taken meanwhile."""
+    tracemalloc.start()
     try:
-        check_bad_input(lying, seconds=60.0)
-        assert tracemalloc.get_traced_memory()[1] < 2 * size + 64 * MiB
+        return call(), tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    if lie in TRUE_FOR_A_LOAD:
-        assert outcome == "exact" and valid is ("entries" not in lie)
-    else:
-        assert outcome[0] in REFUSALS and not valid, outcome
 
 
-def test_a_lie_never_takes_the_memory_that_it_speaks_of(ram):
-    """In a process that has no more address space than the files need: whoever tries to take it fails."""
-    assert apart(load_with_little_room, ram)
+@pytest.mark.parametrize("level", ["none", "fast"])
+def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, level):
+    """At last in a process without address space for it, where whoever tries to take it fails."""
+    COUNTS["lies"] += apart(meet_lies, ram, level)
 
 
-def load_with_little_room(tmp):
-    bases = [specimen(tmp / "s", CheckpointFormat.MULTI_SHARD, level) for level in FUZZ_LEVELS]
-    for files in bases:
-        check_bad_input(files)
+def meet_lies(tmp, level):
+    honest = specimen(tmp / "s", level=level)
+    check_bad_input(honest, write=True)
+    for lie, changes in LIES.items():
+        files = edited(honest, changes)
+        outcome, valid = check_bad_input(files, lie, write=True)
+        taken = traced(lambda: check_bad_input(files, lie, seconds=60.0, write=True))[
+            1
+        ]  # which takes its time
+        assert taken < 2 * sum(map(len, files.values())) + 64 * MiB, lie
+        if lie in EXACT:
+            assert outcome == "exact" and valid is ("entries" not in lie), (lie, outcome)
+        elif "deep" not in lie:  # the interpreter says how deep is too deep
+            assert outcome[0] in REFUSALS and not valid, (lie, outcome)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * PAGE + 512 * MiB,) * 2)
-    for lie in LIES:
-        for files in bases:
-            check_bad_input(LIES[lie](files), lie, seconds=30.0)
-    return True
+    for lie, changes in LIES.items():
+        check_bad_input(edited(honest, changes), lie, seconds=30.0, write=True)
+    return len(LIES)
 
 
 def test_a_decompression_bomb_stops_at_its_declared_size(ram):
     live, options = Bag(a=torch.arange(9), b=torch.zeros(1 << 18)), at(load_rng_state=False)
-    over(ram).save(live, None, to(compression_level=CompressionLevel.FAST, include_rng_state=False))
-    files = listing(ram)
-    (path,) = [name for name in files if name.endswith(".safetensors")]
-    header, data = header_of(files[path])
+    over(ram).save(live, None, to(compression_level="fast", include_rng_state=False))
+    name, header, data = shard_of(listing(ram))
     tree = json.loads(header)
     first, last = tree["model/b"]["data_offsets"]
     assert last == len(data)
-    bomb = zlib.compress(bytes(200 * MiB), 9)
-    plane = zlib.compress(bytes(1 << 18), 9)  # as it is declared
+    bomb, plane = (zlib.compress(bytes(size), 9) for size in (200 * MiB, 1 << 18))  # 2^18: as it is declared
     for planes in ([bomb] * 4, [bomb, plane, plane, plane], [plane, plane, plane, bomb]):
         frame = struct.pack("<B4I", 4, *map(len, planes)) + b"".join(planes)
         body = data[:first] + frame
         tree["model/b"] = {"dtype": "U8", "shape": [len(frame)], "data_offsets": [first, len(body)]}
-        tree["__metadata__"]["crc32"] = crcs_of(body)
-        bombed = with_shard(files, path, dumped(tree), body)
-        bombed = edited(
-            bombed, lambda r: r["pieces"]["length"].__setitem__(_tensor(r, "model/b")[1], len(frame))
-        )
-        tracemalloc.start()
-        try:
-            kind, _, message = told(lambda: over(Memory(bombed)).load(live, None, options))
-            taken = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+        files = edited(with_shard(listing(ram), name, tree, body), {"pieces/length/1": len(frame)})
+        load = functools.partial(over(Memory(files)).load, live, None, options)
+        (kind, _, message), taken = traced(lambda: told(load))
         assert kind == "CORRUPTED_CHECKPOINT" and "frame is damaged" in message, message
-        assert taken < 2 * sum(map(len, bombed.values())) + 64 * MiB
+        assert taken < 2 * sum(map(len, files.values())) + 64 * MiB
 
 
 # Row 19: names
 
-
-BAD_NAMES = [
-    "..", ".", "", "../outside.safetensors", "../../outside.safetensors", "/etc/passwd", "x/../../outside.safetensors",
-    "{id}-00000-of-00001.safetensors/../../../outside.safetensors", "{id}-00000-of-00001.safetensors\0", "\0", "outside\\x",
-    "..\\outside.safetensors", "n" * 300, "{id}-00000-of-00001.safetensors" + "n" * 300, "ü.safetensors", "p.metadata.json",
-    "{id}-00000-of-00001.\N{LATIN SMALL LETTER LONG S}afetensors", "{id}-00000-of-00001.SAFETENSORS", "~/outside.safetensors",
-    "{id}-\N{FULLWIDTH DIGIT ZERO}0000-of-00001.safetensors", "{id}-00000-of-00001.safetensors\n", "link/outside.safetensors",
-    " {id}-00000-of-00001.safetensors", "./{id}-00000-of-00001.safetensors", "file:///etc/passwd", "outside.safetensors",
-]  # fmt: skip
+NAMES = (
+    "..|.||\0|../outside.safetensors|../../outside.safetensors|/etc/passwd|x/../../outside.safetensors"
+    "|~/outside.safetensors|link/outside.safetensors|./{own}.safetensors|file:///etc/passwd"
+    "|{own}.safetensors/../../../outside.safetensors|outside.safetensors|..\\outside.safetensors|outside\\x"
+    "|{own}.safetensors\0|{own}.safetensors\n| {own}.safetensors|{own}.SAFETENSORS|ü.safetensors"
+    "|{own}.\N{LATIN SMALL LETTER LONG S}afetensors|{own}\N{FULLWIDTH DIGIT ZERO}.safetensors|p.metadata.json"
+)
+BAD_NAMES = [*NAMES.split("|"), "n" * 300, "{own}.safetensors" + "n" * 300]
 
 
 def check_bad_name(tmp, name):
     """A file has a bad name in its record: readers refuse it; nothing outside is read, written or deleted."""
+
+    def others():
+        return {name: data for name, data in listing(tmp).items() if "metadata.json" not in name}
+
     base = tmp / "base"
     put(base, "old")
     (path,) = shards(base)
-    outside = [tmp / "outside.safetensors", base / "outside.safetensors", base / "p" / "outside.safetensors"]
-    for copied in outside:
-        shutil.copy(path, copied)
+    copies = ["outside.safetensors", "base/outside.safetensors", "base/p/outside.safetensors", "outside\\x"]
+    for outside in [*copies, "base/p/outside\\x"]:
+        shutil.copy(path, tmp / outside)
     (base / "p" / "link").symlink_to(tmp)
-    for tree in (tmp, base / "p"):
-        (tree / "outside\\x").write_bytes(path.read_bytes())
-    name = name.replace("{id}", path.name[:8])
-    reseal(base / "p.metadata.json", lambda record: record["files"][0].__setitem__(0, name))
-    before, files = {k: v for k, v in listing(tmp).items() if "metadata.json" not in k}, Seam()
-    checkpoint = over(Storage(base, files))
+    name = name.replace("{own}", path.stem)
+    reseal(base / RECORD, lambda record: record["files"][0].__setitem__(0, name))
+    before, checkpoint = others(), over(Storage(base, files := Seam()))
     assert seen(checkpoint.storage).startswith("CORRUPTED_CHECKPOINT"), (name, seen(checkpoint.storage))
     assert not checkpoint.validate_checkpoint("p").is_valid and checkpoint.list_checkpoints() == []
     assert not any(op.call == "pread" and not op.path.endswith(".metadata.json") for op in files.log), name
     st.collect_garbage(checkpoint.storage)
-    assert {k: v for k, v in listing(tmp).items() if "metadata.json" not in k} == before, name
+    assert others() == before, name
     told(lambda: put(checkpoint.storage, "new", "q"))
     told(lambda: checkpoint.delete_checkpoint("p"))
     told(lambda: put(checkpoint.storage, "new"))
-    after = listing(tmp)
-    own = str(path.relative_to(tmp))
-    assert all(after.get(k) == v for k, v in before.items() if k != own), name
+    del before[str(path.relative_to(tmp))]
+    assert before.items() <= others().items(), name
 
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
-def test_a_bad_name_in_a_record_is_refused_and_nothing_that_it_may_mean_is_touched(ram, name):
+def test_a_bad_name_in_a_record_is_refused_and_nothing_outside_is_touched(ram, name):
     check_bad_name(ram, name)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in BAD_NAMES if n.count("/") or n in ("..", ".", "", "\0")], ids=ascii
-)
+@pytest.mark.parametrize("name", [n for n in BAD_NAMES if "/" in n or n in ("..", ".", "", "\0")], ids=ascii)
 def test_a_bad_path_is_refused_by_the_storage_itself(ram, name):
-    (ram / "outside.safetensors").write_text("mine")
     (ram / "base" / "p").mkdir(parents=True)
     (ram / "base" / "p" / "link").symlink_to(ram)
-    storage, before = ckpt.LocalStorage(ram / "base"), listing(ram)
-    for path in (f"p/{name}", name):
-        calls = [
-            storage.open,
-            storage.create,
-            storage.delete,
-            storage.length,
-            storage.sync_directory,
-            storage.names,
-            storage.age_s,
-        ]
-        for call in calls:
-            with contextlib.suppress(ValueError, OSError, CheckpointException):
-                result = call(path)
-                assert not result or call is storage.create or name.count("..") == 0, (call, path)
-    after = {k: v for k, v in listing(ram).items() if not k.startswith("base/")}
-    assert after == {k: v for k, v in before.items() if not k.startswith("base/")}
+    (ram / "outside.safetensors").write_text("mine")
+    calls = ("open", "create", "delete", "length", "sync_directory", "names", "age_s")
+    for path, call in itertools.product((f"p/{name}", name), calls):
+        with contextlib.suppress(ValueError, OSError, CheckpointException):
+            result = getattr(ckpt.LocalStorage(ram / "base"), call)(path)
+            assert not result or call == "create" or ".." not in name, (call, path)
+    left = {name: data for name, data in listing(ram).items() if not name.startswith("base/")}
+    assert left == {"outside.safetensors": b"mine"}
 
 
 @pytest.mark.parametrize(
@@ -8715,25 +6480,19 @@ def test_a_bad_path_is_refused_by_the_storage_itself(ram, name):
 def test_files_with_names_that_no_checkpoint_can_have_disturb_nobody(ram, name):
     put(ram, "old")
     for stray in (f"{name}.metadata.json", f"{name}.metadata.json.0badf00d.tmp", f"p/{name}.safetensors"):
-        (ram / stray).write_bytes((ram / "p.metadata.json").read_bytes())
+        (ram / stray).write_bytes((ram / RECORD).read_bytes())
     (ram / f"{name}x").mkdir()
-    before = listing(ram)
-    checkpoint = over(ram)
+    before, checkpoint = listing(ram), over(ram)
     assert "p" in [info.prefix for info in checkpoint.list_checkpoints()]
-    assert seen(ckpt.LocalStorage(ram)) == "old"
+    assert seen(checkpoint.storage) == "old"
     put(ram, "new")
-    assert seen(ckpt.LocalStorage(ram)) == "new"
+    assert seen(checkpoint.storage) == "new"
     st.collect_garbage(checkpoint.storage)
-    assert all(
-        listing(ram).get(k) == v for k, v in before.items() if name in k and ".tmp" not in k and k[0] != "p"
-    )
+    mine = [path for path in before if name in path and ".tmp" not in path and path[0] != "p"]
+    assert all(listing(ram).get(path) == before[path] for path in mine)
 
 
 # Row 20: something else where a file of ours should be
-
-
-def _fifo(path, outside):
-    os.mkfifo(path)
 
 
 def _device(path, outside):
@@ -8743,48 +6502,23 @@ def _device(path, outside):
         path.symlink_to("/dev/zero")
 
 
-def _directory(path, outside):
-    path.mkdir()
-    (path / "mine").write_text("mine")
-
-
 IMPOSTORS = {
     "a symbolic link": lambda path, outside: path.symlink_to(outside),
     "a dangling link": lambda path, outside: path.symlink_to(outside / "nothing"),
     "a link to itself": lambda path, outside: path.symlink_to(path.name),
-    "a FIFO": _fifo,
+    "a FIFO": lambda path, outside: os.mkfifo(path),
     "a device": _device,
-    "a hard link": lambda path, outside: (
-        os.link(outside, path) if outside.is_file() else path.symlink_to(outside)
-    ),
-    "a directory": _directory,
+    "a hard link": lambda path, outside: (os.link if outside.is_file() else os.symlink)(outside, path),
+    "a directory": lambda path, outside: (path.mkdir(), (path / "mine").write_text("mine")),
 }
-VICTIMS = ["shard", "record", "directory", "temporary"]
-
-
-def impostor(tmp, victim, kind):
-    """A base path in which one thing was replaced by something else, which looks to a copy of it outside."""
-    base, outside = tmp / "base", tmp / "outside"
-    put(base, "old")
-    (shard,) = shards(base)
-    path = {
-        "shard": shard,
-        "record": base / "p.metadata.json",
-        "directory": base / "p",
-        "temporary": base / "p.metadata.json.0badf00d.tmp",
-    }[victim]
-    if victim == "temporary":
-        shutil.copy(base / "p.metadata.json", path)
-    shutil.move(path, outside)
-    IMPOSTORS[kind](path, outside)
-    return base, path, {k: v for k, v in listing(tmp).items() if k.startswith("outside")}
-
-
+VICTIMS = {"shard": "p/*", "record": RECORD, "directory": "p", "temporary": f"{RECORD}.0badf00d.tmp"}
+HARMLESS = [("a hard link", "shard"), ("a hard link", "record")]  # the same bytes, in a regular file
+HARMLESS += [(kind, "temporary") for kind in IMPOSTORS]
 IMPOSED = {
     "load": seen,
-    "list": lambda s: over(s).list_checkpoints(),
+    "list": lambda s: str(over(s).list_checkpoints()),
     "validate": lambda s: over(s).validate_checkpoint("p").is_valid,
-    "gc": lambda s: st.collect_garbage(s),
+    "gc": lambda s: str(st.collect_garbage(s)),
     "save elsewhere": lambda s: told(lambda: put(s, "other", "q")),
     "save": lambda s: told(lambda: put(s, "new")),
     "save, overwrite=False": lambda s: told(lambda: put(s, "new", overwrite=False)),
@@ -8796,207 +6530,139 @@ IMPOSED = {
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_nobody(ram, victim, kind):
     """Each call in turn, on a fresh copy: it comes back, and nothing outside has changed."""
-    for name, outcome, whole in apart(meet_impostor, ram, victim, kind):
-        assert whole, f"{name} changed what is outside: {outcome}"
-        if name == "load" and victim != "temporary" and (kind, victim) not in HARMLESS:
-            assert outcome not in WORDS, (name, outcome)
-        if name == "validate" and victim != "temporary" and (kind, victim) not in HARMLESS:
-            assert outcome is False, name
-        if name == "save elsewhere":
-            assert outcome[0] == "returned", outcome
-        assert not (isinstance(outcome, str) and outcome.startswith("raw")), (name, outcome)
-
-
-HARMLESS = {("a hard link", "shard"), ("a hard link", "record")}  # the same bytes, in a regular file
+    apart(meet_impostor, ram, victim, kind)
 
 
 def meet_impostor(tmp, victim, kind):
-    found = []
-    for number, (name, call) in enumerate(IMPOSED.items()):
-        here = tmp / str(number)
-        base, _, before = impostor(here, victim, kind)
-        try:
-            outcome = call(ckpt.LocalStorage(base))
-        except Exception as error:
-            outcome = f"raw {type(error).__name__} {error}"
-        after = {k: v for k, v in listing(here).items() if k.startswith("outside")}
-        found.append(
-            (name, outcome if isinstance(outcome, (str, bool, tuple)) else str(outcome), after == before)
-        )
-        shutil.rmtree(here)
-    return found
+    outcomes = {}
+    for name, call in IMPOSED.items():
+        base, outside = tmp / name / "base", tmp / name / "outside"
+        put(base, "old")
+        if victim == "temporary":
+            shutil.copy(base / RECORD, base / VICTIMS[victim])
+        (path,) = base.glob(VICTIMS[victim])
+        shutil.move(path, outside)
+        IMPOSTORS[kind](path, outside)
+        before = listing(outside) or outside.read_bytes()
+        outcomes[name] = call(ckpt.LocalStorage(base))
+        assert (listing(outside) or outside.read_bytes()) == before, f"{name} changed what is outside"
+    assert outcomes["save elsewhere"][0] == "returned", outcomes
+    if (kind, victim) not in HARMLESS:
+        assert outcomes["load"] not in WORDS and outcomes["validate"] is False, outcomes
 
 
 @pytest.mark.parametrize("victim", ["runs", "runs/p", "runs/p/*", "runs/p.metadata.json"])
 def test_a_link_below_the_base_path_is_a_storage_error_that_says_so_and_is_never_followed(
     ram, victim, capsys, caplog
 ):
-    base = ram / "base"
+    base, outside, says = ram / "base", ram / "outside", "symbolic link"
     put(base, "old", "before")
     put(base, "new", "runs/p")
     (path,) = base.glob(victim)
-    shutil.move(path, ram / "outside")
-    path.symlink_to(ram / "outside")
-    says, before = "symbolic link", listing(ram / "outside") or listing(ram)["outside"]
+    shutil.move(path, outside)
+    path.symlink_to(outside)
+    before, checkpoint = listing(outside) or outside.read_bytes(), over(base)
     for fallback in (False, True):
-        load = functools.partial(over(base).load, value("old"), None, at("runs/p", fallback=fallback))
+        load = functools.partial(checkpoint.load, value("old"), None, at("runs/p", fallback=fallback))
         message = refusal(load, ExceptionType.STORAGE_ERROR)
         assert says in message and message.startswith(str(path.relative_to(base)))
-    assert says in over(base).validate_checkpoint("runs/p").errors[0]
-    code, text, _ = command(capsys, "verify", base, "runs/p")
-    assert code == 1 and says in text
-    assert [info.prefix for info in over(base).list_checkpoints()] == ["before"] and says in caplog.text
-    caplog.clear()
-    assert over(base).latest_checkpoint().prefix == "before" and says in caplog.text
-    code, text, _ = command(capsys, "ls", base)
-    assert code == 0 and says in text and "before" in text
+    assert says in checkpoint.validate_checkpoint("runs/p").errors[0]
+    for words, expected in ((["verify", base, "runs/p"], 1), (["ls", base], 0)):
+        code, text, _ = command(capsys, *words)
+        assert code == expected and says in text and (code or "before" in text)
+    for find in (lambda: checkpoint.list_checkpoints()[-1], checkpoint.latest_checkpoint):
+        caplog.clear()
+        assert find().prefix == "before" and says in caplog.text
     put(base, "next", "after", keep_last=1)
-    assert (
-        seen(ckpt.LocalStorage(base), "after") == "next"
-        and seen(ckpt.LocalStorage(base), "before") == "absent"
-    )
-    assert st.collect_garbage(ckpt.LocalStorage(base)) == []
-    for call in (lambda: put(base, "new", "runs/p"), lambda: over(base).delete_checkpoint("runs/p")):
+    assert [seen(checkpoint.storage, prefix) for prefix in ("after", "before")] == ["next", "absent"]
+    assert st.collect_garbage(checkpoint.storage) == []
+    for call in (lambda: put(base, "new", "runs/p"), lambda: checkpoint.delete_checkpoint("runs/p")):
         kind, _, message = told(call)
         assert kind == "returned" or (kind == "STORAGE_ERROR" and says in message)
-    assert (listing(ram / "outside") or listing(ram)["outside"]) == before
+    assert (listing(outside) or outside.read_bytes()) == before
 
 
 # Row 21: pickles
 
 
-PICKLE_MARK = "pickle_was_run"
-
-
-def pickled(tmp):
-    """A pickle that leaves a file if anybody loads it."""
-    return b"\x80\x04cos\nsystem\n(S'touch " + str(tmp / PICKLE_MARK).encode() + b"'\ntR."
-
-
-def _planted_values(payload):
-    text = base64.b64encode(payload).decode()
-    for tag in ("$pickle", "$object", "$reduce", "$bytes", "$ndarray", "$scalar", "$dtype", "$device"):
-        body = ["|O", [1], text] if tag in ("$ndarray", "$scalar") else text
-        yield {tag: body}
-    yield {"$dtype": "serialization.pickle"}
-    yield {"$ndarray": ["O", [1], text]}
-
-
 def plant_pickles(files, payload):
     """Files with a pickle in every place where bytes or values are."""
-    path = next(name for name in sorted(files) if name.endswith(".safetensors"))
-    header, data = header_of(files[path])
+    name, header, data = shard_of(files)
     tree = json.loads(header)
-    yield {**files, "p.metadata.json": payload}
+    yield {**files, RECORD: payload}
     yield with_record(files, payload + b"}")
-    yield {**files, path: payload}
-    yield edited({**files, path: payload}, lambda r: r["files"][0].__setitem__(1, len(payload)))
-    yield {**files, path: payload.ljust(len(files[path]), b"\0")}
-    yield with_shard(files, path, payload, data)
-    for value in _planted_values(payload):
-        yield edited(files, lambda record, value=value: record["custom_metadata"].update(epoch=value))
-    for key, entry in tree.items():
-        if key == "__metadata__":
-            continue
-        first, last = entry["data_offsets"]
-        for value in (payload, *map(dumped, _planted_values(payload))):
-            changed = copy.deepcopy(tree)
-            body = data[:first] + value.ljust(last - first)[: last - first] + data[last:]
-            changed["__metadata__"]["crc32"] = crcs_of(body)
-            yield with_shard(files, path, dumped(changed), body)
+    yield {**files, name: payload}
+    yield edited({**files, name: payload}, {"files/0/1": len(payload)})
+    yield {**files, name: payload.ljust(len(files[name]), b"\0")}
+    yield with_shard(files, name, payload, data)
+    code = base64.b64encode(payload).decode()
+    values = [{tag: code} for tag in ("$pickle", "$object", "$reduce", "$bytes", "$dtype", "$device")]
+    values += [{"$ndarray": [kind, [1], code]} for kind in ("|O", "O")]
+    values += [{"$scalar": ["|O", [1], code]}, {"$dtype": "serialization.pickle"}]
+    for value in values:
+        yield edited(files, {"custom_metadata/epoch": value})
+    for key in tree.keys() - {"__metadata__"}:
+        first, last = tree[key]["data_offsets"]
+        for value in (payload, *map(dumped, values)):
+            planted = value.ljust(last - first)[: last - first]
+            yield with_shard(files, name, tree, data[:first] + planted + data[last:])
 
 
 def test_a_pickle_in_any_file_is_never_run(ram):
-    count, events = apart(read_pickles, ram)
-    assert events == [] and count > 50 and not (ram / PICKLE_MARK).exists()
-    COUNTS["pickles"] += count
+    COUNTS["pickles"] += apart(read_pickles, ram)
 
 
 def read_pickles(tmp):
-    bag = Bag(**specimen_state(), room="x" * 500)
-    over(tmp / "s").save(
-        bag,
-        None,
-        to(include_rng_state=False, custom_metadata={"epoch": 1}),
-        extra_state={"long": ["y" * 500]},
-    )
-    files, payload, events, count = listing(tmp / "s"), pickled(tmp), [], 0
-    sys.addaudithook(
-        lambda name, args: events.append(name) if name in ("pickle.find_class", "os.system") else None
-    )
-    for planted in plant_pickles(files, payload):
+    bag, events, count = Bag(**specimen_state(), room="x" * 500), [], 0
+    options = to(include_rng_state=False, custom_metadata={"epoch": 1})
+    over(tmp / "s").save(bag, None, options, extra_state={"long": ["y" * 500]})
+    files, payload = listing(tmp / "s"), b"\x80\x04cos\nsystem\n(S'touch %s/pickle_was_run'\ntR."
+    watched = ("pickle.find_class", "os.system")
+    sys.addaudithook(lambda name, args: events.append(name) if name in watched else None)
+    for planted in plant_pickles(files, payload % bytes(tmp)):
         count += 1
         storage = Memory(planted)
         told(lambda: over(storage).load(copy.deepcopy(bag), None, at(load_rng_state=False)))
         over(storage).validate_checkpoint("p")
         over(storage).list_checkpoints()
-    return count, events
+    assert events == [] and count > 50 and not (tmp / "pickle_was_run").exists()
+    return count
 
 
 # Row 27: a clock that is wrong
 
 
-class Clock:
-    """The `datetime` module with a clock that is some years off."""
-
-    timezone, timedelta = datetime.timezone, datetime.timedelta
-
-    def __init__(self):
-        clock = self
-        self.years = 0
-
-        class Shifted(datetime.datetime):
-            @classmethod
-            def now(cls, tz=None):
-                now = datetime.datetime.now(tz)
-                return now.replace(year=now.year + clock.years, day=min(now.day, 28))
-
-        self.datetime = Shifted
-
-
 @pytest.mark.parametrize("years", [(0, -10, 10, -10), (10, 0, -10, -10), (-10, 10, 0, 5)], ids=str)
-def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_latest_nor_what_is_kept(
-    ram, monkeypatch, years
-):
-    clock = Clock()
-    monkeypatch.setattr(ckpt.coord, "datetime", clock)
-    names, stamps = [], []
-    for number, off in enumerate(years):
-        clock.years = off
+def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_what_is_kept(ram, monkeypatch, years):
+    class Shifted(datetime.datetime):
+        years = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            now = datetime.datetime.now(tz)
+            return now.replace(year=now.year + cls.years, day=min(now.day, 28))
+
+    monkeypatch.setattr(coord, "datetime", types.SimpleNamespace(**vars(datetime) | {"datetime": Shifted}))
+    names, checkpoint = [], over(ram)
+    for number, Shifted.years in enumerate(years):
         names.append(put(ram, WORDS[number], f"run/{9 - number}" if number % 2 else None))
-    checkpoint = over(ram)
-    stamps = [
-        info.timestamp.year - datetime.datetime.now(datetime.timezone.utc).year
-        for info in checkpoint.list_checkpoints()
-    ]
-    assert stamps == list(years)  # the clock was really off
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == names
+    this_year = datetime.datetime.now(datetime.timezone.utc).year
+    listed = [(info.prefix, info.timestamp.year - this_year) for info in checkpoint.list_checkpoints()]
+    assert listed == list(zip(names, years))  # the clock was really off
     assert checkpoint.latest_checkpoint().prefix == names[-1]
     flip(shards(ram, names[-1])[0], -1)
-    target = value("old")
     options = at(names[-1], load_rng_state=False, fallback=True)
-    assert checkpoint.load(target, None, options) and identical(target.state, value(WORDS[2]).state)
-    clock.years = -10
+    assert checkpoint.load(target := value("old"), None, options)
+    assert identical(target.state, value(WORDS[2]).state)
+    Shifted.years = -10
     put(ram, "new", names[0], keep_last=2)
     assert [info.prefix for info in checkpoint.list_checkpoints()] == [names[-1], names[0]]
-    assert seen(ckpt.LocalStorage(ram), names[0]) == "new"
+    assert seen(checkpoint.storage, names[0]) == "new"
 
 
 # Row 35: names that a terminal obeys, or that UTF-8 cannot encode
 
-ORDERS = [
-    "\x1b[31m",
-    "\r\n",
-    "\x7f",
-    "\x9b2J",
-    "\u202egpj",
-    "\u2066",
-    "\u200f",
-    "\u061c",
-    "\u2028",
-    "\x00",
-    "\ufeff",
-]
+ORDERS = ["\x1b[31m", "\r\n", "\x9b2J", "\u202egpj", *"\x7f\u2066\u200f\u061c\u2028\x00\ufeff"]
 
 
 def check_printed(capsys, *words):
@@ -9006,44 +6672,46 @@ def check_printed(capsys, *words):
     return code, text
 
 
-def test_no_stored_name_and_no_metadata_reaches_a_terminal_unescaped_and_json_is_exact(tmp_path, capsys):
-    names = [f"{n}.a{order}b" for n, order in enumerate(ORDERS)]
-    for prefix, number in (("p", 1.0), ("q", 2.0)):
-        extra, custom = {name: number for name in names}, {"".join(ORDERS): "".join(ORDERS)}
-        bag = Bag(**{name: torch.tensor([number, 1j], dtype=torch.complex128) for name in names})
-        opened(tmp_path).save(bag, None, to(prefix, custom_metadata=custom), extra_state=extra)
-    reseal(
-        tmp_path / "q.metadata.json", lambda record: record.update(format="\x1b[2J", torch_version="2\u202e")
-    )
-    printed = {}
-    export = ["export", tmp_path, "p", tmp_path / "m.safetensors"]
-    for words in (
-        ["ls", tmp_path],
-        ["show", tmp_path, "q"],
-        ["diff", tmp_path, "p", "q"],
-        ["verify", tmp_path],
-        export,
-    ):
-        printed[words[0]] = check_printed(capsys, *words)
-    assert [code for code, _ in printed.values()] == [0, 0, 1, 0, 0]
-    assert "\\x1b[2J" in printed["ls"][1] and "2\\u202e" in printed["show"][1]
-    for name in names:
-        escaped = name.encode("unicode_escape").decode()
-        assert escaped in printed["show"][1] and f"model/{escaped} " in printed["diff"][1]
-    assert "complex" in printed["export"][1] and "0.a\\x1b[31mb" in printed["export"][1], (
-        "a warning names some"
-    )
-    assert set(contents(tmp_path / "m.safetensors")) == set(names)
-    torch.save({"w": torch.ones(1), **{name: "x" for name in names}}, tmp_path / "m.pt")
-    code, text = check_printed(capsys, "import", tmp_path / "m.pt", tmp_path, "r")
-    assert code == 0 and "extra/0.a\\x1b[31mb" in text
+@pytest.mark.parametrize("orders", [ORDERS, ["\ud800"]], ids=["control characters", "a lone surrogate"])
+def test_no_stored_name_and_no_metadata_reaches_a_terminal_unescaped_and_json_is_exact(
+    tmp_path, capsys, monkeypatch, orders
+):
+    names, custom = [f"{n}.a{order}b" for n, order in enumerate(orders)], {"".join(orders): "".join(orders)}
+    encodable, escaped = orders is ORDERS, [name.encode("unicode_escape").decode() for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(st, "check_name", lambda name: None)  # as if somebody else had written it
+        for prefix, number in (("p", 1.0), ("q", 2.0)):
+            bag = Bag(**{name: torch.tensor([number, 1j], dtype=torch.complex128) for name in names})
+            extra = dict.fromkeys(names, number)
+            opened(tmp_path).save(bag, None, to(prefix, custom_metadata=custom), extra_state=extra)
+    changes = {"format": "\x1b[2J", "torch_version": "2\u202e"}
+    reseal(tmp_path / "q.metadata.json", lambda record: record.update(changes))
+    export, printed = f"export p {tmp_path}/m.safetensors", {}
+    codes = {"ls": 0, "show q": 0, "diff p q --values": 1, "diff p q": 1, "verify": 0, export: not encodable}
+    for (word, *more), code in zip(map(str.split, codes), codes.values()):
+        found, printed[word] = check_printed(capsys, word, tmp_path, *more)
+        assert found == code and "codec" not in printed[word], (word, printed[word])
+    assert "\\x1b[2J" in printed["ls"] and "2\\u202e" in printed["show"]
+    for name in escaped:
+        assert name in printed["show"] and f"model/{name} " in printed["diff"]
+    assert escaped[0] in printed["export"] and ("complex" if encodable else "UTF-8") in printed["export"]
     shown = json.loads(command(capsys, "show", tmp_path, "p", "--json")[2])
     assert {f"model/{name}" for name in names} < {tensor["name"] for tensor in shown["tensors"]}
     assert shown["custom_metadata"] == custom
-    flip(shards(tmp_path)[0], shards(tmp_path)[0].stat().st_size - 1)
-    code, text = check_printed(capsys, "verify", tmp_path, "p")
-    assert code == 1 and "\\x" in text, "it names what is damaged"
-    assert check_printed(capsys, *export)[0] == 1
+    loaded = Bag(**{name: torch.zeros_like(bag.state[name]) for name in names})
+    opened(tmp_path).load(loaded, None, at("q"))
+    assert identical(loaded.state, bag.state)
+    if encodable:
+        assert set(contents(tmp_path / "m.safetensors")) == set(names)
+        source = as_torch(tmp_path, {"w": torch.ones(1), **dict.fromkeys(names, "x")})
+        code, text = check_printed(capsys, "import", source, tmp_path, "r")
+        assert code == 0 and f"extra/{escaped[0]}" in text
+    flip(shards(tmp_path)[0], -1)
+    for word, *more in (["verify", "p"], export.split()):
+        code, text = check_printed(capsys, word, tmp_path, *more)
+        assert code == 1 and "a\\" in text, "it names what is damaged"
+    for word, *more in (["gc"], ["rm", "q"]):
+        assert check_printed(capsys, word, tmp_path, *more)[0] == 0
 
 
 REFUSED_NAMES = {
@@ -9062,377 +6730,232 @@ def test_a_name_that_utf_8_cannot_encode_is_refused_at_save_with_its_path(tmp_pa
     assert listing(tmp_path) == {}
 
 
-def test_a_lone_surrogate_in_a_record_is_shown_escaped_and_is_never_an_encoding_error(
-    tmp_path, capsys, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(st, "check_name", lambda name: None)  # as if somebody else had written it
-        for prefix, number in (("p", 1.0), ("q", 2.0)):
-            custom = {"\udcff": "\ud800"}
-            opened(tmp_path).save(
-                Bag(**{"a\ud800": torch.tensor([number])}), None, to(prefix, custom_metadata=custom)
-            )
-    wanted = {
-        "ls": 0,
-        "show p": 0,
-        "verify": 0,
-        "diff p q --values": 1,
-        "export p {}/m.safetensors": 1,
-        "gc": 0,
-        "rm q": 0,
-    }
-    printed = {}
-    for line, code in wanted.items():
-        word, *more = line.format(tmp_path).split()
-        found, printed[word] = check_printed(capsys, word, tmp_path, *more)
-        assert found == code and "codec" not in printed[word], (line, printed[word])
-    for word in ("show", "diff", "export"):
-        assert "a\\ud800" in printed[word]
-    assert "UTF-8" in printed["export"] and "\\udcff" in printed["show"]
-    shown = json.loads(command(capsys, "show", tmp_path, "p", "--json")[2])
-    assert shown["custom_metadata"] == custom and "model/a\ud800" in [
-        tensor["name"] for tensor in shown["tensors"]
-    ]
-    target = Bag(**{"a\ud800": torch.zeros(1)})
-    opened(tmp_path).load(target, None, at())
-    assert target.state["a\ud800"].item() == 1.0
-
-
 # Row 36: something else than a file as the source of an import
 
 
-def _socket(path, outside):
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as bound:
-        bound.bind(str(path))
-
-
-def places_of_files(tmp):
-    """Sources of an import, each with one of its files."""
-    state = {"a": torch.ones(1), "b": torch.ones(2)}
-    for name in ("folder", "index", "dcp"):
-        (tmp / name).mkdir(parents=True)
-    yield (safetensors_file(tmp / "m.safetensors", state),) * 2
-    yield (as_torch(tmp, state),) * 2
-    index = as_index(tmp / "index", state)
-    yield index, index.parent / "m-1.safetensors"
-    yield index.parent, index
-    yield tmp / "folder", safetensors_file(tmp / "folder" / "m.safetensors", state)
-    dcp.save(dict(state), checkpoint_id=tmp / "dcp", no_dist=True)
-    yield tmp / "dcp", tmp / "dcp" / "__0_0.distcp"
-    yield tmp / "dcp", tmp / "dcp" / ".metadata"
+IMPORTS = [("m.safetensors", "m.safetensors"), ("m.pt", "m.pt"), ("folder", "folder/m.safetensors")]
+IMPORTS += [
+    ("index", "index/m.safetensors.index.json"),
+    ("dcp", "dcp/__0_0.distcp"),
+    ("dcp", "dcp/.metadata"),
+]
+IMPORTS += [("index/m.safetensors.index.json", "index/m-1.safetensors")]  # each with one of its files
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
 def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram, kind):
-    for source, path, (outcome, _, message), files in apart(import_impostors, ram, kind):
-        if kind == "a directory" and (source == path or "dcp" in path):
-            assert outcome in ("ValueError", "LOAD_FAILED"), (path, outcome, message)
-        else:
-            assert (outcome, message) == ("ValueError", f"{path}: expected a file, found {kind}"), (
-                path,
-                outcome,
-                message,
-            )
-        assert files == {}
+    apart(import_impostors, ram, kind)
 
 
 def import_impostors(tmp, kind):
-    found = []
-    for number in range(len([*places_of_files(tmp / "all")])):
-        source, path = [*places_of_files(tmp / str(number))][number]
-        path.unlink()
-        {**IMPOSTORS, "a socket": _socket}[kind](path, tmp)
-        answer = told(lambda: ckpt.import_checkpoint(source, ckpt.LocalStorage(tmp / "c"), "p"))
-        found.append((str(source), str(path), answer, listing(tmp / "c")))
-    return found
+    state, whole = {"a": torch.ones(1), "b": torch.ones(2)}, tmp / "whole"
+    for name in ("folder", "index"):
+        (whole / name).mkdir(parents=True)
+    for path in (whole, whole / "folder"):
+        safetensors_file(path / "m.safetensors", state)
+    as_torch(whole, state)
+    as_index(whole / "index", state)
+    dcp.save(dict(state), checkpoint_id=whole / "dcp", no_dist=True)
+    for source, victim in IMPORTS:
+        shutil.copytree(whole, here := tmp / victim.replace("/", "-"))
+        (path := here / victim).unlink()
+        if kind == "a socket":
+            socket.socket(socket.AF_UNIX).bind(str(path))
+        else:
+            IMPOSTORS[kind](path, here)
+        told_kind, _, message = told(lambda: ckpt.import_checkpoint(here / source, str(tmp / "c"), "p"))
+        if kind == "a directory" and (source == victim or source == "dcp"):
+            assert told_kind in ("ValueError", "LOAD_FAILED"), (path, told_kind, message)
+        else:
+            assert (told_kind, message) == ("ValueError", f"{path}: expected a file, found {kind}"), path
+        assert listing(tmp / "c") == {}
 
 
 # Row 37: a record that cannot be read, beside good ones
 
 UNREADABLE = {
-    "a record that may not be opened": lambda op: op.call == "open" and op.path.endswith("/q.metadata.json"),
-    "a record on a bad sector": lambda op: op.call == "pread" and op.path.endswith("/q.metadata.json"),
-    "a directory that may not be listed": lambda op: op.call == "listdir" and op.path.endswith("/theirs"),
+    "a record that may not be opened": ("open", "/q.metadata.json"),
+    "a record on a bad sector": ("pread", "/q.metadata.json"),
+    "a directory that may not be listed": ("listdir", "/theirs"),
 }
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO], ids=errno.errorcode.get)
 @pytest.mark.parametrize("what", UNREADABLE)
-def test_an_unreadable_record_stops_only_who_asks_for_it_and_is_else_skipped_with_a_warning(
-    ram, what, code, caplog
-):
+def test_an_unreadable_record_is_skipped_with_a_warning_by_all_who_do_not_ask_for_it(ram, what, code, caplog):
+    call, path = UNREADABLE[what]
     put(ram, "old")
     put(ram, "other", "theirs/q")
     orphan = ram / "theirs" / "q" / "0badf00d-00000-of-00001.safetensors"
     orphan.write_bytes(b"")
-    whole, theirs = ckpt.LocalStorage(ram), {k: v for k, v in listing(ram).items() if k.startswith("theirs")}
-    storage = Storage(ram, Seam(lambda op: fail(code)(op) if UNREADABLE[what](op) else None))
+    theirs = listing(ram / "theirs")
+    failing = Strike(0, fail(code), lambda op: op.call == call and op.path.endswith(path), FOREVER)
+    storage = Storage(ram, Seam(failing))
+    checkpoint = over(storage)
 
     def warned(result):
-        (line,) = [
-            r.getMessage() for r in caplog.records if r.levelname == "WARNING" and "theirs" in r.getMessage()
-        ]
+        messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        (line,) = [message for message in messages if "theirs" in message]
         caplog.clear()
         assert os.strerror(code) in line and "skipped theirs" in line
         return result
 
-    assert [info.prefix for info in warned(over(storage).list_checkpoints())] == ["p"]
-    assert warned(over(storage).latest_checkpoint()).prefix == "p"
+    assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["p"]
+    assert warned(checkpoint.latest_checkpoint()).prefix == "p"
     warned(put(storage, "new", "r", keep_last=2))
     warned(put(storage, "next", "s", keep_last=2))
-    assert [seen(whole, prefix) for prefix in ("p", "r", "s", "theirs/q")] == [
-        "absent",
-        "new",
-        "next",
-        "other",
-    ]
-    assert [info.prefix for info in warned(over(storage).list_checkpoints())] == ["r", "s"]
+    expected = {"p": "absent", "r": "new", "s": "next", "theirs/q": "other"}
+    assert {prefix: seen(ckpt.LocalStorage(ram), prefix) for prefix in expected} == expected
+    assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["r", "s"]
     if "directory" not in what:
-        calls = [
-            lambda: put(storage, "new", "theirs/q"),
-            lambda: over(storage).load(value("old"), None, at("theirs/q")),
-        ]
-        for call in calls:
-            assert os.strerror(code) in refusal(call, ExceptionType.STORAGE_ERROR)
-        assert os.strerror(code) in over(storage).validate_checkpoint("theirs/q").errors[0]
+        load = functools.partial(checkpoint.load, value("old"), None, at("theirs/q"))
+        for ask in (lambda: put(storage, "new", "theirs/q"), load):
+            assert os.strerror(code) in refusal(ask, ExceptionType.STORAGE_ERROR)
+        assert os.strerror(code) in checkpoint.validate_checkpoint("theirs/q").errors[0]
     caplog.clear()
     assert st.collect_garbage(storage) == [] and os.strerror(code) in caplog.text and "theirs" in caplog.text
     caplog.clear()
-    assert {k: v for k, v in listing(ram).items() if k.startswith("theirs")} == theirs
-    (path,) = shards(ram, "s")
-    flip(path, path.stat().st_size - 1)
+    assert listing(ram / "theirs") == theirs
+    flip(shards(ram, "s")[0], -1)
     load = at("s", fallback=True, load_rng_state=False)
-    found = over(storage).load(target := value("old"), None, load)
-    assert (
-        found.prefix == "r"
-        and identical(target.state, value("new").state)
-        and "skipped theirs" in caplog.text
-    )
+    found = checkpoint.load(target := value("old"), None, load)
+    assert found.prefix == "r" and identical(target.state, value("new").state)
+    assert "skipped theirs" in caplog.text
     orphan.unlink()
-    assert {info.prefix for info in over(whole).list_checkpoints()} == {"r", "s", "theirs/q"}
+    assert {info.prefix for info in over(ram).list_checkpoints()} == {"r", "s", "theirs/q"}
 
 
 # Row 2, more of it: every kind of save and of delete
 
 
-def _ranks(world_size, call):
-    return lambda storage: together(world_size, lambda c: call(storage, c))
-
-
-def _put_ranks(storage, word, world_size, prefix="p", **options):
-    together(world_size, lambda c: put(storage, word, prefix, coordinator=c, **options))
-
-
-def _put_extra(storage, word, coordinator, **options):
-    checkpoint = over(storage, coordinator)
-    checkpoint.save(
-        value(word), None, to(include_rng_state=False, **options), extra_state={"word": word, "n": [1, 2]}
-    )
-
-
 def losses(ranks):
-    """Saves and deletes by a number of ranks, each as a scene, by name."""
-    first, one = (lambda s: Path(s.base_path).mkdir(exist_ok=True)), {"p": {"old", "new"}}
-    old, done = (lambda s: _put_ranks(s, "old", ranks)), {"p": {"new"}}
+    """Saves and deletes: name, what is done before, what is done, {prefix: (seen before, seen after)}."""
 
-    def new(**options):
-        return lambda s: _put_ranks(s, "new", ranks, **options)
+    def put_all(word, prefix="p", **options):
+        return lambda s: together(ranks, lambda c: put(s, word, prefix, coordinator=c, **options))
 
-    def extra(**options):
-        return _ranks(ranks, lambda s, c: _put_extra(s, "new", c, **options))
+    def extra(level):
+        options, extra = to(include_rng_state=False, compression_level=level), {"word": "new", "n": [1, 2]}
+        save = lambda c, s: over(s, c).save(value("new"), None, options, extra_state=extra)  # noqa: E731
+        return lambda s: together(ranks, lambda c: save(c, s))
 
-    yield "extra state", Scene(old, extra(), one, done)
-    yield (
-        "extra state, compressed",
-        Scene(first, extra(compression_level=CompressionLevel.FAST), {"p": {"absent", "new"}}, done),
-    )
-    yield (
-        "delete",
-        Scene(old, lambda s: over(s).delete_checkpoint("p"), {"p": {"old", "absent"}}, {"p": {"absent"}}),
-    )
-    yield (
-        "retention",
-        Scene(
-            lambda s: [_put_ranks(s, "old", ranks, "q"), _put_ranks(s, "other", ranks, "r")],
-            new(keep_last=1),
-            {"p": {"absent", "new"}, "q": {"old", "absent"}, "r": {"other", "absent"}},
-            {"p": {"new"}, "q": {"absent"}, "r": {"absent"}},
-        ),
-    )
-    yield (
-        "two in a row",
-        Scene(
-            old,
-            lambda s: [_put_ranks(s, "other", ranks, "q"), new()(s)],
-            {"p": {"old", "new"}, "q": {"absent", "other"}},
-            {"p": {"new"}, "q": {"other"}},
-        ),
-    )
+    def nothing(storage):
+        Path(storage.base_path).mkdir(exist_ok=True)
+
+    def in_turn(*calls):
+        return lambda s: [call(s) for call in calls]
+
+    old, first, over_old = put_all("old"), {"p": ("absent", "new")}, {"p": ("old", "new")}
+    older, delete = put_all("old", "q"), lambda s: over(s).delete_checkpoint("p")
+    yield "extra state", old, extra("none"), over_old
+    yield "extra state, compressed", nothing, extra("fast"), first
+    yield "delete", old, delete, {"p": ("old", "absent")}
+    gone = {"q": ("old", "absent"), "r": ("other", "absent")}
+    yield "retention", in_turn(older, put_all("other", "r")), put_all("new", keep_last=1), first | gone
+    both = in_turn(put_all("other", "q"), put_all("new"))
+    yield "two in a row", old, both, over_old | {"q": ("absent", "other")}
     for form in FORMATS:
         for level in (CompressionLevel.FAST, CompressionLevel.MAXIMUM):
-            yield (
-                f"{form.name}, {level.name}",
-                Scene(old, new(format=form, compression_level=level), one, done),
-            )
-        yield (
-            f"{form.name}, overwrite=False",
-            Scene(first, new(overwrite=False, format=form), {"p": {"absent", "new"}}, done),
-        )
-        yield (
-            f"{form.name}, deeper",
-            Scene(
-                lambda s, form=form: _put_ranks(s, "old", ranks, "run/a/b", format=form),
-                new(format=form, prefix="run/a/b"),
-                {"run/a/b": {"old", "new"}},
-                {"run/a/b": {"new"}},
-            ),
-        )
+            new = put_all("new", format=form, compression_level=level)
+            yield f"{form.name}, {level.name}", old, new, over_old
+        yield f"{form.name}, overwrite=False", nothing, put_all("new", overwrite=False, format=form), first
+        before, after = (put_all(word, "run/a/b", format=form) for word in ("old", "new"))
+        yield f"{form.name}, deeper", before, after, {"run/a/b": ("old", "new")}
 
 
-LOSSES = {f"{name}, {ranks} rank(s)": scene for ranks in (1, 2, 3) for name, scene in losses(ranks)}
+LOSSES = {f"{name}, {ranks} rank(s)": scene for ranks in (1, 2, 3) for name, *scene in losses(ranks)}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_power_loss_during_any_kind_of_save_or_delete_leaves_old_or_new(ram, tiny_blocks, loss):
-    scene, base = LOSSES[loss], ram / "base"
-    scene.before(ckpt.LocalStorage(base))
-    visited = check_power_loss(base, scene.act, scene.allowed, scene.after)
+    (before, act, words), base = LOSSES[loss], ram / "base"
+    before(ckpt.LocalStorage(base))
+    allowed = {prefix: set(pair) for prefix, pair in words.items()}
+    visited = check_power_loss(base, act, allowed, {prefix: {new} for prefix, (_, new) in words.items()})
     COUNTS["power-loss states"] += len(visited)
-    check_states_recover(
-        ram / "left",
-        random.Random(1).sample(sorted(visited, key=sorted), min(len(visited), 10)),
-        {"p", *scene.allowed},
-    )
+    sample = random.Random(1).sample(sorted(visited, key=sorted), min(len(visited), 10))
+    check_states_recover(ram / "left", sample, {"p", *allowed})
 
 
-# The harness itself: twelve mutants of the library, each of which a checker above must catch. Those of its file
-# operations are made at the seam, which does, and logs, something else than what it is asked for.
+# The harness itself: twelve mutants of the library, each of which a checker above must catch
 
 
-def _instead_of(patch, call, act):
-    """Where the library asks for `call`, `act(real, seam, *args)` is done."""
-    real = getattr(Seam, call)
-    patch.setattr(Seam, call, lambda self, *args: act(functools.partial(real, self), self, *args))
+def at_seam(**acts):
+    """A mutation: where the library asks for `call`, `act(real, seam, *args)` is done and logged instead."""
+
+    def replace(patch, call, act):
+        real = getattr(Seam, call)
+        patch.setattr(Seam, call, lambda self, *args: act(functools.partial(real, self), self, *args))
+
+    return lambda patch: [replace(patch, call, act) for call, act in acts.items()]
 
 
-def _no_file_sync(patch):
-    _instead_of(patch, "fsync", lambda fsync, seam, fd: fd in seam.directories and fsync(fd))
+def after_the_commit(calls, pattern):
+    """A mutation: by the log, these calls for files whose path matches are made after the rename."""
+    late, do = [], Seam._do
+
+    def do_late(seam, op, perform):
+        result = do(seam, op, perform)
+        if op.call in calls and re.search(pattern, op.path):
+            seam.done.remove(op)
+            late.append(op)
+        elif op.call == "rename":
+            seam.done += late
+        return result
+
+    return lambda patch: patch.setattr(Seam, "_do", do_late)
 
 
-def _no_directory_sync(patch):
-    _instead_of(patch, "fsync", lambda fsync, seam, fd: fd in seam.directories or fsync(fd))
+def _unlink_before_rename(rename, seam, source, target):
+    if os.path.exists(target):
+        seam.unlink(target)
+    rename(source, target)
 
 
-def _unlink_before_rename(patch):
-    def act(rename, seam, source, target):
-        with contextlib.suppress(FileNotFoundError):
-            seam.unlink(target)
-        rename(source, target)
-
-    _instead_of(patch, "rename", act)
-
-
-def _write_again(seam, path, data, offset=0):
-    """Write into a file, and sync it."""
-    fd = seam.open(path, os.O_RDWR)
-    seam.pwrite(fd, data, offset)
+def _overwrite_in_place(rename, seam, source, target):
+    if not Path(target).exists():
+        return rename(source, target)
+    record, fd = Path(source).read_bytes(), seam.open(target, os.O_RDWR)
+    seam.ftruncate(fd, len(record))
+    seam.pwrite(fd, record, 0)
     seam.fsync(fd)
     seam.close(fd)
+    seam.unlink(source)
 
 
-def _overwrite_in_place(patch):
-    def act(rename, seam, source, target):
-        if not Path(target).exists():
-            return rename(source, target)
-        record = Path(source).read_bytes()
-        seam.ftruncate(fd := seam.open(target, os.O_RDWR), len(record))
-        seam.close(fd)
-        _write_again(seam, target, record)
-        seam.unlink(source)
-
-    _instead_of(patch, "rename", act)
+def _clean_up_before_the_commit(rename, seam, source, target):
+    save, directory = source.split(".")[-2], target.removesuffix(".metadata.json")
+    for name in os.listdir(directory):
+        if not name.startswith(save):
+            seam.unlink(f"{directory}/{name}")
+    rename(source, target)
 
 
-def _sync_again(patch):
-    def act(fsync, seam, fd):
-        try:
-            fsync(fd)
-        except OSError:
-            fsync(fd)
-
-    _instead_of(patch, "fsync", act)
+def _sync_again(fsync, seam, fd):
+    with contextlib.suppress(OSError):
+        return fsync(fd)
+    fsync(fd)
 
 
 def _swallow_thread_errors(patch):
+    def quiet(work, *item):
+        with contextlib.suppress(Exception):
+            work(*item)
+
     real = st.in_parallel
-
-    def in_parallel(items, work, *args, **options):
-        def quiet(*item):
-            with contextlib.suppress(Exception):
-                work(*item)
-
-        real(items, quiet, *args, **options)
-
-    patch.setattr(st, "in_parallel", in_parallel)
-
-
-def _commit_before_all_have_written(patch):
-    """Rank 1 reports what it is going to write, and writes it after the commit."""
-    late = []
-
-    def promise(pwrite, seam, fd, data, offset):
-        if "-00001-of-" not in seam.paths[fd]:
-            return pwrite(fd, data, offset)
-        late.append((seam.paths[fd], bytes(data), offset))
-        return len(data)
-
-    def keep_it(rename, seam, source, target):
-        rename(source, target)
-        with pytest.MonkeyPatch.context() as honest:
-            honest.setattr(Seam, "pwrite", real)
-            while late:
-                _write_again(seam, *late.pop())
-
-    real = Seam.pwrite
-    _instead_of(patch, "pwrite", promise)
-    _instead_of(patch, "rename", keep_it)
-
-
-def _record_before_shards(patch):
-    """Tensor files are synced, but after the rename."""
-    late = []
-
-    def sync_later(fsync, seam, fd):
-        if fd in seam.directories or seam.paths[fd].endswith(".tmp"):
-            fsync(fd)
-        else:
-            late.append(seam.paths[fd])
-
-    def rename_first(rename, seam, source, target):
-        rename(source, target)
-        while late:
-            real(seam, fd := seam.open(late.pop(), os.O_RDWR))
-            seam.close(fd)
-
-    real = Seam.fsync
-    _instead_of(patch, "fsync", sync_later)
-    _instead_of(patch, "rename", rename_first)
+    patch.setattr(
+        st, "in_parallel", lambda items, work, *more: real(items, functools.partial(quiet, work), *more)
+    )
 
 
 def _crc_not_checked(patch):
-    class Any(list):
-        __eq__ = lambda self, other: True  # noqa: E731
-        __ne__ = lambda self, other: False  # noqa: E731
-        __getitem__ = lambda self, index: self  # noqa: E731
-        __format__ = lambda self, spec: ""  # noqa: E731
-
-    patch.setattr(coord.CheckpointReader, "unit_crcs", lambda self, index: Any())
+    agrees, crcs_of = type("Agrees", (int,), {"__ne__": lambda self, other: False}), coord.crcs_of
+    patch.setattr(coord, "crcs_of", lambda data: list(map(agrees, crcs_of(data))))
 
 
 def _duplicate_keys(patch):
-    patch.setattr(
-        st, "json", types.SimpleNamespace(**vars(json) | {"loads": lambda text, **_: json.loads(text)})
-    )
+    loose = vars(json) | {"loads": lambda text, **_: json.loads(text)}
+    patch.setattr(st, "json", types.SimpleNamespace(**loose))
 
 
 def _unchecked_join(patch):
@@ -9441,83 +6964,61 @@ def _unchecked_join(patch):
     patch.setattr(st.LocalStorage, "_path", lambda self, name, file=True: f"{self.base_path}/{name}")
 
 
-def _clean_up_before_the_commit(patch):
-    def act(rename, seam, source, target):
-        save, directory = source.split(".")[-2], target.removesuffix(".metadata.json")
-        for name in os.listdir(directory):
-            if not name.startswith(save):
-                seam.unlink(f"{directory}/{name}")
-        rename(source, target)
-
-    _instead_of(patch, "rename", act)
-
-
-def check_duplicate_keys(files):
-    """A key that comes twice is refused, even if both values are the same: in the record, and in a file to be imported.
+def check_duplicate_keys(tmp):
+    """Twice with the same value, even: in a record, and in an imported file.
 
     No load looks into a header of our own, whose every byte the record vouches for; a validation does.
     """
-    record = json.loads(files["p.metadata.json"])
-    del record["crc32"]
-    text = dumped(record)
-    nested = [b'"custom_metadata":{', b'"pieces":{']
-    again = [b'{"sequence":1,' + text[1:]]
-    again += [text.replace(start, start + b'"twice":1,"twice":1,') for start in nested]
-    assert text not in again
-    for number, broken in enumerate(again):
-        outcome = load_specimen(with_record(files, broken))
-        assert outcome[0] == "CORRUPTED_CHECKPOINT" and "duplicate" in outcome[1], (number, outcome)
-    path = next(name for name in files if name.endswith(".safetensors"))
-    header, data = header_of(files[path])
-    name = next(key for key in json.loads(header) if key != "__metadata__")
-    twice = b'"},"%s":%s,' % (name.encode(), dumped(json.loads(header)[name]))
-    broken = with_shard(files, path, header.replace(b'"},', twice, 1), data)
+    files = specimen(tmp / "s")
+    text = files[RECORD].rpartition(b",")[0] + b"}"
+    again = [(b"{", b'"sequence":1,'), (b'data":{', b'"x":1,"x":1,'), (b'"pieces":{', b'"count":5,')]
+    for start, twice in again:
+        outcome = load_specimen(with_record(files, text.replace(start, start + twice, 1)))
+        assert outcome[0] == "CORRUPTED_CHECKPOINT" and "duplicate" in outcome[1], (start, outcome)
+    name, header, data = shard_of(files)
+    twice = b'"},"model/a":%s,' % dumped(json.loads(header)["model/a"])
+    broken = with_shard(files, name, header.replace(b'"},', twice, 1), data)
     assert load_specimen(broken) == "exact"
     assert "describes other entries" in over(Memory(broken)).validate_checkpoint("p").get_summary()
-    with tempfile.TemporaryDirectory() as tmp:
-        (foreign := Path(tmp) / "foreign.safetensors").write_bytes(broken[path])
-        message = refusal(lambda: ckpt.import_checkpoint(foreign, tmp, "p"))
-        assert "duplicate" in message
+    (tmp / "foreign.safetensors").write_bytes(broken[name])
+    message = refusal(lambda: ckpt.import_checkpoint(tmp / "foreign.safetensors", tmp / "c", "p"))
+    assert "duplicate" in message
 
 
 def test_a_key_that_comes_twice_is_refused_in_the_record_and_in_a_header(ram):
-    check_duplicate_keys(specimen(ram / "s", CheckpointFormat.MULTI_SHARD))
+    check_duplicate_keys(ram)
 
 
-def _check_loss(tmp, **options):
-    check_power_loss_of_save(tmp, True, **options)
-
-
-def _check_bits(tmp):
-    for context, broken in itertools.islice(
-        flipped(specimen(tmp / "s", CheckpointFormat.MULTI_SHARD)), 0, None, 97
-    ):
-        check_damage(broken, context)
-
-
+CAUGHT_BY_A_POWER_LOSS = {
+    "no file fsync": at_seam(fsync=lambda fsync, seam, fd: fd in seam.directories and fsync(fd)),
+    "no directory fsync": at_seam(fsync=lambda fsync, seam, fd: fd in seam.directories or fsync(fd)),
+    "unlink before rename": at_seam(rename=_unlink_before_rename),
+    "overwrite in place": at_seam(rename=_overwrite_in_place),
+    "commit before all ranks reported": after_the_commit(("pwrite", "fsync"), "-00001-of-"),
+    "record written before shards are durable": after_the_commit(("fsync",), "safetensors$"),
+    "superseded shards removed before the commit": at_seam(rename=_clean_up_before_the_commit),
+}
 MUTANTS = {
-    "no file fsync": (_no_file_sync, _check_loss),
-    "no directory fsync": (_no_directory_sync, _check_loss),
-    "unlink before rename": (_unlink_before_rename, _check_loss),
-    "overwrite in place": (_overwrite_in_place, _check_loss),
-    "fsync retried on the same file": (_sync_again, lambda tmp: check_failed_sync(tmp, "fsync")),
+    "fsync retried on the same file": (
+        at_seam(fsync=_sync_again),
+        lambda tmp: check_failed_sync(tmp, "fsync"),
+    ),
     "thread error swallowed": (
         _swallow_thread_errors,
-        lambda tmp: check_thread_error(tmp, OSError(errno.EIO, "bad disk")),
+        lambda tmp: check_thread_error(tmp, OSError(5, "")),
     ),
-    "commit before all ranks reported": (
-        _commit_before_all_have_written,
-        lambda tmp: _check_loss(tmp, world_size=2),
+    "CRC not checked": (
+        _crc_not_checked,
+        lambda tmp: [
+            check_damage(*case) for case in itertools.islice(flipped(specimen(tmp / "s")), 0, None, 97)
+        ],
     ),
-    "record written before shards are durable": (_record_before_shards, _check_loss),
-    "CRC not checked": (_crc_not_checked, _check_bits),
-    "duplicate keys accepted": (
-        _duplicate_keys,
-        lambda tmp: check_duplicate_keys(specimen(tmp / "s", CheckpointFormat.MULTI_SHARD)),
-    ),
+    "duplicate keys accepted": (_duplicate_keys, check_duplicate_keys),
     "unchecked path join": (_unchecked_join, lambda tmp: check_bad_name(tmp, "../../outside.safetensors")),
-    "superseded shards removed before the commit": (_clean_up_before_the_commit, _check_loss),
 }
+for _name, _mutate in CAUGHT_BY_A_POWER_LOSS.items():
+    _ranks = 2 if "all ranks" in _name else 1
+    MUTANTS[_name] = _mutate, functools.partial(check_power_loss_of_save, old=True, world_size=_ranks)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -9530,7 +7031,7 @@ def test_each_mutant_of_the_library_is_caught(ram, tiny_blocks, mutant):
         mutate(patch)
         with pytest.raises(AssertionError) as caught:
             checker(ram / "mutant")
-    assert "\n" in str(caught.value) or str(caught.value)
+    assert str(caught.value)
     COUNTS["mutants killed"] += 1
 
 
@@ -9538,39 +7039,7 @@ def test_each_mutant_of_the_library_is_caught(ram, tiny_blocks, mutant):
 
 STEPS = ("S1", "S2", "S3", "S4", "S5", "S6", "S7")
 DEADLINE_S = 3.0  # of operations that are to fail by it; others have the default, which is over HANG_S
-
-
-def entering(step, act):
-    """From now on `act()` runs in this process inside each save's `step`, as the first thing; returns how to stop that."""
-    whole = ckpt.coord.Operation.step
-
-    @contextlib.contextmanager
-    def struck(self, name):
-        with whole(self, name):
-            if name.startswith(step):
-                act()
-            yield
-
-    ckpt.coord.Operation.step = struck
-
-    def undo():
-        ckpt.coord.Operation.step = whole
-
-    return undo
-
-
-def at_once(calls, threads=12):
-    """Each of `calls` in a thread: cases that mostly wait. The first failure is raised once all are over."""
-    with ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(call) for call in calls]
-    return [future.result() for future in futures]
-
-
-def room_for(base, *names):
-    """A directory of its own for one case."""
-    path = base / "-".join(map(str, names))
-    path.mkdir()
-    return path
+SAVED = ("returned", None, "p")
 
 
 class TimeSinceFile:
@@ -9587,30 +7056,35 @@ class TimeSinceFile:
         return 0.0 if self.started is None else time.monotonic() - self.started
 
 
-def strike_in(step, tmp, is_victim, number):
-    """From now on the victim gets a signal in each save's `step`; on all ranks the deadline counts from that moment."""
-    ckpt.coord.time = TimeSinceFile(tmp / "struck")
+class Sensor(threading.Event):
+    """A `cancel`, at which every wait looks: once it has an `act`, the next look calls that."""
 
-    def act():
-        (tmp / "struck").touch()
-        os.kill(os.getpid(), number)
+    act = None
 
-    return entering(step, act) if is_victim else lambda: None
+    def is_set(self):
+        act, self.act = self.act, None
+        if act:
+            act()
+        return super().is_set()
+
+
+def at_once(check, cases, threads=12):
+    """`check(*case)` of each case in a thread: they mostly wait. The first failure is raised once all are over."""
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(check, *case) for case in cases]
+    return [future.result() for future in futures]
+
+
+def room_for(base, *names):
+    """A directory of its own for one case."""
+    path = base / "-".join(map(str, names))
+    path.mkdir()
+    return path
 
 
 def save_word(checkpoint, word, prefix="p", **options):
     """Save a word by an object that exists already."""
     return checkpoint.save(value(word), None, to(prefix, include_rng_state=False, **options))
-
-
-def names_rank(answer, rank):
-    """Whether a failure names `rank`, in its text and as a value."""
-    return answer[1] == rank and re.search(rf"\brank\(?s?\)?\D*{rank}\b", answer[2]) is not None
-
-
-def is_committed_without(step, victim):
-    """Whether a save goes through though `victim` does nothing from `step` on: rank 0 alone commits."""
-    return step == "S7" or (step == "S6" and victim != 0)
 
 
 def overheard(checkpoint):
@@ -9622,218 +7096,233 @@ def overheard(checkpoint):
     return said
 
 
-# Row 9: a rank is killed on entry of a step
+@contextlib.contextmanager
+def entering(place, act, seam=None):
+    """In it, `act()` runs first in this process in a step or exchange of bytes, or before an operation on files."""
+    operation, step = ckpt.coord.Operation, ckpt.coord.Operation.step
+    coordinator, exchange, count = ckpt.TorchCoordinator, ckpt.TorchCoordinator.all_to_all, itertools.count()
+
+    @contextlib.contextmanager
+    def struck_step(self, name):
+        with step(self, name):
+            if name.startswith(place):
+                act()
+            yield
+
+    def struck_exchange(self, *args):
+        if place == f"exchange {next(count)}":
+            act()
+        return exchange(self, *args)
+
+    operation.step, coordinator.all_to_all = struck_step, struck_exchange
+    if seam:
+        seam.before = Strike(0, lambda op: act(), lambda op: op.call == place)
+    try:
+        yield
+    finally:
+        operation.step, coordinator.all_to_all = step, exchange
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_killed_in_any_step_is_named_by_the_deadline_and_old_or_new_is_whole(ram, world_size):
-    cases = [(step, victim) for step in STEPS for victim in range(world_size)]
-    at_once([functools.partial(check_kill, ram, world_size, *case) for case in cases])
-    COUNTS["ranks killed"] += len(cases)
+class Fault(NamedTuple):
+    """What one rank does, where, in an operation of several."""
+
+    how: str
+    place: str  # a step, the number of an exchange, or a call of the operating system
+    victim: int
+    waits: bool = False  # it acts only when it waits for the others, who stay away until that is over
+    verb: str = "save"  # or "save_async", or "load", in which all exchange the bytes
+    form: CheckpointFormat = CheckpointFormat.MULTI_SHARD
+
+    def is_deadly(self):
+        return SIGNALS.get(self.how) == signal.SIGKILL
+
+    def tensors(self):
+        return 250 if self.place.startswith("exchange") else 2  # so many take several exchanges
+
+    def words(self):
+        """What may be seen at the end."""
+        cancels = self.how == "cancel"
+        if self.place in ("S7", "unlink") or (self.waits and self.place == "S5"):
+            return {"new"}
+        if self.place == "S6" and self.victim == 0:
+            return {"new"} if cancels else {"old"}
+        if self.place == "S6":
+            return {"new"} if self.how in SIGNALS else {"old", "new"}
+        # Rank 0 may be past its last look at a cancel.
+        return {"old", "new"} if cancels and self.place == "S5" and self.victim else {"old"}
 
 
-def check_kill(base, world_size, step, victim):
-    tmp = room_for(base, "kill", step, victim)
-    case = f"rank {victim} of {world_size} killed in {step}"
-    answers = run(world_size, killed_in_step, tmp, step, victim, dies={victim})
-    assert answers[victim] == "died", case
-    committed = is_committed_without(step, victim)
-    for answer, warned in (a for rank, a in enumerate(answers) if rank != victim):
-        if committed:
-            assert answer == ("returned", None, "p"), (case, answer)
+SIGNALS = dict.fromkeys(("SIGKILL", "death of the store"), signal.SIGKILL) | {"SIGSTOP": signal.SIGSTOP}
+ERRORS = {"raise": ArithmeticError("boom"), "gloo": RuntimeError("boom"), "interrupt": KeyboardInterrupt()}
+ERRORS["EIO"] = OSError(errno.EIO, "bad disk")
+FAILURES = {  # what a rank does: the failure of all ranks, with this text
+    "SIGKILL": ("TIMEOUT", ""),
+    "SIGSTOP": ("TIMEOUT", ""),
+    "death of the store": ("TIMEOUT", "the rendezvous store is unreachable"),
+    "raise": ("FAILED", "boom"),
+    "gloo": ("FAILED", "gloo exchange failed: boom"),
+    "interrupt": ("FAILED", "KeyboardInterrupt"),
+    "cancel": ("CANCELLED", "cancelled"),
+    "EIO": ("STORAGE_ERROR", "not all that should go is gone: OSError(5, 'bad disk'"),
+}
+
+
+def names_rank(answer, rank):
+    """Whether a failure names `rank`, in its text and as a value."""
+    return answer[1] == rank and re.search(rf"\brank\(?s?\)?\D*{rank}\b", answer[2]) is not None
+
+
+def every(how, places, victims, **fields):
+    return [Fault(how, place, victim, **fields) for place in places for victim in victims]
+
+
+def check_alone(base, size, faults):
+    """Try each fault in `size` processes of its own; return how many there are."""
+    at_once(functools.partial(check_together, base, size), [([fault],) for fault in faults])
+    return len(faults)
+
+
+def check_together(base, size, faults):
+    """Try faults one after the other in the same `size` processes; return how many there are."""
+    tmp = Path(tempfile.mkdtemp(dir=base))
+    dies = {fault.victim for fault in faults if fault.is_deadly()}
+    by_rank = run(size, meet_faults, tmp, faults, dies=dies)
+    for number, fault in enumerate(faults):
+        told_by_rank = ["died" if found == "died" else found[number] for found in by_rank]
+        check_fault(fault, size, told_by_rank, context=(fault, told_by_rank))
+        if dies and fault.tensors() == 2:
+            word = "new" if SAVED in [answer for answer, *_ in told_by_rank] else "old"
+            assert seen(tmp / "c") == word, fault
+    if fault.tensors() == 2:  # of others the units are small, in those processes alone
+        check_recovery(tmp / "c", context=faults)
+    return len(faults)
+
+
+def check_fault(fault, size, told_by_rank, context):
+    own, others = told_by_rank[fault.victim], told_by_rank[: fault.victim] + told_by_rank[fault.victim + 1 :]
+    committed, (kind, text) = others[0][0] == SAVED, FAILURES[fault.how]
+    assert ("new" if committed else "old") in fault.words(), context
+    for answer, warned, *_ in others:
+        if not committed:
+            assert answer[0] in (kind, f"{fault.verb[:4].upper()}_{kind}") and text in answer[2], context
+            assert names_rank(answer, fault.victim) or fault.how == "death of the store", context
+            assert "undefined" in answer[2] or fault.verb != "load" or fault.how in SIGNALS, context
+        elif fault.how in ("SIGKILL", "SIGSTOP"):
             (line,) = [line for line in warned if "committed, but not every rank may know" in line]
-            assert re.search(rf"no answer from rank\(s\) {victim} of", line), (case, line)
-        else:
-            assert answer[0] == "TIMEOUT" and names_rank(answer, victim), (case, answer)
-    assert seen(tmp) == ("new" if committed else "old"), case
-    (tmp / "struck").unlink()
-    check_recovery(tmp, context=case)
+            assert f"no answer from rank(s) {fault.victim} of {size}" in line, context
+        assert answer == SAVED or not committed, context
+        assert not warned or fault.place != "unlink", context
+    if fault.is_deadly():
+        assert own == "died", context
+        return
+    if fault.how == "interrupt":
+        assert own[0] == "interrupted", context
+    elif fault.how == "SIGSTOP":
+        assert own[0] == SAVED if committed else own[0][0] == "TIMEOUT", context
+    else:
+        assert {answer for answer, *_ in told_by_rank} == {own[0]}, context
+    if committed and fault.how in ("raise", "EIO"):
+        assert any(text in line for _, warned, *_ in told_by_rank for line in warned), context
+    may_stay = fault.place == "unlink" or (fault.how == "interrupt" and fault.victim == 0 and committed)
+    for *_, word, left in told_by_rank:
+        assert word == ("new" if committed else "old") and (may_stay or not left), context
 
 
-def killed_in_step(rank, world_size, tmp, step, victim):
-    checkpoint = over(tmp, ckpt.TorchCoordinator())
-    save_word(checkpoint, "old")
-    strike_in(step, tmp, rank == victim, signal.SIGKILL)
-    warned = overheard(checkpoint)
-    return told(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S)), warned
+def meet_faults(rank, world_size, tmp, faults):
+    """Of each fault this rank's answer and warnings, and, if all live, the word that is seen and what no record names."""
+    if faults[0].how == "death of the store":
+        use_store_of_rank_zero(tmp, rank, world_size)
+    if faults[0].tensors() > 2:
+        st.BLOCK_BYTES, st.UNIT_BYTES = PAGE, PAGE // 2
+    seam, found = Seam(), []
+    checkpoint = over(Storage(tmp / "c", seam), ckpt.TorchCoordinator())
+    pids, warned = checkpoint.coordinator.all_gather(os.getpid()), overheard(checkpoint)
+    for number, fault in enumerate(faults):
+        cancel, gone, victim = Sensor(), tmp / f"gone-{number}", fault.victim
+        ckpt.coord.time = TimeSinceFile(gone)
 
+        def save(word, call=checkpoint.save, cancel=None, **options):
+            options = to(format=fault.form, include_rng_state=False, **options)
+            return call(value(word, fault.tensors()), None, options, cancel=cancel)
 
-def test_a_rank_killed_while_it_waits_in_a_gather_is_missed_in_the_next_one(ram):
-    """It has given its value, so that the others go on with it, up to the commit if it was the last one."""
-    at_once([functools.partial(check_kill_in_gather, ram, step) for step in ("S1", "S3", "S5")])
+        def load(word, **options):
+            target = value("other", fault.tensors())
+            options = at(resharding_strategy="broadcast", load_rng_state=False, **options)
+            checkpoint.load(target, None, options, cancel=cancel)
+            assert identical(target.state, value(word, fault.tensors()).state)
 
+        def operate():
+            limit = {"timeout": DEADLINE_S} if fault.how in ("SIGKILL", "SIGSTOP") else {}
+            if fault.verb == "load":
+                return load("old", **limit)
+            if fault.verb == "save_async":
+                return save("new", checkpoint.save_async, cancel).result()
+            return save("new", checkpoint.save, cancel, **limit)
 
-def check_kill_in_gather(base, step):
-    tmp = room_for(base, "wait", step)
-    answers = run(3, killed_in_gather, tmp, step, dies={1})
-    for answer, warned in (answers[0], answers[2]):
-        assert answer[0] == ("returned" if step == "S5" else "TIMEOUT"), (step, answer)
-        assert any("no answer from rank(s) 1 of 3" in line for line in [str(answer[2]), *warned]), (
-            step,
-            answer,
-        )
-    assert seen(tmp) == ("new" if step == "S5" else "old")
-    (tmp / "struck").unlink()
-    check_recovery(tmp, context=step)
+        acted = []
 
-
-def killed_in_gather(rank, world_size, tmp, step):
-    checkpoint = over(tmp, ckpt.TorchCoordinator())
-    save_word(checkpoint, "old")
-    warned, clock = overheard(checkpoint), TimeSinceFile(tmp / "struck")
-    ckpt.coord.time = clock
-
-    def die(seconds):
-        (tmp / "struck").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    # Rank 1 dies as soon as it sleeps, which it does in the wait for the others: those come only then.
-    act = functools.partial(setattr, clock, "sleep", die) if rank == 1 else lambda: await_file(tmp / "struck")
-    entering(step, act)
-    return told(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S)), warned
-
-
-# Row 10: a rank raises on entry of a step; every process lives on, so one set of them tries all
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_that_raises_in_any_step_stops_all_alike_or_warns_once_it_is_committed(ram, world_size, form):
-    cases, silent = run(world_size, raise_in_each_step, ram, form), []
-    for told_by_rank in zip(*cases):
-        step, victim = told_by_rank[0]["case"]
-        answers = [told["answer"] for told in told_by_rank]
-        words = {told["seen"] for told in told_by_rank}
-        warned = [line for told in told_by_rank for line in told["warned"]]
-        case = f"rank {victim} of {world_size} raised in {step}: {answers}"
-        may_commit, may_fail = step == "S7" or (step == "S6" and victim != 0), step != "S7"
-        if answers[0][0] == "returned":
-            assert may_commit and set(answers) == {("returned", None, "p")} and words == {"new"}, case
-            silent += [] if any("boom" in line for line in warned) else [(step, victim)]
-        else:
-            assert may_fail and len(set(answers)) == 1 and words == {"old"}, case
-            assert (
-                answers[0][0] == "SAVE_FAILED" and names_rank(answers[0], victim) and "boom" in answers[0][2]
-            ), case
-        assert not any(told["left"] for told in told_by_rank), (case, told_by_rank)
-        COUNTS["ranks that raised"] += 1
-    check_recovery(ram)
-    assert not silent, f"committed, with an error of (step, rank) that no rank warned about: {silent}"
-
-
-def raise_in_each_step(rank, world_size, tmp, form):
-    checkpoint, found = over(tmp, ckpt.TorchCoordinator()), []
-    warned = overheard(checkpoint)
-    for step, victim in itertools.product(STEPS, range(world_size)):
-        save_word(checkpoint, "old", format=form)
-        dist.barrier()
-        before = save_id(tmp)
-        files = set(listing(tmp))
-        dist.barrier()
-
-        def boom(step=step, before=before):
-            while step == "S7" and save_id(tmp) == before:
+        def act():
+            while fault.place == "S7" and save_id(tmp / "c") == before:
                 time.sleep(0.001)  # S7 is after the rename
-            raise RuntimeError("boom")
+            acted.append(fault)
+            if fault.how in SIGNALS or fault.place.startswith("exchange"):
+                gone.touch()
+            if fault.how in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[fault.how])
+            elif fault.how == "cancel":
+                cancel.set()
+            else:
+                raise ERRORS[fault.how]
 
-        undo = entering(step, boom) if rank == victim else lambda: None
+        save("old")
+        if rank == 0:
+            assert seen(tmp / "c", tensors=fault.tensors()) == "old"
+            st.collect_garbage(checkpoint.storage)
+        before = save_id(tmp / "c")
+        dist.barrier()
         del warned[:]
-        answer = told(lambda: save_word(checkpoint, "new", format=form))
-        undo()
+        if fault.waits:
+            first = (
+                functools.partial(setattr, cancel, "act", act) if rank == victim else lambda: await_file(gone)
+            )
+        else:
+            first = act if rank == victim else lambda: None
+        with entering(fault.place, first, seam):
+            try:
+                answer = told(operate)
+            except KeyboardInterrupt:
+                answer = "interrupted"
+        assert acted or rank != victim, (fault, answer, "that place was not reached")
+        if fault.is_deadly():
+            return [(answer, warned)]
+        (tmp / f"over-{number}-{rank}").touch()
+        if rank == victim:
+            gone.touch()
+        elif fault.how == "SIGSTOP":
+            others = [other for other in range(world_size) if other != victim]
+            for other in others:
+                await_file(tmp / f"over-{number}-{other}")
+            if rank == others[0]:
+                wake(pids[victim])
         dist.barrier()
-        word = seen(tmp)
-        left = (
-            set(listing(tmp)) - files if word == "old" else set()
-        )  # an error in S7 may leave the superseded files
-        told_here = {"case": (step, victim), "answer": answer, "seen": word}
-        found.append(told_here | {"left": sorted(left), "warned": list(warned)})
+        left = sorted(set(listing(tmp / "c")) - named_files(tmp / "c"))
+        found.append((answer, list(warned), seen(tmp / "c", tensors=fault.tensors()), left))
         dist.barrier()
+        cancel.clear()
+        save("next")
+        load("next")
     return found
 
 
-# Row 11: a rank stops past the deadline, and goes on
+def wake(pid):
+    """Have a process go on that has stopped, or is about to: a signal to go on must come after that."""
+    while "\nState:\tT" not in Path(f"/proc/{pid}/status").read_text():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGCONT)
 
 
-def test_a_rank_stopped_past_the_deadline_is_named_cannot_commit_and_then_all_save_and_load_again(ram):
-    cases = [(step, victim) for step in STEPS for victim in range(2)] + [("S4", 2), ("S6", 0)]
-    sizes = [2] * 14 + [3, 3]
-    at_once([functools.partial(check_stop, ram, size, *case) for size, case in zip(sizes, cases)])
-    COUNTS["ranks stopped"] += len(cases)
-
-
-def check_stop(base, world_size, step, victim):
-    tmp = room_for(base, "stop", world_size, step, victim)
-    case = f"rank {victim} of {world_size} stopped in {step}"
-    answers = run(world_size, stopped_in_step, tmp, step, victim)
-    committed = is_committed_without(step, victim)
-    for rank, (answer, word, again) in enumerate(answers):
-        assert word == ("new" if committed else "old"), (case, rank, answer, word)
-        assert again == "next", (case, rank, again)
-        if committed:
-            assert answer == ("returned", None, "p"), (case, rank, answer)
-        else:
-            assert answer[0] == "TIMEOUT", (case, rank, answer)
-        if rank != victim:
-            assert committed or names_rank(answer, victim), (case, rank, answer)
-    assert set(listing(tmp)) - {"struck", "pid", "gave-up-0", "gave-up-1", "gave-up-2"} == named_files(tmp), (
-        case
-    )
-
-
-def stopped_in_step(rank, world_size, tmp, step, victim):
-    checkpoint = over(tmp, ckpt.TorchCoordinator())
-    save_word(checkpoint, "old")
-    if rank == victim:
-        (tmp / "pid").write_text(str(os.getpid()))
-    undo = strike_in(step, tmp, rank == victim, signal.SIGSTOP)
-    dist.barrier()
-    answer = told(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
-    undo()
-    if rank != victim:
-        (tmp / f"gave-up-{rank}").touch()
-        for other in set(range(world_size)) - {victim}:
-            await_file(tmp / f"gave-up-{other}")
-        # It may not have come to the step where it stops yet: a signal to go on must come after it has.
-        pid = int((tmp / "pid").read_text())
-        while rank == min(set(range(world_size)) - {victim}):
-            if "\nState:\tT" in Path(f"/proc/{pid}/status").read_text():
-                os.kill(pid, signal.SIGCONT)
-                break
-            time.sleep(0.01)
-    dist.barrier()
-    word = seen(tmp)
-    dist.barrier()
-    save_word(checkpoint, "next")
-    target = value("old")
-    checkpoint.load(target, None, at(load_rng_state=False))
-    return answer, word, "next" if identical(target.state, value("next").state) else "not what was saved"
-
-
-# Row 12: the process that hosts the store dies
-
-
-def test_if_the_host_of_the_store_dies_every_rank_says_that_the_store_is_unreachable(ram):
-    cases = [(step, world_size) for step in STEPS for world_size in (2, 3)]
-    at_once([functools.partial(check_store_death, ram, *case) for case in cases])
-    COUNTS["store deaths"] += len(cases)
-
-
-def check_store_death(base, step, world_size):
-    tmp = room_for(base, "store", step, world_size)
-    case = f"the host of the store, rank 0 of {world_size}, dies in {step}"
-    answers = run(world_size, host_the_store_and_die, tmp, step, dies={0})
-    assert answers[0] == "died", case
-    for answer in answers[1:]:
-        if step == "S7":  # after the rename
-            assert answer == ("returned", None, "p"), (case, answer)
-        else:
-            assert answer[0] == "TIMEOUT" and "store is unreachable" in answer[2], (case, answer)
-    assert seen(tmp) == ("new" if step == "S7" else "old"), case
-    (tmp / "port").unlink()
-    check_recovery(tmp, context=case)
-
-
-def host_the_store_and_die(rank, world_size, tmp, step):
+def use_store_of_rank_zero(tmp, rank, world_size):
+    """Make the default process group anew, on a store whose host is a rank instead of the test."""
     dist.barrier()  # who leaves a group while others still connect to it ends it for them
     dist.destroy_process_group()
     if rank == 0:
@@ -9844,11 +7333,94 @@ def host_the_store_and_die(rank, world_size, tmp, step):
         await_file(tmp / "port")
         store = dist.TCPStore("127.0.0.1", int((tmp / "port").read_text()), is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    checkpoint = over(tmp, ckpt.TorchCoordinator())
+
+
+# Row 9: a rank is killed
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_killed_in_any_step_is_named_by_the_deadline_and_old_or_new_is_whole(ram, size):
+    COUNTS["ranks killed"] += check_alone(ram, size, every("SIGKILL", STEPS, range(size)))
+
+
+def test_a_rank_killed_while_it_waits_in_a_gather_is_missed_in_the_next_one(ram):
+    """It has given its value, so that the others go on with it, up to the commit if it was the last one."""
+    COUNTS["ranks killed"] += check_alone(ram, 3, every("SIGKILL", ("S1", "S3", "S5"), [1], waits=True))
+
+
+# Row 10: a rank raises
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_that_raises_in_any_step_stops_all_alike_or_warns_once_it_is_committed(ram, size, form):
+    COUNTS["ranks that raised"] += check_together(ram, size, every("raise", STEPS, range(size), form=form))
+
+
+@pytest.mark.parametrize("how", ["EIO", "interrupt"])
+def test_an_error_in_the_clean_up_after_a_commit_is_a_warning_on_its_rank_and_no_other_waits(ram, how):
+    check_together(ram, 2, every(how, ["unlink"], [0]))
+
+
+@pytest.mark.parametrize("verb", ["save", "load"])
+def test_what_keeps_one_rank_from_an_exchange_ends_the_operation_on_all_and_the_next_one_succeeds(ram, verb):
+    options = {"verb": verb, "form": CheckpointFormat.SINGLE_FILE}
+    places, faults = ("exchange 0", "exchange 2"), []
+    for how in ("raise", "gloo", "cancel", "interrupt"):
+        faults += every(how, places, range(2), **options)
+    check_together(ram, 2, faults + every("cancel", places, range(2), waits=True, **options))
+
+
+# Row 11: a rank stops past the deadline, and goes on
+
+
+def test_a_rank_stopped_past_the_deadline_is_named_cannot_commit_and_then_all_save_and_load_again(ram):
+    COUNTS["ranks stopped"] += check_alone(ram, 2, every("SIGSTOP", STEPS, range(2)))
+    COUNTS["ranks stopped"] += check_alone(ram, 3, [Fault("SIGSTOP", "S4", 2), Fault("SIGSTOP", "S6", 0)])
+
+
+@pytest.mark.parametrize("verb", ["save", "load"])
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_rank_that_dies_or_stops_in_an_exchange_is_named_by_the_deadline(ram, how, verb):
+    options = {"verb": verb, "form": CheckpointFormat.SINGLE_FILE}
+    check_alone(ram, 3, every(how, ("exchange 0", "exchange 2"), (0, 1), **options))
+
+
+def test_ranks_retry_together_or_not_at_all_where_one_failed_while_another_had_stopped(ram):
+    """The failure could be tried again, but not all ranks know of it: a rank that did alone would be out of step."""
+    first, second = run(2, fail_beside_a_stopped_rank, ram)
+    assert first[0][0] == "STORAGE_ERROR" and second[0][0] in ("STORAGE_ERROR", "TIMEOUT"), (first, second)
+    assert first[1] == second[1] == SAVED and seen(ram / "c") == "next"
+
+
+def fail_beside_a_stopped_rank(rank, world_size, tmp):
+    checkpoint, gone = over(tmp / "c", ckpt.TorchCoordinator(), attempts=3), tmp / "gone"
     save_word(checkpoint, "old")
+    _, pid = checkpoint.coordinator.all_gather(os.getpid())
+    ckpt.coord.time = TimeSinceFile(gone)
+
+    def stop_or_fail():
+        if rank == 1:
+            gone.touch()
+            os.kill(pid, signal.SIGSTOP)
+        else:
+            await_file(gone)
+            raise OSError(errno.EIO, "bad disk")
+
+    with entering("S4", stop_or_fail):
+        answer = told(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
     if rank == 0:
-        entering(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    return told(lambda: save_word(checkpoint, "new"))
+        wake(pid)
+    dist.barrier()
+    return answer, told(lambda: save_word(checkpoint, "next"))
+
+
+# Row 12: the process that hosts the store dies
+
+
+def test_if_the_host_of_the_store_dies_every_rank_says_that_the_store_is_unreachable(ram):
+    for size in (2, 3):
+        COUNTS["store deaths"] += check_alone(ram, size, every("death of the store", STEPS, [0]))
 
 
 def test_a_store_that_died_before_the_first_save_is_told_of_at_the_deadline_of_the_save(tmp_path):
@@ -9857,17 +7429,12 @@ def test_a_store_that_died_before_the_first_save_is_told_of_at_the_deadline_of_t
 
 
 def save_after_the_store(rank, world_size, tmp):
-    dist.destroy_process_group()
+    use_store_of_rank_zero(tmp, rank, world_size)
     if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        (tmp / "port.tmp").write_text(str(store.port))
-        (tmp / "port.tmp").rename(tmp / "port")
         await_file(tmp / "connected")
         os._exit(9)
-    await_file(tmp / "port")
-    store = dist.TCPStore("127.0.0.1", int((tmp / "port").read_text()), is_master=False)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     checkpoint = opened(tmp / "c", default_timeout=1.0)
+    store = dist.distributed_c10d._get_default_store()
     (tmp / "connected").touch()
     with pytest.raises(RuntimeError):
         while not store.check(["nothing"]):
@@ -9875,18 +7442,15 @@ def save_after_the_store(rank, world_size, tmp):
     return told(lambda: checkpoint.save(small()[0], None, "p"))
 
 
-# Row 24: a signal at any operation
+# Row 24: a signal
+
+INTERRUPTED = 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("scene", ["overwrite", "overwrite a single file", "delete"])
-def test_a_signal_at_any_operation_ends_the_process_at_once_as_it_should_and_leaves_old_or_new(
-    ram, number, scene
-):
+def test_a_signal_at_any_operation_ends_the_process_at_once_and_leaves_old_or_new(ram, number, scene):
     COUNTS["signals"] += apart(signal_everywhere, ram, number, scene, limit_s=3 * HANG_S)
-
-
-INTERRUPTED = 130
 
 
 def signal_everywhere(tmp, number, name):
@@ -9901,127 +7465,95 @@ def signal_everywhere(tmp, number, name):
             scene.act(storage)
         except KeyboardInterrupt:
             os._exit(INTERRUPTED)
+        assert storage.seam.before.hit is None, "the signal changed nothing"
 
-    expected = INTERRUPTED if number == signal.SIGINT else -number
     when = is_change if number == signal.SIGTERM or name != "overwrite" else lambda op: True
     for k in itertools.count():
-        left, fired = tmp / str(k), tmp / f"fired-{k}"
+        left = tmp / str(k)
         shutil.copytree(base, left)
-
-        def send(op, fired=fired):
-            fired.touch()
-            os.kill(os.getpid(), number)
-
-        code = forked(functools.partial(interrupted, Storage(left, Seam(Strike(k, send, when)))))
+        strike = Strike(k, lambda op: os.kill(os.getpid(), number), when)
+        code = forked(functools.partial(interrupted, Storage(left, Seam(strike))))
         context = f"{name}, {number.name} at operation {k}: exit code {code}"
-        if not fired.exists():
-            assert code == 0, context
+        if code == 0:
             return k
-        assert code == expected, context
+        assert code == (INTERRUPTED if number == signal.SIGINT else -number), context
         check_oracle(ckpt.LocalStorage(left), scene, False, context)
         check_recovery(left, PREFIXES, context)
         shutil.rmtree(left)
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_an_interrupt_on_one_rank_ends_the_save_on_all_and_leaves_old_or_new(ram, step):
-    first, second = run(2, interrupt_rank_one, ram, step)
-    assert second == "interrupted"
-    if first[0] == "returned":
-        assert step in ("S6", "S7") and seen(ram) == "new"
-    else:
-        assert step != "S7" and seen(ram) == "old"
-        assert first[0] == "SAVE_FAILED" and names_rank(first, 1) and "KeyboardInterrupt" in first[2], first
-    assert set(listing(ram)) == named_files(ram)
+def test_an_interrupt_on_one_rank_in_any_step_ends_the_save_on_all_and_leaves_old_or_new(ram):
+    COUNTS["interrupts"] += check_together(ram, 2, every("interrupt", STEPS, range(2)))
 
 
-def interrupt_rank_one(rank, world_size, tmp, step):
-    checkpoint = over(tmp, ckpt.TorchCoordinator())
-    save_word(checkpoint, "old")
-    before = save_id(tmp)
-    dist.barrier()
+@pytest.mark.parametrize("how", ["interrupt", "cancel"])
+def test_an_interrupt_of_a_rank_that_waits_or_its_cancel_ends_its_save_though_another_rank_hangs(ram, how):
+    """The other rank goes on only when the one that waited has returned."""
+    check_together(ram, 2, every(how, ("S1", "S3"), range(2), waits=True))
 
-    def interrupt():
-        while step == "S7" and save_id(tmp) == before:
-            time.sleep(0.001)
-        raise KeyboardInterrupt
 
+# Row 25: cancel; the interpreter exits with a save in flight
+
+
+@pytest.mark.parametrize("verb", ["save", "save_async"])
+def test_cancel_in_any_step_on_any_rank_stops_all_and_the_next_save_succeeds(ram, verb):
+    COUNTS["cancels"] += check_together(ram, 2, every("cancel", STEPS, range(2), verb=verb))
+
+
+def test_a_failure_or_cancel_stops_the_writes_of_all_ranks_long_before_they_are_done(ram):
+    for told_by_rank in run(3, disturb_slow_writes, ram):
+        for kind, (answer, written, left) in zip(("SAVE_FAILED", "CANCELLED", "CANCELLED"), told_by_rank):
+            assert answer[:2] == (kind, 1) and written < 32 and left == [], (answer, written, left)
+
+
+def disturb_slow_writes(rank, world_size, tmp):
+    """Rank 1 raises, or is cancelled, in its wait for rank 0, which alone writes; or is cancelled as it writes too."""
+    files, found = Seam(), []
+    checkpoint = over(Storage(tmp / "c", files), ckpt.TorchCoordinator())
+    model = Bag(**{f"{rank}_{n}": torch.full((BLOCK,), n, dtype=torch.uint8) for n in range(64)})
+    for how, writers in (("raise", [0]), ("cancel", [0]), ("cancel a writer", [0, 1])):
+        cancel = Sensor()
+
+        def slow(op):
+            if op.call == "pwrite":
+                (tmp / f"{how}-{rank}").touch()
+                time.sleep(0.5)
+
+        def act():
+            await_file(tmp / f"{how}-0")
+            if how == "raise":
+                raise ValueError("boom")
+            cancel.act = cancel.set  # in the gather
+
+        files.before, files.log[:] = slow, []
+        mine, options = model if rank in writers else Bag(), to(include_rng_state=False)
+        with entering("S5", act if rank == 1 else lambda: None):
+            pending = checkpoint.save_async(mine, None, options, cancel=cancel)
+            for writer in writers:
+                await_file(tmp / f"{how}-{writer}")
+            if rank == 1 and rank in writers:
+                assert pending.cancel()
+            answer = told(pending.result)
+        dist.barrier()
+        assert not pending.cancel()
+        found.append((answer, sum(op.call == "pwrite" for op in files.log), sorted(listing(tmp / "c"))))
+        dist.barrier()
+    return found
+
+
+def test_a_cancel_on_one_rank_between_two_attempts_stops_all_ranks(ram):
+    for answer, again in run(2, cancel_between_attempts, ram):
+        assert answer[:2] == ("CANCELLED", 1) and again == SAVED, (answer, again)
+
+
+def cancel_between_attempts(rank, world_size, tmp):
+    checkpoint, cancel = broken(tmp, ckpt.TorchCoordinator(), until=FOREVER, attempts=3), threading.Event()
     if rank == 1:
-        entering(step, interrupt)
-    try:
-        answer = told(lambda: save_word(checkpoint, "new"))
-    except KeyboardInterrupt:
-        answer = "interrupted"
+        cancel.wait = lambda timeout: cancel.set()  # as it does between two attempts
+    answer = told(lambda: checkpoint.save(value("new"), None, to(), cancel=cancel))
     dist.barrier()
-    return answer
-
-
-@pytest.mark.parametrize("waiting", [0, 1])
-def test_an_interrupt_of_a_rank_that_waits_ends_its_save_at_once_and_that_of_the_others_when_they_come(
-    ram, waiting
-):
-    answers = run(2, interrupt_who_waits, ram, waiting)
-    for rank, (answer, again) in enumerate(answers):
-        if rank == waiting:
-            assert answer == "interrupted"
-        else:
-            assert answer[0] == "SAVE_FAILED" and names_rank(answer, waiting) and "Interrupt" in answer[2], (
-                answer
-            )
-        assert again == ("returned", None, "p")
-    assert seen(ram) == "next" and set(listing(ram)) == named_files(ram) | {"interrupted"}
-
-
-def interrupt_who_waits(rank, world_size, tmp, waiting):
-    checkpoint = over(tmp, ckpt.TorchCoordinator())
-    save_word(checkpoint, "old")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if rank == waiting:
-        later = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-        undo = entering("S3", later.start)
-    else:
-        undo = entering("S3", lambda: await_file(tmp / "interrupted"))
-    try:
-        answer = told(lambda: save_word(checkpoint, "new"))
-    except KeyboardInterrupt:
-        answer = "interrupted"
-        (tmp / "interrupted").touch()
-    undo()
-    dist.barrier()
+    checkpoint.storage.seam = Seam()
     return answer, told(lambda: save_word(checkpoint, "next"))
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "bad disk"), KeyboardInterrupt()], ids=repr)
-def test_an_error_in_the_clean_up_after_a_commit_is_a_warning_on_its_rank_and_keeps_no_other_waiting(
-    ram, error
-):
-    (answer, warned, again), *others = run(2, fail_to_clean_up, ram, error)
-    assert others == [(("returned", None, "p"), [], ("returned", None, "p"))]
-    if isinstance(error, OSError):
-        assert answer == ("returned", None, "p")
-        assert any("not all that should go is gone" in line and "bad disk" in line for line in warned)
-    else:
-        assert answer == "interrupted"
-    assert again == ("returned", None, "p")
-    check_recovery(ram)
-
-
-def fail_to_clean_up(rank, world_size, tmp, error):
-    def act(op):
-        raise error
-
-    seam = Seam()
-    checkpoint = over(Storage(tmp, seam), ckpt.TorchCoordinator())
-    save_word(checkpoint, "old")
-    seam.before, warned = Strike(0, act, lambda op: op.call == "unlink"), overheard(checkpoint)
-    try:
-        answer = told(lambda: save_word(checkpoint, "new"))
-    except KeyboardInterrupt:
-        answer = "interrupted"
-    dist.barrier()
-    assert seen(tmp) == "new"
-    dist.barrier()
-    return answer, list(warned), told(lambda: save_word(checkpoint, "next"))
 
 
 SCRIPT = """
@@ -10033,7 +7565,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 put(ckpt.LocalStorage(tmp), "old")
 
 def act(op):
-    print(op.call, flush=True)
+    if how == "OSError":
+        raise OSError("bad disk")
     if how in ("SIGINT", "SIGTERM"):
         os.kill(os.getpid(), getattr(signal, how))
     while threading.main_thread().is_alive():  # the interpreter has begun to exit: it waits for this thread
@@ -10047,59 +7580,34 @@ if how in ("SIGINT", "SIGTERM"):
 print("main is done", flush=True)
 sys.exit(3)
 """
-ENDINGS = {"exit": (3, {"new"}), "SIGTERM": (-15, {"old"}), "SIGINT": (-2, {"old", "new"})}
+ENDINGS = [("exit", 3, {"new"}), ("OSError", 3, {"old"}), ("SIGTERM", -15, {"old"})]
+ENDINGS += [("SIGINT", -2, {"old", "new"})]
 
 
 def test_an_interpreter_that_exits_with_a_save_in_flight_ends_soon_with_its_code_and_old_or_new(ram):
-    at_once([functools.partial(check_exit, ram, how) for how in ENDINGS], threads=2)
+    """And tells of a failed save that nobody asked about."""
+    at_once(functools.partial(check_exit, ram), ENDINGS, threads=2)
 
 
-def check_exit(base, how):
-    tmp = room_for(base, "exit", how)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tmp, how], capture_output=True, text=True, timeout=HANG_S
-    )
-    code, words = ENDINGS[how]
+def check_exit(base, how, code, words):
+    command = [sys.executable, "-c", SCRIPT, tmp := room_for(base, how), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == code and seen(tmp) in words, (how, done.returncode, seen(tmp), done.stderr)
-    assert ("main is done" in done.stdout) == (how == "exit"), done.stdout
+    assert ("main is done" in done.stdout) == (code == 3), (how, done.stdout)
+    assert ("bad disk" in done.stderr and "nobody asked" in done.stderr) == (how == "OSError"), done.stderr
     check_recovery(tmp, context=how)
-
-
-def test_a_failed_pending_save_that_nobody_asked_about_is_told_when_the_interpreter_exits(tmp_path):
-    script = (
-        "import sys, torch, ckpt\n"
-        "saver = ckpt.DistributedCheckpoint(storage=ckpt.LocalStorage(sys.argv[1]))\n"
-        "saver.save_async(torch.nn.Linear(2, 2), None, extra_state={'odd': object()})\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=HANG_S
-    )
-    assert "extra/odd" in done.stderr and "nobody asked" in done.stderr
-
-
-def test_a_failed_pending_save_is_not_kept_once_somebody_has_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(ckpt.log, "disabled", True)  # pytest keeps what is logged
-    pending = over(tmp_path).save_async(torch.nn.Linear(2, 2), None, extra_state={"odd": object()})
-    with pytest.raises(ckpt.CheckpointException, match="extra/odd"):
-        pending.result()
-    kept = weakref.ref(pending)
-    del pending
-    gc.collect()
-    assert kept() is None
 
 
 def test_an_exit_with_a_save_in_flight_whose_other_rank_is_dead_is_bounded_by_the_deadline(ram):
     (exited, _) = run(2, exit_beside_a_dead_rank, ram, dies={0, 1})
-    assert exited == "died"
     kind, _, message = json.loads((ram / "ended").read_text())
-    assert kind == "TIMEOUT" and "deadline" in message, message
-    (ram / "ended").unlink()
-    assert seen(ram) == "old"
-    check_recovery(ram)
+    assert exited == "died" and kind == "TIMEOUT" and "deadline" in message, message
+    assert seen(ram / "c") == "old"
+    check_recovery(ram / "c")
 
 
 def exit_beside_a_dead_rank(rank, world_size, tmp):
-    checkpoint = over(tmp, ckpt.TorchCoordinator())
+    checkpoint = over(tmp / "c", ckpt.TorchCoordinator())
     save_word(checkpoint, "old")
     dist.barrier()
     if rank == 1:
@@ -10109,341 +7617,6 @@ def exit_beside_a_dead_rank(rank, world_size, tmp):
     assert pending.done()
     (tmp / "ended").write_text(json.dumps(told(pending.result)))
     os._exit(5)
-
-
-# Row 25: cancel in each step
-
-
-def test_cancel_in_any_step_on_any_rank_stops_all_and_the_next_save_succeeds(ram):
-    cases, extra = run(2, cancel_in_each_step, ram), []
-    for told_by_rank in zip(*cases):
-        (case, asynchronous), answers = told_by_rank[0][0], [told[1] for told in told_by_rank]
-        context = (case, asynchronous, told_by_rank)
-        step, victim = case
-        may_commit = step in ("S6", "S7") or (
-            step == "S5" and victim
-        )  # rank 0 may be past its last look already
-        may_fail = step != "S7" and (step != "S6" or victim)
-        if answers[0][0] == "returned":
-            assert may_commit and set(answers) == {("returned", None, "p")}, context
-            extra += [(*case, files) for *_, files, _ in told_by_rank[:1] if files]
-        else:
-            assert not any(files for *_, files, _ in told_by_rank), context
-            assert may_fail and {answer[0] for answer in answers} == {"CANCELLED"}, context
-            assert all(names_rank(answer, victim) for answer in answers), context
-        for _, answer, word, _, after in told_by_rank:
-            assert after == "next", context
-            assert word == ("new" if answer[0] == "returned" else "old"), context
-        COUNTS["cancels"] += 1
-    assert not extra, (
-        f"(step, rank, files that no record names) of cancels that came after the commit: {extra}"
-    )
-
-
-def cancel_in_each_step(rank, world_size, tmp):
-    checkpoint, found = over(tmp, ckpt.TorchCoordinator()), []
-    for asynchronous, step, victim in itertools.product([False, True], STEPS, range(world_size)):
-        save_word(checkpoint, "old")
-        if rank == 0:
-            st.collect_garbage(checkpoint.storage)
-        dist.barrier()
-        cancel, before = threading.Event(), save_id(tmp)
-
-        def act(step=step, before=before, cancel=cancel):
-            while step == "S7" and save_id(tmp) == before:
-                time.sleep(0.001)
-            cancel.set()
-
-        undo = entering(step, act) if rank == victim else lambda: None
-        options = to(include_rng_state=False)
-        dist.barrier()
-        if asynchronous:
-            pending = checkpoint.save_async(value("new"), None, options, cancel=cancel)
-            answer = told(pending.result)
-        else:
-            answer = told(functools.partial(checkpoint.save, value("new"), None, options, cancel=cancel))
-        undo()
-        dist.barrier()
-        word, left = seen(tmp), sorted(set(listing(tmp)) - named_files(tmp))
-        dist.barrier()
-        save_word(checkpoint, "next")
-        found.append((((step, victim), asynchronous), answer, word, left, seen(tmp)))
-        dist.barrier()
-    return found
-
-
-def test_the_cancel_of_a_pending_save_stops_the_writes_on_all_ranks_long_before_they_are_done(ram):
-    for kind, written, left in run(2, cancel_a_slow_write, ram):
-        assert kind == "CANCELLED" and written < 32 and left == []
-
-
-def cancel_a_slow_write(rank, world_size, tmp):
-    began, files = tmp / f"began-{rank}", Seam()
-
-    def slow(op):
-        if op.call == "pwrite":
-            began.touch()
-            time.sleep(0.5)
-
-    files.before = slow
-    checkpoint = over(Storage(tmp / "c", files), ckpt.TorchCoordinator())
-    model = Bag(**{f"w{n}": torch.full((BLOCK,), n, dtype=torch.uint8) for n in range(64)})
-    pending = checkpoint.save_async(model, None, to())
-    for other in range(world_size):
-        await_file(tmp / f"began-{other}")
-    if rank == 1:
-        assert pending.cancel()
-    kind, _, _ = told(pending.result)
-    dist.barrier()
-    assert not pending.cancel()
-    return kind, sum(op.call == "pwrite" for op in files.log), sorted(listing(tmp / "c"))
-
-
-def test_a_rank_that_is_cancelled_while_it_waits_returns_at_once_though_another_rank_hangs(ram):
-    for rank, (answer, again) in enumerate(run(2, cancel_beside_a_hung_rank, ram)):
-        assert answer[0] == "CANCELLED" and names_rank(answer, 0), (rank, answer)
-        assert again == ("returned", None, "p"), rank
-    assert seen(ram) == "next" and set(listing(ram)) == named_files(ram) | {"cancelled"}
-
-
-def cancel_beside_a_hung_rank(rank, world_size, tmp):
-    """Rank 1 goes on when rank 0 has returned: with a wait for rank 1 this would be a hang."""
-    checkpoint, cancel = over(tmp, ckpt.TorchCoordinator()), threading.Event()
-    hang, later = functools.partial(await_file, tmp / "cancelled"), threading.Timer(0.3, cancel.set)
-    undo = entering("S4", later.start if rank == 0 else hang)
-    answer = told(lambda: checkpoint.save(value("new"), None, to(include_rng_state=False), cancel=cancel))
-    undo()
-    if rank == 0:
-        (tmp / "cancelled").touch()
-    dist.barrier()
-    return answer, told(lambda: save_word(checkpoint, "next"))
-
-
-def test_a_failure_or_cancel_stops_a_rank_that_writes_though_only_ranks_that_wait_know_of_it(ram):
-    for kind, answers in zip(("CANCELLED", "SAVE_FAILED"), zip(*run(3, stop_a_slow_writer, ram))):
-        assert {answer[0] for answer in answers} == {kind}, answers
-        assert answers[0][1] < 32, "rank 0 wrote on, long after rank 1 had given up"
-        assert [left for *_, left in answers] == [[], [], []]
-
-
-def stop_a_slow_writer(rank, world_size, tmp):
-    files, found = Seam(), []
-    checkpoint = over(Storage(tmp / "c", files), ckpt.TorchCoordinator())
-    model = (
-        Bag(**{f"w{n}": torch.full((BLOCK,), n, dtype=torch.uint8) for n in range(64)})
-        if rank == 0
-        else Bag()
-    )
-    for how in ("cancel", "raise"):
-        began, cancel = tmp / f"began-{how}", threading.Event()
-
-        def slow(op, began=began):
-            if op.call == "pwrite":
-                began.touch()
-                time.sleep(0.5)
-
-        def act(how=how, began=began, cancel=cancel):
-            await_file(began)
-            if how == "raise":
-                raise ValueError("boom")
-            threading.Timer(0.1, cancel.set).start()  # in the gather by then, or soon
-
-        files.before, files.log[:] = slow, []
-        undo = entering("S5", act) if rank == 1 else lambda: None
-        kind, who, text = told(
-            lambda: checkpoint.save(model, None, to(include_rng_state=False), cancel=cancel)
-        )
-        undo()
-        assert who == 1, (kind, who, text)
-        dist.barrier()
-        found.append((kind, sum(op.call == "pwrite" for op in files.log), sorted(listing(tmp / "c"))))
-        dist.barrier()
-    return found
-
-
-def test_a_cancel_on_one_rank_between_two_attempts_stops_all_ranks(ram):
-    for answer, again in run(2, cancel_between_attempts, ram):
-        assert answer[:2] == ("CANCELLED", 1) and again == ("returned", None, "p"), (answer, again)
-
-
-def cancel_between_attempts(rank, world_size, tmp):
-    cancel, failed = threading.Event(), ckpt.coord.OperationFailed.__init__
-
-    def cancelling(self, failure):
-        failed(self, failure)
-        if rank == 1:
-            cancel.set()
-
-    ckpt.coord.OperationFailed.__init__ = cancelling
-    checkpoint = broken(tmp, ckpt.TorchCoordinator(), until=FOREVER)
-    checkpoint.fault_handler.retry_policy = ckpt.RetryPolicy(max_retries=3, initial_delay=0.01)
-    answer = told(lambda: checkpoint.save(value("new"), None, to(), cancel=cancel))
-    dist.barrier()
-    checkpoint.storage.seam = Seam()
-    return answer, told(lambda: save_word(checkpoint, "next"))
-
-
-def test_ranks_retry_together_or_not_at_all_where_one_failed_while_another_had_stopped(ram):
-    """The failure could be tried again, but not all ranks know of it: a rank that did alone would be out of step."""
-    first, second = run(2, fail_beside_a_stopped_rank, ram)
-    assert first[0][0] == "STORAGE_ERROR" and second[0][0] in ("STORAGE_ERROR", "TIMEOUT"), (first, second)
-    assert first[1] == second[1] == ("returned", None, "p")
-    assert seen(ram) == "next"
-
-
-def fail_beside_a_stopped_rank(rank, world_size, tmp):
-    checkpoint = over(tmp, ckpt.TorchCoordinator(), attempts=3)
-    save_word(checkpoint, "old")
-    (tmp / f"pid-{rank}").write_text(str(os.getpid()))
-    dist.barrier()
-    undo = strike_in("S4", tmp, rank == 1, signal.SIGSTOP)
-    if rank == 0:
-
-        def fail_late():
-            await_file(tmp / "struck")
-            raise OSError(errno.EIO, "bad disk")
-
-        undo = entering("S4", fail_late)
-    answer = told(lambda: save_word(checkpoint, "new", timeout=DEADLINE_S))
-    undo()
-    if rank == 0:
-        os.kill(int((tmp / "pid-1").read_text()), signal.SIGCONT)
-    dist.barrier()
-    return answer, told(lambda: save_word(checkpoint, "next"))
-
-
-# Exchanges of bytes between ranks: what is in the way of one there reaches the others, who wait for its bytes
-
-
-def at_exchange(number, act):
-    """From now on `act()` runs before this process takes part in exchange `number`; returns how to stop that."""
-    whole, count = ckpt.TorchCoordinator.all_to_all, itertools.count()
-
-    def struck(self, *args):
-        if next(count) == number:
-            act()
-        return whole(self, *args)
-
-    ckpt.TorchCoordinator.all_to_all = struck
-
-    def undo():
-        ckpt.TorchCoordinator.all_to_all = whole
-        return next(count) > number
-
-    return undo
-
-
-class Exchanging:
-    """Saves, or loads, whose bytes are exchanged in several rounds, over the ranks of this process's group."""
-
-    def __init__(self, tmp, world_size):
-        st.BLOCK_BYTES, st.UNIT_BYTES = PAGE, PAGE // 2  # so that a few KiB take several rounds
-        self.mesh = init_device_mesh("cpu", (world_size,))
-        self.checkpoint = over(tmp, ckpt.TorchCoordinator())
-
-    def model(self, number):
-        columns = torch.full((512, 96), float(number))
-        return Bag(
-            w=distribute_tensor(columns, self.mesh, [ShardDim(1)])
-        )  # every block has bytes of all ranks
-
-    def run(self, verb, number=1, **options):
-        cancel = options.pop("cancel", None)
-        if verb == "save":
-            options = to(format=CheckpointFormat.SINGLE_FILE, include_rng_state=False, **options)
-            return self.checkpoint.save(self.model(number), None, options, cancel=cancel)
-        options = at(resharding_strategy="broadcast", load_rng_state=False, **options)
-        target = Bag(w=distribute_tensor(torch.zeros(512, 96), self.mesh, [Replicate()]))
-        self.checkpoint.load(target, None, options, cancel=cancel)
-        assert target.state["w"].to_local().unique().tolist() == [number]
-
-
-EXCHANGE_FAULTS = ("raise", "gloo", "cancel", "cancel while waiting", "interrupt")
-
-
-@pytest.mark.parametrize("verb", ["save", "load"])
-def test_what_keeps_one_rank_from_an_exchange_ends_the_operation_on_all_and_the_next_one_succeeds(ram, verb):
-    failed = "SAVE_FAILED" if verb == "save" else "LOAD_FAILED"
-    kinds = {"cancel": "CANCELLED", "cancel while waiting": "CANCELLED"}
-    words = {"raise": "boom", "gloo": "gloo exchange failed: reset", "interrupt": "KeyboardInterrupt"}
-    for told_by_rank in zip(*run(2, fail_in_exchanges, ram, verb)):
-        (how, number, victim), answers = told_by_rank[0][0], [told[1] for told in told_by_rank]
-        context = how, number, victim, answers
-        if how == "interrupt":
-            assert answers.pop(victim) == "interrupted", context
-        assert len(set(answers)) == 1 and answers[0][0] == kinds.get(how, failed), context
-        assert names_rank(answers[0], victim) and words.get(how, "cancelled") in answers[0][2], context
-        assert verb == "save" or "undefined" in answers[0][2], context
-    assert set(listing(ram)) == named_files(ram)
-
-
-def fail_in_exchanges(rank, world_size, tmp, verb):
-    exchanging, found = Exchanging(tmp, world_size), []
-    exchanging.run("save")
-    cases = list(itertools.product(EXCHANGE_FAULTS, (0, 2), range(world_size)))
-    for case in cases:
-        (how, number, victim), cancel = case, threading.Event()
-
-        def act(how=how, cancel=cancel, here=rank == victim):
-            if how == "cancel while waiting":
-                if here:
-                    return threading.Timer(0.2, cancel.set).start()
-                time.sleep(0.5)
-            elif how == "cancel" and here:
-                cancel.set()
-            elif here:
-                raise {
-                    "raise": ValueError("boom"),
-                    "gloo": RuntimeError("reset"),
-                    "interrupt": KeyboardInterrupt(),
-                }[how]
-
-        undo = at_exchange(number, act)
-        try:
-            answer = told(functools.partial(exchanging.run, verb, cancel=cancel))
-        except KeyboardInterrupt:
-            answer = "interrupted"
-        assert undo() or rank != victim, (case, answer)  # there were as many exchanges
-        dist.barrier()
-        exchanging.run(verb)
-        found.append((case, answer))
-        dist.barrier()
-    return found
-
-
-def test_a_rank_that_dies_or_stops_in_an_exchange_is_named_by_the_deadline(ram):
-    cases = itertools.product(("save", "load"), ("SIGKILL", "SIGSTOP"), (0, 1), (0, 2))
-    at_once([functools.partial(check_lost_in_exchange, ram, *case) for case in cases])
-
-
-def check_lost_in_exchange(base, verb, name, victim, number):
-    tmp, case = room_for(base, "exchange", verb, name, victim, number), (verb, name, victim, number)
-    answers = run(3, lose_in_exchange, tmp, *case, dies={victim})
-    assert answers.pop(victim) == "died"
-    for answer in answers:
-        assert answer[0] == "TIMEOUT" and names_rank(answer, victim), (case, answer)
-
-
-def lose_in_exchange(rank, world_size, tmp, verb, name, victim, number):
-    exchanging = Exchanging(tmp / "c", world_size)
-    exchanging.run("save")
-    ckpt.coord.time = TimeSinceFile(tmp / "struck")
-
-    def act():
-        (tmp / "struck").touch()
-        os.kill(os.getpid(), getattr(signal, name))
-
-    (tmp / f"pid-{rank}").write_text(str(os.getpid()))
-    if rank == victim:
-        at_exchange(number, act)
-    answer = told(lambda: exchanging.run(verb, timeout=DEADLINE_S))
-    (tmp / f"over-{rank}").touch()
-    others = sorted(set(range(world_size)) - {victim})
-    for other in others:
-        await_file(tmp / f"over-{other}")
-    if rank == others[0] and name == "SIGSTOP":
-        os.kill(int((tmp / f"pid-{victim}").read_text()), signal.SIGKILL)
-    return answer
 
 
 @pytest.mark.parametrize("holder", [0, 1, 2, None])
@@ -10463,17 +7636,17 @@ def hold_all_alone(rank, world_size, tmp, holder):
 
 
 class Gate:
-    """Something that waits until it is opened: as the hook of a `Seam`, or in the place of the background copy."""
+    """Something that waits until it is opened: the hook of a `Seam` before a write, or before the background copy."""
 
-    def __init__(self, calls=("pwrite",)):
-        self.calls, self.reached, self.opened = calls, threading.Event(), threading.Event()
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
 
     def wait(self):
         self.reached.set()
         assert self.opened.wait(HANG_S), "the gate was never opened"
 
     def __call__(self, op):
-        if op.call in self.calls:
+        if op.call == "pwrite":
             self.wait()
 
     def before_the_copy(self):
@@ -10489,109 +7662,81 @@ class Gate:
         return self
 
 
-@pytest.fixture
-def copy_gate(monkeypatch):
-    monkeypatch.setattr(threading.Thread, "run", threading.Thread.run)  # put back when the test is over
-    gate = Gate().before_the_copy()
-    yield gate
-    gate.opened.set()
-
-
-def spoil(model, optimizer):
-    """Change every tensor in place."""
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.add_(1)
-        for state in optimizer.state.values():
-            for tensor in state.values():
-                tensor.add_(1)
-
-
 def normed(salt):
     """A model with buffers too, and its optimizer."""
     model = filled(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), salt)
     return model, stepped(model, lr=0.1)
 
 
-@pytest.mark.parametrize("staging", ["eager", "overlapped"])
-def test_tensors_changed_after_wait_staged_do_not_change_the_snapshot(ram, staging):
-    gate = Gate()
-    checkpoint, (model, optimizer) = over(Storage(ram, Seam(gate))), normed("truth")
-    truth, extra = state_of(model, optimizer), {"step": 7, "t": torch.zeros(3)}
-    pending = checkpoint.save_async(model, optimizer, to(staging=staging), extra_state=extra)
-    pending.wait_staged(HANG_S)
-    spoil(model, optimizer)
-    extra["t"].add_(1)
+@pytest.mark.parametrize("staging, has_optimizer", [("eager", 1), ("overlapped", 1), ("overlapped", 0)])
+def test_tensors_changed_after_wait_staged_do_not_change_the_snapshot(ram, staging, has_optimizer):
+    """Without an optimizer whose next step could wait, overlapped staging copies before it returns, as eager does."""
+    gate, (model, optimizer), again = Gate(), normed("truth"), normed("other")
+    saved = (model, optimizer) if has_optimizer else (model, None)
+    again = again if has_optimizer else (again[0], None)
+    with torch.inference_mode():
+        extra = {"step": 7, "t": [torch.zeros(3)], "best": torch.arange(6.0)}
+    truth = state_of(*saved), copy.deepcopy(extra)
+    pending = over(Storage(ram, Seam(gate))).save_async(*saved, to(staging=staging), extra_state=extra)
+    pending.wait_staged(HANG_S if staging == "overlapped" and has_optimizer else 0.0)
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    with torch.inference_mode():
+        for tensor in [*model.parameters(), *model.buffers(), *moments, *extra["t"], extra["best"]]:
+            tensor.add_(1)
     extra["step"] = 8
     assert gate.reached.wait(HANG_S) and not pending.done()
     gate.opened.set()
     assert pending.result(HANG_S) == "p"
-    again = normed("other")
-    result = over(ram).load(*again, at(), extra_state={"step": 0, "t": torch.ones(3)})
-    assert identical(state_of(*again), truth)
-    assert result.extra_state["step"] == 7 and identical(result.extra_state["t"], torch.zeros(3))
+    result = over(ram).load(*again, at())
+    assert identical((state_of(*again), result.extra_state), truth)
 
 
 @pytest.mark.parametrize("what, name", [("weight", "0.weight"), ("moment", "exp_avg")])
-def test_a_tensor_changed_during_overlapped_staging_fails_the_save_and_is_named(ram, copy_gate, what, name):
-    checkpoint, (model, optimizer) = over(ram), small()
-    save_word(checkpoint, "old")
-    files = listing(ram)
-    pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
-    assert copy_gate.reached.wait(HANG_S)
-    with torch.no_grad():
-        (model[0].weight if what == "weight" else optimizer.state[model[0].weight]["exp_avg"]).mul_(2)
-    copy_gate.opened.set()
-    message = refusal(lambda: pending.result(HANG_S), ExceptionType.SAVE_FAILED)
-    assert name in message and "changed" in message
-    assert listing(ram) == files and seen(ram) == "old"
-    optimizer.step()  # nothing waits any more
-    checkpoint.save(model, optimizer, to())
+def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_ranks_and_is_named(ram, what, name):
+    for (kind, rank, message), same, word in run(2, change_while_staging, ram, what):
+        assert (kind, rank) == ("SAVE_FAILED", 1) and name in message and "changed" in message
+        assert same and word == "old"
 
 
-def test_a_tensor_changed_on_one_rank_during_overlapped_staging_fails_the_save_on_all(ram):
-    for kind, rank, message, word in run(2, change_while_staging, ram):
-        assert (kind, rank, word) == ("SAVE_FAILED", 1, "old") and "1.weight" in message
-    check_recovery(ram)
-
-
-def change_while_staging(rank, world_size, tmp):
+def change_while_staging(rank, world_size, tmp, what):
     checkpoint, (model, optimizer) = over(tmp, ckpt.TorchCoordinator()), small()
     save_word(checkpoint, "old")
-    gate = Gate().before_the_copy()
+    dist.barrier()
+    files, weight, gate = listing(tmp), model[0].weight, Gate().before_the_copy()
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
     assert gate.reached.wait(HANG_S)
-    if rank == 1:
-        with torch.no_grad():
-            model[1].weight.zero_()
+    with torch.no_grad():
+        (weight if what == "weight" else optimizer.state[weight]["exp_avg"]).mul_(2 if rank == 1 else 1)
     gate.opened.set()
     answer = told(lambda: pending.result(HANG_S))
     dist.barrier()
-    return *answer, seen(tmp)
+    found = answer, listing(tmp) == files, seen(tmp)
+    optimizer.step()  # nothing waits any more
+    dist.barrier()
+    checkpoint.save(model, optimizer, to())
+    return found
 
 
-def test_the_optimizers_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_not(
-    ram, copy_gate
-):
+def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_not(ram, monkeypatch):
     checkpoint, (model, optimizer) = over(ram), normed("truth")
     truth = state_of(model, optimizer)
     stepping, entered = threading.Thread(target=optimizer.step), threading.Event()
     optimizer.register_step_pre_hook(lambda *_: entered.set())  # the last thing before the hook of the save
     hooks = len(optimizer._optimizer_step_pre_hooks)
+    monkeypatch.setattr(threading.Thread, "run", threading.Thread.run)  # put back when the test is over
+    gate = Gate().before_the_copy()
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
-    assert copy_gate.reached.wait(HANG_S)
+    assert gate.reached.wait(HANG_S)
     with pytest.raises(TimeoutError):
         pending.wait_staged(0.01)
     model.train()
-    model(
-        torch.ones(4, 3)
-    ).sum().backward()  # changes the statistics of the batch norm, which were copied already
+    model(torch.ones(4, 3)).sum().backward()  # changes the statistics of the batch norm, which were copied
     assert not identical(state_of(model)[0], truth[0])
     stepping.start()
     assert entered.wait(HANG_S)
     stepping.join(0.3)  # time enough to go on, if nothing stopped it
     assert stepping.is_alive() and identical(optimizer.state_dict()["state"], truth[1]["state"])
-    copy_gate.opened.set()
+    gate.opened.set()
     stepping.join(HANG_S)
     assert not stepping.is_alive() and not identical(optimizer.state_dict()["state"], truth[1]["state"])
     assert pending.result(HANG_S) == "p" and len(optimizer._optimizer_step_pre_hooks) == hooks
@@ -10600,111 +7745,72 @@ def test_the_optimizers_next_step_waits_for_overlapped_staging_but_forward_and_b
     assert identical(state_of(*again), truth)
 
 
-def test_what_was_made_in_inference_mode_is_staged_like_the_rest(ram):
-    with torch.inference_mode():
-        best = torch.arange(6.0)
-    with opened(ram) as checkpoint:
-        checkpoint.save_async(nn.Linear(2, 2), None, to(), extra_state={"best": best}).result()
-        assert torch.equal(
-            checkpoint.load(nn.Linear(2, 2), None, at()).extra_state["best"], torch.arange(6.0)
-        )
-
-
-def test_without_an_optimizer_to_hook_overlapped_staging_copies_before_it_returns(ram):
-    gate = Gate()
-    checkpoint, model = over(Storage(ram, Seam(gate))), Bag(w=torch.zeros(100))
-    pending = checkpoint.save_async(model, None, to(staging="overlapped"))
-    pending.wait_staged(0.0)
-    model.state["w"].fill_(1)
-    gate.opened.set()
-    pending.result(HANG_S)
-    target = Bag(w=torch.ones(100))
-    over(ram).load(target, None, at())
-    assert identical(target.state["w"], torch.zeros(100))
-
-
-def broken(tmp, coordinator=None, until=1):
+def broken(tmp, coordinator=None, until=1, attempts=1):
     """A checkpoint object whose first `until` tensor files cannot be made."""
-    return over(Storage(tmp, Seam(Strike(0, fail(errno.EIO), is_new_shard, until=until))), coordinator)
+    seam = Seam(Strike(0, fail(errno.EIO), is_new_shard, until=until))
+    return over(Storage(tmp, seam), coordinator, attempts)
 
 
-def test_a_failed_pending_save_raises_at_result_and_then_not_again(ram):
-    checkpoint = broken(ram)
-    pending = checkpoint.save_async(value("new"), None, to())
-    refusal(pending.result, ExceptionType.STORAGE_ERROR)
-    save_word(checkpoint, "next")
-    checkpoint.close()
-    assert seen(ram) == "next"
-    checkpoint = broken(ram)
-    assert isinstance(checkpoint.save_async(value("new"), None, to()).exception(HANG_S), CheckpointException)
-    checkpoint.close()
+def save_next(checkpoint, prefix="p"):
+    return checkpoint.save_async(value("next"), None, to(prefix, include_rng_state=False)).result(HANG_S)
 
 
-@pytest.mark.parametrize("call", ["save", "save_async", "save_model_only", "close", "with"])
-def test_a_failed_pending_save_that_nobody_asked_about_raises_at_the_next_call(ram, call):
-    put(ckpt.LocalStorage(ram), "old")
-    checkpoint = broken(ram)
-    checkpoint.save_async(value("new"), None, to())
-    calls = {
-        "save": lambda: save_word(checkpoint, "next"),
-        "save_async": lambda: checkpoint.save_async(value("next"), None, to()).result(),
-        "save_model_only": lambda: checkpoint.save_model_only(value("next"), to()),
-        "close": checkpoint.close,
-        "with": lambda: checkpoint.__exit__(None, None, None),
-    }
-    assert identical(
-        checkpoint.load(value("next"), None, at()).model_state, value("old").state
-    )  # no concern of a load
-    assert call in ("close", "with") or "'p'" in refusal(calls[call], ExceptionType.STORAGE_ERROR)
-    assert call not in ("close", "with") or refusal(calls[call], ExceptionType.STORAGE_ERROR)
-    assert seen(ram) == "old"
-    checkpoint.close()  # said once
-    save_word(checkpoint, "next")
+NEXT_CALLS = {
+    "save": lambda checkpoint, prefix="p": save_word(checkpoint, "next", prefix),
+    "save_async": save_next,
+    "save_model_only": lambda checkpoint: checkpoint.save_model_only(value("next"), to()),
+    "close": lambda checkpoint, _=None: checkpoint.close(),
+    "with": lambda checkpoint: checkpoint.__exit__(None, None, None),
+}
+
+
+@pytest.mark.parametrize("asked", [(), (0,), (0, 1)], ids="asked by {}".format)
+@pytest.mark.parametrize("call", NEXT_CALLS)
+def test_a_failed_pending_save_raises_once_at_result_or_at_the_next_call_and_no_rank_waits(ram, call, asked):
+    """Where one rank alone has asked, the next save fails on all ranks, so that they stay in step."""
+    for rank, (answer, after) in enumerate(run(2, fail_in_the_background, ram, call, asked)):
+        if asked == (0, 1) or (call in ("close", "with") and rank in asked):
+            assert answer[0] == "returned", (rank, answer)
+        else:
+            assert answer[0] == "STORAGE_ERROR" and (call in ("close", "with") or "'p'" in answer[2]), answer
+        assert after == SAVED, (rank, after)
     assert seen(ram) == "next" and set(listing(ram)) == named_files(ram)
 
 
-@pytest.mark.parametrize("call", ["save", "save_async"])
-def test_a_failed_pending_save_that_one_rank_alone_asked_about_keeps_no_rank_waiting(ram, call):
-    answers = run(2, ask_on_rank_zero, ram, call)
-    for _, after in answers:
-        assert after == ("returned", None, "p"), answers
-    assert answers[1][0][0] == "STORAGE_ERROR" and answers[0][0][0] == "STORAGE_ERROR", answers
-    assert seen(ram) == "next"
-
-
-def ask_on_rank_zero(rank, world_size, tmp, call):
-    checkpoint = broken(tmp, ckpt.TorchCoordinator(), until=FOREVER)
-    put(ckpt.LocalStorage(tmp / "good"), "old")
-    pending = checkpoint.save_async(value("new"), None, to())
+def fail_in_the_background(rank, world_size, tmp, call, asked):
+    checkpoint, storage = broken(tmp, ckpt.TorchCoordinator(), until=FOREVER), ckpt.LocalStorage(tmp)
     if rank == 0:
-        assert told(pending.result)[0] == "STORAGE_ERROR"
+        put(storage, "old")
+    pending = checkpoint.save_async(value("new"), None, to())
     assert not concurrent.futures.wait([pending], HANG_S).not_done
+    if rank in asked:
+        error = pending.exception(HANG_S)
+        assert error.type is ExceptionType.STORAGE_ERROR and told(pending.result)[0] == "STORAGE_ERROR"
+        del error
     checkpoint.storage.seam = Seam()  # the disk is whole again
+    target = value("next")
+    checkpoint.load(target, None, at(load_rng_state=False))  # no concern of a load
+    assert identical(target.state, value("old").state)
     dist.barrier()
-    calls = {
-        "save": lambda: save_word(checkpoint, "next"),
-        "save_async": lambda: checkpoint.save_async(value("next"), None, to()).result(),
-    }
-    answer = told(calls[call])
+    answer = told(lambda: NEXT_CALLS[call](checkpoint))
     dist.barrier()
-    after = told(lambda: save_word(checkpoint, "next"))
+    assert seen(tmp) == ("old" if answer[0] == "STORAGE_ERROR" or call in ("close", "with") else "next")
+    kept = weakref.ref(pending)
+    del pending
+    gc.collect()
+    assert kept() is None
     dist.barrier()
-    return answer[:3] if isinstance(answer[2], str) else answer[:2], after
+    checkpoint.close()  # said once
+    return answer, told(lambda: save_word(checkpoint, "next"))
 
 
 @pytest.mark.parametrize("call", ["save_async", "save", "close"])
 def test_one_save_is_in_flight_at_a_time_and_the_next_call_waits_for_it(ram, call):
-    gate = Gate()
-    checkpoint = over(Storage(ram, Seam(gate)))
+    checkpoint = over(Storage(ram, Seam(gate := Gate())))
     first = checkpoint.save_async(value("old"), None, to("first"))
     assert gate.reached.wait(HANG_S)
-    calls = {
-        "save_async": lambda: checkpoint.save_async(value("new"), None, to("second")).result(),
-        "save": lambda: checkpoint.save(value("new"), None, to("second")),
-        "close": checkpoint.close,
-    }
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(calls[call])
+        second = pool.submit(NEXT_CALLS[call], checkpoint, "second")
         with pytest.raises(TimeoutError):
             second.result(0.3)
         assert not first.done()
@@ -10722,12 +7828,15 @@ def test_training_goes_on_during_two_hundred_background_saves_as_without_them_an
     COUNTS["background saves"] += 200
 
 
+def staging_of(number):
+    return "overlapped" if number % 2 else "eager"
+
+
 def train_and_save(rank, world_size, tmp, kind):
     def start(salt):
         torch.manual_seed(rank)
-        model = filled(
-            nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 4)), salt
-        )
+        layers = nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 4)
+        model = filled(nn.Sequential(*layers), salt)
         if kind == "ddp":
             model = DistributedDataParallel(model)
         else:
@@ -10751,74 +7860,56 @@ def train_and_save(rank, world_size, tmp, kind):
         nonlocal pending, overlapped
         overlapped += pending is not None and not pending.done()
         truths.append(state_of(model, optimizer))
-        staging = "overlapped" if number % 2 else "eager"
-        pending = checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging))
+        pending = checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging_of(number)))
 
     alone = train(*start("truth"), lambda number: None)
     checkpoint, (model, optimizer), truths, pending, overlapped = opened(tmp), start("truth"), [], None, 0
     disturbed = train(model, optimizer, save)
     checkpoint.close()
-    other, other_optimizer = start("other")
-    right = []
+    other, right = start("other"), []
     for number, truth in enumerate(truths):
-        checkpoint.load(other, other_optimizer, at(f"p{number}", load_rng_state=False))
-        right.append(identical(state_of(other, other_optimizer), truth))
+        checkpoint.load(*other, at(f"p{number}", load_rng_state=False))
+        right.append(identical(state_of(*other), truth))
     return right, overlapped, disturbed, alone
 
 
 def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store_keys_flat(ram):
-    for counts in run(2, count_resources, ram, limit_s=3 * HANG_S):
-        room = Resources(resident=8 * MiB, threads=2, descriptors=4, groups=0, keys=10, files=0)
-        first, *later = counts
-        for number, after in enumerate(later, 2):
-            grown = Resources(*(b - a for a, b in zip(first, after)))
-            assert all(more <= most for more, most in zip(grown, room)), (
-                f"{number * 40} saves",
-                first,
-                after,
-            )
+    most = {"resident": 8 * MiB, "threads": 2, "descriptors": 4, "groups": 0, "keys": 10, "files": 0}
+    for first, *later in run(2, count_resources, ram, limit_s=3 * HANG_S):
+        for after in later:
+            assert all(after[name] - first[name] <= grown for name, grown in most.items()), (first, after)
     COUNTS["background saves"] += 200
 
 
-class Resources(NamedTuple):
-    """What a process holds, and what is on disk."""
-
-    resident: int  # bytes
-    threads: int
-    descriptors: int
-    groups: int  # process groups, those that the library has made included
-    keys: int  # of the rendezvous store
-    files: int
-
-
 def count_resources(rank, world_size, tmp):
-    model = filled(
-        nn.Linear(512, 512), "truth"
-    )  # with its optimizer 3 MiB, so that keeping any of it would show
-    optimizer = stepped(model, lr=0.1)
-    checkpoint, counts, made, gloo = (
-        over(tmp, ckpt.TorchCoordinator(), keep_last=2),
-        [],
-        [],
-        dist.ProcessGroupGloo,
-    )
+    # With its optimizer the model has 3 MiB, so that keeping any of it would show.
+    model, made, gloo = filled(nn.Linear(512, 512), "truth"), [], dist.ProcessGroupGloo
+    optimizer, counts = stepped(model, lr=0.1), []
+    checkpoint = over(tmp, ckpt.TorchCoordinator(), keep_last=2)
     dist.ProcessGroupGloo = lambda *args: made.append(args[1:]) or gloo(*args)
     for number in range(200):
-        staging = "overlapped" if number % 2 else "eager"
-        checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging))
+        checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging_of(number)))
         if number % 40 == 39:
             checkpoint.close()
             dist.barrier()
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
-            threads, descriptors = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("task", "fd"))
-            groups = len(dist.distributed_c10d._world.pg_map) + len(made)
-            keys = dist.distributed_c10d._get_default_store().num_keys()
-            counts.append(Resources(resident, threads, descriptors, groups, keys, len(listing(tmp))))
+            count = {
+                "resident": int(Path("/proc/self/statm").read_text().split()[1]) * PAGE,
+                "threads": len(os.listdir("/proc/self/task")),
+                "descriptors": len(os.listdir("/proc/self/fd")),
+                "groups": len(dist.distributed_c10d._world.pg_map) + len(made),
+                "keys": dist.distributed_c10d._get_default_store().num_keys(),
+                "files": len(listing(tmp)),
+            }
+            counts.append(count)
             dist.barrier()
     return counts
 
 
-# Background saves with `keep_last`, and falling back together
+# What stays: `keep_last`, `retain`, and falling back together
+
+
+def listed(checkpoint):
+    return [info.prefix for info in checkpoint.list_checkpoints()]
 
 
 def test_background_saves_keep_the_last_and_a_load_falls_back_among_them(ram):
@@ -10831,18 +7922,15 @@ def keep_and_fall_back(rank, world_size, tmp):
     checkpoint = over(Storage(tmp), ckpt.TorchCoordinator(), keep_last=2)
     for number in range(5):
         model, optimizer = small(f"p{number}")
-        checkpoint.save_async(
-            model, optimizer, to(f"p{number}", staging="overlapped" if number % 2 else "eager")
-        )
+        checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging_of(number)))
     checkpoint.close()
     dist.barrier()  # rank 0 removes what goes once all know that the new one is there
-    kept = [info.prefix for info in checkpoint.list_checkpoints()]
+    kept = listed(checkpoint)
     dist.barrier()
     checkpoint.storage.seam = Seam(Strike(0, fail(errno.EIO), is_new_shard, until=FOREVER))
-    pending = checkpoint.save_async(model, optimizer, to("p5"))
-    failed = told(pending.result)[0]  # which takes the place of none
+    failed = told(checkpoint.save_async(model, optimizer, to("p5")).result)[0]  # it takes the place of none
     checkpoint.storage.seam = Seam()
-    after = [info.prefix for info in checkpoint.list_checkpoints()]
+    after = listed(checkpoint)
     dist.barrier()
     if rank == 0:
         flip(shards(tmp, "p4")[0], -1)
@@ -10853,72 +7941,55 @@ def keep_and_fall_back(rank, world_size, tmp):
     return kept, failed, after, result.prefix, list(result.warnings), same
 
 
-def test_retain_is_given_all_checkpoints_oldest_first_and_what_it_does_not_name_goes_but_never_the_new_one(
-    ram,
-):
+def test_retain_gets_all_checkpoints_on_rank_zero_after_the_commit_and_what_it_does_not_name_goes(ram):
+    """But never the new one."""
+    asked = ["p0", "p0 p1", "p1 p2", "p1 p2 p3", "p1 p2 p3 p4"]
+    kept = ["p1", "p2", "p4"], ["p5"]
+    assert run(2, retain_together, ram) == [(asked, *kept), ([], *kept)]
+    assert set(listing(ram)) == named_files(ram) and seen(ram, "p5") == "new"
+    with pytest.raises(ValueError, match="keep_last or retain"):
+        opened(ram, retain=list, keep_last=2)
+
+
+def retain_together(rank, world_size, tmp):
     asked = []
 
     def best_and_last(infos):
-        asked.append([info.prefix for info in infos])
-        return [info.prefix for info in infos if info.custom_metadata.get("best")] + [infos[-1].prefix]
+        asked.append(" ".join(info.prefix for info in infos))
+        return [info.prefix for info in infos if info.custom_metadata["best"]] + [infos[-1].prefix]
 
-    checkpoint = opened(ram, retain=best_and_last)
+    checkpoint = opened(tmp, retain=best_and_last)
     for number in range(5):
         checkpoint.save(value("old"), None, to(f"p{number}", custom_metadata={"best": number in (1, 2)}))
-    assert asked == [["p0"], ["p0", "p1"], ["p1", "p2"], ["p1", "p2", "p3"], ["p1", "p2", "p3", "p4"]]
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["p1", "p2", "p4"]
+    dist.barrier()
+    kept = listed(checkpoint)
+    dist.barrier()
     checkpoint.retain = lambda infos: []
     checkpoint.save(value("new"), None, to("p5"))
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["p5"]
-    assert set(listing(ram)) == named_files(ram) and seen(ram, "p5") == "new"
-    with pytest.raises(ValueError, match="keep_last or retain"):
-        opened(ram, retain=best_and_last, keep_last=2)
+    dist.barrier()
+    return asked, kept, listed(checkpoint)
 
 
-@pytest.mark.parametrize(
-    "retain",
-    [
-        lambda infos: 1 / 0,
-        lambda infos: infos[1:],
-        lambda infos: "p0",
-        lambda infos: None,
-        lambda infos: ["q"],
-    ],
-)
+WRONG_RETAINS = [lambda _: 1 / 0, lambda infos: infos[1:], lambda _: "p0", lambda _: None, lambda _: ["q"]]
+
+
+@pytest.mark.parametrize("retain", WRONG_RETAINS)
 def test_a_retain_that_fails_or_names_no_checkpoints_is_a_warning_and_nothing_goes(ram, retain):
     checkpoint = over(ram)
     for prefix in ("p0", "p1"):
         save_word(checkpoint, "old", prefix)
     checkpoint.retain, warned = retain, overheard(checkpoint)
-    assert save_word(checkpoint, "new", "p2") == "p2"
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == ["p0", "p1", "p2"]
+    assert save_word(checkpoint, "new", "p2") == "p2" and listed(checkpoint) == ["p0", "p1", "p2"]
     (line,) = warned
     assert "p2: committed, but not all that should go is gone" in line, line
 
 
-def test_retain_is_asked_on_rank_zero_alone_after_the_commit(ram):
-    assert run(2, retain_together, ram) == [(["old", "new"], ["new"]), ([], ["new"])]
-
-
-def retain_together(rank, world_size, tmp):
-    checkpoint, asked = over(tmp, ckpt.TorchCoordinator()), []
-    checkpoint.retain = lambda infos: asked.extend(info.prefix for info in infos) or [infos[-1].prefix]
-    put(ckpt.LocalStorage(tmp), "old", "old") if rank == 0 else None
-    dist.barrier()
-    save_word(checkpoint, "new", "new")
-    dist.barrier()
-    return asked, [info.prefix for info in checkpoint.list_checkpoints()]
-
-
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("damaged", [0, 1])
-def test_fallback_takes_all_ranks_to_the_same_older_checkpoint_though_one_rank_alone_met_the_damage(
-    ram, damaged, form
-):
+def test_fallback_takes_all_ranks_to_one_older_checkpoint_though_one_alone_met_the_damage(ram, damaged, form):
     for prefix, warned, same, refused in run(2, fall_back, ram, damaged, form):
-        assert prefix == "one" and same
+        assert prefix == "one" and same and refused[0] == "CORRUPTED_CHECKPOINT", refused
         assert any("two" in line and "corrupt" in line for line in warned), warned
-        assert refused[0] == "CORRUPTED_CHECKPOINT", refused
 
 
 def fall_back(rank, world_size, tmp, damaged, form):
@@ -10932,13 +8003,9 @@ def fall_back(rank, world_size, tmp, damaged, form):
         checkpoint.save(sharded(prefix), None, to(prefix, format=form))
     dist.barrier()
     if rank == 0:
-        path = shards(tmp, "two")[damaged if form is CheckpointFormat.MULTI_SHARD else -1]
-        shard = Shard(path)
-        names = sorted(
-            (name for name in shard.header if "rng" not in name), key=lambda name: shard.place(name)
-        )
-        places = [shard.place(name) for name in names if shard.place(name)[1] > shard.place(name)[0]]
-        flip(path, places[-damaged][0])
+        shard = Shard(shards(tmp, "two")[damaged if form is CheckpointFormat.MULTI_SHARD else -1])
+        places = sorted(shard.place(name) for name in shard.header if "rng" not in name)
+        flip(shard.path, [begin for begin, end in places if end > begin][-damaged])
     dist.barrier()
     model = sharded("other")
     refused = told(lambda: checkpoint.load(model, None, at("two")))
@@ -10946,7 +8013,7 @@ def fall_back(rank, world_size, tmp, damaged, form):
     return result.prefix, list(result.warnings), identical(state_of(model), state_of(sharded("one"))), refused
 
 
-# ---- README: its examples run as they stand --------------------------------------------------------------------------
+# ---- README: its examples run as they stand ----------------------------------------------------------------
 
 
 def readme_blocks():
@@ -10954,44 +8021,37 @@ def readme_blocks():
 
 
 def test_the_ten_line_example_of_the_readme_prints_what_the_readme_says(tmp_path):
-    (tmp_path / "example.py").write_text(readme_blocks()[0])
-    done = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S
-    )
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.rglob("*.metadata.json"))
+    line = [sys.executable, "-c", readme_blocks()[0]]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0 and list(tmp_path.rglob("*.metadata.json")), done.stderr
     assert f"\n```\n{done.stdout}```\n" in (HERE / "README.md").read_text()
 
 
 def test_the_readme_names_every_option_with_its_default_and_every_type_of_exception():
     text = (HERE / "README.md").read_text()
-    table = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", text, re.MULTILINE)
     defaults = {}
-    for names, default in table:
+    for names, default in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", text, re.MULTILINE):
         for name in re.findall(r"\w+", names):
             defaults.setdefault(name, []).append(default)
     for kind in (SaveOptions, LoadOptions, ckpt.CheckpointOptions):
-        for field in dataclasses.fields(kind):
-            default = getattr(kind(), field.name)
+        for name, default in vars(kind()).items():
             shown = default.name if isinstance(default, enum.Enum) else repr(default).replace("'", '"')
             if dataclasses.is_dataclass(default):
                 shown = f"{type(default).__name__}()"
-            assert f"`{shown}`" in defaults[field.name], (kind, field.name, shown)
-    for field in dataclasses.fields(ckpt.RetryPolicy):
-        shown = "(OSError,)" if field.name == "retryable_exceptions" else repr(field.default)
-        assert f"{field.name}={shown}" in text
+            assert f"`{shown}`" in defaults[name], (kind, name, shown)
+    for name, default in vars(ckpt.RetryPolicy()).items():
+        assert f"{name}={'(OSError,)' if name == 'retryable_exceptions' else default}" in text
     named = set(re.findall(r"^\| `([A-Z_]+)` \|", text, re.MULTILINE))
     assert {kind.name for kind in ckpt.ExceptionType} <= named
 
 
 def test_the_readme_is_short_and_its_line_counts_are_about_those_of_the_files():
     text = (HERE / "README.md").read_text()
-    assert len(text) <= 30_000
     rows = re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", text, re.MULTILINE)
     counts = {name: int(count.replace(",", "")) for name, count in rows}
     assert list(counts) == ["ckpt.py", "ckpt_coord.py", "ckpt_storage.py", "test_ckpt.py", "bench_ckpt.py"]
     (total,) = re.findall(r"([\d,]+) lines", text)
-    assert int(total.replace(",", "")) == sum(list(counts.values())[:3])
+    assert int(total.replace(",", "")) == sum(list(counts.values())[:3]) and len(text) <= 30_000
     for name, count in counts.items():
         assert abs(count / len((HERE / name).read_text().splitlines()) - 1) < 0.05, name
 
@@ -11014,12 +8074,12 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def test_the_torchrun_example_of_the_readme_trains_stops_on_sigterm_and_resumes_on_other_ranks(tmp_path):
     options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
-    (tmp_path / "train.py").write_text(training_script(steps=1_000_000))
-    job = subprocess.Popen(
-        [*TORCHRUN, "2", "train.py"], **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    script, readme = tmp_path / "train.py", (HERE / "README.md").read_text()
+    deadline = time.monotonic() + HANG_S
+    script.write_text(training_script(steps=1_000_000))
+    job = subprocess.Popen([*TORCHRUN, "2", script], **options)
     try:
-        deadline = time.monotonic() + HANG_S
         while not newest_step(tmp_path) and time.monotonic() < deadline and job.poll() is None:
             time.sleep(0.01)
         job.send_signal(signal.SIGTERM)
@@ -11027,24 +8087,19 @@ def test_the_torchrun_example_of_the_readme_trains_stops_on_sigterm_and_resumes_
     finally:
         job.kill()
     stopped = newest_step(tmp_path)
-    assert stopped and f"stopped at step {stopped}\n" in said, errors
-    readme = (HERE / "README.md").read_text()
+    assert stopped and f"stopped at step {stopped}\n" in said and job.returncode == 1, errors
     for words in ("Received 15 death signal, shutting down workers", "got signal: 15", "INFO:ckpt:saved"):
         assert words in errors and words in readme
-    assert job.returncode == 1
-    for ranks, steps in ((3, 7), (1, 14)):
-        (tmp_path / "train.py").write_text(training_script(steps=stopped + steps))
+    for ranks, steps in ((3, stopped + 7), (1, stopped + 14)):
+        script.write_text(training_script(steps))
         before = newest_step(tmp_path)
-        done = subprocess.run(
-            [*TORCHRUN, str(ranks), "train.py"], **options, capture_output=True, timeout=HANG_S
-        )
-        assert done.returncode == 0 and f"stopped at step {stopped + steps}\n" in done.stdout, done.stderr
+        done = subprocess.run([*TORCHRUN, str(ranks), script], **options, timeout=HANG_S)
+        assert done.returncode == 0 and f"stopped at step {steps}\n" in done.stdout, done.stderr
         assert f"resumed from step_{before} on {ranks} ranks\n" in done.stdout
-        assert newest_step(tmp_path) == (stopped + steps) // 5 * 5
+        assert newest_step(tmp_path) == steps // 5 * 5
 
 
-JOB_STEPS = 300
-KILLS = 20
+JOB_STEPS, KILLS = 300, 20
 
 
 def test_a_training_job_killed_twenty_times_ends_with_the_state_of_one_that_never_was(ram):
@@ -11053,7 +8108,8 @@ def test_a_training_job_killed_twenty_times_ends_with_the_state_of_one_that_neve
     for number in range(KILLS):
         kill = signal.SIGTERM if number % 4 == 3 else signal.SIGKILL
         victims = rng.choice(((0,), (1,), (0, 1), (1, 0)) if kill is signal.SIGTERM else ((0, 1), (1, 0)))
-        plan = Plan(kill, victims, rng.randrange(12), 0.02 * rng.random(), rng.choice((0.0, 0.3)))
+        plan = types.SimpleNamespace(kill=kill, victims=victims, steps=rng.randrange(12))
+        plan.delay_s, plan.pause_s = 0.02 * rng.random(), rng.choice((0.0, 0.3))
         answers = run(2, train_by_the_readme, tmp, plan, dies={0, 1})
         before, reached = reached, newest_step(tmp)
         assert reached >= before, (plan, "a committed checkpoint is gone")
@@ -11066,28 +8122,17 @@ def test_a_training_job_killed_twenty_times_ends_with_the_state_of_one_that_neve
     COUNTS["jobs killed"] += KILLS
 
 
-class Plan(NamedTuple):
-    """How a job is to end: which signal, to which ranks one after the other, and when."""
-
-    kill: signal.Signals
-    victims: tuple
-    steps: int  # that it makes before; 0: while it loads
-    delay_s: float
-    pause_s: float  # between one victim and the next
-
-
 def train_by_the_readme(rank, world_size, tmp, plan=None):
-    """Run the README's job to its end, or to the one that is planned for it; its last step, and all its state."""
+    """Run the README's job to its end, or to the planned one; its last step, and all its state."""
     os.chdir(tmp)
     pids, names = [None] * world_size, {"__name__": "__main__"}
     dist.all_gather_object(pids, os.getpid())
     if plan is not None and rank == plan.victims[-1]:
         threading.Thread(target=carry_out, args=(plan, pids, names), daemon=True).start()
-    script, ending = training_script(JOB_STEPS), "dist.barrier()\nos._exit(0)"
-    assert script.count(ending) == 1  # this process goes on, and `run` has made the group
-    script = re.sub(
-        "^(dist.init_process_group|dist.barrier|os._exit|logging.basic).*\n", "", script, flags=re.MULTILINE
-    )
+    # This process goes on, and `run` has made the group.
+    left_out = "^(dist.init_process_group|dist.barrier|os._exit|logging.basic).*\n"
+    script, count = re.subn(left_out, "", training_script(JOB_STEPS), flags=re.MULTILINE)
+    assert count == 4
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(script, "README.md", "exec"), names)
@@ -11102,13 +8147,11 @@ def train_by_the_readme(rank, world_size, tmp, plan=None):
 
 
 def carry_out(plan, pids, names):
-    """Send the signals, from a thread of the last victim, which is left over when another rank has died."""
-    while "checkpoint" not in names or (
-        plan.steps and "stop" not in names
-    ):  # the latter stands after the load
-        time.sleep(0.0005)
-    goal = names["step"] + plan.steps if plan.steps else 0
-    while plan.steps and names["step"] < goal:
+    """Send the signals, from a thread of the last victim: in the load, or so many steps after it."""
+    goal = None
+    while "checkpoint" not in names or (plan.steps and not (goal and names["step"] >= goal)):
+        if goal is None and "stop" in names:  # it stands after the load
+            goal = names["step"] + plan.steps
         time.sleep(0.0005)
     time.sleep(plan.delay_s)
     for victim in plan.victims:
@@ -11119,12 +8162,10 @@ def carry_out(plan, pids, names):
 def test_the_benchmarks_rows_for_growth_have_a_figure_for_all_that_they_name(tmp_path, monkeypatch):
     import bench_ckpt
 
-    def ignore(*words):
-        pass
-
     monkeypatch.setattr(bench_ckpt, "GROWTH_RANKS", (4,))
     monkeypatch.setattr(bench_ckpt, "GROWTH_TENSORS", 8)
-    bench = types.SimpleNamespace(rows=[], scratch=tmp_path, remove=ignore, progress=ignore)
+    ignore = {"remove": lambda *words: None, "progress": lambda *words: None}
+    bench = types.SimpleNamespace(rows=[], scratch=tmp_path, **ignore)
     bench_ckpt.growth(bench)
     for row in bench.rows:
         assert [line.unit for line in row.lines] == ["s", "s", "MiB", "MB", "MB"]
@@ -11144,28 +8185,19 @@ def test_the_benchmark_refuses_a_load_that_gives_other_bits():
             tensor.copy_(saved[number])
 
     state.check(lambda: load((0, 1, 2)))
-    for wrong in (lambda: None, lambda: load((0, 2, 1)), lambda: load((0, 1))):
+    for wrong in ((), (0, 2, 1), (0, 1)):
         with pytest.raises(RuntimeError, match="other bits"):
-            state.check(wrong)
+            state.check(functools.partial(load, wrong))
 
 
 def test_the_quick_benchmark_ends_in_one_sentence(tmp_path):
-    line = [
-        sys.executable,
-        str(HERE / "bench_ckpt.py"),
-        "--quick",
-        "--size=1M",
-        "--rounds=1",
-        "--dir",
-        tmp_path,
-    ]
-    line += ["--rows=save-fsdp,reshard-up", "--json", tmp_path / "out.json"]
-    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=HANG_S)
+    words = "--quick --size=1M --rounds=1 --rows=save-fsdp,reshard-up --json={0}/out.json --dir={0}"
+    line = [sys.executable, str(HERE / "bench_ckpt.py"), *words.format(tmp_path).split()]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
-    assert re.fullmatch(
-        r"Saved .* GB from 2 ranks, loaded it on 4 and verified every bit: .* the load .*", last
-    )
+    sentence = "Saved .* GB from 2 ranks, loaded it on 4 and verified every bit: .* the load .*"
+    assert re.fullmatch(sentence, last)
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["summary"] == last and [row["key"] for row in found["rows"]] == ["save-fsdp", "reshard-up"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
