@@ -1375,9 +1375,7 @@ def test_an_interpreter_that_exits_waits_for_a_save_in_any_format(tmp_path, form
 
 
 def embedding():
-    """A model and its optimizer."""
-    model = filled(nn.Sequential(nn.Embedding(50, 30), nn.Linear(30, 7), nn.Linear(7, 3)), "truth")
-    return model, stepped(model)
+    return filled(nn.Sequential(nn.Embedding(50, 30), nn.Linear(30, 7), nn.Linear(7, 3)), "truth")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -1401,15 +1399,16 @@ def test_every_file_but_the_record_is_valid_safetensors_with_aligned_data(tmp_pa
                 if entry["dtype"] not in ("F4", "C64"):
                     assert raw(file.get_tensor(name)) == shard.data(name)
     if form is CheckpointFormat.CONSOLIDATED:
-        state = safetensors.load_file(found[-1].path)
-        assert identical(state, dict(embedding()[0].state_dict())), "it feeds load_state_dict, uncompressed"
+        state, model = safetensors.load_file(found[-1].path), embedding()
+        stepped(model)
+        assert identical(state, dict(model.state_dict())), "whole and uncompressed, it feeds load_state_dict"
 
 
 def save_embedding(rank, world_size, tmp, form, level):
-    model, optimizer = embedding()
-    model = DistributedDataParallel(model) if world_size > 1 else model
-    options = to(format=form, compression_level=level)
-    opened(tmp).save(model, optimizer, options, extra_state={"rank": rank})
+    model, options = embedding(), to(format=form, compression_level=level)
+    if world_size > 1:
+        fully_shard(model)
+    opened(tmp).save(model, stepped(model), options, extra_state={"rank": rank})
 
 
 def test_what_safetensors_cannot_name_goes_beside_the_consolidated_file_or_is_refused_by_name(tmp_path):
@@ -1808,10 +1807,11 @@ ODD = [
     (to("../x"), "'../x'"),
     (at(resharding_strategy="psychic"), "psychic"),
     (LoadOptions(), "is required"),
+    (7, "options must be LoadOptions, or the prefix as a string, not <class 'int'>"),
 ]
 
 
-def test_what_one_rank_alone_gets_wrong_is_an_error_on_all_that_says_what_and_nothing_changes(tmp_path):
+def test_what_one_rank_alone_gets_wrong_or_cancels_is_an_error_on_all_and_nothing_changes(tmp_path):
     run(2, be_at_odds, tmp_path)
 
 
@@ -1823,6 +1823,11 @@ def be_at_odds(rank, world_size, tmp):
         call, even = (checkpoint.save, to()) if isinstance(odd, SaveOptions) else (checkpoint.load, at())
         kind, _, message = told(lambda: call(*small(), odd if rank else even))
         assert kind == "ValueError" and words in message and listing(tmp) == before, message
+    cancel = threading.Event()
+    if rank == 1:
+        cancel.set()
+    answer = told(lambda: checkpoint.save(*small(), to(), cancel=cancel))
+    assert answer[:2] == ("CANCELLED", 1) and listing(tmp) == before, answer
 
 
 @pytest.mark.parametrize("verb", ["save", "load"])
@@ -2994,55 +2999,46 @@ def test_a_bad_prefix_is_refused_before_any_file_is_touched(tmp_path, prefix):
     assert listing(tmp_path) == before
 
 
+MODULE = nn.Linear(1, 1)
 FORMAT_WORDS = "MULTI_SHARD SINGLE_FILE CONSOLIDATED multi_shard single_file consolidated"
 LEVEL_WORDS = "NONE FAST BALANCED MAXIMUM none fast balanced maximum"
 MISUSES = [
-    ("format", to(format="ZIP"), FORMAT_WORDS),
-    ("compression_level", to(compression_level="ULTRA"), LEVEL_WORDS),
-    ("staging", to(staging="lazy"), "eager overlapped"),
-    ("replicas", to(replicas="hope"), "verify trust"),
-    ("timeout", to(timeout=-1.0), ""),
-    ("resharding_strategy", at(resharding_strategy="psychic"), "parallel sequential broadcast"),
-    ("checkpoint_prefix", LoadOptions(), ""),
-    ("provider", ckpt.StorageOptions(provider="ftp"), "local"),
-    ("basepath", ckpt.StorageOptions(connection_settings={"basepath": "x"}), "base_path"),
+    (to(format="ZIP"), MODULE, None, f"format {FORMAT_WORDS}"),
+    (to(compression_level="ULTRA"), MODULE, None, f"compression_level {LEVEL_WORDS}"),
+    (to(staging="lazy"), MODULE, None, "staging eager overlapped"),
+    (to(replicas="hope"), MODULE, None, "replicas verify trust"),
+    (to(timeout=-1.0), MODULE, None, "timeout"),
+    (at(resharding_strategy="psychic"), MODULE, None, "resharding_strategy parallel sequential broadcast"),
+    (LoadOptions(), MODULE, None, "checkpoint_prefix"),
+    ("p", {"layer": MODULE, "w": torch.ones(2)}, None, "layer"),
+    ("p", {"w": torch.ones(2), "step": 3}, None, "step"),
+    ("p", {7: torch.ones(2)}, None, "7"),
+    ("p", {"x._extra_state": torch.ones(2)}, None, "x._extra_state"),
+    ("p", np.ones(2), None, "ndarray"),
+    ("p", [MODULE], None, "list"),
+    ("p", torch.ones(2), None, "Tensor"),
+    ("p", MODULE, [torch.ones(2)], "optimizer"),
+    ("p", MODULE, {"w": torch.ones(2)}, "'w'"),
+    ("p", MODULE, "p", "str"),
 ]
 
 
-@pytest.mark.parametrize("option, options, allowed", MISUSES)
-def test_an_unknown_value_is_a_value_error_that_lists_what_is_allowed(tmp_path, option, options, allowed):
-    with pytest.raises(ValueError) as caught:
-        if isinstance(options, ckpt.StorageOptions):
-            ckpt.StorageFactory.create(options)
-        call = opened(tmp_path).save if isinstance(options, SaveOptions) else opened(tmp_path).load
-        call(small()[0], None, options)
-    for word in (option, *allowed.split()):
-        assert word in str(caught.value)
-    assert listing(tmp_path) == {}
-
-
-MODULE = nn.Linear(1, 1)
-UNFIT = [
-    ("layer", {"layer": MODULE, "w": torch.ones(2)}, None),
-    ("step", {"w": torch.ones(2), "step": 3}, None),
-    ("7", {7: torch.ones(2)}, None),
-    ("x._extra_state", {"x._extra_state": torch.ones(2)}, None),
-    ("ndarray", np.ones(2), None),
-    ("list", [MODULE], None),
-    ("Tensor", torch.ones(2), None),
-    ("optimizer", MODULE, [torch.ones(2)]),
-    ("'w'", MODULE, {"w": torch.ones(2)}),
-    ("str", MODULE, "p"),
-]
-
-
-@pytest.mark.parametrize("word, model, optimizer", UNFIT)
-def test_a_model_or_optimizer_of_another_type_is_a_value_error_naming_it(tmp_path, word, model, optimizer):
+@pytest.mark.parametrize("options, model, optimizer, words", MISUSES)
+def test_a_misuse_is_a_value_error_that_says_what_is_allowed(tmp_path, options, model, optimizer, words):
     checkpoint = opened(tmp_path)
-    for call in (checkpoint.save, checkpoint.load, lambda *given: checkpoint.save_async(*given).result(20.0)):
-        with pytest.raises(ValueError, match=re.escape(word)):
-            call(model, optimizer, "p")
+    calls = [checkpoint.load, checkpoint.save, lambda *given: checkpoint.save_async(*given).result(20.0)]
+    for call in {LoadOptions: calls[:1], SaveOptions: calls[1:]}.get(type(options), calls):
+        with pytest.raises(ValueError) as caught:
+            call(model, optimizer, options)
+        assert all(word in str(caught.value) for word in words.split()), str(caught.value)
     assert listing(tmp_path) == {}
+
+
+def test_storage_options_that_nothing_knows_are_a_value_error_that_lists_what_is_known():
+    with pytest.raises(ValueError, match=r"ftp.*local"):
+        ckpt.StorageFactory.create(ckpt.StorageOptions(provider="ftp"))
+    with pytest.raises(ValueError, match=r"basepath.*base_path"):
+        ckpt.StorageFactory.create(ckpt.StorageOptions(connection_settings={"basepath": "x"}))
 
 
 def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(tmp_path):
