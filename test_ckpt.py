@@ -3319,13 +3319,14 @@ def test_an_export_from_any_layout_and_format_is_the_unsharded_truth_in_the_same
     assert len(files) == 1 and not list(base.rglob("*.tmp"))
 
 
-def two_blocks():
-    """Two blocks and a bit of a matrix, which TP cuts into columns, and small things before and behind it."""
-    return nn.Sequential(nn.Linear(3, 5), nn.Linear(1100, 2000), nn.Linear(5, 3))
+def columns_and_rows():
+    """Two blocks and a bit of a matrix, to be cut into columns, with small things around it, and a Net."""
+    columns = nn.Sequential(nn.Linear(3, 5), nn.Linear(1100, 2000), nn.Linear(5, 3))
+    return filled(nn.ModuleDict({"columns": columns, "rows": Net()}), "truth")
 
 
 def save_columns_and_rows(rank, world_size, tmp, level):
-    model = filled(nn.ModuleDict({"columns": two_blocks(), "rows": Net()}), "")
+    model = columns_and_rows()
     fully_shard(model["rows"], ignored_params={model["rows"].gain})  # which takes no scalars
     parallelize_module(model["columns"], init_device_mesh("cpu", (world_size,)), {"1": RowwiseParallel()})
     for form in FORMATS:
@@ -3335,8 +3336,7 @@ def save_columns_and_rows(rank, world_size, tmp, level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_an_export_puts_columns_of_several_blocks_and_compressed_pieces_together(tmp_path, level, capsys):
     run(3, save_columns_and_rows, tmp_path, level)
-    models = {"columns": two_blocks(), "rows": Net()}
-    truth = as_stored(filled(nn.ModuleDict(models), "").state_dict())
+    truth = as_stored(columns_and_rows().state_dict())
     for form in FORMATS:
         assert exported(capsys, tmp_path, form.name, "--model-only") == truth, form
 
@@ -3395,6 +3395,8 @@ def test_export_casts_the_floats_of_the_model_and_nothing_else(tmp_path, dtype, 
     found = exported(capsys, tmp_path, "p", "--dtype", code_of(dtype).lower())
     assert {name: found.pop(name) for name in wanted} == as_stored(wanted)
     assert {code for code, _, _ in found.values()} == {"F32"}, "moments and steps of the optimizer"
+    with pytest.raises(ValueError, match="bfloat16"):
+        ckpt.export_checkpoint(tmp_path, "p", tmp_path / "x.safetensors", dtype=torch.int8)
 
 
 def test_export_tells_what_is_complex_per_rank_or_no_tensor(tmp_path, capsys):
@@ -4470,16 +4472,6 @@ def through_fsdp1(rank, world_size, tmp, salt):
     for name, slots in state["optimizer"]["state"].items():
         found |= {f"{name}.{slot}": whole(slots[slot]) for slot in ("exp_avg", "exp_avg_sq")}
     return optimizer.param_groups[0]["lr"], found
-
-
-@contextlib.contextmanager
-def inside(directory):
-    before = os.getcwd()
-    os.chdir(directory)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 @pytest.mark.parametrize("stop", [7, 10])  # in the middle of an epoch, and at its end
