@@ -45,6 +45,7 @@ import base64
 import concurrent.futures
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import datetime
 import enum
@@ -1037,6 +1038,33 @@ def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_pat
         assert isinstance(kind(), ckpt.CompatibilityChecker)
 
 
+@pytest.mark.parametrize("dimensions", [1, 2, 5, 24, 56])
+def test_the_schema_checker_sees_every_overlap_and_hole_in_any_number_of_dimensions(tmp_path, dimensions):
+    bag = Bag(cube=torch.zeros((1,) * dimensions), flat=torch.zeros(8))
+    opened(tmp_path).save(bag, None, to(include_rng_state=False))
+    metadata, checker = opened(tmp_path).load(bag, None, at()).metadata, ckpt.SchemaCompatibilityChecker()
+    names = [tensor.name.removeprefix("model/") for tensor in metadata.tensors]
+    shapes = {"cube": {"shape": (2,) * dimensions}, "flat": {}}
+    other = {"alias_of": names.index("flat")}  # tensors that need no boxes
+    tensors = tuple(t._replace(**shapes.get(name, other)) for name, t in zip(names, metadata.tensors))
+    cube, flat = np.zeros((2, 2, dimensions), np.int64)
+    cube[1], flat[1], flat[1, 0] = 2, 1, 8
+    for dim in range(dimensions):
+        first, second, short = cube.copy(), cube.copy(), flat.copy()
+        first[1, dim], second[:, dim], short[1, 0] = 1, 1, 7  # halves of the cube; a row with a hole
+        for boxes, wrong in (
+            ([("cube", cube), ("flat", flat)], set()),
+            ([("cube", first), ("cube", second), ("flat", flat)], set()),
+            ([("cube", first), ("cube", first), ("flat", flat)], {"cube"}),
+            ([("cube", first), ("flat", short)], {"cube", "flat"}),
+        ):
+            tensor, zeros = np.array([names.index(name) for name, _ in boxes]), np.zeros(len(boxes), np.int64)
+            pieces = st.Pieces(tensor, zeros, zeros, zeros, np.stack([box for _, box in boxes]))
+            record = dataclasses.replace(metadata, tensors=tensors, pieces=pieces)
+            errors = checker.check_compatibility(record).errors
+            assert {error.partition(":")[0].removeprefix("model/") for error in errors} == wrong, errors
+
+
 def test_cancel_stops_a_validation_in_a_load_before_all_is_read(tmp_path):
     bag, noticed, read = Bag(w=torch.zeros(20 * MiB)), threading.Event(), []  # 20 blocks
     opened(tmp_path).save(bag, None, to())
@@ -1270,9 +1298,9 @@ def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
 
 # ---- bytes: the tensor file, the record, what may be in them -----------------------------------------------
 
-DTYPES = """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64
+DTYPE_NAMES = """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64
     complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"""
-DTYPES = [getattr(torch, name) for name in DTYPES.split() if hasattr(torch, name)]
+DTYPES = [getattr(torch, name) for name in DTYPE_NAMES.split() if hasattr(torch, name)]
 
 
 def code_of(dtype):
@@ -2102,6 +2130,28 @@ def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_each(t
         assert all(0 <= r - w < 3 * UNIT for r, w in zip(reads, wanted)), (reads, wanted)
 
 
+def broadcast_columns(rank, world_size, tmp, level):
+    """Save by rows and load by columns: every rank needs all pieces. The bytes that this rank read of shards."""
+    mesh, truth = init_device_mesh("cpu", (world_size,)), {}
+    for number in range(9):
+        generator = torch.Generator().manual_seed(number)
+        truth[f"w{number}"] = torch.randn(1000 + number, 1030, generator=generator)
+    rows = {name: distribute_tensor(w, mesh, [ShardDim(0)]) for name, w in truth.items()}
+    columns = {name: distribute_tensor(torch.zeros_like(w), mesh, [ShardDim(1)]) for name, w in truth.items()}
+    opened(tmp).save(Bag(**rows), None, to(compression_level=level, include_rng_state=False))
+    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp, files := Seam()))
+    checkpoint.load(Bag(**columns), None, at(load_rng_state=False, resharding_strategy="broadcast"))
+    assert all(torch.equal(columns[name].full_tensor(), w) for name, w in truth.items())
+    return sum(op.size for op in files.done if op.call == "pread" and op.path.endswith("safetensors"))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_broadcast_reads_each_stored_byte_once_where_pieces_share_units_and_blocks_too(tmp_path, level):
+    read, files = sum(run(2, broadcast_columns, tmp_path, level)), [Shard(path) for path in shards(tmp_path)]
+    headers, stored = sum(file.data_at for file in files), sum(len(file.bytes) for file in files)
+    assert stored <= read <= stored + headers, (read, stored, headers)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("place", [13 * MiB, 15 * MiB])  # in layer 2, of rank 0 and of rank 1
 def test_damage_in_any_ranks_part_of_a_shared_block_is_named_and_fails_all(tmp_path, place, strategy):
@@ -2587,6 +2637,26 @@ def test_a_cold_file_is_read_past_the_page_cache_where_no_other_rank_wants_the_s
     assert run(world_size, reads_past_the_cache, tmp_path, layout) == [bool(past)] * world_size
 
 
+def is_in_memory(path):
+    """Drop a file from the page cache; whether the kernel keeps pages of it nevertheless, as tmpfs does."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        there = (ctypes.c_ubyte * math.ceil(len(view) / PAGE))()
+        address = ctypes.c_void_p(np.frombuffer(view, np.uint8).ctypes.data)
+        assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(view)), there) == 0
+    return any(page & 1 for page in there)
+
+
+def test_what_the_kernel_has_dropped_from_the_page_cache_is_read_past_it(tmp_path):
+    opened(tmp_path).save(nn.Linear(2048, 3072), None, to())
+    if any(map(is_in_memory, shards(tmp_path))):
+        pytest.skip("the files stay in memory here")
+    checkpoint = over(Storage(tmp_path, files := Seam()))
+    checkpoint.load(nn.Linear(2048, 3072), None, at())
+    assert any(op.call == "open_direct" for op in files.done)
+
+
 @pytest.mark.parametrize("low, high", [(0, 64), (128, 1024), (0, 65), (100, 101), (127, 129), (60, 1000)])
 @pytest.mark.parametrize("columns", [1024, 512])
 def test_a_partial_read_verifies_its_own_units_and_copies_nothing_of_a_damaged_one(
@@ -3024,7 +3094,7 @@ MISUSES = [
     ("p", torch.ones(2), None, "Tensor"),
     ("p", MODULE, [torch.ones(2)], "optimizer"),
     ("p", MODULE, {"w": torch.ones(2)}, "'w'"),
-    ("p", MODULE, "p", "str"),
+    ("p", MODULE, "step_1", "'step_1' third"),  # a prefix goes there
 ]
 
 
@@ -7480,17 +7550,18 @@ def test_an_interpreter_that_exits_with_a_save_in_flight_ends_with_its_code(ram,
     check_recovery(ram)
 
 
-@pytest.mark.parametrize("holder", [0, 1, 2, None])
-def test_a_save_in_which_one_rank_alone_holds_anything_or_none_does(ram, holder):
-    assert run(3, hold_all_alone, ram, holder) == [{"w": 7.0} if rank == holder else {} for rank in range(3)]
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_save_in_which_one_rank_alone_holds_anything_or_none_does(ram, form):
+    run(3, hold_all_alone, ram, form)
 
 
-def hold_all_alone(rank, world_size, tmp, holder):
-    checkpoint = over(tmp, ckpt.TorchCoordinator())
-    bag, other = ({"w": torch.full((5,), number)} if rank == holder else {} for number in (7.0, 0.0))
-    checkpoint.save(Bag(**bag), None, to(include_rng_state=False))
-    checkpoint.load(target := Bag(**other), None, at(load_rng_state=False, strict_mode=False))
-    return {name: tensor.unique().item() for name, tensor in target.state.items()}
+def hold_all_alone(rank, world_size, tmp, form):
+    checkpoint, empty = over(tmp, ckpt.TorchCoordinator()), torch.zeros(0, 1, 2)
+    for holder in (0, 1, 2, None):
+        bag, target = ({"w": torch.full((5,), n), "empty": empty} if rank == holder else {} for n in (7.0, 0.0))
+        checkpoint.save(Bag(**bag), None, to(format=form, include_rng_state=False))
+        checkpoint.load(target, None, at(load_rng_state=False, strict_mode=False))
+        assert identical(target, bag), holder
 
 
 # Row 26 and the promises of save_async
@@ -7644,6 +7715,7 @@ def test_a_failed_pending_save_raises_once_at_result_or_at_the_next_call_and_no_
 
 def fail_in_the_background(rank, world_size, tmp, call, asked):
     checkpoint, target = broken(tmp, ckpt.TorchCoordinator(), until=FOREVER), value("next")
+    checkpoint.keep_last = 1  # a save that fails is none of these
     if rank == 0:
         put(ckpt.LocalStorage(tmp), "old")
     pending = checkpoint.save_async(value("new"), None, to())
