@@ -7558,7 +7558,9 @@ def test_a_save_in_which_one_rank_alone_holds_anything_or_none_does(ram, form):
 def hold_all_alone(rank, world_size, tmp, form):
     checkpoint, empty = over(tmp, ckpt.TorchCoordinator()), torch.zeros(0, 1, 2)
     for holder in (0, 1, 2, None):
-        bag, target = ({"w": torch.full((5,), n), "empty": empty} if rank == holder else {} for n in (7.0, 0.0))
+        bag, target = ({"w": torch.full((5,), number), "empty": empty} for number in (7.0, 0.0))
+        if rank != holder:
+            bag, target = {}, {}
         checkpoint.save(Bag(**bag), None, to(format=form, include_rng_state=False))
         checkpoint.load(target, None, at(load_rng_state=False, strict_mode=False))
         assert identical(target, bag), holder
