@@ -2402,10 +2402,10 @@ def layers_of(first=0, last=3):
 def start_job(kind, rank, world_size):
     if world_size == 1:
         model = layers_of()
+    elif kind == "pipeline":
+        model = layers_of(2 * rank, 2 * rank + 1)
     else:
-        model = (
-            layers_of(2 * rank, 2 * rank + 1) if kind == "pipeline" else DistributedDataParallel(layers_of())
-        )
+        model = DistributedDataParallel(layers_of())
     return model, JOBS[kind](list(model.parameters()))
 
 
@@ -2747,9 +2747,7 @@ def test_a_fork_finds_zeros_in_the_memory_for_io_not_its_parents_bytes():
 @pytest.mark.parametrize("form", FORMATS)
 def test_of_copies_that_are_declared_or_trusted_to_be_equal_one_is_kept(tmp_path, form):
     logs, *values = zip(*run(3, save_false_copies, tmp_path, form))
-    assert values[:2] == [(0.0, 0.0, 0.0), (0.0, 1.0, 2.0)], (
-        "declared: the lowest rank's; plain: each its own"
-    )
+    assert values[:2] == [(0.0, 0.0, 0.0), (0.0, 1.0, 2.0)], "the lowest rank's; each its own"
     assert [len(set(trusted)) for trusted in values[2:]] == [1, 1]
     assert re.search(r"model/declared.*\brank\D*[012]\b", logs[0])
 
@@ -3870,14 +3868,11 @@ def test_load_safetensors_refuses_what_does_not_fit_and_changes_nothing_or_warns
 
 
 def test_load_safetensors_takes_files_whose_tensors_are_not_aligned_and_empty_ones(tmp_path):
-    big, half = torch.randn(3 * BLOCK // 8 + 3), torch.ones(3).half()  # more than a block
-    state = {"a": torch.ones(3).byte(), "big": big, "none": torch.zeros(0, 2), "half": half}
-    path = as_file(tmp_path, state | {"z": torch.randn(5).double()}, pad=3)
+    state = {"a": torch.ones(3).byte(), "none": torch.zeros(0, 2), "half": torch.ones(3).half()}
+    state |= {"big": torch.randn(3 * BLOCK // 8 + 3), "z": torch.randn(5).double()}  # big: more than a block
+    path = as_file(tmp_path, state, pad=3)
     found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    found |= {
-        "z": torch.zeros(5).double(),
-        "big": torch.zeros(len(big), 2)[:, 0],
-    }  # strided: filled box by box
+    found["big"] = torch.zeros(len(state["big"]), 2)[:, 0]  # strided: filled box by box
     result = ckpt.load_safetensors(found, path)
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     assert {shard.file for shard in result.metadata.shards} == {path.name}
@@ -4007,10 +4002,8 @@ def test_long_commands_show_rate_and_time_left_on_a_terminal_alone(tmp_path, nam
         while data := os.read(ours, 1 << 16):
             text += data
     os.close(ours)
-    text, bar = (
-        text.decode(),
-        rf"{name} p +\d+ %  [\d.]+ \wB of 134\.\d\d MB  [\d.]+ \wB/s  \d+:\d\d left  \[#* *\]",
-    )
+    bar = rf"{name} p +\d+ %  [\d.]+ \wB of 134\.\d\d MB  [\d.]+ \wB/s  \d+:\d\d left  \[#* *\]"
+    text = text.decode()
     assert process.wait(HANG_S) == 0 and re.search(bar, text), text
     assert text.rstrip().rpartition("\r")[2].lstrip().startswith(last[:20]), "the bar is gone"
     code, text, _ = command(capsys, name, tmp_path, "p", *words)
@@ -4134,10 +4127,9 @@ def documented_state(rank):
     tied, noise = torch.arange(6).view(2, 3), torch.Generator().manual_seed(1)
     randn = functools.partial(torch.randn, generator=noise)
     tensors = dict(tied=tied, again=tied, empty=torch.zeros(0, 3), strided=torch.arange(24.0).view(4, 6).T)
-    tensors |= dict(
-        big=torch.arange(2.6e6).view(1300, 2000), noise=randn(40_000), half=randn(7, 3).bfloat16()
-    )
-    tensors |= dict(complex=randn(3, 2, dtype=torch.complex128), scalar=torch.tensor(2.5).double())
+    tensors |= dict(big=torch.arange(2.6e6).view(1300, 2000), noise=randn(40_000))
+    tensors |= dict(half=randn(7, 3).bfloat16(), complex=randn(3, 2, dtype=torch.complex128))
+    tensors |= dict(scalar=torch.tensor(2.5).double())
     tensors |= dict(flag=torch.tensor([True, False, True]), apart=torch.full((2, 2), float(rank)))
     tensors["own~@name"] = torch.ones(1, 1, 1, 2)
     values = dict(plain=[1, -2.5, "x", None, True], tuple=(1, (2,)), large=-(2**70), bytes=b"\0\xff")
@@ -4544,7 +4536,7 @@ def through_fsdp1(rank, world_size, tmp, salt):
 
 
 @pytest.mark.parametrize("stop", [7, 10])  # in the middle of an epoch, and at its end
-def test_a_resumed_trainer_has_the_losses_steps_and_weights_of_an_uninterrupted_one(tmp_path, stop):
+def test_a_trainer_of_hugging_face_resumes_with_the_losses_and_weights_of_one_never_stopped(tmp_path, stop):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
@@ -5143,7 +5135,7 @@ def test_a_file_whose_write_or_sync_failed_is_never_synced_again_but_replaced_un
     check_failed_sync(ram, call)
 
 
-def check_failed_sync(tmp, call):
+def check_failed_sync(tmp, call="fsync"):
     fault, save = fail(errno.EIO), functools.partial(put, word="new", attempts=3)
     for (kind, _, _), left, files in at_each_operation(
         tmp, SCENES["overwrite"].before, save, lambda op, _: fault(op), lambda op: op.call == call
@@ -5664,11 +5656,11 @@ def test_however_a_load_ends_a_read_that_returns_afterwards_changes_no_tensor(
             raise KeyboardInterrupt
 
     limits = {"deadline": {"timeout": 0.5}, "interrupt": {"progress": interrupt}}.get(end, {})
-    options = {"load_rng_state": False, "strict_mode": False}
+    options, cancel = {"load_rng_state": False, "strict_mode": False}, None
+    if end == "cancel":
+        cancel = files.reached
     try:
-        checkpoint.load(
-            live, None, at(**options, **limits), cancel=files.reached if end == "cancel" else None
-        )
+        checkpoint.load(live, None, at(**options, **limits), cancel=cancel)
         outcome = "returned"
     except (CheckpointException, KeyboardInterrupt) as error:
         outcome = getattr(error, "type", KeyboardInterrupt)
@@ -6282,9 +6274,8 @@ def test_fuzz_of_headers_and_records_raises_only_what_is_documented(ram, form, w
 
 def fuzz(tmp, what, form):
     outcomes, count, taken = Counter(), 1700 * ROUNDS, 0
-    bases = [
-        specimen(tmp / "s", form, level, world_size) for level in ["none", "fast"] for world_size in (1, 2)
-    ]
+    kinds = itertools.product(("none", "fast"), (1, 2))
+    bases = [specimen(tmp / "s", form, level, world_size) for level, world_size in kinds]
     for number in range(-20, count):  # a few to warm up
         context = what, form, seed = what, form, max(0, number)
         rng, base = random.Random(seed), bases[seed % len(bases)]
@@ -6417,9 +6408,7 @@ def meet_lies(tmp, level):
     for lie, changes in LIES.items():
         files = edited(honest, changes)
         outcome, valid = check_bad_input(files, lie, write=True)
-        taken = traced(lambda: check_bad_input(files, lie, seconds=60.0, write=True))[
-            1
-        ]  # which takes its time
+        _, taken = traced(lambda: check_bad_input(files, lie, seconds=60.0, write=True))  # tracing is slow
         assert taken < 2 * sum(map(len, files.values())) + 64 * MiB, lie
         if lie in EXACT:
             assert outcome == "exact" and valid is ("entries" not in lie), (lie, outcome)
@@ -6769,13 +6758,10 @@ def test_a_name_that_utf_8_cannot_encode_is_refused_at_save_with_its_path(tmp_pa
 # Row 36: something else than a file as the source of an import
 
 
+INDEX = "index/m.safetensors.index.json"
 IMPORTS = [("m.safetensors", "m.safetensors"), ("m.pt", "m.pt"), ("folder", "folder/m.safetensors")]
-IMPORTS += [
-    ("index", "index/m.safetensors.index.json"),
-    ("dcp", "dcp/__0_0.distcp"),
-    ("dcp", "dcp/.metadata"),
-]
-IMPORTS += [("index/m.safetensors.index.json", "index/m-1.safetensors")]  # each with one of its files
+IMPORTS += [("index", INDEX), (INDEX, "index/m-1.safetensors")]  # sources, each with one of its files
+IMPORTS += [("dcp", "dcp/__0_0.distcp"), ("dcp", "dcp/.metadata")]
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
@@ -6979,14 +6965,18 @@ def _swallow_thread_errors(patch):
             work(*item)
 
     real = st.in_parallel
-    patch.setattr(
-        st, "in_parallel", lambda items, work, *more: real(items, functools.partial(quiet, work), *more)
-    )
+    swallowing = lambda items, work, *more: real(items, functools.partial(quiet, work), *more)  # noqa: E731
+    patch.setattr(st, "in_parallel", swallowing)
 
 
 def _crc_not_checked(patch):
     agrees, crcs_of = type("Agrees", (int,), {"__ne__": lambda self, other: False}), coord.crcs_of
     patch.setattr(coord, "crcs_of", lambda data: list(map(agrees, crcs_of(data))))
+
+
+def _check_bits(tmp):
+    for context, broken in itertools.islice(flipped(specimen(tmp / "s")), 0, None, 97):
+        check_damage(context, broken)
 
 
 def _duplicate_keys(patch):
@@ -7035,20 +7025,9 @@ CAUGHT_BY_A_POWER_LOSS = {
     "superseded shards removed before the commit": at_seam(rename=_clean_up_before_the_commit),
 }
 MUTANTS = {
-    "fsync retried on the same file": (
-        at_seam(fsync=_sync_again),
-        lambda tmp: check_failed_sync(tmp, "fsync"),
-    ),
-    "thread error swallowed": (
-        _swallow_thread_errors,
-        lambda tmp: check_thread_error(tmp, OSError(5, "")),
-    ),
-    "CRC not checked": (
-        _crc_not_checked,
-        lambda tmp: [
-            check_damage(*case) for case in itertools.islice(flipped(specimen(tmp / "s")), 0, None, 97)
-        ],
-    ),
+    "fsync retried on the same file": (at_seam(fsync=_sync_again), check_failed_sync),
+    "thread error swallowed": (_swallow_thread_errors, lambda tmp: check_thread_error(tmp, OSError(5, ""))),
+    "CRC not checked": (_crc_not_checked, _check_bits),
     "duplicate keys accepted": (_duplicate_keys, check_duplicate_keys),
     "unchecked path join": (_unchecked_join, lambda tmp: check_bad_name(tmp, "../../outside.safetensors")),
 }
