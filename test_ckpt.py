@@ -1298,8 +1298,9 @@ def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
 
 # ---- bytes: the tensor file, the record, what may be in them -----------------------------------------------
 
-DTYPE_NAMES = """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64
-    complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"""
+DTYPE_NAMES = """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64
+    complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu
+    float4_e2m1fn_x2"""
 DTYPES = [getattr(torch, name) for name in DTYPE_NAMES.split() if hasattr(torch, name)]
 
 
@@ -2130,7 +2131,7 @@ def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_each(t
 
 
 def broadcast_columns(rank, world_size, tmp, level):
-    """Save by rows and load by columns: every rank needs all pieces. The bytes that this rank read of shards."""
+    """Save by rows and load by columns: every rank needs all pieces. The bytes that it read of shards."""
     mesh, truth = init_device_mesh("cpu", (world_size,)), {}
     for number in range(9):
         generator = torch.Generator().manual_seed(number)
@@ -3759,8 +3760,7 @@ def bad_sources(tmp):
 
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as archive:
-        for name in ("storages", "tensors", "pickle"):
-            archive.addfile(tarfile.TarInfo(name))
+        list(map(archive.addfile, map(tarfile.TarInfo, ("storages", "tensors", "pickle"))))
     return [
         ("nothing", None, 1, "nothing"),
         ("empty", {}, 2, "empty"),
@@ -7221,95 +7221,120 @@ def check_others(fault, others, size):
     return committed
 
 
+def save_a_word(checkpoint, fault, word, cancel=None, call="save", **options):
+    options = to(format=fault.form, include_rng_state=False, **options)
+    return getattr(checkpoint, call)(value(word, fault.tensors()), None, options, cancel=cancel)
+
+
+def load_a_word(checkpoint, fault, word, cancel=None, **options):
+    target = value("other", fault.tensors())
+    options = at(resharding_strategy="broadcast", load_rng_state=False, **options)
+    checkpoint.load(target, None, options, cancel=cancel)
+    assert identical(target.state, value(word, fault.tensors()).state)
+
+
+def operate(checkpoint, fault, cancel):
+    """The operation in which the fault happens: it saves "new", or loads "old"."""
+    limit = {"timeout": DEADLINE_S} if fault.how.startswith(("dies", "stops")) else {}
+    if fault.verb == "load":
+        return load_a_word(checkpoint, fault, "old", cancel, **limit)
+    if fault.verb == "save":
+        return save_a_word(checkpoint, fault, "new", cancel, **limit)
+    pending = save_a_word(checkpoint, fault, "new", cancel, "save_async", **limit)
+    if fault.verb == "save at exit":
+        threading._shutdown()  # what the interpreter does first when it exits: wait for its threads
+        assert pending.done()
+    return pending.result()
+
+
+def strike_of(fault, cancel, gone, base, acted):
+    """What the victim does at the fault's place. All deadlines count from the moment that `gone` is there."""
+    cause, before = FAULTS[fault.how][0], save_id(base)
+
+    def act():
+        acted.append(fault)
+        while fault.place == "S7" and save_id(base) == before:
+            time.sleep(0.001)  # S7 is after the rename
+        if isinstance(cause, int) or fault.place.startswith("exchange"):
+            gone.touch()
+        if isinstance(cause, int):
+            os.kill(os.getpid(), cause)
+        elif cause:
+            raise cause
+        else:
+            cancel.set()
+
+    return act
+
+
+def come_late(fault, gone):
+    """What the other ranks do there, if the victim is to wait for them."""
+    await_file(gone)
+    if fault.how == "stops before another fails":
+        raise OSError(errno.EIO, "bad disk")
+
+
+def wake_up(fault, rank, pids, over):
+    """Once the others have given up, the victim, which has stopped, goes on."""
+    first, *_ = others = [other for other in range(len(pids)) if other != fault.victim]
+    if rank in others:
+        Path(f"{over}-{rank}").touch()
+        for other in others:
+            await_file(Path(f"{over}-{other}"))
+    if rank == first:
+        # It may be about to stop yet: a signal to go on must come after that.
+        while "\nState:\tT" not in Path(f"/proc/{pids[fault.victim]}/status").read_text():
+            time.sleep(0.01)
+        os.kill(pids[fault.victim], signal.SIGCONT)
+
+
 def meet_faults(rank, world_size, tmp, faults):
     """Of each fault this rank's answer and warnings; if all live, what is seen, and what no record names."""
     if faults[0].how == "ends the store":
         use_store_of_rank_zero(tmp, rank, world_size)
     if faults[0].tensors() > 2:
         st.BLOCK_BYTES, st.UNIT_BYTES = PAGE, PAGE // 2
-    seam, found = Seam(), []
-    checkpoint = over(Storage(tmp / "c", seam), ckpt.TorchCoordinator(), attempts=3)
+    seam, found, base = Seam(), [], tmp / "c"
+    checkpoint = over(Storage(base, seam), ckpt.TorchCoordinator(), attempts=3)
     pids, warned = checkpoint.coordinator.all_gather(os.getpid()), overheard(checkpoint)
     for number, fault in enumerate(faults):
-        cancel, gone, acted = Sensor(), tmp / f"gone-{number}", []
-        cause, is_victim = FAULTS[fault.how][0], rank == fault.victim
+        gone, acted, cancel, is_victim = tmp / f"gone-{number}", [], Sensor(), rank == fault.victim
         ckpt.coord.time = TimeSinceFile(gone)
-
-        def save(word, call=checkpoint.save, **options):
-            options = to(format=fault.form, include_rng_state=False, **options)
-            return call(value(word, fault.tensors()), None, options, cancel=cancel)
-
-        def load(word, **options):
-            target = value("other", fault.tensors())
-            options = at(resharding_strategy="broadcast", load_rng_state=False, **options)
-            checkpoint.load(target, None, options, cancel=cancel)
-            assert identical(target.state, value(word, fault.tensors()).state)
-
-        def operate():
-            limit = {"timeout": DEADLINE_S} if fault.how.startswith(("dies", "stops")) else {}
-            if fault.verb == "load":
-                return load("old", **limit)
-            if fault.verb == "save":
-                return save("new", **limit)
-            pending = save("new", checkpoint.save_async, **limit)
-            if fault.verb == "save at exit":
-                threading._shutdown()  # what the interpreter does first when it exits: wait for its threads
-                assert pending.done()
-            return pending.result()
-
-        def act():
-            while fault.place == "S7" and save_id(tmp / "c") == before:
-                time.sleep(0.001)  # S7 is after the rename
-            acted.append(fault)
-            if isinstance(cause, int) or fault.place.startswith("exchange"):
-                gone.touch()
-            if isinstance(cause, int):
-                os.kill(os.getpid(), cause)
-            elif cause:
-                raise cause
-            else:
-                cancel.set()
-
-        def come_late():
-            await_file(gone)
-            if fault.how == "stops before another fails":
-                raise OSError(errno.EIO, "bad disk")
-
-        first = act if is_victim else come_late if fault.waits else lambda: None
-        if is_victim and fault.waits:
-            first = functools.partial(setattr, cancel, "act", act)
-        save("old")
+        save_a_word(checkpoint, fault, "old")
         if rank == 0:
-            assert seen(tmp / "c", tensors=fault.tensors()) == "old"
+            assert seen(base, tensors=fault.tensors()) == "old"
             st.collect_garbage(checkpoint.storage)
-        before = save_id(tmp / "c")
+        act = strike_of(fault, cancel, gone, base, acted)
+
+        def first():
+            if is_victim and fault.waits:
+                cancel.act = act  # at the next look, in the wait
+            elif is_victim:
+                act()
+            elif fault.waits:
+                come_late(fault, gone)
+
         dist.barrier()
         del warned[:]
         with entering(fault.place, first, seam):
             try:
-                answer = told(operate)
+                answer = told(lambda: operate(checkpoint, fault, cancel))
             except KeyboardInterrupt:
                 answer = "interrupted"
         assert acted or not is_victim, (fault, answer, "this place was not reached")
-        if cause == signal.SIGKILL:
+        if FAULTS[fault.how][0] == signal.SIGKILL:
             return [(answer, warned)]
-        (gone if is_victim else tmp / f"over-{number}-{rank}").touch()
-        if fault.how.startswith("stops") and not is_victim:
-            others = sorted(set(range(world_size)) - {fault.victim})
-            for other in others:
-                await_file(tmp / f"over-{number}-{other}")
-            if rank == others[0]:
-                # It may be about to stop yet: a signal to go on must come after that.
-                while "\nState:\tT" not in Path(f"/proc/{pids[fault.victim]}/status").read_text():
-                    time.sleep(0.01)
-                os.kill(pids[fault.victim], signal.SIGCONT)
+        if is_victim:
+            gone.touch()
+        if fault.how.startswith("stops"):
+            wake_up(fault, rank, pids, tmp / f"over-{number}")
         dist.barrier()
-        left = sorted(set(listing(tmp / "c")) - named_files(tmp / "c"))
-        found.append((answer, list(warned), seen(tmp / "c", tensors=fault.tensors()), left))
+        left = sorted(set(listing(base)) - named_files(base))
+        found.append((answer, list(warned), seen(base, tensors=fault.tensors()), left))
         dist.barrier()
         cancel.clear()
-        save("next")
-        load("next")
+        save_a_word(checkpoint, fault, "next")
+        load_a_word(checkpoint, fault, "next")
     return found
 
 
