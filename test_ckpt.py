@@ -2657,6 +2657,23 @@ def test_what_the_kernel_has_dropped_from_the_page_cache_is_read_past_it(tmp_pat
     assert any(op.call == "open_direct" for op in files.done)
 
 
+@pytest.mark.parametrize("low, high, width", [(0, 512, 16384), (9, 400, 16384), (0, 512, 8192)])
+@pytest.mark.parametrize("level", ["none", "fast"])
+def test_a_read_is_for_one_rank_alone_if_three_quarters_of_it_are(tmp_path, low, high, width, level):
+    weight, storage = torch.randn(512, 16384), ckpt.LocalStorage(tmp_path)  # 64 rows a block, 4 a unit
+    opened(tmp_path).save(Bag(weight=weight), None, to(compression_level=level))
+    box, view = st.Box((low, 0), (high - low, width)), torch.empty(high - low, width)
+    with ckpt.CheckpointReader(storage, st.read_committed(storage, "p")) as reader:
+        (index,) = reader.stored["model/weight"].values()
+        reads = reader.plan([coord.Target(index, box, view, alone=True)])
+        assert {read.alone() for read in reads[1:-1]} == {width == 16384}
+        assert not any(read.alone() for read in reader.plan([coord.Target(index, box, view)]))
+        for read in reads:
+            assert read.low % UNIT == 0 and read.nbytes <= 2 * BLOCK
+            reader.run(read, aligned(2 * BLOCK), st.Gate(), coord.Meter())
+    assert torch.equal(view, weight[low:high, :width])
+
+
 @pytest.mark.parametrize("low, high", [(0, 64), (128, 1024), (0, 65), (100, 101), (127, 129), (60, 1000)])
 @pytest.mark.parametrize("columns", [1024, 512])
 def test_a_partial_read_verifies_its_own_units_and_copies_nothing_of_a_damaged_one(
