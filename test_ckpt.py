@@ -5490,6 +5490,7 @@ def _overwrite(**options):
     return Scene(putting("old", **options), putting("new", **options), {"p": ("old", "new")})
 
 
+TWO_OTHERS = in_turn(putting("old", "q"), putting("other", "r"))
 FIRST, DELETED = {"p": ("absent", "new")}, {"p": ("old", "absent")}
 RETAINED = {"q": ("old", "absent"), "r": ("other", "absent")} | FIRST  # in the order that they are read
 SCENES = {
@@ -5499,9 +5500,7 @@ SCENES = {
     "overwrite a single file": _overwrite(format="single_file"),
     "overwrite a consolidated one": _overwrite(format="consolidated"),
     "delete": Scene(putting("old"), drop, DELETED),
-    "retention": Scene(
-        in_turn(putting("old", "q"), putting("other", "r")), putting("new", keep_last=1), RETAINED
-    ),
+    "retention": Scene(TWO_OTHERS, putting("new", keep_last=1), RETAINED),
     "gc": Scene(_leave_orphans, st.collect_garbage, {"p": ("old",), "q": ("absent",)}),
 }
 PREFIXES = ("p", "q", "r")
@@ -5609,15 +5608,12 @@ CLEANERS = {
     "delete": lambda s: told(lambda: drop(s)),
     "retention": putting("other", "z", keep_last=1),
 }
+CRASHES = [*itertools.product(SCENES, [None]), *itertools.product(["overwrite"], CLEANERS)]
 
 
-@pytest.mark.parametrize(
-    "name, cleaner", [*((scene, None) for scene in SCENES), *zip(["overwrite"] * 3, CLEANERS)]
-)
+@pytest.mark.parametrize("name, cleaner", CRASHES)
 @runs_apart("crash points", 3 * HANG_S)
-def test_a_process_that_ends_at_any_operation_leaves_old_or_new_and_the_next_save_succeeds(
-    ram, name, cleaner
-):
+def test_a_process_that_ends_at_any_operation_leaves_old_or_new_whole(ram, name, cleaner):
     """With a `cleaner`, which runs after a crash, its process ends at any operation, too."""
     scene, points, known = SCENES[name], 0, set()
     for crashed, left in crash_everywhere(ram, scene.before, scene.act):
@@ -5645,9 +5641,7 @@ def test_a_process_that_ends_at_any_operation_leaves_old_or_new_and_the_next_sav
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
 @pytest.mark.parametrize("until", [None, FOREVER], ids=["once", "from then on"])
 @pytest.mark.parametrize("name", SCENES)
-def test_an_error_at_any_operation_is_typed_and_leaves_no_trace_or_happens_too_late_to_matter(
-    ram, name, until, code
-):
+def test_an_error_at_any_operation_is_typed_and_leaves_no_trace_or_does_not_matter(ram, name, until, code):
     scene, fault = SCENES[name], fail(code)
     failing = at_each_operation(ram, scene.before, scene.act, lambda op, _: fault(op), until=until)
     for (kind, _, message), left, files in failing:
@@ -5664,10 +5658,9 @@ def test_an_error_at_any_operation_is_typed_and_leaves_no_trace_or_happens_too_l
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "fsync_dir", "close"])
 def test_a_file_whose_write_or_sync_failed_is_never_synced_again_but_replaced_under_a_new_save_id(ram, call):
-    fault, save = fail(errno.EIO), putting("new", attempts=3)
-    for (kind, _, _), left, files in at_each_operation(
-        ram, putting("old"), save, lambda op, _: fault(op), lambda op: op.call == call
-    ):
+    fault, old, new = fail(errno.EIO), putting("old"), putting("new", attempts=3)
+    saves = at_each_operation(ram, old, new, lambda op, _: fault(op), lambda op: op.call == call)
+    for (kind, _, _), left, files in saves:
         assert seen(left) == ("new" if kind == "returned" else "old")
         if hit := files.before.hit:
             later = files.log[next(number for number, op in enumerate(files.log) if op is hit) :]
@@ -5991,15 +5984,12 @@ LOSSES["new deep directory"] = Scene(nothing, _put_on_the_way, {"made/on/the/way
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_power_loss_at_any_moment_leaves_old_or_new_as_a_reader_sees_and_the_next_save_succeeds(
-    ram, tiny_blocks, loss
-):
+def test_a_power_loss_at_any_moment_leaves_old_or_new_as_a_reader_sees(ram, tiny_blocks, loss):
     """Clean-up, and the next save, are tried on real files, from some of the states."""
     scene, tensors = LOSSES[loss]
     states = sorted(check_power_loss(ram, scene, tensors), key=sorted)
-    for state in (
-        random.Random(1).sample(states, min(len(states), 10)) if tensors == 2 and loss != "gc" else ()
-    ):
+    most = 10 if tensors == 2 and loss != "gc" else 0
+    for state in random.Random(1).sample(states, min(len(states), most)):
         for name, content in state:
             (path := ram / "left" / name).parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -6068,9 +6058,7 @@ def test_a_write_that_takes_nothing_is_an_error_not_a_hang(ram):
 @pytest.mark.parametrize("number", range(st.IO_THREADS))
 @pytest.mark.parametrize("level", LEVELS[:2])
 @pytest.mark.parametrize("error", [OSError(5, "bad disk"), RuntimeError("boom"), MemoryError()], ids=repr)
-def test_an_error_in_any_worker_thread_fails_the_save_and_publishes_nothing(
-    ram, tiny_blocks, error, level, number
-):
+def test_an_error_in_any_thread_fails_the_save_and_publishes_nothing(ram, tiny_blocks, error, level, number):
     """Each of the threads is given a block; one of them fails on it."""
     put(ram, "old")
     before, met, came, failed = listing(ram), threading.Barrier(st.IO_THREADS), set(), []
@@ -6169,9 +6157,7 @@ ENDS = {"cancel": ExceptionType.CANCELLED, "deadline": ExceptionType.TIMEOUT, "i
     [("retry", *case) for case in itertools.product(FORMATS, LEVELS[:2], TARGETS)]
     + [(end, CheckpointFormat.MULTI_SHARD, CompressionLevel.NONE, "as saved") for end in ENDS],
 )
-def test_however_a_load_ends_a_read_that_returns_afterwards_changes_no_tensor(
-    ram, impatient, end, form, level, target
-):
+def test_a_read_that_returns_after_its_load_changes_no_tensor(ram, impatient, end, form, level, target):
     over(ram).save(numbered(0), None, to(format=form, compression_level=level, include_rng_state=False))
     files, live, other = Hung("pread", failing=end == "retry"), Bag(**TARGETS[target]()), numbered(200)
     checkpoint, tensors = over(Storage(ram, files), attempts=2), live.state
@@ -6225,9 +6211,7 @@ def hung_load(rank, world_size, tmp, strategy, truth):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_read_that_returns_after_another_rank_failed_and_all_retried_changes_nothing(
-    tmp_path, monkeypatch, strategy
-):
+def test_a_read_that_returns_after_all_ranks_retried_changes_nothing(tmp_path, monkeypatch, strategy):
     truth = {f"w{n}": torch.arange(n, n + 2 * PAGE, dtype=torch.float32).view(2, -1) for n in range(8)}
     monkeypatch.setattr(st, "BLOCK_BYTES", 8 * PAGE)
     monkeypatch.setattr(st, "UNIT_BYTES", PAGE)
@@ -6294,9 +6278,8 @@ def test_a_load_ends_only_when_no_thread_copies_into_a_tensor_any_more(ram, impa
 
 
 WRITERS = {name: SCENES[name] for name in SCENES if name.startswith("overwrite") or name == "delete"}
-WRITERS["two overwrites"] = Scene(
-    putting("old"), in_turn(putting("new"), putting("next")), {"p": ("old", "new", "next")}
-)
+TWICE = in_turn(putting("new"), putting("next"))
+WRITERS["two overwrites"] = Scene(putting("old"), TWICE, {"p": ("old", "new", "next")})
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -6330,9 +6313,7 @@ OTHERS = {
     "other, form",
     [*itertools.product(CLEANERS, FORMATS), *((other, FORMATS[0]) for other in list(OTHERS)[3:])],
 )
-def test_what_others_do_at_any_operation_of_a_save_takes_nothing_from_it_and_it_becomes_the_newest(
-    ram, form, other
-):
+def test_what_others_do_at_any_operation_takes_nothing_from_a_save_and_it_is_the_newest(ram, form, other):
     act, words = OTHERS[other]
     saves = at_each_operation(
         ram,
@@ -6372,24 +6353,19 @@ def interleaved(rng, jobs):
     """Run jobs in threads of which one at a time makes one file operation, in an order that `rng` draws."""
     changed, waiting, running = threading.Condition(), set(), set(range(len(jobs)))
 
-    def draw():  # once all others wait too, or have ended
-        if waiting and waiting == running:
-            waiting.remove(rng.choice(sorted(waiting)))
-            changed.notify_all()
-
-    def wait(number, op):
+    def await_turn(number, done=False):
         with changed:
-            waiting.add(number)
-            draw()
+            (running.remove if done else waiting.add)(number)
+            if waiting and waiting == running:  # all others wait too, or have ended
+                waiting.remove(rng.choice(sorted(waiting)))
+                changed.notify_all()
             assert changed.wait_for(lambda: number not in waiting, HANG_S)
 
     def work(number):
         try:
-            return jobs[number](functools.partial(wait, number))
+            return jobs[number](lambda op: await_turn(number))
         finally:
-            with changed:
-                running.remove(number)
-                draw()
+            await_turn(number, done=True)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
         return list(pool.map(work, range(len(jobs))))
@@ -6420,9 +6396,7 @@ def test_clean_up_that_a_live_save_overtakes_at_any_operation_takes_nothing_from
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_clean_up_keeps_a_save_whose_fence_is_younger_than_the_limit_and_takes_an_older_one(
-    ram, caplog, form
-):
+def test_clean_up_keeps_a_save_whose_fence_is_young_and_takes_an_older_one(ram, caplog, form):
     base, left = ram / "base", ram / "left"
     put(base, "old", format=form)
     files = Seam(Strike(0, lambda op: shutil.copytree(base, left), lambda op: op.call == "rename"))
@@ -6607,9 +6581,7 @@ def check_share(rank, world_size, tmp, damage, form, level):
 @pytest.mark.parametrize("level", ["none", "fast"])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_shards_swapped_duplicated_missing_or_replayed_are_rejected(
-    ram, tiny_blocks, world_size, form, level
-):
+def test_shards_swapped_copied_missing_or_replayed_are_rejected(ram, tiny_blocks, world_size, form, level):
     files, other = (specimen(ram / "s", form, level, world_size, change) for change in (0, 1))
     names, theirs = (sorted(found.keys() - {RECORD}) for found in (files, other))
     assert len(names) == len(theirs) and not set(names) & set(theirs)
@@ -7065,37 +7037,6 @@ def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_
     return len(IMPOSED)
 
 
-@pytest.mark.parametrize("victim", ["runs", "runs/p", "runs/p/*", "runs/p.metadata.json"])
-def test_a_link_below_the_base_path_is_a_storage_error_that_says_so_and_is_never_followed(
-    ram, victim, capsys, caplog
-):
-    base, outside, says = ram / "base", ram / "outside", "symbolic link"
-    put(base, "old", "before")
-    put(base, "new", "runs/p")
-    (path,) = base.glob(victim)
-    shutil.move(path, outside)
-    path.symlink_to(outside)
-    before, checkpoint = listing(outside) or outside.read_bytes(), over(base)
-    for fallback in (False, True):
-        load = functools.partial(checkpoint.load, value("old"), None, at("runs/p", fallback=fallback))
-        message = refusal(load, ExceptionType.STORAGE_ERROR)
-        assert says in message and message.startswith(str(path.relative_to(base)))
-    assert says in checkpoint.validate_checkpoint("runs/p").errors[0]
-    for words, expected in ((["verify", base, "runs/p"], 1), (["ls", base], 0)):
-        code, text, _ = command(capsys, *words)
-        assert code == expected and says in text and (code or "before" in text)
-    for find in (lambda: checkpoint.list_checkpoints()[-1], checkpoint.latest_checkpoint):
-        caplog.clear()
-        assert find().prefix == "before" and says in caplog.text
-    put(base, "next", "after", keep_last=1)
-    assert [seen(checkpoint.storage, prefix) for prefix in ("after", "before")] == ["next", "absent"]
-    assert st.collect_garbage(checkpoint.storage) == []
-    for call in (lambda: put(base, "new", "runs/p"), lambda: checkpoint.delete_checkpoint("runs/p")):
-        kind, _, message = told(call)
-        assert kind == "returned" or (kind == "STORAGE_ERROR" and says in message)
-    assert (listing(outside) or outside.read_bytes()) == before
-
-
 # Row 21: pickles
 
 
@@ -7176,17 +7117,14 @@ def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_what_is_kept(ra
 ORDERS = ["\x1b[31m", "\r\n", "\x9b2J", "\u202egpj", *"\x7f\u2066\u200f\u061c\u2028\x00\ufeff"]
 
 
-def check_printed(capsys, *words):
-    """The exit code and what a command prints, which holds nothing that a terminal obeys."""
-    code, text, _ = command(capsys, *words)
-    assert all(c.isprintable() or c == "\n" for c in text), (words, text)
-    return code, text
-
-
 @pytest.mark.parametrize("orders", [ORDERS, ["\ud800"]], ids=["control characters", "a lone surrogate"])
-def test_no_stored_name_and_no_metadata_reaches_a_terminal_unescaped_and_json_is_exact(
-    tmp_path, capsys, monkeypatch, orders
-):
+def test_what_is_stored_reaches_a_terminal_escaped_and_json_is_exact(tmp_path, capsys, monkeypatch, orders):
+    def printed(line, expected):
+        code, text, _ = command(capsys, *line.replace("{}", str(tmp_path)).split())
+        assert code == expected and "codec" not in text, (line, text)
+        assert all(c.isprintable() or c == "\n" for c in text), (line, text)
+        return text
+
     names, custom = [f"{n}.a{order}b" for n, order in enumerate(orders)], {"".join(orders): "".join(orders)}
     encodable, escaped = orders is ORDERS, [name.encode("unicode_escape").decode() for name in names]
     with monkeypatch.context() as patch:
@@ -7197,15 +7135,12 @@ def test_no_stored_name_and_no_metadata_reaches_a_terminal_unescaped_and_json_is
             opened(tmp_path).save(bag, None, to(prefix, custom_metadata=custom), extra_state=extra)
     changes = {"format": "\x1b[2J", "torch_version": "2\u202e"}
     reseal(tmp_path / "q.metadata.json", lambda record: record.update(changes))
-    export, printed = f"export p {tmp_path}/m.safetensors", {}
-    codes = {"ls": 0, "show q": 0, "diff p q --values": 1, "diff p q": 1, "verify": 0, export: not encodable}
-    for (word, *more), code in zip(map(str.split, codes), codes.values()):
-        found, printed[word] = check_printed(capsys, word, tmp_path, *more)
-        assert found == code and "codec" not in printed[word], (word, printed[word])
-    assert "\\x1b[2J" in printed["ls"] and "2\\u202e" in printed["show"]
-    for name in escaped:
-        assert name in printed["show"] and f"model/{name} " in printed["diff"]
-    assert escaped[0] in printed["export"] and ("complex" if encodable else "UTF-8") in printed["export"]
+    export, show, diff = "export {} p {}/m.safetensors", printed("show {} q", 0), printed("diff {} p q", 1)
+    assert "\\x1b[2J" in printed("ls {}", 0) and "2\\u202e" in show
+    assert all(name in show and f"model/{name} " in diff for name in escaped)
+    assert printed("diff {} p q --values", 1) and printed("verify {}", 0)
+    exported = printed(export, not encodable)
+    assert escaped[0] in exported and ("complex" if encodable else "UTF-8") in exported
     shown = json.loads(command(capsys, "show", tmp_path, "p", "--json")[2])
     assert {f"model/{name}" for name in names} < {tensor["name"] for tensor in shown["tensors"]}
     assert shown["custom_metadata"] == custom
@@ -7214,15 +7149,13 @@ def test_no_stored_name_and_no_metadata_reaches_a_terminal_unescaped_and_json_is
     assert identical(loaded.state, bag.state)
     if encodable:
         assert set(contents(tmp_path / "m.safetensors")) == set(names)
-        source = as_torch(tmp_path, {"w": torch.ones(1), **dict.fromkeys(names, "x")})
-        code, text = check_printed(capsys, "import", source, tmp_path, "r")
-        assert code == 0 and f"extra/{escaped[0]}" in text
+        as_torch(tmp_path, {"w": torch.ones(1), **dict.fromkeys(names, "x")})
+        assert f"extra/{escaped[0]}" in printed("import {}/m.pt {} r", 0)
     flip(shards(tmp_path)[0], -1)
-    for word, *more in (["verify", "p"], export.split()):
-        code, text = check_printed(capsys, word, tmp_path, *more)
-        assert code == 1 and "a\\" in text, "it names what is damaged"
-    for word, *more in (["gc"], ["rm", "q"]):
-        assert check_printed(capsys, word, tmp_path, *more)[0] == 0
+    for line in ("verify {} p", export):
+        assert "a\\" in printed(line, 1), "it names what is damaged"
+    for line in ("gc {}", "rm {} q"):
+        printed(line, 0)
 
 
 REFUSED_NAMES = {
@@ -7244,10 +7177,15 @@ def test_a_name_that_utf_8_cannot_encode_is_refused_at_save_with_its_path(tmp_pa
 # Row 36: something else than a file as the source of an import
 
 
-INDEX = "index/m.safetensors.index.json"
-IMPORTS = [("m.safetensors", "m.safetensors"), ("m.pt", "m.pt"), ("folder", "folder/m.safetensors")]
-IMPORTS += [("index", INDEX), (INDEX, "index/m-1.safetensors")]  # sources, each with one of its files
-IMPORTS += [("dcp", "dcp/__0_0.distcp"), ("dcp", "dcp/.metadata")]
+IMPORTS = {  # a file to replace, and what is imported then
+    "m.safetensors": "m.safetensors",
+    "m.pt": "m.pt",
+    "folder/m.safetensors": "folder",
+    "index/m.safetensors.index.json": "index",
+    "index/m-1.safetensors": "index/m.safetensors.index.json",
+    "dcp/__0_0.distcp": "dcp",
+    "dcp/.metadata": "dcp",
+}
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
@@ -7261,7 +7199,7 @@ def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram
     as_torch(whole, state)
     as_index(whole / "index", state)
     dcp.save(dict(state), checkpoint_id=whole / "dcp", no_dist=True)
-    for source, victim in IMPORTS:
+    for victim, source in IMPORTS.items():
         shutil.copytree(whole, here := ram / victim.replace("/", "-"))
         (path := here / victim).unlink()
         if kind == "a socket":
@@ -7277,58 +7215,71 @@ def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram
     return len(IMPORTS)
 
 
-# Row 37: a record that cannot be read, beside good ones
+# Row 20, 37: a record that cannot be read, or what is a link, beside good checkpoints
 
-UNREADABLE = {
-    "a record that may not be opened": ("open", "/q.metadata.json"),
-    "a record on a bad sector": ("pread", "/q.metadata.json"),
-    "a directory that may not be listed": ("listdir", "/theirs"),
-}
+UNREADABLE = [("open", "theirs/q.metadata.json"), ("pread", "theirs/q.metadata.json"), ("listdir", "theirs")]
+UNREADABLE = [(*case, code) for case in UNREADABLE for code in (errno.EACCES, errno.EIO)]
+LINKED = ["theirs", "theirs/q", "theirs/q/*", "theirs/q.metadata.json"]
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO], ids=errno.errorcode.get)
-@pytest.mark.parametrize("what", UNREADABLE)
-def test_an_unreadable_record_is_skipped_with_a_warning_by_all_who_do_not_ask_for_it(ram, what, code, caplog):
-    call, path = UNREADABLE[what]
-    put(ram, "old")
-    put(ram, "other", "theirs/q")
-    orphan = ram / "theirs" / "q" / "0badf00d-00000-of-00001.safetensors"
-    orphan.write_bytes(b"")
-    theirs = listing(ram / "theirs")
-    failing = Strike(0, fail(code), lambda op: op.call == call and op.path.endswith(path), FOREVER)
-    storage = Storage(ram, Seam(failing))
-    checkpoint = over(storage)
+@pytest.mark.parametrize("call, path, code", UNREADABLE + [("link", path, None) for path in LINKED])
+def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, call, path, code):
+    """A STORAGE_ERROR for who asks for it; all others warn and go on."""
+    base, place, failing, says = ram / "base", ram / "outside", lambda op: None, "symbolic link"
+    put(base, "old")
+    put(base, "other", "theirs/q")
+    if code:
+        place = base / "theirs"
+        says, orphan = os.strerror(code), base / "theirs" / "q" / "0badf00d-00000-of-00001.safetensors"
+        orphan.write_bytes(b"")
+        failing = Strike(0, fail(code), lambda op: op.call == call and op.path == f"{base}/{path}", FOREVER)
+    else:
+        (path,) = base.glob(path)
+        shutil.move(path, place)
+        path.symlink_to(place)
+    checkpoint, theirs = over(storage := Storage(base, Seam(failing))), listing(place) or place.read_bytes()
 
     def warned(result):
         messages = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         (line,) = [message for message in messages if "theirs" in message]
         caplog.clear()
-        assert os.strerror(code) in line and "skipped theirs" in line
+        assert says in line and "skipped theirs" in line
         return result
 
     assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["p"]
     assert warned(checkpoint.latest_checkpoint()).prefix == "p"
+    for words, expected in ((["verify", base, "theirs/q"], 1), (["ls", base], 0)) if not code else ():
+        found, text, _ = command(capsys, *words)
+        assert found == expected and says in text and (found or "p " in text)
+        caplog.clear()
     warned(put(storage, "new", "r", keep_last=2))
     warned(put(storage, "next", "s", keep_last=2))
-    expected = {"p": "absent", "r": "new", "s": "next", "theirs/q": "other"}
-    assert {prefix: seen(ram, prefix) for prefix in expected} == expected
+    expected = {"p": "absent", "r": "new", "s": "next"} | ({"theirs/q": "other"} if code else {})
+    assert {prefix: seen(base, prefix) for prefix in expected} == expected
     assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["r", "s"]
-    if "directory" not in what:
-        load = functools.partial(checkpoint.load, value("old"), None, at("theirs/q"))
-        for ask in (lambda: put(storage, "new", "theirs/q"), load):
-            assert os.strerror(code) in refusal(ask, ExceptionType.STORAGE_ERROR)
-        assert os.strerror(code) in checkpoint.validate_checkpoint("theirs/q").errors[0]
+    if call != "listdir":  # which only who looks for checkpoints needs
+        for fallback in (False, True):
+            load = functools.partial(checkpoint.load, value("old"), None, at("theirs/q", fallback=fallback))
+            message = refusal(load, ExceptionType.STORAGE_ERROR)
+            assert says in message and (code or message.startswith(str(path.relative_to(base))))
+        assert says in checkpoint.validate_checkpoint("theirs/q").errors[0]
     caplog.clear()
-    assert st.collect_garbage(storage) == [] and os.strerror(code) in caplog.text and "theirs" in caplog.text
+    assert st.collect_garbage(storage) == []
+    assert not code or (says in caplog.text and "theirs" in caplog.text)
     caplog.clear()
-    assert listing(ram / "theirs") == theirs
-    flip(shards(ram, "s")[0], -1)
+    flip(shards(base, "s")[0], -1)
     load = at("s", fallback=True, load_rng_state=False)
     found = checkpoint.load(target := value("old"), None, load)
     assert found.prefix == "r" and identical(target.state, value("new").state)
     assert "skipped theirs" in caplog.text
-    orphan.unlink()
-    assert {info.prefix for info in over(ram).list_checkpoints()} == {"r", "s", "theirs/q"}
+    writes = [lambda: put(storage, "new", "theirs/q"), lambda: drop(storage, "theirs/q")]
+    for write in () if call == "listdir" else writes[: 1 if code else 2]:
+        kind, _, message = told(write)
+        assert says in message if kind == "STORAGE_ERROR" else (kind == "returned" and not code)
+    assert (listing(place) or place.read_bytes()) == theirs
+    if code:
+        orphan.unlink()
+        assert {info.prefix for info in over(base).list_checkpoints()} == {"r", "s", "theirs/q"}
 
 
 # The harness itself: twelve mutants of the library, each of which a checker above must catch
@@ -7441,16 +7392,13 @@ def test_a_key_that_comes_twice_is_refused_in_the_record_and_in_a_header(ram):
 
 
 SYNC_TEST = test_a_file_whose_write_or_sync_failed_is_never_synced_again_but_replaced_under_a_new_save_id
-THREAD_TEST = test_an_error_in_any_worker_thread_fails_the_save_and_publishes_nothing
+THREAD_TEST = test_an_error_in_any_thread_fails_the_save_and_publishes_nothing
 KEY_TEST = test_a_key_that_comes_twice_is_refused_in_the_record_and_in_a_header
 NAME_TEST = test_a_bad_name_in_a_record_is_refused_and_nothing_outside_is_touched
 BY_ONE, BY_TWO = ((check_power_loss, *LOSSES[f"MULTI_SHARD of 2, {ranks} rank(s)"]) for ranks in (1, 2))
 MUTANTS = {  # how to make it, and what catches it, with the arguments that follow a directory
-    "no file fsync": (at_seam("fsync", lambda sync, seam, fd: fd in seam.directories and sync(fd)), BY_ONE),
-    "no directory fsync": (
-        at_seam("fsync", lambda sync, seam, fd: fd in seam.directories or sync(fd)),
-        BY_ONE,
-    ),
+    "no file fsync": (at_seam("fsync", lambda sync, seam, n: n in seam.directories and sync(n)), BY_ONE),
+    "no directory fsync": (at_seam("fsync", lambda sync, seam, n: n in seam.directories or sync(n)), BY_ONE),
     "unlink before rename": (at_seam("rename", _unlink_before_rename), BY_ONE),
     "overwrite in place": (at_seam("rename", _overwrite_in_place), BY_ONE),
     "commit before all ranks reported": (after_the_commit(("pwrite", "fsync"), "-00001-of-"), BY_TWO),
