@@ -5409,11 +5409,11 @@ def in_turn(*acts):
     return lambda storage: [act(storage) for act in acts]
 
 
-def seen(storage, prefix="p", tensors=2):
+def seen(storage, prefix="p", tensors=2, **options):
     """Oracle O: the word that a reader finds whole at `prefix`, "absent", or what else came out."""
     target = Bag(**{name: torch.zeros_like(t) for name, t in value("old", tensors).state.items()})
     try:
-        over(storage).load(target, None, at(prefix, load_rng_state=False))
+        over(storage).load(target, None, at(prefix, load_rng_state=False, **options))
     except CheckpointException as error:
         return "absent" if "there is no checkpoint" in str(error) else f"{error.type.name}: {error}"
     return next((word for word in WORDS if identical(target.state, value(word, tensors).state)), "a mix")
@@ -5863,7 +5863,7 @@ class PowerLoss:
             self._rename({path: None})
 
     def _rename(self, change):
-        self.names = {p: n for p, n in (self.names | change).items() if n is not None}
+        self.names.update(change)
         self.pending.append(change)
 
     @staticmethod
@@ -5974,13 +5974,13 @@ def losses(ranks):
     yield "retention", Scene(in_turn(old("q"), other("r")), new(keep_last=1), RETAINED), 2
 
 
-def _put_on_the_way(storage):
-    put(Storage(Path(storage.base_path) / "made" / "on" / "the" / "way", storage.seam), "new")
-
-
 LOSSES = {f"{name}, {ranks} rank(s)": loss for ranks in (1, 2, 3) for name, *loss in losses(ranks)}
 LOSSES["gc"] = SCENES["gc"], 2
-LOSSES["new deep directory"] = Scene(nothing, _put_on_the_way, {"made/on/the/way/p": ("absent", "new")}), 2
+DEEP = "made/on/the/way"
+MAKE = Scene(
+    nothing, lambda s: put(Storage(f"{s.base_path}/{DEEP}", s.seam), "new"), {f"{DEEP}/p": FIRST["p"]}
+)
+LOSSES["into a new deep directory"] = MAKE, 2
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -6285,12 +6285,9 @@ WRITERS["two overwrites"] = Scene(putting("old"), TWICE, {"p": ("old", "new", "n
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_reader_that_a_writer_overtakes_at_any_operation_sees_old_or_new_and_lists_every_other(ram, writer):
     scene, deleted = WRITERS[writer], writer == "delete"
-    reads = at_each_operation(
-        ram,
-        lambda s: [put(s, "old", "a"), scene.before(s), put(s, "old", "z")],
-        lambda s: (seen(s), {info.prefix for info in over(s).list_checkpoints()}),
-        lambda op, storage: scene.act(storage),
-    )
+    before = in_turn(putting("old", "a"), scene.before, putting("old", "z"))
+    read = in_turn(seen, lambda s: {info.prefix for info in over(s).list_checkpoints()})
+    reads = at_each_operation(ram, before, read, lambda _, storage: scene.act(storage))
     for (_, _, (found, listed)), _, files in reads:
         context = files.before.hit, found, listed
         assert found in scene.words["p"] or (deleted and found.startswith("LOAD_FAILED")), context
@@ -6307,21 +6304,15 @@ OTHERS = {
     "save elsewhere": (putting("new", "b"), {"new"}),
     "delete elsewhere": (lambda s: drop(s, "b"), {"new"}),
 }
+OTHERS_OF = [*itertools.product(CLEANERS, FORMATS), *((other, FORMATS[0]) for other in list(OTHERS)[3:])]
 
 
-@pytest.mark.parametrize(
-    "other, form",
-    [*itertools.product(CLEANERS, FORMATS), *((other, FORMATS[0]) for other in list(OTHERS)[3:])],
-)
+@pytest.mark.parametrize("other, form", OTHERS_OF)
 def test_what_others_do_at_any_operation_takes_nothing_from_a_save_and_it_is_the_newest(ram, form, other):
     act, words = OTHERS[other]
-    saves = at_each_operation(
-        ram,
-        in_turn(*(putting("old", prefix, format=form) for prefix in ("p", "a", "b", "c"))),
-        putting("new", format=form, attempts=3 if other == "save" else 1),
-        lambda op, storage: act(storage),
-    )
-    for outcome, left, files in saves:
+    olds = in_turn(*(putting("old", prefix, format=form) for prefix in "pabc"))
+    save = putting("new", format=form, attempts=3 if other == "save" else 1)
+    for outcome, left, files in at_each_operation(ram, olds, save, lambda _, storage: act(storage)):
         hit, found = files.before.hit, seen(left)
         assert outcome[0] == "returned" and found in words, (hit, outcome, found)
         listed = [info.prefix for info in over(left).list_checkpoints() if info.prefix not in ("b", "z")]
@@ -6556,9 +6547,10 @@ def of_other_lengths(files):
 
 
 # Whole files are never compressed: a level changes nothing but the rank's own files.
-@pytest.mark.parametrize(
-    "form, level", [*((f, "none") for f in FORMATS), (CheckpointFormat.MULTI_SHARD, "fast")]
-)
+SPECIMENS = [*((form, "none") for form in FORMATS), (CheckpointFormat.MULTI_SHARD, "fast")]
+
+
+@pytest.mark.parametrize("form, level", SPECIMENS)
 @pytest.mark.parametrize("damage", [flipped, of_other_lengths])
 def test_each_bit_and_each_length_is_missed_by_no_validation_and_no_load(ram, damage, form, level):
     cores = len(os.sched_getaffinity(0))
@@ -7103,13 +7095,11 @@ def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_what_is_kept(ra
     assert listed == list(zip(names, years))  # the clock was really off
     assert checkpoint.latest_checkpoint().prefix == names[-1]
     flip(shards(ram, names[-1])[0], -1)
-    options = at(names[-1], load_rng_state=False, fallback=True)
-    assert checkpoint.load(target := value("old"), None, options)
-    assert identical(target.state, value(WORDS[2]).state)
+    assert seen(ram, names[-1], fallback=True) == WORDS[2]
     Shifted.years = -10
     put(ram, "new", names[0], keep_last=2)
     assert [info.prefix for info in checkpoint.list_checkpoints()] == [names[-1], names[0]]
-    assert seen(checkpoint.storage, names[0]) == "new"
+    assert seen(ram, names[0]) == "new"
 
 
 # Row 35: names that a terminal obeys, or that UTF-8 cannot encode
@@ -7268,10 +7258,7 @@ def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, c
     assert not code or (says in caplog.text and "theirs" in caplog.text)
     caplog.clear()
     flip(shards(base, "s")[0], -1)
-    load = at("s", fallback=True, load_rng_state=False)
-    found = checkpoint.load(target := value("old"), None, load)
-    assert found.prefix == "r" and identical(target.state, value("new").state)
-    assert "skipped theirs" in caplog.text
+    assert seen(storage, "s", fallback=True) == "new" and "skipped theirs" in caplog.text
     writes = [lambda: put(storage, "new", "theirs/q"), lambda: drop(storage, "theirs/q")]
     for write in () if call == "listdir" else writes[: 1 if code else 2]:
         kind, _, message = told(write)
