@@ -6432,14 +6432,10 @@ LACKED = {
     "reserved space": lambda op: op.call == "allocate",
     "reads that do not wait": lambda op: op.call == "is_cold",
 }
-UNSUPPORTED = [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS]
+UNSUPPORTED = [*itertools.product(LACKED, (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS))]
 
 
-@pytest.mark.parametrize(
-    "what, code",
-    [*itertools.product(LACKED, UNSUPPORTED), ("hard links", errno.EPERM)],
-    ids=lambda value: errno.errorcode.get(value, value),
-)
+@pytest.mark.parametrize("what, code", [*UNSUPPORTED, ("hard links", errno.EPERM)])
 def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_lacks(ram, what, code):
     class Lacking(Seam):
         def open(self, path, flags, mode=0o777):
@@ -6937,21 +6933,14 @@ def test_a_bad_name_in_a_record_is_refused_and_nothing_outside_is_touched(ram, n
     told(lambda: checkpoint.delete_checkpoint("p"))
     told(lambda: put(checkpoint.storage, "new"))
     del before[str(path.relative_to(ram))]
+    if "/" in name or name in ("..", ".", "", "\0"):  # which the storage itself refuses, too
+        calls = ("open", "create", "delete", "length", "sync_directory", "names", "age_s")
+        for place, call in itertools.product((f"p/{name}", name), calls):
+            with contextlib.suppress(ValueError, OSError, CheckpointException):
+                result = getattr(ckpt.LocalStorage(base), call)(place)
+                assert not result or call == "create" or ".." not in name, (call, place)
     assert before.items() <= others().items(), name
-
-
-@pytest.mark.parametrize("name", [n for n in BAD_NAMES if "/" in n or n in ("..", ".", "", "\0")], ids=ascii)
-def test_a_bad_path_is_refused_by_the_storage_itself(ram, name):
-    (ram / "base" / "p").mkdir(parents=True)
-    (ram / "base" / "p" / "link").symlink_to(ram)
-    (ram / "outside.safetensors").write_text("mine")
-    calls = ("open", "create", "delete", "length", "sync_directory", "names", "age_s")
-    for path, call in itertools.product((f"p/{name}", name), calls):
-        with contextlib.suppress(ValueError, OSError, CheckpointException):
-            result = getattr(ckpt.LocalStorage(ram / "base"), call)(path)
-            assert not result or call == "create" or ".." not in name, (call, path)
-    left = {name: data for name, data in listing(ram).items() if not name.startswith("base/")}
-    assert left == {"outside.safetensors": b"mine"}
+    assert set(os.listdir(ram)) == {"base", "outside.safetensors", "outside\\x"}
 
 
 @pytest.mark.parametrize(
