@@ -1294,7 +1294,7 @@ class OptimizerState:
 
         An optimizer of another kind than the saved one is a problem. It stays as it is in loose mode.
         """
-        with _well_formed("optimizer/state"):
+        with st.well_formed("optimizer/state"):
             saved = SavedOptimizer(restore)
         names = {
             part: [n for g in self._groups.get(part, ()) for n, _, _ in g.params] for part in self._parts
@@ -2088,7 +2088,7 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
     if twice := [name for name, count in names.items() if count > 1]:
         what = f"two entries of the export would have one name: {st.some(twice)}"
         raise ValueError(f"{meta.prefix}: {what}; rename one (safetensors itself uses '__metadata__')")
-    with _well_formed(meta.prefix):
+    with st.well_formed(meta.prefix):
         for name in names:
             st.check_name(name)
     for what, found in notes.items():
@@ -2252,7 +2252,7 @@ def _read_parts(path: str, read: Callable[[str], Mapping[str, R]]) -> dict[str, 
     for name in indices:
         index = os.path.join(folder, name)
         text = st.read_file(*_locate(index))
-        with _well_formed(index):
+        with st.well_formed(index):
             table = st.Fields(st.parse_json(text, index)).child("weight_map")
             weights, names = table.all, sorted(set(map(table.text, table.all)))
             for name in names:
@@ -2278,7 +2278,7 @@ def _read_header(path: str) -> dict[str, tuple[str, st.Entry]]:
     `begin` and `end` count from the start of the file. CORRUPTED_CHECKPOINT if the file breaks a rule.
     """
     storage, name = _locate(path)
-    with _well_formed(path), contextlib.closing(storage.open(name)) as file:
+    with st.well_formed(path), contextlib.closing(storage.open(name)) as file:
         length = file.length()
         file.read(0, memoryview(start := bytearray(min(8, length))))
         data = 8 + int.from_bytes(start, "little")
@@ -2354,15 +2354,6 @@ def _locate(path: str) -> tuple[LocalStorage, str]:
         raise ValueError(f"{path}: expected a file, found {kinds.get(stat.S_IFMT(mode), 'a device')}")
     folder, name = os.path.split(os.path.realpath(path))
     return LocalStorage(folder), name
-
-
-@contextlib.contextmanager
-def _well_formed(path: str) -> Iterator[None]:
-    """Raise CORRUPTED_CHECKPOINT for what the parsers find wrong."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise st.corrupted(f"{path}: malformed: {error}", path) from error
 
 
 def _read_dcp(path: str) -> dict[str, object]:

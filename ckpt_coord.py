@@ -2046,7 +2046,7 @@ class CheckpointReader:
         """Return the CRC32 of each unit of a file, from its header. CORRUPTED_CHECKPOINT if it is damaged."""
         if index not in self._crcs:
             info = self.metadata.shards[index]
-            with self._blaming(index), self.file(index) as file:
+            with st.well_formed(self.metadata.shard_path(index)), self.file(index) as file:
                 length = file.length()
                 st.require(length == info.length, f"{length} bytes, the record says {info.length}")
                 file.read(0, memoryview(header := bytearray(info.header_bytes)))
@@ -2058,21 +2058,12 @@ class CheckpointReader:
     def check_header(self, index: int) -> None:
         """Check that a file's header says what the record says; CORRUPTED_CHECKPOINT if not."""
         info, crcs = self.metadata.shards[index], self.unit_crcs(index)
-        with self._blaming(index):
+        with st.well_formed(self.metadata.shard_path(index)):
             entries, data_bytes = self.metadata.entries(index), info.length - info.header_bytes
             expected = st.with_crcs(st.encode_header(entries, data_bytes, info.header_bytes), crcs)
             # The header itself has this CRC32, as `unit_crcs` has checked.
             same = st.crc32(expected) == info.header_crc
             st.require(same, "its header describes other entries than the record")
-
-    @contextmanager
-    def _blaming(self, index: int) -> Iterator[None]:
-        """Turn a ValueError into CORRUPTED_CHECKPOINT that names the file."""
-        path = self.metadata.shard_path(index)
-        try:
-            yield
-        except ValueError as error:
-            raise st.corrupted(f"{path}: {error}", path) from error
 
     def pieces_of_file(self, index: int) -> list[int]:
         """Return the rows of the record that lie in a file."""
