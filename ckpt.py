@@ -295,6 +295,7 @@ class Given(Generic[Options]):
     ) -> None:
         self.options: Options = kind()
         self.cancel = cancel
+        self.begun = set[str]()  # steps of any attempt
         self.model: Parts = {}
         self.optimizer: Parts | None = None
         self.extra_state: dict[str, object] = {}
@@ -439,10 +440,12 @@ class DistributedCheckpoint:
             epoch = checkpoint.load(model, optimizer, "step_100").extra_state["epoch"]
 
     `save`, `save_async`, `save_model_only` and `load` are collective: every rank must call them. The other
-    methods are local: any one process may call them. The arguments of the collective methods:
+    methods are local: any one process may call them. `DistributedCheckpointFactory` builds one with further
+    policies, such as `keep_last`. The arguments of the collective methods:
 
-    model         a Stateful, such as a module; a mapping of names to Statefuls, such as pipeline stages; or a
-                  mapping of names to tensors, which a load fills in place
+    model         a Stateful, which has `state_dict` and `load_state_dict`, such as a module; a mapping of
+                  names to Statefuls, such as pipeline stages; or a mapping of names to tensors, which a load
+                  fills in place
     optimizer     a Stateful, a mapping of names to Statefuls, or a list of them, named "0", "1", ...; or None
     options       `SaveOptions` or `LoadOptions`, or a string: the prefix, with default options
     extra_state   a mapping of names to Statefuls, or to values of plain types, arrays and tensors. A load
@@ -525,8 +528,9 @@ class DistributedCheckpoint:
         With staging="eager" the copy is complete on return. With "overlapped", parameters and optimizer state
         are copied while forward and backward run, and the optimizer's next step waits for the copy. If
         anything else changes them meanwhile (an EMA, clipping in place), the save fails and names the tensor;
-        a write through `.data` is not noticed. Every failure is raised by `result()` of what this returns. If
-        nobody calls that, the next save or `close` raises it, or it is printed when the interpreter exits.
+        a write through `.data` is not noticed. `wait_staged()` of what this returns waits for the copy;
+        `result()` waits for the save and raises its failure. If nobody calls that, the next save, which then
+        is not made, or `close` raises it, or it is printed when the interpreter exits.
         """
         pending, interrupt = PendingSave(cancel), None
         given = self._begin(Given(SaveOptions, model, optimizer, options, extra_state, pending.cancel_event))
@@ -695,12 +699,18 @@ class DistributedCheckpoint:
         The failure that they agree on becomes the public exception.
         """
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
-        cancel, progress = given.cancel, given.options.progress
-        args = (given.coordinator, verb, given.limit_s, cancel, retryable, progress, time.monotonic())
-        begin = functools.partial(coord.Operation, *args)
+        rest = given.cancel, retryable, given.options.progress, given.begun
+        started: float | None = None
+
+        def begin() -> coord.Operation:
+            nonlocal started
+            op = coord.Operation(given.coordinator, verb, given.limit_s, started, *rest)
+            started = op.started
+            return op
+
         for again in (True, False):
             try:
-                return self.fault_handler.execute_with_retry(functools.partial(body, begin), cancel)
+                return self.fault_handler.execute_with_retry(functools.partial(body, begin), given.cancel)
             except coord.OperationFailed as failed:
                 # If a save has replaced what was read, read the new checkpoint, once.
                 if not (again and failed.failure["superseded"]):

@@ -930,6 +930,8 @@ def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, 
 
     `data` has elements of `dtype`; a target of another dtype gets them cast.
     """
+    if data.ctypes.data % dtype.itemsize:  # torch ends the process where complex128 is not aligned
+        data = data.copy()
     for part, elements in _in_boxes(data, start, dtype, piece.size):
         inside = Box(tuple(map(operator.add, piece.offset, part.offset)), part.size)
         if (common := inside.intersect(want)) is not None:
