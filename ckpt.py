@@ -295,6 +295,7 @@ class Given(Generic[Options]):
     ) -> None:
         self.options: Options = kind()
         self.cancel = cancel
+        self.begun = set[str]()  # steps of any attempt
         self.model: Parts = {}
         self.optimizer: Parts | None = None
         self.extra_state: dict[str, object] = {}
@@ -439,10 +440,12 @@ class DistributedCheckpoint:
             epoch = checkpoint.load(model, optimizer, "step_100").extra_state["epoch"]
 
     `save`, `save_async`, `save_model_only` and `load` are collective: every rank must call them. The other
-    methods are local: any one process may call them. The arguments of the collective methods:
+    methods are local: any one process may call them. `DistributedCheckpointFactory` builds one with further
+    policies, such as `keep_last`. The arguments of the collective methods:
 
-    model         a Stateful, such as a module; a mapping of names to Statefuls, such as pipeline stages; or a
-                  mapping of names to tensors, which a load fills in place
+    model         a Stateful, which has `state_dict` and `load_state_dict`, such as a module; a mapping of
+                  names to Statefuls, such as pipeline stages; or a mapping of names to tensors, which a load
+                  fills in place
     optimizer     a Stateful, a mapping of names to Statefuls, or a list of them, named "0", "1", ...; or None
     options       `SaveOptions` or `LoadOptions`, or a string: the prefix, with default options
     extra_state   a mapping of names to Statefuls, or to values of plain types, arrays and tensors. A load
@@ -525,8 +528,9 @@ class DistributedCheckpoint:
         With staging="eager" the copy is complete on return. With "overlapped", parameters and optimizer state
         are copied while forward and backward run, and the optimizer's next step waits for the copy. If
         anything else changes them meanwhile (an EMA, clipping in place), the save fails and names the tensor;
-        a write through `.data` is not noticed. Every failure is raised by `result()` of what this returns. If
-        nobody calls that, the next save or `close` raises it, or it is printed when the interpreter exits.
+        a write through `.data` is not noticed. `wait_staged()` of what this returns waits for the copy;
+        `result()` waits for the save and raises its failure. If nobody calls that, the next save, which then
+        is not made, or `close` raises it, or it is printed when the interpreter exits.
         """
         pending, interrupt = PendingSave(cancel), None
         given = self._begin(Given(SaveOptions, model, optimizer, options, extra_state, pending.cancel_event))
@@ -695,12 +699,18 @@ class DistributedCheckpoint:
         The failure that they agree on becomes the public exception.
         """
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
-        cancel, progress = given.cancel, given.options.progress
-        args = (given.coordinator, verb, given.limit_s, cancel, retryable, progress, time.monotonic())
-        begin = functools.partial(coord.Operation, *args)
+        rest = given.cancel, retryable, given.options.progress, given.begun
+        started: float | None = None
+
+        def begin() -> coord.Operation:
+            nonlocal started
+            op = coord.Operation(given.coordinator, verb, given.limit_s, started, *rest)
+            started = op.started
+            return op
+
         for again in (True, False):
             try:
-                return self.fault_handler.execute_with_retry(functools.partial(body, begin), cancel)
+                return self.fault_handler.execute_with_retry(functools.partial(body, begin), given.cancel)
             except coord.OperationFailed as failed:
                 # If a save has replaced what was read, read the new checkpoint, once.
                 if not (again and failed.failure["superseded"]):
@@ -1294,7 +1304,7 @@ class OptimizerState:
 
         An optimizer of another kind than the saved one is a problem. It stays as it is in loose mode.
         """
-        with _well_formed("optimizer/state"):
+        with st.well_formed("optimizer/state"):
             saved = SavedOptimizer(restore)
         names = {
             part: [n for g in self._groups.get(part, ()) for n, _, _ in g.params] for part in self._parts
@@ -2088,7 +2098,7 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
     if twice := [name for name, count in names.items() if count > 1]:
         what = f"two entries of the export would have one name: {st.some(twice)}"
         raise ValueError(f"{meta.prefix}: {what}; rename one (safetensors itself uses '__metadata__')")
-    with _well_formed(meta.prefix):
+    with st.well_formed(meta.prefix):
         for name in names:
             st.check_name(name)
     for what, found in notes.items():
@@ -2252,7 +2262,7 @@ def _read_parts(path: str, read: Callable[[str], Mapping[str, R]]) -> dict[str, 
     for name in indices:
         index = os.path.join(folder, name)
         text = st.read_file(*_locate(index))
-        with _well_formed(index):
+        with st.well_formed(index):
             table = st.Fields(st.parse_json(text, index)).child("weight_map")
             weights, names = table.all, sorted(set(map(table.text, table.all)))
             for name in names:
@@ -2278,7 +2288,7 @@ def _read_header(path: str) -> dict[str, tuple[str, st.Entry]]:
     `begin` and `end` count from the start of the file. CORRUPTED_CHECKPOINT if the file breaks a rule.
     """
     storage, name = _locate(path)
-    with _well_formed(path), contextlib.closing(storage.open(name)) as file:
+    with st.well_formed(path), contextlib.closing(storage.open(name)) as file:
         length = file.length()
         file.read(0, memoryview(start := bytearray(min(8, length))))
         data = 8 + int.from_bytes(start, "little")
@@ -2354,15 +2364,6 @@ def _locate(path: str) -> tuple[LocalStorage, str]:
         raise ValueError(f"{path}: expected a file, found {kinds.get(stat.S_IFMT(mode), 'a device')}")
     folder, name = os.path.split(os.path.realpath(path))
     return LocalStorage(folder), name
-
-
-@contextlib.contextmanager
-def _well_formed(path: str) -> Iterator[None]:
-    """Raise CORRUPTED_CHECKPOINT for what the parsers find wrong."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise st.corrupted(f"{path}: malformed: {error}", path) from error
 
 
 def _read_dcp(path: str) -> dict[str, object]:

@@ -563,10 +563,11 @@ class Operation:
     coordinator: DistributedCoordinator
     verb: str  # "save" or "load"
     timeout: float  # seconds
+    started: float | None = None  # when the first attempt began: all have one deadline
     cancel: threading.Event | None = None
     retryable: tuple[type[BaseException], ...] = ()
     progress: Callable[[Progress], None] | None = None
-    started: float = field(default_factory=time.monotonic)  # all attempts have one deadline
+    begun: set[str] = field(default_factory=set)  # the steps that this attempt, or one before it, has begun
 
     committed = False  # on rank 0: what follows may not fail
     step_name = ""
@@ -574,6 +575,7 @@ class Operation:
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.coordinator.rank, self.coordinator.world_size
+        self.started = time.monotonic() if self.started is None else self.started
         self._deadline = self.started + self.timeout
         # Map from the rank that a mesh names to the rank in this operation.
         self._own_rank = getattr(self.coordinator, "own_rank", range(self.world_size))
@@ -601,6 +603,7 @@ class Operation:
     def step(self, name: str) -> Iterator[None]:
         """Run a step. I5: an error in it is raised on all ranks."""
         self.step_name, started = name, time.monotonic()
+        self.begun.add(name[:2])
         try:
             if not name.startswith("S7"):  # a commit is announced, however late
                 self.poll()
@@ -656,7 +659,7 @@ class Operation:
         late = kind == ExceptionType.TIMEOUT.value
         if late and rank != self.rank and step in ("S1", "L1"):
             text += f"; {self.verb} is collective: every rank must call it"
-        if step in ("L4", "L5"):
+        if "L4" in self.begun:
             text += "; tensors being loaded are undefined now: load again, or restart"
         text += f" (rank {self.rank}, in {self.step_name})" if self.world_size > 1 else ""
         return {
@@ -1995,7 +1998,8 @@ class CheckpointReader:
 
     def __exit__(self, *exc: object) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # all that was read is verified
+                file.close()
 
     def find(self, name: str, rank: int) -> int | None:
         """Return the index of the tensor that `rank` gets by this name, or None if nothing is stored.
@@ -2046,7 +2050,7 @@ class CheckpointReader:
         """Return the CRC32 of each unit of a file, from its header. CORRUPTED_CHECKPOINT if it is damaged."""
         if index not in self._crcs:
             info = self.metadata.shards[index]
-            with self._blaming(index), self.file(index) as file:
+            with st.well_formed(self.metadata.shard_path(index)), self.file(index) as file:
                 length = file.length()
                 st.require(length == info.length, f"{length} bytes, the record says {info.length}")
                 file.read(0, memoryview(header := bytearray(info.header_bytes)))
@@ -2058,21 +2062,12 @@ class CheckpointReader:
     def check_header(self, index: int) -> None:
         """Check that a file's header says what the record says; CORRUPTED_CHECKPOINT if not."""
         info, crcs = self.metadata.shards[index], self.unit_crcs(index)
-        with self._blaming(index):
+        with st.well_formed(self.metadata.shard_path(index)):
             entries, data_bytes = self.metadata.entries(index), info.length - info.header_bytes
             expected = st.with_crcs(st.encode_header(entries, data_bytes, info.header_bytes), crcs)
             # The header itself has this CRC32, as `unit_crcs` has checked.
             same = st.crc32(expected) == info.header_crc
             st.require(same, "its header describes other entries than the record")
-
-    @contextmanager
-    def _blaming(self, index: int) -> Iterator[None]:
-        """Turn a ValueError into CORRUPTED_CHECKPOINT that names the file."""
-        path = self.metadata.shard_path(index)
-        try:
-            yield
-        except ValueError as error:
-            raise st.corrupted(f"{path}: {error}", path) from error
 
     def pieces_of_file(self, index: int) -> list[int]:
         """Return the rows of the record that lie in a file."""
@@ -2095,7 +2090,7 @@ class CheckpointReader:
         return view
 
     def _fills(self, target: Target) -> Iterator[Fill]:
-        """Yield what a target needs of each piece. Raw pieces are cut where blocks end, frames are not."""
+        """Yield what a target needs of each piece. Aligned raw pieces are cut where blocks end."""
         tensors, want = self.metadata.tensors, target.box
         dtype = st.DTYPES[tensors[target.tensor].dtype]
         width = dtype.itemsize
@@ -2114,6 +2109,8 @@ class CheckpointReader:
             cuts = range((low // st.BLOCK_BYTES + 1) * st.BLOCK_BYTES, high, st.BLOCK_BYTES)
             if length < (raw_bytes := math.prod(piece.size) * width):
                 low, high, frame_bytes, cuts = begin, begin + length, raw_bytes, range(0)
+            elif begin % width:  # raw, behind frames: a cut would part an element
+                cuts = range(0)
             alone = target.alone * math.prod(common.size) * width / (frame_bytes or high - low)
             exact = piece == want and target.view.dtype == dtype
             flat = st.byte_view(target.view) if exact else None
@@ -2123,7 +2120,7 @@ class CheckpointReader:
     def plan(self, targets: Iterable[Target]) -> list[Read]:
         """L3: return which units to read, and what each is for. In the order of the files and their bytes.
 
-        A read begins and ends in one block; only a frame may reach into the next one.
+        A read begins and ends in one block; only a piece of a compressed file may reach into the next one.
         """
         reads, fills = list[Read](), [fill for target in targets for fill in self._fills(target)]
         for fill in sorted(fills, key=lambda fill: fill[:3]):

@@ -151,6 +151,15 @@ def corrupted(message: str, path: str = "") -> CheckpointException:
     return CheckpointException(message, path, ExceptionType.CORRUPTED_CHECKPOINT)
 
 
+@contextlib.contextmanager
+def well_formed(path: str) -> Iterator[None]:
+    """Raise CORRUPTED_CHECKPOINT for what the parsers of a file find wrong."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise corrupted(f"{path}: {error}", path) from error
+
+
 def some(names: Sequence[object], most: int = 5, separator: str = ", ") -> str:
     """The first of some names, for a message, and how many more there are."""
     more = [f"and {len(names) - most} more"] if len(names) > most else []
@@ -921,6 +930,8 @@ def copy_in(data: Bytes, start: int, dtype: torch.dtype, piece: Box, want: Box, 
 
     `data` has elements of `dtype`; a target of another dtype gets them cast.
     """
+    if data.ctypes.data % dtype.itemsize:  # torch ends the process where complex128 is not aligned
+        data = data.copy()
     for part, elements in _in_boxes(data, start, dtype, piece.size):
         inside = Box(tuple(map(operator.add, piece.offset, part.offset)), part.size)
         if (common := inside.intersect(want)) is not None:

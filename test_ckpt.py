@@ -597,7 +597,7 @@ def work_under_audit(tmp):
         checkpoint.load(model, optimizer, at("runs/consolidated"))
         checkpoint.validate_checkpoint("once")
         for _ in ("new", "again"):
-            ckpt.export_checkpoint(storage, "once", exported, max_shard_bytes=100)
+            ckpt.export_checkpoint(storage, "once", exported, max_shard_bytes=100, model_only=True)
         ckpt.import_checkpoint(index, storage, "again")
         ckpt.load_safetensors(small()[0], index, strict=False)
         ckpt.diff_checkpoints(storage, "once", "again")
@@ -1487,6 +1487,42 @@ def test_metadata_of_any_kind_is_listed_and_what_is_nested_too_deeply_is_refused
     deep = functools.reduce(lambda inner, _: [inner], range(300), 1)
     with pytest.raises(ValueError, match="nested too deeply"):
         checkpoint.save({"w": torch.ones(1)}, None, to("r", custom_metadata={"x": deep}))
+
+
+def test_a_raw_piece_of_a_compressed_file_is_read_wherever_it_lies(tmp_path):
+    words = torch.randint(-(1 << 31), 1 << 31, (MiB * 2,), dtype=torch.int32)
+    state = {"a": torch.zeros(12345), "b": words, "z": torch.randn(9999, dtype=torch.complex128)}
+    opened(tmp_path).save(state, None, to(compression_level="fast"))
+    live = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    opened(tmp_path).load(live, None, at())
+    assert identical(live, state)
+    assert opened(tmp_path).validate_checkpoint("p").is_valid
+
+
+def test_a_load_that_falls_back_still_says_that_an_attempt_has_touched_tensors(tmp_path):
+    checkpoint = opened(tmp_path)
+    checkpoint.save({"other": torch.ones(4)}, None, "old")
+    checkpoint.save({"a": torch.ones(MiB), "b": torch.ones(MiB)}, None, "new")
+    (path,) = shards(tmp_path, "new")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    live = {"a": torch.zeros(MiB), "b": torch.zeros(MiB)}
+    message = refusal(
+        lambda: checkpoint.load(live, None, at("new", fallback=True)), ExceptionType.VALIDATION_FAILED
+    )
+    assert "missing from the checkpoint" in message and "undefined" in message
+
+
+def test_an_error_at_the_close_of_a_file_that_was_only_read_does_not_matter(ram):
+    put(ckpt.LocalStorage(ram), "old")
+    storage = Storage(
+        ram,
+        Seam(
+            Strike(0, fail(errno.EIO), when=lambda op: (op.call, op.path[-3:]) == ("close", "ors"), until=9)
+        ),
+    )
+    assert seen(storage) == "old"
 
 
 def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
@@ -2786,7 +2822,7 @@ def test_options_of_groups_without_parameters_come_back_by_their_order_among_tho
     assert rates(optimizers) == [[0.2, 0.05, 0.07], [0.3, 0.4]]
     models, optimizers = start(0.9, None)  # one fewer: which one it is, nobody can tell
     (warning,) = checkpoint.load(models, optimizers, at()).warnings
-    assert "optimizer 'a': 2 group(s)" in warning and rates(optimizers) == [[0.9, 0.2], [0.3, 0.4]]
+    assert "optimizer a: 2 group(s)" in warning and rates(optimizers) == [[0.9, 0.2], [0.3, 0.4]]
 
 
 ADAMW, ADAM, RADAM, SGD = torch.optim.AdamW, torch.optim.Adam, torch.optim.RAdam, torch.optim.SGD
@@ -4456,10 +4492,10 @@ def test_diff_names_what_was_added_removed_and_changed_and_by_how_much(tmp_path,
         ("wide", torch.ones(3), torch.ones(4), "changed", "F32 [3] -> F32 [4]", None),
         ("typed", torch.ones(4), tensor([1.5] * 4).bfloat16(), "changed", "F32 [4] -> BF16 [4]", 0.5),
         ("moved", zeros, zeros.index_fill(0, tensor([MiB]), -0.25), "changed", "value", 0.25),
-        ("nan", tensor([1.0, math.nan]), tensor([math.nan, math.nan]), "changed", "value", math.nan),
+        ("nan", tensor([1.0, math.nan]), tensor([math.nan, math.nan]), "changed", "value", "nan"),
         ("ints", tensor([1, 2]), tensor([1, -5]), "changed", "value", 7.0),
         ("z", tensor([3 + 4j]), tensor([0j]), "changed", "value", 5.0),
-        ("far", torch.ones(2), tensor([1.0, math.inf]), "changed", "value", math.inf),
+        ("far", torch.ones(2), tensor([1.0, math.inf]), "changed", "value", "inf"),
     ]
     for prefix, side, extra in (("a", 1, {"step": 1, "day": 1}), ("b", 2, {"step": 20, "day": 2})):
         state = Bag(**{row[0]: row[side] for row in rows if row[side] is not None})
@@ -7344,7 +7380,7 @@ def _duplicate_keys(patch):
 def _unchecked_join(patch):
     """Names of files in a record are not looked at, and paths are joined as they come."""
     patch.setattr(st, "_FILE", re.compile(r"(?s)(.*)"))
-    patch.setattr(st.LocalStorage, "_path", lambda self, name, file=True: f"{self.base_path}/{name}")
+    patch.setattr(st.LocalStorage, "_path", lambda self, name: os.path.normpath(f"{self.base_path}/{name}"))
 
 
 def test_a_key_that_comes_twice_is_refused_in_the_record_and_in_a_header(ram):
@@ -8279,6 +8315,480 @@ def fall_back(rank, world_size, tmp, damaged, form):
     refused = told(lambda: checkpoint.load(model, None, at("two")))
     result = checkpoint.load(model, None, at("two", fallback=True))
     return result.prefix, list(result.warnings), identical(state_of(model), state_of(sharded("one"))), refused
+
+
+# ---- sequences: random steps and faults; after each step the disk is compared with a model ----------------
+# A step is a dict drawn from a seed, and `play(tmp, steps)` replays any list of them. A model maps each
+# prefix, oldest save first, to the number of the step that saved it; what was saved follows from that step,
+# without a checkpoint. A fault may allow several models, until `settle` finds which one the disk shows.
+
+SEQUENCES = int(os.environ.get("CKPT_SEQUENCES", "5"))
+FIRST_SEQUENCE = int(os.environ.get("CKPT_FIRST_SEQUENCE", "0"))
+ALL_RANKS, PLACES = 4, ("a", "a/b", "c")
+VERBS = {"save": 10, "load": 10, "damage": 3, "gc": 2, "delete": 2, "export": 1, "diff": 1, "validate": 1}
+TABLES = {1: [[0], [[0]]], 2: [[0, 1], [[0], [1]], [1, 0]], 3: [[0, 1, 2], [[0, 1, 2]], [2, 0, 1]]}
+TABLES[4] = [[0, 1, 2, 3], [[0, 1], [2, 3]], [[3, 1], [0, 2]]]  # of meshes; FSDP2 cannot take the last ones
+
+
+def drawn_steps(seed, length=40):
+    """The steps of a sequence; the last one removes what crashed saves have left."""
+    rng, steps = random.Random(seed), []
+    for _ in range(length):
+        verb, layout = rng.choices([*VERBS], VERBS.values())[0], rng.choice(("plain", "fsdp2", "placed"))
+        after_damage = bool(steps) and steps[-1]["verb"] == "damage"
+        saved = [step["prefix"] for step in steps if step["verb"] == "save"][-2:]
+        prefix = rng.choice(saved if saved and verb != "save" and rng.random() < 0.8 else PLACES)
+        verb, prefix = ("load", steps[-1]["prefix"]) if after_damage else (verb, prefix)
+        ranks = rng.choice((1, 1, 2, 2, 3, 4)) if verb in ("save", "load") else 1
+        most = 40 if verb in ("save", "load") else 10
+        fault = {
+            "kind": rng.choice(("error", "error", "error", "cancel", "kill all", "kill one")),
+            "rank": rng.randrange(ranks), "number": int(most * rng.random() ** 2), "late": rng.random() < 0.2,
+            "changes only": rng.random() < 0.7, "for ever": rng.random() < 0.5,
+            "code": rng.choice(("EIO", "ENOSPC", "ESTALE")), "attempts": rng.choice((1, 1, 2)),
+        }  # fmt: skip
+        save = {
+            "format": rng.choice(FORMATS).value, "compression_level": rng.choice(LEVELS).value,
+            "replicas": rng.choice(("verify", "trust")), "overwrite": rng.random() < 0.8,
+        }  # fmt: skip
+        load = {
+            "resharding_strategy": rng.choice(STRATEGIES), "strict_mode": rng.random() < 0.7,
+            "fallback": rng.random() < 0.4, "skip_validation": rng.random() < 0.2,
+        }  # fmt: skip
+        steps.append({
+            "verb": verb, "prefix": prefix, "ranks": ranks, "layout": layout,
+            "mesh": rng.randrange(len(TABLES[ranks]) - (layout == "fsdp2")), "salt": rng.randrange(99),
+            "fault": fault if verb in ("save", "load", "gc", "delete") and rng.random() < 0.4 else None,
+            "options": save if verb == "save" else load, "shapes": 2 * seed + (rng.random() < 0.1),
+            "optimizer": rng.random() < 0.8, "rng": rng.random() < 0.3,
+            "staging": rng.choice((None, None, "eager", "overlapped")),
+            "differ": save["replicas"] == "verify" and rng.random() < 0.5,
+            "keep": rng.choice((*[None] * 6, 1, 2, "even")), "fresh": rng.random() < 0.5,
+            "misfit": rng.choice((*[None] * 5, "missing", "unexpected", "dtype", "shape")),
+            "cut": rng.random() < 0.4, "file": rng.random(), "place": rng.random(),
+            "other": rng.choice(PLACES), "age": rng.choice((0.0, 86400.0)), "old": rng.random() < 0.3,
+        })  # fmt: skip
+    return [*steps, steps[-1] | {"verb": "gc", "ranks": 1, "fault": None, "age": 0.0, "old": True}]
+
+
+class Anything(nn.Module):
+    """Parameters and buffers of random shapes and dtypes, a tied one, and a value that is no tensor."""
+
+    def __init__(self, seed):
+        super().__init__()
+        rng, self.value = random.Random(seed), None
+        for number in range(rng.randrange(1, 5)):
+            shape = [rng.choice((0, 1, 2, 3, 7, 40)), *rng.choices((1, 2, 5, 40), k=rng.randrange(3))]
+            dtype = getattr(torch, rng.choice(("float32", "float32", "float64", "bfloat16", "float16")))
+            self.register_parameter(f"w{number}", nn.Parameter(torch.zeros(shape, dtype=dtype)))
+        self.tied = self.w0
+        for name in ("count", "b0", "b1"):
+            shape = [rng.choice((0, 1, 3, 30)) for _ in range(rng.randrange(3)) if name != "count"]
+            dtype = getattr(torch, rng.choice(("int8", "uint8", "int32", "int64", "bool")))
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+
+    def get_extra_state(self):
+        return self.value
+
+    def set_extra_state(self, state):
+        self.value = state
+
+
+def here(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def mesh_of(table):
+    return DeviceMesh("cpu", table, mesh_dim_names=("x", "y")[: torch.tensor(table).ndim])
+
+
+def per_rank(step, rank):
+    """The rank whose own values `rank` has after a save in this step, or a load of it."""
+    return rank if step["differ"] and rank < step["ranks"] else 0
+
+
+class Job:
+    """What one rank saves or fills: a model and an optimizer, laid out as a step says."""
+
+    def __init__(self, shapes, step, mesh=None, fresh=False):
+        self.model, rng = Anything(shapes), random.Random(step["salt"])
+        if mesh and step["layout"] == "fsdp2":
+            fully_shard(self.model, mesh=mesh)
+        for name, weight in [*self.model.named_parameters()] if mesh and step["layout"] == "placed" else ():
+            dims = [rng.randrange(-1, weight.ndim) for _ in range(mesh.ndim)]
+            placements = [Replicate() if dim < 0 else ShardDim(dim) for dim in dims]
+            placed = distribute_tensor(weight.detach(), mesh, placements, src_data_rank=None)
+            self.model.register_parameter(name, nn.Parameter(placed))
+        self.model.tied = self.model.w0
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        for weight in () if fresh else self.model.parameters():
+            moments = {slot: torch.zeros_like(weight.detach()) for slot in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[weight] = {"step": torch.tensor(0.0), **moments}
+
+    def bend(self, misfit):
+        """Make the model differ from the one that was saved."""
+        if misfit == "missing":
+            self.model.register_buffer("more", torch.zeros(3))
+        elif misfit == "unexpected":
+            del self.model.b0
+        elif misfit:
+            b0 = self.model.b0
+            self.model.b0 = b0.double() if misfit == "dtype" else b0[..., None, None]
+        return self
+
+    def tensors(self):
+        found = {f"model/{k}": v for k, v in self.model.state_dict().items() if k != "_extra_state"}
+        for name, weight in self.model.named_parameters():
+            state = self.optimizer.state.get(weight, {})
+            found |= {f"optimizer/{name}/{slot}": tensor for slot, tensor in state.items()}
+        return found
+
+    def fill(self, salt, rank=0):
+        """Fill all with bits that follow from the salt and the name; the buffer `count` also by the rank."""
+        for name, tensor in self.tensors().items():
+            seed = zlib.crc32(f"{salt}/{name}/{rank if name == 'model/count' else 0}".encode())
+            size, most = tensor.numel() * tensor.element_size(), 2 if tensor.dtype is torch.bool else 256
+            generator = torch.Generator().manual_seed(seed)
+            data = torch.randint(most, (size,), generator=generator, dtype=torch.uint8)
+            data[: size // 4 * (seed % 3)] = 1  # so that some pieces shrink, and others do not
+            whole = data.view(tensor.dtype).view(tensor.shape)
+            whole = torch.tensor(float(salt)) if name.endswith("/step") else whole
+            if isinstance(tensor, DTensor):
+                whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            here(tensor).copy_(here(whole))
+        self.model.value = {"salt": salt, "odd": (-0.0, float("nan"), b"\0")}
+        self.optimizer.param_groups[0]["lr"] = salt / 7
+        return self
+
+    def state(self):
+        """All that a load may change, as plain values."""
+        found = {name: raw(here(tensor)) for name, tensor in self.tensors().items()}
+        return found | {"model/value": self.model.value, "optimizer/lr": self.optimizer.param_groups[0]["lr"]}
+
+
+def truth_of(step):
+    """What was saved in a step, in one process."""
+    return Job(step["shapes"], step).fill(step["salt"])
+
+
+def extra_of(salt, rank):
+    return {"plan": {"epoch": salt, "t": torch.full((2,), salt)}, "own": f"{salt} of {rank}"}
+
+
+class Player:
+    """One rank. Each verb returns how the step ended, as `told` does. `kept`: the steps saved, by prefix."""
+
+    def __init__(self, rank, tmp, steps):
+        self.rank, self.tmp, self.steps, self.pids = rank, tmp, steps, [0] * ALL_RANKS
+        groups = {ranks: dist.new_group([*range(ranks)]) for ranks in range(2, ALL_RANKS + 1)}
+        self.coordinators = {n: ckpt.TorchCoordinator(group) for n, group in groups.items() if rank < n}
+        self.coordinators[1] = ckpt.LocalCoordinator()
+        self.meshes = {ranks: [mesh_of(table) for table in tables] for ranks, tables in TABLES.items()}
+        dist.all_gather_object(self.pids, os.getpid())
+
+    def perform(self, number, kept):
+        step, cancel, strike = self.steps[number], threading.Event(), Strike(-1, None)
+        fault, deadly = step["fault"], is_deadly(step)
+        if self.rank >= step["ranks"]:
+            return None
+        if fault and fault["rank"] == self.rank:
+            acts = {
+                "cancel": lambda op: cancel.set(),
+                "kill one": lambda op: os._exit(1),
+                "kill all": self.kill_all,
+            }
+            act = acts.get(fault["kind"]) or fail(getattr(errno, fault["code"]))
+            when = is_change if fault["changes only"] and step["verb"] != "load" else lambda op: True
+            strike = Strike(fault["number"], act, when, until=FOREVER if fault["for ever"] else None)
+        seam = Seam(**{"after" if fault and fault["late"] else "before": strike})
+        attempts, coordinator = fault["attempts"] if fault else 1, self.coordinators[step["ranks"]]
+        checkpoint = over(Storage(self.tmp, seam), coordinator, attempts)
+        checkpoint.default_timeout = DEADLINE_S if deadly else checkpoint.default_timeout
+        kind, rank, message = getattr(self, step["verb"])(step, checkpoint, kept, number, cancel)
+        return kind, rank, str(message), strike.hit is not None
+
+    def kill_all(self, op):
+        for pid in sorted(self.pids, key=lambda pid: pid == os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+
+    def save(self, step, checkpoint, kept, number, cancel):
+        rank, salt, keep = per_rank(step, self.rank), step["salt"], step["keep"]
+        job = Job(step["shapes"], step, self.meshes[step["ranks"]][step["mesh"]]).fill(salt, rank)
+        checkpoint.retain = (
+            (lambda infos: [i.prefix for i in infos if is_even(i)]) if keep == "even" else None
+        )
+        checkpoint.keep_last = None if keep == "even" else keep
+        options = to(step["prefix"], **step["options"], include_rng_state=step["rng"])
+        options.staging, options.custom_metadata = step["staging"] or "eager", {"number": number}
+        torch.manual_seed(100 * salt + self.rank)
+        given = job.model, job.optimizer if step["optimizer"] else None, options
+        rest = {"extra_state": extra_of(salt, rank), "cancel": cancel}
+        if step["staging"] is None:
+            return told(lambda: checkpoint.save(*given, **rest))
+        pending = checkpoint.save_async(*given, **rest)
+        pending.wait_staged()
+        job.fill(salt + 1)  # must not change what is saved
+        return told(pending.result)
+
+    def load(self, step, checkpoint, kept, number, cancel):
+        mesh, source = self.meshes[step["ranks"]][step["mesh"]], kept.get(step["prefix"], step)
+        job = Job(source["shapes"], step, mesh, step["fresh"]).bend(step["misfit"]).fill(step["salt"] + 1)
+        before, random_numbers = job.state(), torch.manual_seed(7).get_state()
+        options = at(step["prefix"], **step["options"], load_rng_state=step["rng"])
+        options.load_optimizer = step["optimizer"]
+        given = job.model, job.optimizer if step["optimizer"] else None, options
+        kind, _, result = answer = told(lambda: checkpoint.load(*given, cancel=cancel))
+        after = job.state()
+        if kind != "returned":
+            changed = [name for name in before | after if not identical(before.get(name), after.get(name))]
+            assert not changed or "undefined" in result, f"{changed} changed: {answer}"
+            return answer
+        source = kept[result.prefix]
+        salt, ranks, own = source["salt"], source["ranks"], per_rank(source, self.rank)
+        truth = Job(source["shapes"], step, mesh).fill(salt, own).bend(step["misfit"]).state()
+        others = "model/more" if step["optimizer"] and source["optimizer"] else ("model/more", "optimizer")
+        truth = before | {name: value for name, value in truth.items() if not name.startswith(others)}
+        wrong = [name for name in truth | after if not identical(truth.get(name), after.get(name))]
+        extra, per_saved_rank, differ = extra_of(salt, own), {}, source["differ"] and ranks > 1
+        if differ and self.rank >= ranks:
+            del extra["own"]
+        if differ and ranks != step["ranks"]:
+            per_saved_rank = {"own": {rank: f"{salt} of {rank}" for rank in range(ranks)}}
+        if step["rng"] and source["rng"] and self.rank < ranks:
+            random_numbers = torch.Generator().manual_seed(100 * salt + self.rank).get_state()
+        wrong += ["extra_state"] * (not identical(dict(result.extra_state), extra))
+        wrong += ["extra_state_per_rank"] * (not identical(result.extra_state_per_rank, per_saved_rank))
+        wrong += ["random numbers"] * (not torch.equal(torch.get_rng_state(), random_numbers))
+        assert not wrong, f"{result.prefix} came back wrong: {wrong}"
+        return kind, None, result.prefix
+
+    def gc(self, step, checkpoint, kept, number, cancel):
+        if step["old"]:
+            make_old(self.tmp)
+        young = set(fences(self.tmp)) if step["age"] and not step["old"] else set()
+        kind, removed = "STORAGE_ERROR", []
+        with contextlib.suppress(OSError):
+            kind, removed = "returned", ckpt.collect_garbage(checkpoint.storage, step["age"])
+        assert young <= set(fences(self.tmp)), f"gc took the fence of a save that may be alive: {removed}"
+        return kind, None, removed
+
+    def delete(self, step, checkpoint, kept, number, cancel):
+        return told(lambda: checkpoint.delete_checkpoint(step["prefix"]))
+
+    def damage(self, step, checkpoint, kept, number, cancel):
+        """Flip a bit of a file, or cut it. Tell whether the record still looks committed."""
+        if step["prefix"] not in kept or kept[step["prefix"]]["damage"]:
+            return "returned", None, ""
+        files = own_files(self.tmp, step["prefix"])
+        path = self.tmp / files[int(step["file"] * len(files))]
+        data = bytearray(path.read_bytes())
+        place = len(data) - 1 - int(step["place"] ** 3 * len(data))  # mostly behind the header
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data[:place] if step["cut"] else data)
+        return "returned", None, "record" if path.suffix == ".json" else "cut" if step["cut"] else "flip"
+
+    def validate(self, step, checkpoint, kept, number, cancel):
+        sound = step["prefix"] in kept and not kept[step["prefix"]]["damage"]
+        assert checkpoint.validate_checkpoint(step["prefix"]).is_valid is sound, f"valid is not {sound}"
+        return "returned", None, ""
+
+    def export(self, step, checkpoint, kept, number, cancel):
+        out, place = self.tmp.parent / "out" / "m.safetensors", (checkpoint.storage, step["prefix"])
+        kind, *rest = told(lambda: ckpt.export_checkpoint(*place, out, model_only=True))
+        if kind == "returned":
+            tensors = truth_of(kept[step["prefix"]]).tensors().items()
+            state = {k.removeprefix("model/"): v for k, v in tensors if k.startswith("model/")}
+            assert contents(out) == as_stored(state), "exported wrong"
+        return kind, *rest
+
+    def diff(self, step, checkpoint, kept, number, cancel):
+        pair = step["prefix"], step["other"]
+        kind, _, found = told(lambda: ckpt.diff_checkpoints(checkpoint.storage, *pair))
+        if kind == "returned":
+            a, b = (
+                {k: (v.shape, v.dtype, raw(v)) for k, v in truth_of(kept[p]).tensors().items()} for p in pair
+            )
+            differ = {k for k in a | b if k.startswith("model/w") and a.get(k) != b.get(k)}
+            names = {difference.name for difference in found if difference.name.startswith("model/w")}
+            assert names == differ, f"{differ} differ, not {names}"
+        return kind, _, found
+
+
+def is_even(info):
+    return info.custom_metadata["number"] % 2 == 0
+
+
+def own_files(tmp, prefix):
+    """The record of a prefix, and the files that it names."""
+    text = (tmp / f"{prefix}.metadata.json").read_text(errors="replace")
+    names = re.findall(r'"([0-9a-f]{8}[^"]*\.safetensors)"', text)
+    return [f"{prefix}.metadata.json", *(f"{prefix}/{name}" for name in names)]
+
+
+def stored(steps, state):
+    """The steps whose saves are on disk, by prefix, each with the damage done to it since."""
+    return {p: steps[n] | {"damage": state["damage"].get(n)} for p, n in state["models"][0].items()}
+
+
+def right_kinds(step, kept, dirty):
+    """How a step may end, its fault apart."""
+    prefix, verb, options = step["prefix"], step["verb"], step["options"]
+    exists, other = prefix in kept, step["other"] if verb == "diff" else prefix
+    damage = {kept[p]["damage"] for p in (prefix, other) if p in kept}
+    if verb == "save":
+        return {"SAVE_FAILED" if exists and not options["overwrite"] else "returned"}
+    if verb == "delete":  # it may remove what a crash has left
+        return {"returned"} if exists else {"STORAGE_ERROR", "returned"} if dirty else {"STORAGE_ERROR"}
+    if verb in ("export", "diff"):
+        found = {"returned" if exists and other in kept else "LOAD_FAILED"}
+        return found | ({"CORRUPTED_CHECKPOINT"} if damage - {None} else set())
+    if verb != "load":
+        return {"returned"}
+    if not exists:
+        return {"LOAD_FAILED"}
+    hidden = kept[prefix]["damage"] == "record"  # its age too
+    older = [*kept] if hidden else [*kept][: [*kept].index(prefix)]
+    older = [p for p in reversed(older) if p != prefix and kept[p]["damage"] in (None, "flip")]
+    found = {"CORRUPTED_CHECKPOINT"} if hidden else set()
+    for source in (kept[p] for p in [prefix, *(older if options["fallback"] else [])]):
+        unfit = step["misfit"] == "shape" or source["shapes"] != kept[prefix]["shapes"]
+        unfit |= options["strict_mode"] and bool(
+            step["misfit"] or (step["optimizer"] and not source["optimizer"])
+        )
+        if source["damage"] in (None, "flip"):
+            found |= {"VALIDATION_FAILED" if unfit else "returned"}
+        if source["damage"] is None and not hidden:
+            return found
+    return found | {"CORRUPTED_CHECKPOINT"}
+
+
+def judge(steps, number, outcomes, state):
+    """Check how a step ended on the ranks that live. Note in `state` what may be on disk now."""
+    step, model, kept = steps[number], state["models"][0], stored(steps, state)
+    prefix, fault, outcomes = step["prefix"], step["fault"], [outcome for outcome in outcomes if outcome]
+    deadly = is_deadly(step)
+    hit = bool(fault) and (deadly or any(was_hit for *_, was_hit in outcomes))
+    kinds = right_kinds(step, kept, state["dirty"])
+    if hit:
+        kinds |= {"TIMEOUT" if deadly else "STORAGE_ERROR" if fault["kind"] == "error" else "CANCELLED"}
+    if hit and step["verb"] == "load" and prefix in kept and kept[prefix]["damage"]:
+        kinds |= {"CORRUPTED_CHECKPOINT"}  # it may find nothing to fall back to
+    ends = {outcome[:2] for outcome in outcomes}
+    assert len(ends) <= 1 and {kind for kind, _ in ends} <= kinds, f"not {kinds}, the same on all: {outcomes}"
+    kind, message = (outcomes[0][0], outcomes[0][2]) if outcomes else ("died", "")
+    if step["verb"] == "damage" and message:
+        state["damage"][model[prefix]] = message
+        del state["files"][model[prefix]]
+    once = hit and not deadly and step["verb"] == "save" and not fault["for ever"] and kind != "returned"
+    state["dirty"] |= hit and not once
+    others = {p: n for p, n in model.items() if p != prefix}
+    if step["verb"] == "delete":
+        state["models"] = [others] if kind == "returned" else [model, others] if hit else [model]
+    if step["verb"] == "save" and (kind in ("returned", "died") or "may have been committed" in message):
+        state["dirty"] |= (
+            prefix in kept and kept[prefix]["damage"] == "record"
+        )  # it hides whose files are old
+        new, keep = others | {prefix: number}, step["keep"]
+        listed = [p for p, n in new.items() if state["damage"].get(n) in (None, "flip")]
+        stay = [p for p in listed if new[p] % 2 == 0] if keep == "even" else listed[-(keep or len(listed)) :]
+        gone = [p for p in listed if p not in (*stay, prefix)]
+        counts = range(len(gone) + 1) if hit else [len(gone)]
+        some = itertools.chain(*(itertools.combinations(gone, count) for count in counts))
+        state["models"] = [{p: n for p, n in new.items() if p not in less} for less in some]
+        state["models"] += [model] * (kind != "returned")
+
+
+def settle(tmp, steps, state, gc=None):
+    """Find the model that is true of the disk, and check every file. `gc`: the minimum age, after `gc`."""
+    checkpoint, names, damage = over(tmp), set(listing(tmp)), state["damage"]
+    found = [(info.prefix, info.custom_metadata["number"]) for info in checkpoint.list_checkpoints()]
+    records = {name.removesuffix(".metadata.json") for name in names if name.endswith(".metadata.json")}
+    true = [
+        model
+        for model in state["models"]
+        if set(model) == records and found == [i for i in model.items() if damage.get(i[1]) in (None, "flip")]
+    ]
+    assert true, f"listed: {found}, records: {records}; right would be one of {state['models']}"
+    state["models"], (model, *_) = true[:1], true
+    latest, kept = checkpoint.latest_checkpoint(), stored(steps, state)
+    assert (latest and latest.prefix) == (found[-1][0] if found else None), f"the latest is {latest}"
+    for prefix, number in model.items():
+        files = {name: zlib.crc32((tmp / name).read_bytes()) for name in own_files(tmp, prefix)}
+        if number not in state["files"] and not damage.get(number):
+            step, target = steps[number], Job(steps[number]["shapes"], steps[number])
+            options = at(prefix, load_rng_state=False, load_optimizer=step["optimizer"])
+            checkpoint.load(target.model, target.optimizer if step["optimizer"] else None, options)
+            now, truth = target.state(), truth_of(step).state()
+            names_of = [
+                n for n in now if n.startswith(("model", "optimizer") if step["optimizer"] else "model")
+            ]
+            wrong = [name for name in names_of if not identical(now[name], truth[name])]
+            assert not wrong, f"{prefix} was saved wrong: {wrong}"
+        assert state["files"].setdefault(number, files) == files, f"the files of {prefix} have changed"
+    hidden = tuple(f"{p}{end}" for p in model if kept[p]["damage"] == "record" for end in "/.")
+    left = {
+        name for name in names.difference(*(own_files(tmp, p) for p in model)) if not name.startswith(hidden)
+    }
+    if gc is not None:
+        live = {path.name.split(".")[-2] for path in fences(tmp)}
+        unknown = {name for name in left if not live & set(re.findall("[0-9a-f]{8}", name))}
+        assert not (left if gc == 0 else unknown), f"gc has left {left}"
+        state["dirty"] = bool(left or hidden)
+    assert state["dirty"] or not left, f"left over: {left}"
+
+
+def is_deadly(step):
+    return bool(step["fault"]) and "kill" in step["fault"]["kind"]
+
+
+def perform(rank, world_size, tmp, steps, numbers, state):
+    """Perform some steps on every rank; rank 0 judges each. `play` judges a step that kills."""
+    st.UNIT_BYTES, st.BLOCK_BYTES, st._MIN_DIRECT_BYTES = PAGE, 2 * PAGE, PAGE
+    logging.disable(logging.CRITICAL)
+    player, box, number = Player(rank, tmp, steps), [state], "before"
+    try:
+        if rank == 0:
+            settle(tmp, steps, state)
+        for number in numbers:
+            dist.broadcast_object_list(box)
+            outcome, outcomes = player.perform(number, stored(steps, box[0])), [None] * world_size
+            if is_deadly(step := steps[number]):
+                return outcome
+            dist.all_gather_object(outcomes, outcome)
+            if rank == 0:
+                judge(steps, number, outcomes, state)
+                done = step["verb"] == "gc" and outcomes[0][0] == "returned" and not outcomes[0][3]
+                settle(tmp, steps, state, gc=(0.0 if step["old"] else step["age"]) if done else None)
+    except Exception as error:
+        raise AssertionError(f"step {number}: {error!r}") from error
+    return box[0]
+
+
+def play(base, steps):
+    """Perform all steps; after each that may kill, in new processes."""
+    tmp, first = Path(base) / "base", 0
+    tmp.mkdir()
+    state = {"models": [{}], "damage": {}, "dirty": False, "files": {}}
+    for number in [n for n, step in enumerate(steps) if is_deadly(step)]:
+        state = run(ALL_RANKS, perform, tmp, steps, range(first, number), state)[0]
+        ends = run(ALL_RANKS, perform, tmp, steps, [number], state, dies=range(ALL_RANKS))
+        victim, first = steps[number]["fault"]["rank"], number + 1
+        assert "died" not in ends or ends[victim] == "died", (
+            f"step {number}: not only rank {victim} died: {ends}"
+        )
+        judge(steps, number, [end for end in ends if end != "died"], state)
+    run(ALL_RANKS, perform, tmp, steps, range(first, len(steps)), state)
+
+
+@pytest.mark.parametrize("seed", range(FIRST_SEQUENCE, FIRST_SEQUENCE + SEQUENCES))
+def test_any_sequence_of_saves_loads_faults_and_clean_up_leaves_what_a_model_says(ram, seed):
+    steps = drawn_steps(seed)
+    try:
+        play(ram, steps)
+    except BaseException as error:
+        lines = "\n".join(f"  {number}: {step}" for number, step in enumerate(steps))
+        pytest.fail(f"{error}\nof drawn_steps({seed}), for play(tmp, steps):\n{lines}", pytrace=False)
+    COUNTS["steps in sequences"] += len(steps)
 
 
 # ---- README: its examples run as they stand ----------------------------------------------------------------
