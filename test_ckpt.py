@@ -2670,7 +2670,7 @@ def test_options_of_groups_without_parameters_come_back_by_their_order_among_tho
     assert rates(optimizers) == [[0.2, 0.05, 0.07], [0.3, 0.4]]
     models, optimizers = start(0.9, None)  # one fewer: which one it is, nobody can tell
     (warning,) = checkpoint.load(models, optimizers, at()).warnings
-    assert "optimizer 'a': 2 group(s)" in warning and rates(optimizers) == [[0.9, 0.2], [0.3, 0.4]]
+    assert "optimizer a: 2 group(s)" in warning and rates(optimizers) == [[0.9, 0.2], [0.3, 0.4]]
 
 
 ADAMW, ADAM, RADAM, SGD = torch.optim.AdamW, torch.optim.Adam, torch.optim.RAdam, torch.optim.SGD
