@@ -842,9 +842,7 @@ def test_compression_shrinks_what_it_can_and_costs_next_to_nothing_where_it_cann
 
 
 @pytest.mark.parametrize("kind", ["integrity_checkers", "compatibility_checkers"])
-def test_a_custom_checker_can_refuse_a_load_unless_validation_is_skipped_but_checksums_never_are(
-    tmp_path, kind
-):
+def test_a_custom_checker_refuses_a_load_unless_skipped_but_checksums_are_never_skipped(tmp_path, kind):
     calls, skip = [], at(skip_validation=True)
 
     def objects(*given):
@@ -949,9 +947,7 @@ def hiccups(times):
 
 
 @pytest.mark.parametrize("attempts, limit_s", [(1, 60.0), (2, 60.0), (3, 60.0), (3, 0.5)])
-def test_the_retry_policy_and_the_limit_decide_how_often_an_error_is_tried_again(
-    tmp_path, manual_time, attempts, limit_s
-):
+def test_the_retry_policy_decides_how_often_an_error_is_tried_again(tmp_path, manual_time, attempts, limit_s):
     class Policy(ckpt.RetryPolicy):
         def delay(self, attempt):
             manual_time.sleep(super().delay(attempt))
@@ -1120,22 +1116,11 @@ def test_a_coordinator_of_the_five_documented_methods_is_enough(ram):
         assert failed[:2] == ("STORAGE_ERROR", 1) and "no room" in failed[2]
 
 
-class ManualTime:
-    """In the place of the module `time`: a clock that goes on only when somebody sleeps, and then at once."""
-
-    now = 0.0
-
-    def monotonic(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
-
-
 @pytest.fixture
 def manual_time(monkeypatch):
-    """The deadlines of the library use this clock."""
-    clock = ManualTime()
+    """The clock of the library's deadlines: it goes on only when somebody sleeps, and then at once."""
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    clock.sleep = lambda seconds: vars(clock).update(now=clock.now + seconds)
     for module in (ckpt, coord):
         monkeypatch.setattr(module, "time", clock)
     return clock
@@ -1189,8 +1174,8 @@ def vendored(tmp_path):
     """The three files as somebody else's package: pkg/vendor/ckpt.py and its neighbours."""
     vendor = tmp_path / "pkg" / "vendor"
     vendor.mkdir(parents=True)
-    for path in (vendor.parent / "__init__.py", vendor / "__init__.py"):
-        path.touch()
+    for package in (vendor.parent, vendor):
+        (package / "__init__.py").touch()
     for name in ("ckpt.py", "ckpt_coord.py", "ckpt_storage.py"):
         shutil.copy(HERE / name, vendor)
     return tmp_path
@@ -1276,7 +1261,7 @@ def test_state_of_an_optimizer_that_is_nested_or_belongs_to_no_parameter_comes_b
 
 def test_a_tensor_among_a_groups_options_follows_its_parameters_to_another_rank(ram):
     def swap(coordinator):
-        """Save a stage of a pipeline; load the other one. The stages have different learning rates, in tensors."""
+        """Save a stage of a pipeline; load the other, whose learning rate, a tensor, is another one."""
         stages = [nn.ModuleDict({f"stage{number}": nn.Linear(2, 2)}) for number in range(2)]
         mine, other = stages[coordinator.rank], stages[1 - coordinator.rank]
         checkpoint, rate = opened(ram, coordinator), torch.tensor([0.5, 0.25][coordinator.rank])
@@ -1472,7 +1457,7 @@ def test_retention_keeps_all_where_the_commit_may_not_be_durable(ram):
 
 
 def failing(base_path, code, call, pattern):
-    """The library on a disk where a file call fails for all paths of a pattern, with an error that names none."""
+    """The library on a disk where a file call fails for paths of a pattern, with an error that names none."""
 
     def act(op):
         raise OSError(code, os.strerror(code))
@@ -3341,15 +3326,13 @@ MISUSES = [
 
 
 @pytest.mark.parametrize("options, model, optimizer, words", MISUSES)
-def test_a_misuse_is_a_value_error_that_says_what_is_allowed(
-    tmp_path, checkpoint, options, model, optimizer, words
-):
+def test_a_misuse_is_a_value_error_that_says_what_is_allowed(checkpoint, options, model, optimizer, words):
     calls = [checkpoint.load, checkpoint.save, lambda *given: checkpoint.save_async(*given).result(20.0)]
     for call in {LoadOptions: calls[:1], SaveOptions: calls[1:]}.get(type(options), calls):
         with pytest.raises(ValueError) as caught:
             call(model, optimizer, options)
         assert all(word in str(caught.value) for word in words.split()), str(caught.value)
-    assert listing(tmp_path) == {}
+    assert checkpoint.storage.names() == []
 
 
 def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(checkpoint):
@@ -3390,9 +3373,7 @@ def test_another_shape_is_always_an_error_another_dtype_a_cast_with_a_warning_un
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_file_of_another_length_and_a_damaged_record_are_named_and_nothing_changes(
-    tmp_path, checkpoint, form
-):
+def test_a_file_of_another_length_or_a_damaged_record_is_named_and_harms_nothing(tmp_path, checkpoint, form):
     (model, optimizer), record = small("other"), tmp_path / "p.metadata.json"
     checkpoint.save(*small(), to(format=form))
     checkpoint.save(*small("second"), to("q", format=form))
@@ -3770,25 +3751,21 @@ def test_an_export_of_a_damaged_checkpoint_exits_1_and_leaves_what_was_there(tmp
         assert contents(out / "model.safetensors") == before
 
 
-def test_an_export_that_the_disk_cannot_take_leaves_nothing(tmp_path):
+def test_an_export_that_the_disk_cannot_take_or_that_cannot_replace_a_link_leaves_what_was_there(tmp_path):
     opened(tmp_path).save(Bag(w=torch.ones(MiB)), None, to())
     ((kind, _, message),) = run(1, export_to_little_room, tmp_path, group=False)
     assert kind == "STORAGE_ERROR" and "m.safetensors" in message and not list(tmp_path.glob("m*")), message
+    ckpt.export_checkpoint(tmp_path, "p", tmp_path / "m.safetensors", max_shard_bytes=64, model_only=True)
+    (tmp_path / "m.safetensors").symlink_to("elsewhere")
+    before = listing(tmp_path)
+    export = functools.partial(ckpt.export_checkpoint, tmp_path, "p", tmp_path / "m.safetensors")
+    assert "m.safetensors" in refusal(export, ExceptionType.STORAGE_ERROR)
+    assert listing(tmp_path) == before and len(before) > 2
 
 
 def export_to_little_room(tmp):
     resource.setrlimit(resource.RLIMIT_FSIZE, (MiB, MiB))
     return told(lambda: ckpt.export_checkpoint(tmp, "p", tmp / "m.safetensors"))
-
-
-def test_an_export_that_cannot_replace_a_link_leaves_the_older_export(tmp_path, checkpoint):
-    checkpoint.save(*small(), "p")
-    out = tmp_path / "out" / "m.safetensors"
-    ckpt.export_checkpoint(tmp_path, "p", out, max_shard_bytes=64, model_only=True)
-    out.symlink_to("elsewhere")
-    before = listing(out.parent)
-    refusal(lambda: ckpt.export_checkpoint(tmp_path, "p", out), ExceptionType.STORAGE_ERROR)
-    assert listing(out.parent) == before
 
 
 def test_two_exports_to_one_name_are_each_whole_and_what_a_dead_one_has_left_goes_a_day_later(tmp_path):
@@ -4155,21 +4132,13 @@ def load_with_faults(rank, world_size, tmp):
     mesh, source = init_device_mesh("cpu", (world_size,)), tmp / str(rank)
     model = {name: distribute_tensor(torch.zeros(8, 4), mesh, [ShardDim(0)]) for name in ("a", "b")}
     part, outcomes = source / "m-1.safetensors", []
-    data = part.read_bytes()
-
-    def load():
-        outcomes.append(told(lambda: ckpt.load_safetensors(model, source)))
-
+    data, other = part.read_bytes(), safetensors_file(source / "other", {"b": torch.randn(4, 8)}).read_bytes()
     broken = Strike(0, fail(errno.EIO), lambda op: op.call == "pread" and op.offset > 8, until=FOREVER)
-    st.os = Seam(broken if rank else lambda op: None)
-    load()
-    st.os = os
-    if rank:
-        part.write_bytes(data[:-1])
-    load()
-    if rank:
-        safetensors_file(part, {"b": torch.randn(4, 8)})
-    load()
+    for files, content in ((Seam(broken), data), (os, data[:-1]), (os, other)):
+        if rank:
+            st.os = files
+            part.write_bytes(content)
+        outcomes.append(told(lambda: ckpt.load_safetensors(model, source)))
     part.write_bytes(data)
     ckpt.load_safetensors(model, source)
     return outcomes
