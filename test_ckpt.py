@@ -3752,7 +3752,7 @@ def test_an_export_of_a_damaged_checkpoint_exits_1_and_leaves_what_was_there(tmp
 
 
 def test_an_export_that_the_disk_cannot_take_or_that_cannot_replace_a_link_leaves_what_was_there(tmp_path):
-    opened(tmp_path).save(Bag(w=torch.ones(MiB)), None, to())
+    opened(tmp_path).save(Bag(v=torch.ones(MiB), w=torch.ones(MiB)), None, to())
     ((kind, _, message),) = run(1, export_to_little_room, tmp_path, group=False)
     assert kind == "STORAGE_ERROR" and "m.safetensors" in message and not list(tmp_path.glob("m*")), message
     ckpt.export_checkpoint(tmp_path, "p", tmp_path / "m.safetensors", max_shard_bytes=64, model_only=True)
