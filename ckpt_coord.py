@@ -235,7 +235,7 @@ class CheckpointCoordinator:
             prefix = next(name for name in names if name not in taken)
         elif prefix in taken and not self.request["overwrite"]:
             raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
-        return prefix, secrets.token_hex(4), sequence + 1, now.isoformat()
+        return prefix, secrets.token_hex(4), min(sequence + 1, st.MOST), now.isoformat()
 
     # S2
     def collect(self, op: Operation, collect: Callable[[], ShardData]) -> ShardData:

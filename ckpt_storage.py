@@ -109,6 +109,7 @@ ALIGN_BYTES = 4096  # data start on a multiple of the page, so that blocks can b
 IO_THREADS = 6  # of a rank: some wait for the disk while others copy and checksum
 STUCK_S = 2.0  # that an operation that is over waits for a thread that may be stuck in the kernel
 MAX_HEADER_BYTES = 100_000_000  # what safetensors readers accept
+MOST = (1 << 62) - 1  # the largest integer of a record: sums of two fit into 64 bits
 MIN_ROW_BYTES = 40  # no piece has an entry with a shorter description in a file's header
 RECORD_SUFFIX = ".metadata.json"
 _HUGE_PAGE_BYTES = 2 << 20
@@ -602,7 +603,7 @@ class Fields:
         return typed(self.all.get(key), str, key)
 
     def number(self, key: str) -> int:
-        """In [0, 2**62)."""
+        """From 0 to `MOST`."""
         return int_tuple([self.all.get(key)])[0]
 
     def shape(self, key: str) -> Shape:
@@ -619,11 +620,11 @@ class Fields:
 
 
 def int_tuple(value: object, most: int = 64) -> Shape:
-    """`value` as a tuple of at most `most` ints in [0, 2**62), or ValueError."""
+    """`value` as a tuple of at most `most` ints from 0 to `MOST`, or ValueError."""
     if not isinstance(value, (list, tuple)) or len(value) > most:
         raise ValueError(f"expected a short list of integers, found {type(value).__name__}")
     for number in value:
-        if type(number) is not int or not 0 <= number < 1 << 62:
+        if type(number) is not int or not 0 <= number <= MOST:
             raise ValueError(f"expected a non-negative integer, found {number!r}")
     return tuple(value)
 
