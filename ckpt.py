@@ -329,9 +329,10 @@ class Given(Generic[Options]):
         """Raise the misuse, or the failure of the last background save."""
         if (earlier := self.earlier) is not None:
             kind = getattr(earlier, "type", ExceptionType.SAVE_FAILED)
-            raise CheckpointException(
-                f"a save in the background had failed: {earlier}", type=kind
-            ) from earlier
+            prefix = getattr(earlier, "checkpoint_path", "")
+            which = f"the save of {prefix!r}" if prefix else "a save"
+            message = f"{which} in the background had failed: {earlier}"
+            raise CheckpointException(message, type=kind) from earlier
         if self.problem is not None:
             raise self.problem
 

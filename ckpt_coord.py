@@ -404,7 +404,7 @@ class CheckpointCoordinator:
             if superseded is not None and (self.keep_last is not None or self.retain is not None):
                 self._retain(record.prefix)
         except Exception as error:
-            self.warnings.append(f"committed, but not all that should go is gone: {error}")
+            self.warnings.append(f"committed, but not all that should go is gone: {error!r}")
 
     def _retain(self, newest: str) -> None:
         """Delete the checkpoints that the user does not keep. The new one always stays."""

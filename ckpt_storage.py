@@ -328,7 +328,8 @@ class LocalFile:
                     count = os.pwrite(fd, part, at) if write else os.preadv(fd, [part], at)
                 except OSError as error:
                     if fd == self._fd or error.errno not in _UNSUPPORTED:
-                        error.filename = self._name
+                        if error.errno:
+                            error.filename = self._name
                         raise
                     count = 0
                 if not count and fd == self._fd:
@@ -376,7 +377,8 @@ class LocalFile:
                 return os.posix_fallocate(self._fd, 0, length)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
-                error.filename = self._name
+                if error.errno:
+                    error.filename = self._name
                 raise
         os.ftruncate(self._fd, length)
 
