@@ -170,7 +170,8 @@ class CheckpointCoordinator:
     # Sets of names that a warning has named as kept per rank.
     warned: set[tuple[str, ...]] = field(default_factory=set)
 
-    op: Operation = field(init=False)  # the last save's, and so are these
+    # Of the last save:
+    op: Operation = field(init=False)
     warnings: list[str] = field(init=False, default_factory=list)
     bytes_written = 0  # by this rank
     size_bytes = 0  # of the checkpoint, on rank 0

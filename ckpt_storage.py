@@ -1686,10 +1686,16 @@ def tensor_files(storage: CheckpointStorage, prefix: str) -> Iterator[tuple[str,
 
 
 def _is_ours(storage: CheckpointStorage, name: str) -> bool:
-    """Whether a save of this library has begun this file: its header comes last, over zeros."""
-    with contextlib.closing(storage.open(name)) as file:
-        file.read(0, memoryview(head := bytearray(min(_CRC_AT, file.length()))))
-    return not any(head) or head[8:] == _HEADER_START
+    """Whether a save of this library, of any version, has begun this file: its header comes last, over zeros.
+
+    False for a file that is gone.
+    """
+    try:
+        with contextlib.closing(storage.open(name)) as file:
+            file.read(0, memoryview(head := bytearray(min(ALIGN_BYTES, file.length()))))
+    except FileNotFoundError:
+        return False
+    return not any(head) or b'"ckpt_version"' in head
 
 
 def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
@@ -1702,7 +1708,9 @@ def delete_committed(storage: CheckpointStorage, prefix: str) -> None:
     existed = storage.delete(record_name(prefix))
     if existed or files:  # an earlier call may have crashed before its sync
         storage.sync_directory(record_name(prefix))
-    dead = [name for save_id, name in files if save_id not in live and _is_ours(storage, name)]
+    dead = [name for save_id, name in files if save_id not in live]
+    if not existed:  # without a record, these may be files of another program
+        dead = [name for name in dead if _is_ours(storage, name)]
     if not existed and not dead:
         raise FileNotFoundError(f"no checkpoint {prefix!r}")
     for name in dead:
