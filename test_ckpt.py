@@ -1444,6 +1444,18 @@ def test_nothing_that_a_rename_or_removal_replaced_goes_before_that_is_durable(r
     assert calls[0] == "fsync_dir" and calls.count("unlink") == 1, calls
 
 
+@pytest.mark.parametrize("crashed", [False, True])
+def test_a_checkpoint_of_an_older_version_is_deleted_with_its_files(ram, crashed):
+    """Also where an earlier removal has crashed after the record."""
+    put(ckpt.LocalStorage(ram), "old")
+    (path,) = shards(ram)
+    path.write_bytes(path.read_bytes().replace(b'"ckpt_version":"2"', b'"ckpt_version":"1"'))
+    if crashed:
+        (ram / "p.metadata.json").unlink()
+    opened(ram).delete_checkpoint("p")
+    assert listing(ram) == {}
+
+
 def test_retention_keeps_all_where_the_commit_may_not_be_durable(ram):
     class Unsynced(ckpt.LocalStorage):
         def sync_directory(self, name):
