@@ -595,7 +595,9 @@ class DistributedCheckpoint:
         warnings: list[str] = []
         while True:
             try:
-                return self._load(given, warnings)
+                result = self._load(given)
+                result.warnings[:0] = warnings  # which are logged already
+                return result
             except CheckpointException as error:
                 if not given.options.fallback or error.type is not ExceptionType.CORRUPTED_CHECKPOINT:
                     raise
@@ -768,7 +770,8 @@ class DistributedCheckpoint:
             optimizer.collect(into)
             if outside := optimizer.outside:
                 message = (
-                    "%d parameter(s) of the optimizer are not in this model, and kept by position, first %s"
+                    "%d parameter(s) of the optimizer are not in this model, and kept by position, first %s: "
+                    "make the optimizer after whatever replaces parameters (fully_shard, to_empty)"
                 )
                 self.logger.warning(message, len(outside), outside[0])
         for key, value in given.extra_state.items():
@@ -839,10 +842,10 @@ class DistributedCheckpoint:
     def _load(
         self,
         given: Given[LoadOptions],
-        warnings: Sequence[str],
+        warnings: Sequence[str] = (),
         open_reader: Callable[[coord.Operation], CheckpointReader] | None = None,
     ) -> CheckpointLoadResult:
-        """L1 to L5. `warnings`: of what the load fell back from."""
+        """L1 to L5. `warnings` come before those of the load."""
         loader = CheckpointLoader(given.coordinator, self.storage)
 
         def body(begin: Callable[[], coord.Operation]) -> Restore:
@@ -949,7 +952,9 @@ class PendingSave(Future[str]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the save raised, or None; TimeoutError after `timeout` seconds."""
-        error = super().exception(timeout)
+        if concurrent.futures.wait([self], timeout).not_done:
+            raise TimeoutError(f"the save is not done within {timeout} s; it goes on")
+        error = super().exception()
         self.asked = True
         self._alarm()
         return error

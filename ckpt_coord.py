@@ -1652,7 +1652,10 @@ class Meter:
         """Report the progress. `poll` runs first, and may raise."""
         self.poll()
         if self.report is not None:
-            self.report(Progress(self.step, self.done, self.total))
+            try:
+                self.report(Progress(self.step, self.done, self.total))
+            except Exception as error:
+                raise RuntimeError(f"progress raised {error!r}") from error
 
 
 def checksums(views: Sequence[torch.Tensor], on_device: Sequence[int], meter: Meter) -> list[int]:

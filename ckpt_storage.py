@@ -546,12 +546,15 @@ class StorageFactory:
     def create(options: AnyStorage) -> CheckpointStorage:
         """The storage of `options.provider`; local storage at a path; a storage as it is.
 
-        ValueError for an unknown provider or setting.
+        ValueError for anything else, and for an unknown provider or setting.
         """
         if isinstance(options, (str, os.PathLike)):
             options = StorageOptions(connection_settings={"base_path": os.fspath(options)})
-        if not isinstance(options, StorageOptions):
+        if isinstance(options, CheckpointStorage):
             return options
+        if not isinstance(options, StorageOptions):
+            must = "must be a path, StorageOptions, or have all methods of CheckpointStorage"
+            raise ValueError(f"storage {must}, not {type(options)}")
         if (factory := StorageFactory._providers.get(options.provider)) is None:
             known = ", ".join(sorted(StorageFactory._providers))
             raise ValueError(f"unknown storage provider {options.provider!r}; registered: {known}")
