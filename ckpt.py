@@ -1698,10 +1698,13 @@ class Restore:
     def _decide(self) -> None:
         """Raise for misfits, or warn of them in loose mode. A name that no rank claims is unexpected."""
         taken = np.array(sorted(self._taken), np.int64)  # consecutive ones, where ranks have the same layout
-        rows = self.op.gather((sorted(self.unexpected), len(taken), st.pack_ints(taken)))
-        unwanted = set.intersection(*(set(names) for names, _, _ in rows))
-        everywhere = (st.unpack_ints(packed, count).tolist() for _, count, packed in rows)
-        self._warn_of_kept(set(itertools.chain(*everywhere)))
+        rows = self.op.gather_at_0((sorted(self.unexpected), len(taken), st.pack_ints(taken)))
+        agreed = None
+        if self.op.rank == 0:
+            everywhere = (st.unpack_ints(packed, count).tolist() for _, count, packed in rows)
+            agreed = set.intersection(*(set(names) for names, _, _ in rows)), set().union(*everywhere)
+        unwanted, taken_by_any = self.op.broadcast(agreed)
+        self._warn_of_kept(taken_by_any)
         missing = {p.partition(": missing")[0] for p in self.problems}
         self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
         for longer, shorter in ((missing, unwanted), (unwanted, missing)):

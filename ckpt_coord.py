@@ -391,7 +391,7 @@ class CheckpointCoordinator:
     def announce(self, op: Operation) -> None:
         """Tell every rank that the save is committed."""
         with op.step("S7 announce"):
-            op.gather(None)
+            op.gather_at_0(None)
 
     def clean_up(self, record: CheckpointMetadata, superseded: str | None) -> None:
         """Delete the replaced save's files, and checkpoints that are not kept. An error is a warning."""
@@ -505,7 +505,7 @@ class CheckpointLoader:
                 validate(reader)
             with op.step("L3 match"):
                 reads = reader.plan(match(reader))
-                op.gather(None)  # nothing changes anywhere before every rank has a plan
+                op.gather_at_0(None)  # nothing changes anywhere before every rank has a plan
             with op.step("L4 read"):
                 total = sum(read.nbytes for read in reads)
                 meter = Meter(op.step_name, total, op.progress, op.poll)
@@ -517,12 +517,12 @@ class CheckpointLoader:
                             run = functools.partial(reader.run, meter=meter)
                             st.in_parallel(reads, run, meter.tick, len(reads))
                         if strategy == "sequential":
-                            op.gather(None)
+                            op.gather_at_0(None)
                 meter.tick()
         with op.step("L5 apply"):
-            op.gather(None)  # every rank has its bytes
+            op.gather_at_0(None)  # every rank has its bytes
             apply()
-            op.gather(None)
+            op.gather_at_0(None)
 
     def _open(self, op: Operation, prefix: str) -> CheckpointReader:
         """L1: rank 0 reads the record, and hands it out."""
@@ -580,6 +580,7 @@ class Operation:
         self._deadline = self.started + self.timeout
         # Map from the rank that a mesh names to the rank in this operation.
         self._own_rank = getattr(self.coordinator, "own_rank", range(self.world_size))
+        self._meshes: dict[Shape, Shape] = {}
         self.seconds: dict[str, float] = {}
         self._torch = self.coordinator if isinstance(self.coordinator, TorchCoordinator) else None
         if self._torch:
@@ -631,7 +632,7 @@ class Operation:
             self._torch.raise_flag()
         self.cancel = None  # from now on this rank waits for the agreement
         try:
-            self.gather(None, failure=failure)
+            self.gather(None, slice(0), failure)
         except OperationFailed as agreed:
             if not ending:
                 raise agreed from error
@@ -673,24 +674,29 @@ class Operation:
             "doubt": self._doubt or int(late or isinstance(error, FileNotFoundError)),
         }
 
-    def own_ranks(self, mesh: Sequence[int]) -> Shape:
+    def own_ranks(self, mesh: Shape) -> Shape:
         """Return the ranks of a mesh as ranks of this operation, without those that take no part in it."""
-        return tuple(sorted(self._own_rank[rank] for rank in mesh if rank in self._own_rank))
+        if mesh not in self._meshes:  # computed once: thousands of tensors have the same mesh
+            self._meshes[mesh] = tuple(
+                sorted(self._own_rank[rank] for rank in mesh if rank in self._own_rank)
+            )
+        return self._meshes[mesh]
 
     def _remaining(self) -> float:
         """Return the seconds until waits for other ranks end, at the deadline and the grace."""
         return max(0.05, self._deadline + GRACE_S - time.monotonic())
 
-    def gather(self, value: T, at_0: bool = False, failure: Message | None = None) -> list[T]:
+    def gather(self, value: T, shown: slice | None = None, failure: Message | None = None) -> list[T]:
         """Return all ranks' values, or raise the most certain failure.
 
-        All ranks run the same program, so all values have one type. `at_0`: ranks other than 0 may get none.
+        All ranks run the same program, so all values have one type. `shown`: the ranks whose values ranks
+        other than 0 need, so that thousands of ranks do not each read thousands of values.
         """
         row = {"value": value} if failure is None else {"failure": failure}
         rows = list[Any]()
         try:
             if self._torch:
-                rows += self._torch.all_gather(row, self._remaining(), at_0, self._poll_cancel)
+                rows += self._torch.all_gather(row, self._remaining(), shown, self._poll_cancel)
             else:
                 rows += self.coordinator.all_gather(row, timeout=self._remaining())
         except Exception as error:
@@ -703,20 +709,20 @@ class Operation:
 
     def gather_at_0(self, value: T) -> list[T]:
         """Return all ranks' values on rank 0."""
-        return self.gather(value, at_0=True)
+        return self.gather(value, slice(0))
 
     def broadcast(self, value: T | None) -> T:
         """Return rank 0's value."""
-        values: list[Any] = self.gather(value if self.rank == 0 else None)
+        values: list[Any] = self.gather(value if self.rank == 0 else None, slice(1))
         value_of_0: T = values[0]
         return value_of_0
 
     def agree(self, request: Message) -> None:
-        """Check that all ranks have the same request. ValueError that names the first difference."""
-        first, *others = self.gather({"call": self.verb, **request})
-        for rank, other in enumerate(others, 1):
-            for key in {**first, **other}:
-                both = first.get(key), other.get(key)
+        """Check on rank 0 that all have the same request. ValueError that names the first difference."""
+        rows = self.gather_at_0({"call": self.verb, **request})
+        for rank, row in enumerate(rows if self.rank == 0 else ()):
+            for key in {**rows[0], **row}:
+                both = rows[0].get(key), row.get(key)
                 if len({st.dump_json(st.encode_value(value, key)) for value in both}) > 1:
                     sides = f"rank 0 has {both[0]!r}, rank {rank} has {both[1]!r}"
                     raise ValueError(f"ranks disagree about {key}: {sides}; has a rank missed a call?")
@@ -924,12 +930,13 @@ class TorchCoordinator(DistributedCoordinator):
         self,
         value: object,
         timeout: float = 600.0,
-        at_0: bool = False,
+        shown: slice | None = None,
         poll: Callable[[], None] = lambda: None,
     ) -> list[Any]:
         """Return all ranks' values, in two hops: every rank posts its own, rank 0 collects and posts all.
 
-        `at_0`: ranks other than 0 get only the rows that are failures. `poll` runs in waits, and may raise.
+        `shown`: ranks other than 0 get the values of these ranks, and failures. `poll` runs in waits, and may
+        raise.
         """
         self._step += 1
         step, before = f"{self._operation}/{self._step}", len(self._posted)
@@ -937,7 +944,8 @@ class TorchCoordinator(DistributedCoordinator):
         self._post(posts[self.rank], value)
         if self.rank == 0:
             values = self._await(posts, posts, timeout, poll)
-            self._post(f"{step}/all", [row for row in values if "failure" in row] if at_0 else values)
+            rows = values if shown is None else values[shown] + [row for row in values if "failure" in row]
+            self._post(f"{step}/all", rows)
         else:
             (values,) = self._await([f"{step}/all"], posts, timeout, poll)
         # Every rank has come as far as this step, so nobody still reads what was posted before it.

@@ -1937,6 +1937,25 @@ def coordinate(rank, world_size, tmp):
     assert ckpt.TorchCoordinator().all_gather(rank) == [0, 1, 2]
 
 
+def test_a_rank_reads_what_it_needs_of_other_ranks_values_not_all_of_them(ram):
+    """Were it all, thousands of ranks would read thousands of values each from one store."""
+    names = [f"{'layer' * 20}.{number}" for number in range(300)]
+    over(ram).save({name: torch.ones(1) for name in names}, None, to())
+    record_bytes = (ram / "p.metadata.json").stat().st_size
+    for read_bytes in run(3, load_a_third, ram, names)[1:]:
+        assert 0 < read_bytes < 1.2 * record_bytes
+
+
+def load_a_third(rank, world_size, tmp, names):
+    coordinator, third = ckpt.TorchCoordinator(), {name: torch.zeros(1) for name in names[rank::world_size]}
+    read, get = [], coordinator._get
+    coordinator._get = lambda key, text: read.append(len(text)) or get(key, text)
+    opened(tmp, coordinator).load(third, None, at(load_rng_state=False))
+    assert all(tensor == 1 for tensor in third.values())
+    dist.barrier()
+    return sum(read)
+
+
 def named(answer):
     """The ranks that a TIMEOUT names: who is silent, and on a busy machine who came late to this wait."""
     return [int(rank) for rank in re.search(r"rank\(s\) ([\d, ]+) of", answer[2])[1].split(", ")]
