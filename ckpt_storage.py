@@ -446,14 +446,14 @@ class LocalStorage:
     def names(self, directory: str = "") -> list[str]:
         path = self._path(directory) if directory else os.path.realpath(self.base_path)
         found = list[str]()
-        for name in os.listdir(path) if os.path.isdir(path) else ():
-            inner = os.path.join(directory, name)
+        # It tells files from directories without asking for each: a job may have 100,000 files on a network.
+        for entry in list(os.scandir(path)) if os.path.isdir(path) else ():
+            inner = os.path.join(directory, entry.name)
             try:
-                mode = os.stat(os.path.join(path, name), follow_symlinks=False).st_mode
-                if stat.S_ISDIR(mode):
+                if entry.is_dir(follow_symlinks=False):
                     found += self.names(inner)
-                elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
-                    found.append(inner + "/" * stat.S_ISLNK(mode))
+                elif entry.is_file(follow_symlinks=False) or entry.is_symlink():
+                    found.append(inner + "/" * entry.is_symlink())
             except FileNotFoundError:  # removed since
                 continue
             except (OSError, CheckpointException):  # another owner's, or damaged: the rest can be listed

@@ -521,7 +521,7 @@ def _on_names(call):
     return lambda self, *paths, **options: self._do(Op(call, *paths), lambda: act(*paths, **options))
 
 
-for _call in ("rename", "link", "unlink", "mkdir", "rmdir", "stat", "listdir"):
+for _call in ("rename", "link", "unlink", "mkdir", "rmdir", "stat", "listdir", "scandir"):
     setattr(Seam, _call, _on_names(_call))
 
 
@@ -605,8 +605,8 @@ def work_under_audit(tmp):
         lost.touch()
         os.utime(lost, (1e9, 1e9))
         ckpt.collect_garbage(storage, 0.0)
-    expected = {"open", "unlink", "listdir", "rename", "link", "mkdir", "rmdir"}
-    assert {call for call, _ in +audited} - {"scandir"} == expected
+    expected = {"open", "unlink", "listdir", "scandir", "rename", "link", "mkdir", "rmdir"}
+    assert {call for call, _ in +audited} == expected
     audited["open", str(lost)] -= 1
     return audited - Counter(("open" if op.call == "create" else op.call, op.path) for op in st.os.log)
 
@@ -6859,7 +6859,7 @@ def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram
 
 # Row 20, 37: a record that cannot be read, or what is a link, beside good checkpoints
 
-UNREADABLE = [("open", "theirs/q.metadata.json"), ("pread", "theirs/q.metadata.json"), ("listdir", "theirs")]
+UNREADABLE = [("open", "theirs/q.metadata.json"), ("pread", "theirs/q.metadata.json"), ("scandir", "theirs")]
 UNREADABLE = [(*case, code) for case in UNREADABLE for code in (errno.EACCES, errno.EIO)]
 LINKED = ["theirs", "theirs/q", "theirs/q/*", "theirs/q.metadata.json"]
 
@@ -6900,7 +6900,7 @@ def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, c
     expected = {"p": "absent", "r": "new", "s": "next"} | ({"theirs/q": "other"} if code else {})
     assert {prefix: seen(base, prefix) for prefix in expected} == expected
     assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["r", "s"]
-    if call != "listdir":  # which only who looks for checkpoints needs
+    if call != "scandir":  # which only who looks for checkpoints needs
         for fallback in (False, True):
             load = functools.partial(checkpoint.load, value("old"), None, at("theirs/q", fallback=fallback))
             message = refusal(load, ExceptionType.STORAGE_ERROR)
@@ -6913,7 +6913,7 @@ def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, c
     flip(shards(base, "s")[0], -1)
     assert seen(storage, "s", fallback=True) == "new" and "skipped theirs" in caplog.text
     writes = [lambda: put(storage, "new", "theirs/q"), lambda: drop(storage, "theirs/q")]
-    for write in () if call == "listdir" else writes[: 1 if code else 2]:
+    for write in () if call == "scandir" else writes[: 1 if code else 2]:
         kind, _, message = told(write)
         assert says in message if kind == "STORAGE_ERROR" else (kind == "returned" and not code)
     assert (listing(place) or place.read_bytes()) == theirs
