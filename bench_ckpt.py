@@ -1,6 +1,6 @@
 """How fast are checkpoints, what limits them, and how do the alternatives compare?
 
-    python bench_ckpt.py --quick                   a minute or two; 124 M parameters, under 5 GB of disk
+    python bench_ckpt.py --quick                   three minutes; 124 M parameters, under 5 GB of disk
     python bench_ckpt.py --size 3.6G --dir /data   all rows, on the disk that holds /data
     python bench_ckpt.py --rows list               the names of the rows; --rows a,b measures these
     python bench_ckpt.py --json result.json --plot result.png       --json alone prints to standard output
@@ -1143,7 +1143,7 @@ def parse(argv: Sequence[str]) -> Settings:
     """The settings of a command line; exits with a message if they make no sense."""
     parser = argparse.ArgumentParser(description="Measure ckpt against the machine's limits and its peers.")
     add = parser.add_argument
-    add("--quick", action="store_true", help="three rows, three rounds: a minute or two")
+    add("--quick", action="store_true", help="three rows, three rounds: three minutes")
     add("--size", type=size, help="bytes of the model with AdamW, such as 500M (default: 3.6G, quick 1.49G)")
     add("--dir", default=".", help="a directory on the disk to measure (default: the current one)")
     add("--rounds", type=int, help="rounds after the warm-up (default: 5, quick 3)")

@@ -268,6 +268,7 @@ def _parts(what: str, given: object) -> Parts:
         elif is_value or not (of_tensors and isinstance(part, torch.Tensor)):
             must = "must have state_dict() and load_state_dict(), or be a mapping to such, or"
             also = "to tensors alone, not named '..._extra_state'" if what == "model" else "a list of such"
+            also += "; give the optimizer itself, not its state_dict()" if isinstance(given, Mapping) else ""
             raise ValueError(f"{what} {must} {also}; {name!r} is {type(part)}")
     return {"": _State(dict(named))} if of_tensors else parts
 
@@ -294,7 +295,7 @@ class Given(Generic[Options]):
         cancel: threading.Event | None,
     ) -> None:
         self.options: Options = kind()
-        self.cancel = cancel
+        self.cancel: threading.Event | None = None
         self.begun = set[str]()  # steps of any attempt
         self.model: Parts = {}
         self.optimizer: Parts | None = None
@@ -308,6 +309,7 @@ class Given(Generic[Options]):
                 raise ValueError("model is an optimizer: that goes second")
             if cancel is not None and not hasattr(cancel, "is_set"):
                 raise ValueError(f"cancel must be a threading.Event, not {cancel!r}")
+            self.cancel = cancel
             if options is None or isinstance(options, str):
                 options = kind(checkpoint_prefix=options)
             if not isinstance(options, kind):
@@ -530,11 +532,13 @@ class DistributedCheckpoint:
         are copied while forward and backward run, and the optimizer's next step waits for the copy. If
         anything else changes them meanwhile (an EMA, clipping in place), the save fails and names the tensor;
         a write through `.data` is not noticed. `wait_staged()` of what this returns waits for the copy;
-        `result()` waits for the save and raises its failure. If nobody calls that, the next save, which then
-        is not made, or `close` raises it, or it is printed when the interpreter exits.
+        `result()` waits for the save and raises its failure. If nobody calls that, the next call that saves,
+        which then saves nothing, or `close` raises it, or it is printed when the interpreter exits.
         """
         pending, interrupt = PendingSave(cancel), None
         given = self._begin(Given(SaveOptions, model, optimizer, options, extra_state, pending.cancel_event))
+        if given.earlier is not None:
+            self._save(given)  # here and now, since nobody may ask for the result of this one either
         try:
             given.check()
             # The caller may change it from now on.
@@ -724,8 +728,11 @@ class DistributedCheckpoint:
         self, op: coord.Operation, prefix: str, warnings: Iterable[str], what: str, count: int
     ) -> None:
         """Log the warnings, and a line on `count` bytes: at INFO on rank 0, at DEBUG on the others."""
-        for warning in dict.fromkeys(warnings):
-            self.logger.warning("%s: %s", prefix, warning)
+        lines = list(dict.fromkeys(warnings))
+        if len(lines) > 20:
+            lines[20:] = [f"and {len(lines) - 20} more warnings"]
+        for line in lines:
+            self.logger.warning("%s: %s", prefix, line)
         seconds = sum(op.seconds.values())
         steps = " ".join(f"{name[:2]} {took:.3f}" for name, took in op.seconds.items())
         rate = f"{seconds:.3f} s, {_human(count / max(seconds, 1e-9))}/s ({steps})"
@@ -770,10 +777,9 @@ class DistributedCheckpoint:
             optimizer.collect(into)
             if outside := optimizer.outside:
                 message = (
-                    "%d parameter(s) of the optimizer are not in this model, and kept by position, first %s: "
-                    "make the optimizer after whatever replaces parameters (fully_shard, to_empty)"
+                    "%d parameter(s) of the optimizer are not in this model; kept by position, first %s: %s"
                 )
-                self.logger.warning(message, len(outside), outside[0])
+                self.logger.warning(message, len(outside), outside[0], _OUTSIDE)
         for key, value in given.extra_state.items():
             into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
         if given.options.include_rng_state:
@@ -902,7 +908,9 @@ class DistributedCheckpointFactory:
         coordinator: DistributedCoordinator | None = None, options: CheckpointOptions | None = None
     ) -> DistributedCheckpoint:
         """Local. `coordinator` as for `DistributedCheckpoint`. ValueError for bad options."""
-        options = options or CheckpointOptions()
+        options = CheckpointOptions() if options is None else options
+        if not isinstance(options, CheckpointOptions):
+            raise ValueError(f"options must be CheckpointOptions, not {type(options)}")
         _check_timeout(options.default_timeout or 0)
         if options.keep_last is not None and (options.keep_last < 1 or options.retain):
             raise ValueError(
@@ -1228,6 +1236,9 @@ class SavedOptimizer:
                 restore.lent.setdefault(source[name], set()).add(f"optimizer/{name}")
 
 
+_OUTSIDE = "make the optimizer after whatever replaces the model's parameters (fully_shard, to_empty)"
+
+
 def _defaults(optimizer: Stateful) -> list[str]:
     """The names of an optimizer's options, which tell its kind. None where it does not say."""
     defaults = getattr(optimizer, "defaults", None)
@@ -1238,9 +1249,9 @@ class OptimizerState:
     """The state of one or several optimizers, keyed by the names of their parameters.
 
     So it survives another order of parameters, other groups and another parallelism. A parameter outside of
-    the model is keyed by its position. One that several optimizers share is keyed by their names too. All is
+    the model is keyed by its position. One in several optimizers has their names in its key too. All is
     one value, "optimizer/state": `groups`, each with its `part`, its `params` by name and its `options`;
-    `states` by parameter; `plain`, the tensors of DTensors' states that are none; by part `defaults`, and
+    `states` by parameter; `plain`, state tensors of DTensors that are no DTensors; by part `defaults`, and
     `others`: what belongs to no parameter, such as all of a Stateful that is not a torch optimizer.
     """
 
@@ -1354,7 +1365,8 @@ class OptimizerState:
             packed.append({**options, **merged})
             for name, parameter, key in params:
                 if name not in saved.parameters:
-                    restore.problems.append(f"optimizer/{name}: missing from the checkpoint")
+                    advice = f"; {_OUTSIDE}" if name in self.outside else ""
+                    restore.problems.append(f"optimizer/{name}: missing from the checkpoint{advice}")
                     continue
                 states.pop(key, None)
                 if (node := saved.parameters[name].state) is not None:
@@ -1608,7 +1620,7 @@ class Restore:
         return []
 
     def _read_extra_per_rank(self) -> dict[str, dict[int, object]]:
-        """If world sizes differ: every copy of the `extra_state` values that are kept per rank, or in part.
+        """If world sizes differ: all ranks' copies of `extra_state` values that differ, wholly or in part.
 
         Rank 0 reads them, and hands out values and bytes.
         """
@@ -1648,7 +1660,7 @@ class Restore:
             return
         if meta.dtype != local.dtype:
             dtypes = f"dtype {meta.dtype} in the checkpoint, {local.dtype} here"
-            self.problems.append(f"{local.name}: {dtypes}; strict_mode=False casts")
+            self.problems.append(f"{local.name}: {dtypes}; cast if not strict")
         self._target(index, local)
 
     def _target(self, index: int, local: coord.LocalTensor) -> None:
@@ -1660,8 +1672,8 @@ class Restore:
                     f"{local.name}: is expanded, so that its elements share memory: clone() it"
                 )
             before = self.targets.get(place := coord.identity(view))
-            # CONSOLIDATED has a copy for each tied name.
-            copied = self.reader.metadata.format == "consolidated"
+            # CONSOLIDATED, and an export, have a copy for each tied name.
+            copied = self.reader.metadata.format in ("consolidated", "safetensors")
             if before is not None and before.tensor != index and not copied:
                 lost = self.reader.metadata.tensors[before.tensor].name
                 self.warnings.append(
@@ -1673,7 +1685,8 @@ class Restore:
         """An encoded value with its tensors, which L4 fills.
 
         A tensor is the live one of its name where that fits, else a new one, laid out as `param`. It is new
-        too where another stored tensor fills the live one: an average may start as what it averages.
+        too where another stored tensor fills the live one: at first an average may share memory with its
+        parameter.
         """
 
         def tensor(name: str) -> torch.Tensor:
@@ -1709,8 +1722,10 @@ class Restore:
         self.problems += [f"{name}: in the checkpoint, but not here" for name in sorted(unwanted)]
         for longer, shorter in ((missing, unwanted), (unwanted, missing)):
             if any("model/" + name.partition("/")[2].partition(".")[2] in shorter for name in longer):
-                how = "give the module inside, or outside; load_safetensors has rename="
-                self.problems.append(f"names differ by their first part: {how}")
+                how = "the module inside it, or the one around it; load_safetensors has rename="
+                self.problems.insert(
+                    0, f"names differ by a first part, as in net.weight and weight: load {how}"
+                )
         if self.given.options.strict_mode:
             self.errors += self.problems
         else:
@@ -2087,7 +2102,7 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
     for index, t in enumerate(meta.tensors):
         in_model, name, code = t.name.startswith("model/"), st.entry_name(t, st.whole_box(t.shape)), t.dtype
         if code == "JSON":
-            if t.name.startswith("model") or not model_only:
+            if coord.in_model(t.name) or not (model_only or t.name.startswith("model")):
                 notes["left out, being no tensors"].append(name)
             continue
         if in_model and t.rank == lowest[t.name]:
@@ -2302,7 +2317,7 @@ def _read_header(path: str) -> dict[str, tuple[str, st.Entry]]:
         file.read(0, memoryview(start := bytearray(min(8, length))))
         data = 8 + int.from_bytes(start, "little")
         fits = 10 <= data <= min(length, 8 + st.MAX_HEADER_BYTES)
-        st.require(fits, f"impossible header length {data - 8} in a file of {length} bytes")
+        st.require(fits, f"no safetensors file, or damaged: header of {data - 8} bytes in one of {length}")
         file.read(8, memoryview(text := bytearray(data - 8)))
         entries = st.parse_entries(st.Fields(st.parse_json(text, path)), length - data)
     return {e.name: (path, e._replace(begin=data + e.begin, end=data + e.end)) for e in entries}
@@ -2435,7 +2450,7 @@ def load_safetensors(
     options = LoadOptions("safetensors", load_rng_state=False, skip_validation=True, strict_mode=strict)
     checkpoint = DistributedCheckpoint(coordinator)
     given = checkpoint._begin(Given(LoadOptions, model, None, options, None, None))
-    warnings = [f"{source}: safetensors files have no checksums; nothing was verified"]
+    warnings = ["safetensors files have no checksums; nothing was verified"]
     try:
         return checkpoint._load(given, warnings, read_headers)
     except CheckpointException as error:
@@ -2642,6 +2657,8 @@ def _bar(what: str) -> Iterator[Callable[[Progress], None]]:
 def _ls(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
     """List the committed checkpoints below DIR."""
     infos = [vars(CheckpointInfo.of(meta)) for meta in st.list_committed(storage)]
+    if not infos:
+        log.warning("%s: there are no checkpoints below it", args.dir)
     for info in infos:
         info["timestamp"] = info["timestamp"].isoformat()
         info["custom_metadata"] = st.encode_value(dict(info["custom_metadata"]), "custom_metadata")
@@ -2683,6 +2700,8 @@ def _verify(storage: CheckpointStorage, args: argparse.Namespace) -> _Result:
         if not args.json:
             problems = (f"  {problem}" for problem in (*result.errors, *result.warnings))
             _say(f"{prefix}: {'ok' if result.is_valid else 'DAMAGED'}", *problems)
+    if not report:  # a check of the wrong directory must not pass
+        raise CheckpointException(f"{args.dir}: there are no checkpoints below it")
     return 0 if all(found["valid"] for found in report.values()) else 1, report
 
 

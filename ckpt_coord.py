@@ -167,7 +167,7 @@ class CheckpointCoordinator:
     keep_last: int | None = None  # how many checkpoints stay
     # Given all checkpoints, oldest first, it returns the prefixes of those that stay.
     retain: Callable[[Sequence[CheckpointMetadata]], Iterable[str]] | None = None
-    # Sets of names that a warning has named as kept per rank.
+    # Sets of names kept per rank for which a warning was given.
     warned: set[tuple[str, ...]] = field(default_factory=set)
 
     # Of the last save:
@@ -466,7 +466,8 @@ def committed(storage: st.CheckpointStorage, prefix: str) -> tuple[bytes, Checkp
         return st.read_committed_record(storage, prefix)
     except FileNotFoundError as error:
         known = ", ".join(st.recorded_prefixes(storage)[-5:]) or "none"
-        message = f"there is no checkpoint {prefix!r}; the last ones here: {known}"
+        where = getattr(storage, "base_path", "the storage")
+        message = f"there is no checkpoint {prefix!r} in {where}; the last ones there: {known}"
         raise CheckpointException(message, prefix, ExceptionType.LOAD_FAILED) from error
 
 
@@ -640,7 +641,7 @@ class Operation:
     def _leave(self, failure: Message) -> OperationFailed:
         """Leave a failure for the others to find, and return it.
 
-        This rank does not retry, so no other rank may: this failure wins over those of other ranks.
+        This rank does not retry, so its failure wins over those that other ranks would retry.
         """
         failure |= {"retryable": False, "superseded": False, "doubt": -1}
         if self._torch:
@@ -1060,9 +1061,9 @@ class LocalTensor(NamedTuple):
 
 
 def as_dtensor(tensor: object) -> DTensor | None:
-    """`tensor` if it is a DTensor. Does not import that class, which takes as long as torch itself.
+    """`tensor` if it is a DTensor.
 
-    Somebody has, or not.
+    Does not import that class, which takes as long as torch itself: where nobody has, there is no DTensor.
     """
     kind: type[DTensor] | None = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return tensor if kind is not None and isinstance(tensor, kind) else None

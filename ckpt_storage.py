@@ -1124,7 +1124,7 @@ def in_parallel(
     poll: Callable[[], None] = lambda: None,
     most: int = IO_THREADS,
 ) -> None:
-    """Run `work(item, buffer, gate)` for all items, of which none is None, on a few threads, `most` at most.
+    """Run `work(item, buffer, gate)` for each item (None is not allowed), on up to `most` threads.
 
     Each thread has a buffer of `2 * BLOCK_BYTES`. `poll` runs in the calling thread a few times a second, and
     may raise to stop. The first error of any thread is raised in the calling thread, once the gate is closed.
@@ -1355,7 +1355,7 @@ class CheckpointMetadata:
 
 
 def lowest_ranks(tensors: Iterable[TensorMetadata]) -> dict[str, int | None]:
-    """For each name the lowest rank that it is kept for, whose copy stands for all where only one can.
+    """Map each name to the lowest rank that has a copy of its own: that copy is used where only one can be.
 
     None for a tensor that is kept for all ranks.
     """
@@ -1623,7 +1623,7 @@ class RecordHead(NamedTuple):
 def record_head(storage: CheckpointStorage, prefix: str, sound: bool = True) -> RecordHead | None:
     """The head of a record, without parsing it whole; None where there is none, or C1 does not hold.
 
-    Not `sound`: also where C1 does not hold, as far as the head can be read. An OSError where the record
+    Not `sound`: the head also where C1 does not hold, if it can be read. An OSError where the record
     cannot be read, a STORAGE_ERROR where it is a link.
     """
     try:

@@ -870,6 +870,8 @@ def test_keep_last_keeps_the_newest_and_their_files(tmp_path):
     assert {name.split("/")[0].split(".")[0] for name in listing(tmp_path)} == {"a", "b"}
     with pytest.raises(ValueError, match="keep_last"):
         opened(tmp_path, keep_last=0).save(small()[0], None, to())
+    with pytest.raises(ValueError, match="CheckpointOptions"):
+        ckpt.DistributedCheckpointFactory.create(options=str(tmp_path))
 
 
 @pytest.mark.parametrize("path", [str, Path])
@@ -3259,11 +3261,13 @@ MISUSES = [
 
 @pytest.mark.parametrize("options, model, optimizer, words", MISUSES)
 def test_a_misuse_is_a_value_error_that_says_what_is_allowed(checkpoint, options, model, optimizer, words):
-    calls = [checkpoint.load, checkpoint.save, lambda *given: checkpoint.save_async(*given).result(20.0)]
+    calls = [checkpoint.load, checkpoint.save, lambda *a, **k: checkpoint.save_async(*a, **k).result(20.0)]
     for call in {LoadOptions: calls[:1], SaveOptions: calls[1:]}.get(type(options), calls):
         with pytest.raises(ValueError) as caught:
             call(model, optimizer, options)
         assert all(word in str(caught.value) for word in words.split()), str(caught.value)
+        with pytest.raises(ValueError, match="cancel must be .* not True"):
+            call(MODULE, None, "p", cancel=True)
     assert checkpoint.storage.names() == []
 
 
@@ -3273,13 +3277,15 @@ def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(checkpoi
     message = refusal(lambda: checkpoint.load(target, None, at()), ExceptionType.VALIDATION_FAILED)
     assert "new" in message and "old0" in message and "31 problem" in message and "11 more" in message
     assert not target.state["both"].any()
+    said = overheard(checkpoint)
     text = " ".join(checkpoint.load(target, None, at(strict_mode=False)).warnings)
-    assert "new" in text and "old0" in text
+    assert "new" in text and "old0" in text and "old29" in text
+    assert len(said) == 21 and said[-1] == "p: and 11 more warnings"
     assert target.state["both"].all() and not target.state["new"].any()
     first, second = torch.ones(2), torch.ones(2)
     checkpoint.save({"module.w": first, "b": second}, None, to())
     for model, words in (
-        ({"w": first, "b": second.half()}, "first part strict_mode=False"),
+        ({"w": first, "b": second.half()}, "first part cast if not strict"),
         ({"module.w": first, "net.b": second}, "first part"),
         ({"module.w": first}, "model/b"),
     ):
@@ -3410,6 +3416,8 @@ COMMANDS = r"""
 0 verify {}                                             (?s)runs/one: ok.*two: ok
 1 show {} gone                                          gone
 1 verify {} gone                                        gone
+1 verify {}/runs/one                                    there are no checkpoints below it
+0 ls {}/runs/one                                        there are no checkpoints below it
 1 rm {} gone                                            gone
 2 show {} ../x                                          \.\./x
 2 import {} {} new                                      name one file; .* there: none
@@ -7757,6 +7765,17 @@ def fail_in_the_background(rank, world_size, tmp, call, asked):
     dist.barrier()
     checkpoint.close()  # said once
     return answer, told(lambda: save_word(checkpoint, "next"))
+
+
+def test_a_background_save_raises_the_failure_of_the_one_before_it_in_the_call(ram):
+    """Else a loop that never asks for a result would save nothing more, without knowing."""
+    checkpoint = broken(ram)
+    concurrent.futures.wait([checkpoint.save_async(value("old"), None, to("first"))], HANG_S)
+    failed = refusal(lambda: checkpoint.save_async(value("old"), None, to()), ExceptionType.STORAGE_ERROR)
+    assert "the save of 'first' in the background had failed" in failed
+    checkpoint.save_async(value("old"), None, to("third"))
+    checkpoint.close()
+    assert listed(checkpoint) == ["third"]
 
 
 def test_a_failed_pending_save_is_not_kept_once_somebody_has_asked(tmp_path, monkeypatch):
