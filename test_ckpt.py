@@ -3266,7 +3266,7 @@ def test_a_misuse_is_a_value_error_that_says_what_is_allowed(checkpoint, options
         with pytest.raises(ValueError) as caught:
             call(model, optimizer, options)
         assert all(word in str(caught.value) for word in words.split()), str(caught.value)
-        with pytest.raises(ValueError, match="cancel must be .* not True"):
+        with pytest.raises(ValueError, match=r"cancel must be .* not True"):
             call(MODULE, None, "p", cancel=True)
     assert checkpoint.storage.names() == []
 
