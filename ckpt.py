@@ -209,7 +209,7 @@ class LoadOptions:
     load_optimizer        False: leave the optimizer as it is, even if it is given
     load_rng_state        whether to restore the random number generators of each rank
     resharding_strategy   "parallel": all ranks read at once; "sequential": one rank after the other;
-                          "broadcast": each stored byte is read once, by one rank, and sent to the others
+                          "broadcast": each byte of a tensor is read by one rank, and sent to the others
     timeout               seconds for the whole load; None: the default of `CheckpointOptions`
     skip_validation       whether to skip the checkers; every byte that is read is verified in any case
     strict_mode           True: missing, unexpected or differently typed entries are an error, and nothing
@@ -284,6 +284,7 @@ class Given(Generic[Options]):
 
     coordinator: DistributedCoordinator
     limit_s: float
+    started: float  # when the time of the call began
 
     def __init__(
         self,
@@ -316,6 +317,8 @@ class Given(Generic[Options]):
                 must = f"options must be {kind.__name__}, or the prefix as a string"
                 raise ValueError(f"{must}, not {type(options)}")
             options.check()
+            if not callable(options.progress or print):
+                raise ValueError(f"progress must be a function, not {options.progress!r}")
             self.options = replace(options)
             self.model = _parts("model", model)
             if optimizer is not None:
@@ -678,6 +681,7 @@ class DistributedCheckpoint:
         given.limit_s = given.options.timeout or self.default_timeout
         given.coordinator = self._look_up(given.limit_s)
         self._wait(given.limit_s)
+        given.started = time.monotonic()
         if isinstance(given.options, SaveOptions):
             if not self._pending.asked:
                 given.earlier = self._pending.exception()
@@ -706,18 +710,12 @@ class DistributedCheckpoint:
         The failure that they agree on becomes the public exception.
         """
         retryable = tuple(self.fault_handler.retry_policy.retryable_exceptions)
-        rest = given.cancel, retryable, given.options.progress, given.begun
-        started: float | None = None
-
-        def begin() -> coord.Operation:
-            nonlocal started
-            op = coord.Operation(given.coordinator, verb, given.limit_s, started, *rest)
-            started = op.started
-            return op
-
+        rest = given.limit_s, given.started, given.cancel, retryable, given.options.progress, given.begun
+        begin = functools.partial(coord.Operation, given.coordinator, verb, *rest)
+        attempt, deadline = functools.partial(body, begin), given.started + given.limit_s
         for again in (True, False):
             try:
-                return self.fault_handler.execute_with_retry(functools.partial(body, begin), given.cancel)
+                return self.fault_handler.execute_with_retry(attempt, given.cancel, deadline)
             except coord.OperationFailed as failed:
                 # If a save has replaced what was read, read the new checkpoint, once.
                 if not (again and failed.failure["superseded"]):
@@ -732,7 +730,7 @@ class DistributedCheckpoint:
         if len(lines) > 20:
             lines[20:] = [f"and {len(lines) - 20} more warnings"]
         for line in lines:
-            self.logger.warning("%s: %s", prefix, line)
+            self.logger.warning("%s: %s", prefix, st.escaped(line))
         seconds = sum(op.seconds.values())
         steps = " ".join(f"{name[:2]} {took:.3f}" for name, took in op.seconds.items())
         rate = f"{seconds:.3f} s, {_human(count / max(seconds, 1e-9))}/s ({steps})"
@@ -1306,8 +1304,8 @@ class OptimizerState:
                     if coord.as_dtensor(parameter) is not None:
                         plain += [t.name for t in into.data.tensors[first:] if not t.mesh]
                     step = inner.get("step", options.get("step")) if isinstance(inner, dict) else None
-                    if isinstance(step, (int, float)):
-                        into.steps[name] = step
+                    if isinstance(step, (int, float, np.number)):
+                        into.steps[name] = float(step)
             surplus = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
             if rest or surplus:
                 others[part_name] = into.encode({**surplus, "state": rest}, f"optimizer/{part_name}")
@@ -1536,6 +1534,12 @@ class Restore:
         self.reader, given, options, into = reader, self.given, self.given.options, self._collected
         values = {t.name for t in reader.metadata.tensors if t.dtype == "JSON"}
         with_optimizer = options.load_optimizer and "optimizer/state" in values
+        needed = {
+            "optimizer/state": with_optimizer and bool(given.optimizer),
+            "rng/state": options.load_rng_state,
+        }
+        indices = (reader.find(name, self.op.rank) for name in sorted(values) if needed.get(name, True))
+        reader.read_values(index for index in indices if index is not None)
         self._model = ModelState(given.model)
         self._model.collect(into)
         tensors = list(into.data.tensors)
@@ -1644,10 +1648,7 @@ class Restore:
         """The copy of a stored tensor that `rank` gets, whole."""
         if (index := self.reader.find(name, rank)) is None:
             raise st.corrupted(f"{name}: a stored value has this tensor in it, the record does not")
-        meta = self.reader.metadata.tensors[index]
-        out = torch.empty(meta.shape, dtype=st.DTYPES[meta.dtype], device="cpu")
-        self.reader.fill([coord.Target(index, st.whole_box(meta.shape), out)])
-        return out
+        return self.reader.read(index)
 
     def fill(self, local: coord.LocalTensor) -> None:
         """Arrange for a tensor of the model to be filled in place with what is stored under its name."""
@@ -1742,8 +1743,8 @@ class Restore:
             self.warnings.append(f"{which}: {st.some(sorted(names), 20)}")
         left: dict[tuple[int, ...], list[str]] = {}
         for name in sorted({self.reader.metadata.tensors[index].name for index in taken}):
-            copies = self.reader.stored[name].items()
-            ranks = tuple(sorted(rank for rank, index in copies if rank is not None and index not in taken))
+            kept = self.reader.ranks(name)
+            ranks = tuple(rank for rank in kept if self.reader.find(name, rank) not in taken)
             if ranks:
                 left.setdefault(ranks, []).append(name)
         for ranks, lost in left.items():
@@ -2439,7 +2440,7 @@ def load_safetensors(
     ValueError for a misuse, CheckpointException for a failure, on every rank alike. Nothing has changed then,
     unless the message says that tensors are undefined.
     """
-    source = os.path.abspath(path)
+    source = os.path.abspath(str(path))  # what is no path is not found, on all ranks alike
 
     def read_headers(op: coord.Operation) -> CheckpointReader:
         meta = _as_record(source, rename)
@@ -2585,17 +2586,12 @@ def _human(count: float) -> str:
     return f"{count / 1000**power:.{2 if power else 0}f} {' kMGT'[power].strip()}B"
 
 
-def _escaped(text: str) -> str:
-    """One printable line: control and bidi characters, line ends and lone surrogates become escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _say(*lines: str, file: TextIO | None = None) -> None:
     """Print lines. Every command prints this way, so that no stored name can control a terminal."""
     if (file := file or sys.stdout) is None:  # closed by the caller
         return
     encoding = file.encoding or "utf-8"
-    text = "\n".join(map(_escaped, lines))
+    text = "\n".join(map(st.escaped, lines))
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
@@ -2612,7 +2608,7 @@ def _cell(key: str, value: object) -> str:
         return _human(value)
     if isinstance(value, tuple):
         return "x".join(map(str, value)) or "scalar"
-    return "" if value is None else _escaped(f"{value:.3g}" if isinstance(value, float) else str(value))
+    return "" if value is None else st.escaped(f"{value:.3g}" if isinstance(value, float) else str(value))
 
 
 def _text(value: object) -> Iterator[str]:

@@ -309,11 +309,11 @@ class CheckpointCoordinator:
             if whole:
                 with closing(self.storage.open(plan.shard_path(0), write=True)) as file:
                     crcs = whole.write(file, meter)
-                    file.sync()  # I2
+                    finish(in_thread(file.sync), meter.tick)  # I2
             if own >= 0:
                 with closing(self.storage.create(plan.shard_path(own))) as file:
                     written = write_own_file(file, plan, own, views, level, meter)
-                    file.sync()  # I2
+                    finish(in_thread(file.sync), meter.tick)  # I2
             meter.tick()
             self.bytes_written = meter.total
             return crcs, written
@@ -340,7 +340,7 @@ class CheckpointCoordinator:
                 header = st.with_crcs(header, in_order)
                 with closing(self.storage.open(plan.shard_path(0), write=True)) as file:
                     file.write(0, memoryview(header))
-                    file.sync()  # I2
+                    finish(in_thread(file.sync), op.poll)  # I2
                 shards[0] = whole._replace(header_crc=st.crc32(header))
             record = dataclasses.replace(plan, shards=tuple(shards))
             self.size_bytes = record.size_bytes()
@@ -652,7 +652,8 @@ class Operation:
         kind, rank, text, step = f"{self.verb}_failed", self.rank, str(error), self.step_name[:2]
         if isinstance(error, CheckpointException):
             rank = rank if error.rank is None else error.rank
-            if error.type not in (ExceptionType.UNKNOWN, ExceptionType.SAVE_FAILED):  # which fits no load
+            # Those of the other verb do not fit this call.
+            if error.type.value not in ("unknown", "save_failed", "load_failed"):
                 kind = error.type.value
         elif isinstance(error, ValueError):
             kind = "value_error" if step in ("S1", "L1") else kind
@@ -788,8 +789,15 @@ class FaultToleranceHandler:
         self.storage = storage
         self.retry_policy = retry_policy or RetryPolicy()
 
-    def execute_with_retry(self, function: Callable[[], T], cancel: threading.Event | None = None) -> T:
+    def execute_with_retry(
+        self,
+        function: Callable[[], T],
+        cancel: threading.Event | None = None,
+        deadline: float = math.inf,
+    ) -> T:
         """Call `function` until it succeeds, the policy ends the attempts, or an error is not retryable.
+
+        No delay lasts beyond `deadline`, of `time.monotonic`.
 
         `OperationFailed` is the same on all ranks: they all retry, or none does. A cancelled operation is
         retried too, so that all ranks fail alike.
@@ -805,7 +813,7 @@ class FaultToleranceHandler:
             except tuple(policy.retryable_exceptions):
                 if cancel.is_set():
                     raise
-            cancel.wait(policy.delay(attempt))
+            cancel.wait(max(0.0, min(policy.delay(attempt), deadline - time.monotonic())))
         return function()
 
     def execute_with_timeout(self, function: Callable[[], T], timeout: float) -> T:
@@ -1212,12 +1220,15 @@ def identity(view: torch.Tensor) -> tuple[object, ...]:
 
 
 def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
-    """Mark those that are the same views of the same memory as an earlier one: they are stored once."""
+    """Mark those that are the same views of the same memory as an earlier one: they are stored once.
+
+    One of which this rank has no part is marked with its own name: other ranks know.
+    """
     seen, marked = dict[object, str](), []
     for item in tensors:
         views = tuple((box, *identity(view)) for box, view in item.pieces)
         first = seen.setdefault((item.dtype, item.shape, views), item.name) if views else item.name
-        marked.append(item if first == item.name else item._replace(alias_of=first))
+        marked.append(item if views and first == item.name else item._replace(alias_of=first))
     return marked
 
 
@@ -1414,7 +1425,7 @@ class Holdings:
                 raise _disagreement(name, one, f"a DTensor on {sorted(on_rank)}")
             if len({kind[1:3] for kind in same}) > 1 or any(kind.per_rank for kind in same):
                 self.apart.add(name)
-            ties = {kind.alias_of for kind in same}
+            ties = {kind.alias_of for kind in same} - {name}
             if len(ties) == 1 and "" not in ties:
                 self.tied[name] = ties.pop()
 
@@ -1457,6 +1468,8 @@ class Holdings:
         self.apart |= {tied for tied, origin in self.tied.items() if origin in self.apart}
         differs = found != of_copy
         for index in np.unique(name[differs]).tolist():
+            if step := _STEP.fullmatch(self.names[index]):
+                self.steps.append({step[1]: math.nan})  # equal to none
             ranks = np.unique(self.rows.file[differs & (name == index)]).tolist()
             warnings.append(
                 f"{self.names[index]}: copies that its placement declares equal differ: rank(s) "
@@ -1525,7 +1538,7 @@ def share_out(rows: Pieces, itemsizes: Ints, world_size: int) -> Pieces:
     parts = [rows.take(alone)]
     for first, copies in zip(start[count > 1].tolist(), count[count > 1].tolist()):
         holders, size = rows.file[first : first + copies], rows.box[first, 1]
-        dim = int(np.argmax(size > 1))
+        dim = int(np.argmax(size >= min(8 * copies, size.max())))  # long enough for equal parts, or longest
         ways = max(1, min(copies, size[dim], nbytes[first] // SPLIT_BYTES))
         edges = size[dim] * np.arange(ways + 1) // ways
         part = rows.take(np.full(ways, first))
@@ -1996,6 +2009,7 @@ class CheckpointReader:
     def __init__(self, storage: st.CheckpointStorage, metadata: CheckpointMetadata) -> None:
         self.storage, self.metadata = storage, metadata
         self._crcs: dict[int, list[int]] = {}
+        self._values: dict[int, torch.Tensor] = {}  # read ahead
         self._files: dict[int, st.StoredFile] = {}
         self._users = Counter[int]()  # how many threads use each file
         self._lock = threading.Lock()
@@ -2089,18 +2103,31 @@ class CheckpointReader:
     def read_piece(self, row: int) -> torch.Tensor:
         """Return the elements of one piece, verified."""
         ((tensor, _, _, box),) = self.metadata.pieces.take(slice(row, row + 1)).boxes(self.metadata.tensors)
-        return self._read(tensor, box)
+        return self.read(tensor, box)
+
+    def read_values(self, tensors: Iterable[int]) -> None:
+        """Read what `read_value` will be asked for at once, since hundreds of values lie in one unit."""
+        found = {index: self._empty(index) for index in tensors}
+        self.fill(found.values())
+        self._values |= {index: target.view for index, target in found.items()}
 
     def read_value(self, tensor: int) -> object:
         """Return a stored JSON value, still encoded."""
         meta = self.metadata.tensors[tensor]
-        text = self._read(tensor, whole_box(meta.shape)).numpy().tobytes()
-        return st.parse_json(text, meta.name)
+        if (view := self._values.pop(tensor, None)) is None:
+            view = self.read(tensor)
+        return st.parse_json(view.numpy().tobytes(), meta.name)
 
-    def _read(self, tensor: int, box: Box) -> torch.Tensor:
-        view = torch.empty(box.size, dtype=st.DTYPES[self.metadata.tensors[tensor].dtype], device="cpu")
-        self.fill([Target(tensor, box, view)])
-        return view
+    def read(self, tensor: int, box: Box | None = None) -> torch.Tensor:
+        """Return the elements of a box of a tensor; default: of the whole tensor."""
+        self.fill([target := self._empty(tensor, box)])
+        return target.view
+
+    def _empty(self, tensor: int, box: Box | None = None) -> Target:
+        """Return a target with memory of its own."""
+        meta = self.metadata.tensors[tensor]
+        box = whole_box(meta.shape) if box is None else box
+        return Target(tensor, box, torch.empty(box.size, dtype=st.DTYPES[meta.dtype], device="cpu"))
 
     def _fills(self, target: Target) -> Iterator[Fill]:
         """Yield what a target needs of each piece. Aligned raw pieces are cut where blocks end."""

@@ -143,7 +143,7 @@ class CheckpointException(Exception):
         type: ExceptionType = ExceptionType.UNKNOWN,
         rank: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(escaped(message, "\n"))
         self.checkpoint_path, self.type, self.rank = checkpoint_path, type, rank
 
 
@@ -159,6 +159,11 @@ def well_formed(path: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise corrupted(f"{path}: {error}", path) from error
+
+
+def escaped(text: str, kept: str = "") -> str:
+    """Replace what is not printable by escapes, but for `kept`: no stored name may control a terminal."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def some(names: Sequence[object], most: int = 5, separator: str = ", ") -> str:
@@ -261,8 +266,8 @@ class CheckpointStorage(Protocol):
     def names(self, directory: str = "") -> list[str]:
         """Every regular file below `directory`, sorted.
 
-        A link, which is never followed, and what cannot be looked at come with a `/` at the end; as
-        `directory` itself they are an error.
+        What is neither file nor directory (a link, which is never followed; a device) and what cannot be
+        looked at come with a `/` at the end; as `directory` itself a link is an error.
         """
 
     def publish(self, temporary: str, name: str, overwrite: bool) -> None:
@@ -452,8 +457,8 @@ class LocalStorage:
             try:
                 if entry.is_dir(follow_symlinks=False):
                     found += self.names(inner)
-                elif entry.is_file(follow_symlinks=False) or entry.is_symlink():
-                    found.append(inner + "/" * entry.is_symlink())
+                else:
+                    found.append(inner + "/" * (not entry.is_file(follow_symlinks=False)))
             except FileNotFoundError:  # removed since
                 continue
             except (OSError, CheckpointException):  # another owner's, or damaged: the rest can be listed
@@ -1743,7 +1748,7 @@ def collect_garbage(storage: AnyStorage, min_age_s: float = 86400.0, warn: Warn 
                         removed += [fence] if storage.delete(fence) else []
                     else:
                         keep.add(save_id)
-                        left = f"{(min_age_s - max(0.0, age)) / 3600:.1f} h"
+                        left = f"{(min_age_s - age) / 3600:.1f} h"
                         warn(f"kept save {save_id} of {prefix}, which may be alive: old enough in {left}")
             with contextlib.suppress(FileNotFoundError):
                 keep.add(decode_record(read_file(storage, record_name(prefix), sealed=True), prefix).save_id)

@@ -985,6 +985,12 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
     with pytest.raises(OSError):
         handler.execute_with_retry(fails_as_long_as_there_are_errors)
     assert len(errors) == 1
+    errors[:], waits = [KeyError()], []
+    asked = types.SimpleNamespace(wait=waits.append, is_set=bool)
+    patient = ckpt.FaultToleranceHandler(storage, dataclasses.replace(retry, initial_delay=1000.0))
+    until = time.monotonic() + 5.0
+    assert patient.execute_with_retry(fails_as_long_as_there_are_errors, asked, until) == "done"
+    assert len(waits) == 1 and 0.0 <= waits[0] <= 5.0, "the deadline ends a delay"
     refusal(lambda: handler.execute_with_timeout(lambda: never.wait(HANG_S), 0.1), ExceptionType.TIMEOUT)
     never.set()
     assert handler.execute_with_timeout(lambda: 7, HANG_S) == 7
@@ -1070,15 +1076,25 @@ def test_an_event_that_is_set_already_cancels_a_save_and_a_load_before_anything_
     refused(checkpoint, at(), ExceptionType.CANCELLED, cancel=cancel)
 
 
-def test_fallback_takes_the_newest_older_checkpoint_that_verifies_and_says_so(tmp_path, checkpoint):
+def test_fallback_takes_the_newest_older_checkpoint_that_verifies_and_says_so(
+    tmp_path, checkpoint, monkeypatch
+):
+    class Watched(coord.Operation):
+        def __post_init__(self):
+            super().__post_init__()
+            deadlines.append(self._deadline)
+
     for prefix in ("one", "two", "three", "four"):
         checkpoint.save(*small(prefix), to(prefix))
     for prefix in ("three", "two"):
         (path,) = shards(tmp_path, prefix)
         flip(path, Shard(path).data_at)
     for damaged in ("three", "two"):  # at first the data of "two", then its record too
-        said = overheard(checkpoint)
-        state, result = loaded(checkpoint, at(damaged, fallback=True))
+        said, deadlines = overheard(checkpoint), []
+        with monkeypatch.context() as patch:
+            patch.setattr(coord, "Operation", Watched)
+            state, result = loaded(checkpoint, at(damaged, fallback=True))
+        assert len(deadlines) > 2 and len(set(deadlines)) == 1, "one limit for all attempts"
         assert result.prefix == "one" and f"{damaged} is corrupt, falling back" in result.warnings[0]
         assert [line for line in said if "falling back" in line] == result.warnings
         assert identical(state, state_of(*small("one")))
@@ -1698,14 +1714,16 @@ def test_a_header_that_other_readers_refuse_is_refused_before_any_write(tmp_path
     assert not listing(tmp_path) and not any(map(is_change, files.done))
 
 
-def test_a_replicated_tensor_is_written_once_and_its_bytes_are_balanced(tmp_path):
-    run(2, save_replicas, tmp_path)
+@pytest.mark.parametrize("shape", [(4 * MiB,), (3, MiB + MiB // 3), (5, 1, MiB)])
+def test_a_replicated_tensor_is_written_once_and_its_bytes_are_balanced(tmp_path, shape):
+    run(2, save_replicas, tmp_path, shape)
     sizes = [path.stat().st_size for path in shards(tmp_path)]
-    assert 16 * MiB <= sum(sizes) < 16.5 * MiB and max(sizes) < 0.6 * sum(sizes)
+    nbytes = 4 * math.prod(shape)
+    assert nbytes <= sum(sizes) < 1.03 * nbytes and max(sizes) < 0.53 * sum(sizes)
 
 
-def save_replicas(rank, world_size, tmp):
-    opened(tmp).save(Bag(w=torch.arange(4 * MiB, dtype=torch.int32)), None, to())
+def save_replicas(rank, world_size, tmp, shape):
+    opened(tmp).save(Bag(w=torch.arange(math.prod(shape), dtype=torch.int32).view(shape)), None, to())
 
 
 @pytest.mark.parametrize("holder", [0, 1])
@@ -1721,6 +1739,52 @@ def save_a_tie_of_one_rank(rank, world_size, tmp, form, holder):
     target = Bag(w=torch.zeros(6), tied=torch.zeros(6))
     opened(tmp).load(target, None, at(load_rng_state=False))
     return torch.equal(target.state["w"], w) and torch.equal(target.state["tied"], w)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_tie_is_stored_once_though_a_rank_has_an_empty_shard(tmp_path, form):
+    """Of 5 rows on 4 ranks the last has none."""
+    assert run(4, save_a_sharded_tie, tmp_path, form) == [([], True)] * 4
+    tensors = {t.name: t for t in st.read_committed(ckpt.LocalStorage(tmp_path), "p").tensors}
+    copied = form is CheckpointFormat.CONSOLIDATED  # a copy for each name
+    assert (tensors["model/tied"].alias_of is None) == copied and tensors["model/w"].alias_of is None
+
+
+def save_a_sharded_tie(rank, world_size, tmp, form):
+    full = torch.arange(20.0).view(5, 4)
+    w = distribute_tensor(full.clone(), init_device_mesh("cpu", (world_size,)), [ShardDim(0)])
+    checkpoint, state = opened(tmp), {"w": w, "tied": w}
+    checkpoint.save(state, None, to(format=form, include_rng_state=False))
+    w.to_local().zero_()
+    warned = checkpoint.load(state, None, at(load_rng_state=False)).warnings
+    return warned, torch.equal(w.full_tensor(), full)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_tie_kept_per_rank_is_taken_by_each_rank_without_a_warning(tmp_path, form):
+    assert run(2, load_a_tie_per_rank, tmp_path, form) == [([], 0.0), ([], 1.0)]
+
+
+def load_a_tie_per_rank(rank, world_size, tmp, form):
+    w, checkpoint = torch.full((3,), float(rank)), opened(tmp)
+    checkpoint.save({"a": w, "b": w}, None, to(format=form))
+    w.fill_(-1.0)
+    return checkpoint.load({"a": w, "b": w}, None, at()).warnings, w[0].item()
+
+
+def test_hundreds_of_values_that_lie_in_one_unit_are_read_at_once(ram):
+    checkpoint = over(Storage(ram, files := Seam()))
+    checkpoint.save(Bag(w=torch.ones(3), **{f"layer.{n}": n for n in range(300)}), None, to())
+    files.log.clear()
+    target = Bag(w=torch.zeros(3), **dict.fromkeys((f"layer.{n}" for n in range(300)), -1))
+    checkpoint.load(target, None, at())
+    read = sum(op.size for op in files.log if op.call == "pread")
+    assert read < 3 * sum(map(len, listing(ram).values()))
+
+
+def test_the_type_of_a_failure_fits_the_call(ram):
+    odd = Doomed(CheckpointException("no", type=ExceptionType.LOAD_FAILED))
+    refusal(lambda: over(ram).save(odd, None, to()), ExceptionType.SAVE_FAILED)
 
 
 def test_twenty_thousand_small_tensors_cost_what_their_bytes_cost(tmp_path):
@@ -2997,17 +3061,21 @@ def save_at_different_steps(rank, world_size, tmp, kind, counted, sharded):
     model, checkpoint, outcomes = filled(nn.Linear(4, 6), "truth"), opened(tmp), []
     if sharded:
         fully_shard(model)
+    mesh = init_device_mesh("cpu", (world_size,))
     for steps, replicas in ((2 - rank, "verify"), (2 - rank, "trust"), (2, "verify")):
         optimizer = stepped(model, kind, steps=steps, lr=0.0)
         for parameter in model.parameters() if counted else ():
-            optimizer.state[parameter]["step"] = steps
+            step = DTensor.from_local(torch.tensor(float(steps)), mesh, [Replicate()], run_check=False)
+            optimizer.state[parameter]["step"] = step if counted == "replicated" else counted(steps)
         outcome = told(lambda: checkpoint.save(model, optimizer, to(replicas=replicas)))
         outcomes.append((outcome[0], "different optimizer steps" in str(outcome[2])))
     return outcomes
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("kind, counted", [(ADAMW, False), (SGD, True), (SGD, False)])
+@pytest.mark.parametrize(
+    "kind, counted", [(ADAMW, None), (SGD, None), (SGD, int), (SGD, np.int64), (SGD, "replicated")]
+)
 def test_ranks_at_different_optimizer_steps_cannot_save(tmp_path, kind, counted, sharded):
     apart = ("SAVE_FAILED", True) if kind is ADAMW or counted else ("returned", False)  # nothing tells
     outcomes = [apart, apart, ("returned", False)]
@@ -3244,6 +3312,8 @@ MISUSES = [
     (to(replicas="hope"), MODULE, None, "replicas verify trust"),
     (to(timeout=-1.0), MODULE, None, "timeout"),
     (to(timeout=math.inf), MODULE, None, "timeout"),
+    (to(progress=3), MODULE, None, "progress function 3"),
+    (at(progress=3), MODULE, None, "progress function 3"),
     (at(resharding_strategy="psychic"), MODULE, None, "resharding_strategy parallel sequential broadcast"),
     (LoadOptions(), MODULE, None, "checkpoint_prefix"),
     ("p", {"layer": MODULE, "w": torch.ones(2)}, None, "layer"),
@@ -6079,6 +6149,7 @@ def test_clean_up_keeps_a_save_whose_fence_is_young_and_takes_an_older_one(ram, 
             assert set(storage.names()) == (named_files(left) if takes else whole)
             assert takes or f"kept save {fence.name.split('.')[-2]} of p" in caplog.text
             assert takes or not limit_s or "old enough in 0.0 h" in caplog.text
+            assert hours != -1 or "old enough in 25.0 h" in caplog.text
             assert seen(storage) == "old"
 
 
@@ -6689,6 +6760,12 @@ def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_
     return len(IMPOSED)
 
 
+def test_a_record_that_is_no_file_is_skipped_with_a_warning(ram, caplog):
+    put(ram, "old", "good")
+    os.mkfifo(ram / f"odd{st.RECORD_SUFFIX}")
+    assert listed(over(ram)) == ["good"] and "skipped odd" in caplog.text
+
+
 # Row 21: pickles
 
 
@@ -6794,8 +6871,12 @@ def test_what_is_stored_reaches_a_terminal_escaped_and_json_is_exact(tmp_path, c
     shown = json.loads(command(capsys, "show", tmp_path, "p", "--json")[2])
     assert {f"model/{name}" for name in names} < {tensor["name"] for tensor in shown["tensors"]}
     assert shown["custom_metadata"] == custom
-    loaded = Bag(**{name: torch.zeros_like(bag.state[name]) for name in names})
-    opened(tmp_path).load(loaded, None, at("q"))
+    checkpoint, loaded = opened(tmp_path), Bag(**{name: torch.zeros_like(bag.state[name]) for name in names})
+    said = overheard(checkpoint)
+    said.append(refusal(lambda: checkpoint.load(Bag(), None, at("q")), ExceptionType.VALIDATION_FAILED))
+    checkpoint.load(Bag(), None, at("q", strict_mode=False))
+    assert len(said) > 1 and all(c.isprintable() or c == "\n" for line in said for c in line), said
+    checkpoint.load(loaded, None, at("q"))
     assert identical(loaded.state, bag.state)
     if encodable:
         assert set(contents(tmp_path / "m.safetensors")) == set(names)
@@ -7595,13 +7676,13 @@ def hold_all_alone(rank, world_size, tmp, form):
 
 
 class Gate:
-    """A wait until it is opened: before a write, as the hook of a `Seam`, or before the background copy."""
+    """A wait until it is opened: before a call, as the hook of a `Seam`, or before the background copy."""
 
-    def __init__(self):
-        self.reached, self.opened = threading.Event(), threading.Event()
+    def __init__(self, call="pwrite"):
+        self.call, self.reached, self.opened = call, threading.Event(), threading.Event()
 
     def __call__(self, op=None):
-        if op is None or op.call == "pwrite":
+        if op is None or op.call == self.call:
             self.reached.set()
             assert self.opened.wait(HANG_S), "the gate was never opened"
 
@@ -7786,6 +7867,18 @@ def test_a_failed_pending_save_is_not_kept_once_somebody_has_asked(tmp_path, mon
     del pending
     gc.collect()
     assert kept() is None
+
+
+def test_cancel_does_not_wait_for_an_fsync(ram):
+    gate, cancel = Gate("fsync"), threading.Event()
+    checkpoint = over(Storage(ram, Seam(gate)))
+    with ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(told, lambda: checkpoint.save(value("old"), None, to(), cancel=cancel))
+        assert gate.reached.wait(HANG_S)
+        cancel.set()
+        assert saved.result(HANG_S)[0] == "CANCELLED" and not gate.opened.is_set()
+        gate.opened.set()
+    assert listing(ram) == {}
 
 
 @pytest.mark.parametrize("call", ["save_async", "save", "close"])
