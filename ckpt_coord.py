@@ -1194,7 +1194,8 @@ def _cuts(tensor: DTensor, coordinate: Sequence[int]) -> Iterator[list[Cut]]:
 def _cut_runs(runs: list[range], ways: int, index: int, split_factor: int) -> list[range]:
     """Cut the elements of `runs` into `split_factor` groups, each into `ways` shards; shard `index` of each.
 
-    Runs are parts of one dimension, which lie one behind the other in the local tensor.
+    Runs are parts of one dimension, which lie one behind the other in the local tensor. Of 8 elements, cut
+    into 2 groups and 2 ways, shard 0 has 0-1 and 4-5.
     """
 
     def chunk(whole: range, count: int, number: int) -> range:  # as torch.chunk
@@ -1453,6 +1454,10 @@ class Holdings:
 
         `sums` are the checksums of the rows `compared`. Where replicas within a copy differ, the lowest
         rank's stays, with a warning.
+
+        Two ranks have the same box of `w`, with checksums 5 and 7. If `w` is a plain tensor, these are two
+        copies, and `w` is kept apart. If it is a DTensor with Replicate(), they are one copy of one mesh:
+        the row of rank 1 goes, with a warning.
         """
         name, found = self.name[self.rows.tensor], np.zeros(len(self.rows.tensor), np.uint64)
         found[compared] = sums

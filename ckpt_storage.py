@@ -866,9 +866,10 @@ def not_covered_once(tensors: Sequence[TensorMetadata], tensor: Ints, box: Ints)
     tensor. A tied tensor has no boxes. Time and memory are linear in tensors and boxes.
 
     Each index of a dimension has a random weight. If boxes cover a tensor once, then the products of weights,
-    summed over the elements of all boxes, add up to the sum over the whole. Other boxes pass with a
-    probability of about 2^-60, in any number of dimensions: sums are taken modulo two primes (the lemma of
-    Schwartz and Zippel). Modulo 2^64 each dimension would lose a bit.
+    summed over the elements of all boxes, add up to the sum over the whole. For four elements with weights a
+    to d: boxes [0, 2) and [2, 4) give (a + b) + (c + d), as the whole does; [0, 2) and [1, 4) give b twice.
+    Other boxes pass with a probability of about 2^-60, in any number of dimensions: sums are taken modulo two
+    primes (the lemma of Schwartz and Zippel). Modulo 2^64 each dimension would lose a bit.
     """
     width, bare = box.shape[2], {n for n, t in enumerate(tensors) if t.alias_of is None and 0 not in t.shape}
     used, tensor = np.unique(tensor, return_inverse=True)  # memory for these alone
