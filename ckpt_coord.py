@@ -926,6 +926,7 @@ class TorchCoordinator(DistributedCoordinator):
     def begin(self) -> None:
         """Start a collective operation."""
         self._operation, self._step, self._group, self._store_error = self._operation + 1, 0, None, ""
+        self._next_look = 0.0  # at the flag
 
     def raise_flag(self) -> None:
         """Have the other ranks go to their next gather at once."""
@@ -933,6 +934,10 @@ class TorchCoordinator(DistributedCoordinator):
             self._post(f"{self._operation}/flag", None)
 
     def flag_is_up(self) -> bool:
+        """Whether a rank has raised the flag. Asks the store now and then; else the answer is no."""
+        if (now := time.monotonic()) < self._next_look:
+            return False
+        self._next_look = now + self._longest_pause
         return self._call(self._store.check, [f"{self._operation}/flag"])
 
     def all_gather(
