@@ -54,6 +54,7 @@ import fcntl
 import functools
 import gc
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -110,14 +111,7 @@ from torch.nn.parallel import DistributedDataParallel
 import ckpt
 import ckpt_coord as coord
 import ckpt_storage as st
-from ckpt import (
-    CheckpointException,
-    CheckpointFormat,
-    CompressionLevel,
-    ExceptionType,
-    LoadOptions,
-    SaveOptions,
-)
+from ckpt import CheckpointException, CheckpointFormat, ExceptionType, LoadOptions, SaveOptions
 
 HERE = Path(__file__).resolve().parent
 # Children import what this process imports.
@@ -129,7 +123,7 @@ torch.set_num_threads(1)
 gc.freeze()  # collections skip what torch made at import: a fifth of the time of the long loops
 MiB = 1 << 20
 BLOCK, UNIT, PAGE = 4 * MiB, 256 << 10, 4096
-FORMATS, LEVELS = list(CheckpointFormat), list(CompressionLevel)
+FORMATS, LEVELS = list(CheckpointFormat), list(ckpt.CompressionLevel)
 STRATEGIES = ["parallel", "sequential", "broadcast"]
 FOREVER = 1 << 40
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -157,7 +151,8 @@ def _rank_main(pipe, port, rank, world_size, body, tmp, args):
             args = (Path(tmp), *args)
         answer = (True, body(*args))
     except BaseException:
-        answer = (False, traceback.format_exc())
+        variables = str(inspect.trace()[-1].frame.f_locals)[:5000]  # of the function that raised
+        answer = (False, f"{traceback.format_exc()}where {variables}")
     pipe.send(answer)
     pipe.recv()  # stay until every rank has reported: leaving early closes sockets that others still use
 
@@ -199,6 +194,60 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
     if failures:
         pytest.fail("\n".join(failures), pytrace=False)
     return results
+
+
+COUNTS = Counter()  # what the fault tests have tried
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _counts_are_printed_at_the_end(request):
+    yield
+    if COUNTS:
+        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            print("\nfaults tried:", ", ".join(f"{number:,} {what}" for what, number in COUNTS.items()))
+
+
+def on_ranks(world_size, counts=None, limit_s=HANG_S, group=True):
+    """A test whose body is run by so many processes, as `test(rank, tmp_path or ram, ...)`.
+
+    Without a `group`, as `test(tmp_path or ram, ...)`. What rank 0 returns is how many of `counts` it tried.
+    """
+
+    def decorate(body):
+        given = [*inspect.signature(body).parameters.values()][group:]
+
+        def test(**fixtures):
+            tmp, how = fixtures.pop(given[0].name), {"limit_s": limit_s, "group": group}
+            tried, *_ = run(world_size, _body_of_test, tmp, body.__name__, fixtures, **how)
+            COUNTS.update({counts: tried} if counts else {})
+
+        test.__signature__ = inspect.Signature(given)
+        return functools.update_wrapper(test, body)
+
+    return decorate
+
+
+def _body_of_test(*given):
+    *place, tmp, name, fixtures = given
+    return globals()[name].__wrapped__(*place[:1], tmp, **fixtures)
+
+
+apart = functools.partial(on_ranks, 1, group=False)  # in a fresh process without threads, so that it may fork
+
+
+def gathered(value):
+    """What each rank has given."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@pytest.fixture
+def ram():
+    """A directory in memory, where the system has one: these tests sync files thousands of times."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="test_ckpt-", dir=memory, ignore_cleanup_errors=True) as path:
+        yield Path(path)
 
 
 # ---- opening, comparing, reading by hand -------------------------------------------------------------------
@@ -570,24 +619,21 @@ for _kind in (Storage, SeamedFile):
             setattr(_kind, _name, _within(_method))
 
 
+@apart()
 def test_every_file_call_of_the_library_goes_through_the_seam(tmp_path):
-    assert run(1, work_under_audit, tmp_path, group=False) == [{}]
-
-
-def work_under_audit(tmp):
-    """What the interpreter was asked to do with files below `tmp`, but not through the library's `os`."""
+    """An audit hook hears of all that the interpreter is asked to do with files."""
     audited, st.os = Counter(), Seam()
     names = {"open": "open", "os.remove": "unlink", "os.listdir": "listdir", "os.scandir": "scandir"}
     names |= {f"os.{name}": name for name in ("rename", "link", "mkdir", "rmdir", "truncate", "symlink")}
 
     def audit(event, args):
-        if event in names and str(args[0]).startswith(f"{tmp}/"):
+        if event in names and str(args[0]).startswith(f"{tmp_path}/"):
             is_map = event == "open" and args[1] is not None and "/source/" in args[0]  # of a file to import
             audited[names[event], args[0]] += not is_map
 
     sys.addaudithook(audit)
-    storage, (model, optimizer) = ckpt.LocalStorage(tmp / "base"), small()
-    exported, lost = tmp / "source" / "m.safetensors", tmp / "base" / f"lost{st.RECORD_SUFFIX}.0badf00d.tmp"
+    storage, (model, optimizer) = ckpt.LocalStorage(tmp_path / "base"), small()
+    exported, lost = tmp_path / "source/m.safetensors", tmp_path / f"base/lost{st.RECORD_SUFFIX}.0badf00d.tmp"
     index = f"{exported}.index.json"
     with ckpt.DistributedCheckpoint(storage=storage) as checkpoint:
         for form in FORMATS:
@@ -608,7 +654,8 @@ def work_under_audit(tmp):
     expected = {"open", "unlink", "listdir", "rename", "link", "mkdir", "rmdir"}
     assert {call for call, _ in +audited} - {"scandir"} == expected
     audited["open", str(lost)] -= 1
-    return audited - Counter(("open" if op.call == "create" else op.call, op.path) for op in st.os.log)
+    logged = Counter(("open" if op.call == "create" else op.call, op.path) for op in st.os.log)
+    assert not audited - logged, audited - logged
 
 
 class Strike:
@@ -862,16 +909,6 @@ def test_a_custom_checker_refuses_a_load_unless_skipped_but_checksums_are_never_
     assert len(calls) == count
 
 
-def test_keep_last_keeps_the_newest_and_their_files(tmp_path):
-    checkpoint = opened(tmp_path, keep_last=2)
-    for prefix in "dcba":
-        checkpoint.save(small()[0], None, to(prefix))
-    assert prefixes(checkpoint) == ["b", "a"]
-    assert {name.split("/")[0].split(".")[0] for name in listing(tmp_path)} == {"a", "b"}
-    with pytest.raises(ValueError, match="keep_last"):
-        opened(tmp_path, keep_last=0).save(small()[0], None, to())
-
-
 @pytest.mark.parametrize("path", [str, Path])
 def test_a_path_means_local_storage_there_and_a_string_means_options_with_that_prefix(tmp_path, path):
     first, second = (path(tmp_path / name) for name in "ab")
@@ -1067,35 +1104,6 @@ def test_an_event_that_is_set_already_cancels_a_save_and_a_load_before_anything_
     refused(checkpoint, at(), ExceptionType.CANCELLED, cancel=cancel)
 
 
-def test_fallback_takes_the_newest_older_checkpoint_that_verifies_and_says_so(tmp_path, checkpoint):
-    for prefix in ("one", "two", "three", "four"):
-        checkpoint.save(*small(prefix), to(prefix))
-    for prefix in ("three", "two"):
-        (path,) = shards(tmp_path, prefix)
-        flip(path, Shard(path).data_at)
-    for damaged in ("three", "two"):  # at first the data of "two", then its record too
-        state, result = loaded(checkpoint, at(damaged, fallback=True))
-        assert result.prefix == "one" and any(damaged in warning for warning in result.warnings)
-        assert identical(state, state_of(*small("one")))
-        flip(tmp_path / "two.metadata.json", -40)
-    refusal(lambda: checkpoint.load(*small(), at("three")), ExceptionType.CORRUPTED_CHECKPOINT)
-
-
-def test_options_of_another_type_on_one_rank_are_an_error_on_all_and_the_next_save_works(ram):
-    def give_other_options(coordinator):
-        checkpoint, model, outcomes = opened(ram, coordinator), small()[0], []
-        checkpoint.save(model, None, to("first"))
-        calls = {checkpoint.save: to("q"), checkpoint.load: at("first", load_rng_state=False)}
-        calls[lambda *given: checkpoint.save_async(*given).result()] = to("q")
-        for call, right in calls.items():
-            options = {"checkpoint_prefix": "q"} if coordinator.rank else right
-            outcomes.append(told(lambda: call(model, None, options))[0])
-            outcomes.append(told(lambda: checkpoint.save(model, None, to("r")))[0])
-        return outcomes
-
-    assert together(2, give_other_options) == [["ValueError", "returned"] * 3] * 2
-
-
 def test_a_coordinator_of_the_five_documented_methods_is_enough(ram):
     def use_five_methods(coordinator):
         assert isinstance(coordinator, ckpt.DistributedCoordinator)
@@ -1273,19 +1281,16 @@ def test_a_tensor_among_a_groups_options_follows_its_parameters_to_another_rank(
     assert together(2, swap) == [(0.25, []), (0.5, [])]
 
 
-def test_plain_state_of_a_sharded_parameter_stays_that_of_its_rank(ram):
-    assert run(2, keep_plain_state, ram) == [True, True]
-
-
-def keep_plain_state(rank, world_size, tmp):
-    checkpoint, mesh = opened(tmp), init_device_mesh("cpu", (2,))
+@on_ranks(2)
+def test_plain_state_of_a_sharded_parameter_stays_that_of_its_rank(rank, ram):
+    checkpoint, mesh = opened(ram), init_device_mesh("cpu", (2,))
     model = nn.ParameterDict({"w": distribute_tensor(torch.ones(4, 2), mesh, [ShardDim(0)])})
     optimizer, fresh = (torch.optim.SGD(model.parameters()) for _ in range(2))
     own = torch.full((2, 2), float(rank))
     optimizer.state[model["w"]] = state = {"norm": own.norm(), "local": own, "same": torch.ones(1)}
     checkpoint.save(model, optimizer, "p")
     checkpoint.load(model, fresh, "p")
-    return identical(dict(fresh.state[model["w"]]), state)
+    assert identical(dict(fresh.state[model["w"]]), state)
 
 
 def test_a_stateful_whose_state_is_no_dict_is_restored(checkpoint):
@@ -1375,19 +1380,15 @@ def test_ties_and_stages_of_a_pipeline_are_no_cause_for_a_warning(ram):
     assert together(2, save_a_stage) == [[], []]
 
 
-def test_wide_elements_that_other_ranks_send_are_copied_whatever_their_place(ram):
-    truth = run(3, save_wide, ram)[0]
-    found = {name: torch.zeros_like(tensor) for name, tensor in truth.items()}
+@on_ranks(3)
+def test_wide_elements_that_other_ranks_send_are_copied_whatever_their_place(rank, ram):
+    mesh = init_device_mesh("cpu", (3,))
+    truth = {"a": torch.ones(301, dtype=torch.uint8), "z": torch.full((33,), 1 + 2j, dtype=torch.complex128)}
+    state = {name: distribute_tensor(tensor, mesh, [ShardDim(0)]) for name, tensor in truth.items()}
+    opened(ram).save(state, None, to(format="single_file"))
+    found = blank(truth)
     opened(ram).load(found, None, at(load_rng_state=False))
     assert identical(found, truth)
-
-
-def save_wide(rank, world_size, tmp):
-    mesh = init_device_mesh("cpu", (3,))
-    whole = {"a": torch.ones(301, dtype=torch.uint8), "z": torch.full((33,), 1 + 2j, dtype=torch.complex128)}
-    state = {name: distribute_tensor(tensor, mesh, [ShardDim(0)]) for name, tensor in whole.items()}
-    opened(tmp).save(state, None, to(format="single_file"))
-    return whole
 
 
 def test_a_save_to_storages_that_ranks_do_not_share_fails(ram):
@@ -1693,29 +1694,22 @@ def test_a_header_that_other_readers_refuse_is_refused_before_any_write(tmp_path
     assert not listing(tmp_path) and not any(map(is_change, files.done))
 
 
-def test_a_replicated_tensor_is_written_once_and_its_bytes_are_balanced(tmp_path):
-    run(2, save_replicas, tmp_path)
+@on_ranks(2)
+def test_a_replicated_tensor_is_written_once_and_its_bytes_are_balanced(rank, tmp_path):
+    opened(tmp_path).save(Bag(w=torch.arange(4 * MiB, dtype=torch.int32)), None, to())
     sizes = [path.stat().st_size for path in shards(tmp_path)]
     assert 16 * MiB <= sum(sizes) < 16.5 * MiB and max(sizes) < 0.6 * sum(sizes)
 
 
-def save_replicas(rank, world_size, tmp):
-    opened(tmp).save(Bag(w=torch.arange(4 * MiB, dtype=torch.int32)), None, to())
-
-
 @pytest.mark.parametrize("holder", [0, 1])
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_tied_name_that_only_one_rank_has_is_stored_whole(tmp_path, form, holder):
-    assert run(2, save_a_tie_of_one_rank, tmp_path, form, holder) == [True, True]
-
-
-def save_a_tie_of_one_rank(rank, world_size, tmp, form, holder):
-    w = torch.arange(6.0)
+@on_ranks(2)
+def test_a_tied_name_that_only_one_rank_has_is_stored_whole(rank, tmp_path, form, holder):
+    w, found = torch.arange(6.0), {"w": torch.zeros(6), "tied": torch.zeros(6)}
     state = {"w": w, "tied": w} if rank == holder else {"w": w}
-    opened(tmp).save(Bag(**state), None, to(format=form, include_rng_state=False))
-    target = Bag(w=torch.zeros(6), tied=torch.zeros(6))
-    opened(tmp).load(target, None, at(load_rng_state=False))
-    return torch.equal(target.state["w"], w) and torch.equal(target.state["tied"], w)
+    opened(tmp_path).save(state, None, to(format=form, include_rng_state=False))
+    opened(tmp_path).load(found, None, at(load_rng_state=False))
+    assert identical(found, {"w": w, "tied": w})
 
 
 def test_twenty_thousand_small_tensors_cost_what_their_bytes_cost(tmp_path):
@@ -1755,12 +1749,9 @@ ALIKE = [  # a tensor inside a value never takes the name of another value
 ]
 
 
+@apart()
 def test_extra_state_comes_back_exactly_and_no_pickle_is_ever_loaded(tmp_path):
-    assert run(1, load_extra_under_audit, tmp_path, group=False) == [[]]
-
-
-def load_extra_under_audit(tmp):
-    events, (model, optimizer), checkpoint = [], small(), opened(tmp)
+    events, (model, optimizer), checkpoint = [], small(), opened(tmp_path)
     cases = [*({key: value} for key, value in EXTRA.items()), EXTRA, *ALIKE]
     for number, extra in enumerate(cases):
         checkpoint.save(model, optimizer, f"case-{number}", extra_state=extra)
@@ -1769,7 +1760,7 @@ def load_extra_under_audit(tmp):
     for number, extra in enumerate(cases):
         found = checkpoint.load(model, optimizer, f"case-{number}").extra_state
         assert identical(found, extra), found
-    return [event for event in events if event[0] != "exec" or "ckpt" in event[1]]
+    assert [event for event in events if event[0] != "exec" or "ckpt" in event[1]] == []
 
 
 def test_tensors_whose_places_read_alike_or_are_one_tensor_here_come_back_each_to_its_own(tmp_path):
@@ -1879,15 +1870,12 @@ def test_what_a_save_accepts_a_load_of_the_same_objects_accepts(tmp_path):
     assert identical(values(*other), values(*truth))
 
 
-def test_partial_placements_and_fsdp1_at_any_depth_are_refused_with_the_ways_out(tmp_path):
-    run(2, offer_the_unsaveable, tmp_path)
-
-
-def offer_the_unsaveable(rank, world_size, tmp):
+@on_ranks(2)
+def test_partial_placements_and_fsdp1_at_any_depth_are_refused_with_the_ways_out(rank, tmp_path):
     plain, model = (nn.Sequential(nn.Linear(3, 5), nn.ModuleDict({"inner": nn.Linear(5, 2)})) for _ in "12")
-    checkpoint, mesh = opened(tmp), init_device_mesh("cpu", (2,))
+    checkpoint, mesh = opened(tmp_path), init_device_mesh("cpu", (2,))
     checkpoint.save({"part": plain}, None, "plain")
-    before = listing(tmp)
+    before = listing(tmp_path)
     partial = Bag(grad_sum=DTensor.from_local(torch.ones(3), mesh, [Partial()]))
     old = FullyShardedDataParallel(nn.Linear(5, 7), device_id=torch.device("cpu"))
     FullyShardedDataParallel.set_state_dict_type(old, StateDictType.SHARDED_STATE_DICT)
@@ -1902,7 +1890,7 @@ def offer_the_unsaveable(rank, world_size, tmp):
     ):
         kind, _, message = told(lambda: getattr(checkpoint, verb)(given, None, prefix))
         assert kind == f"{verb.upper()}_FAILED" and all(word in message for word in words), (kind, message)
-    assert listing(tmp) == before and identical(state_of(model[0]), kept)
+    assert listing(tmp_path) == before and identical(state_of(model[0]), kept)
 
 
 # ---- protocol: S1 to S7, L1 to L5, over real ranks ---------------------------------------------------------
@@ -1910,15 +1898,12 @@ def offer_the_unsaveable(rank, world_size, tmp):
 SIZES = [1 << 22, (1 << 22) - 2, 30_000_000]  # with its two quotes the second fills a value of the store
 
 
-def test_coordinators_gather_and_broadcast_values_of_any_size_and_name_who_is_late(tmp_path):
-    local = ckpt.LocalCoordinator()
-    assert (local.rank, local.world_size) == (0, 1) and isinstance(local, ckpt.DistributedCoordinator)
-    run(3, coordinate, tmp_path)
-
-
-def coordinate(rank, world_size, tmp):
-    coordinator, texts = ckpt.TorchCoordinator(), [str(rank) * size for rank, size in enumerate(SIZES)]
-    assert isinstance(coordinator, ckpt.DistributedCoordinator)
+@on_ranks(3)
+def test_coordinators_gather_and_broadcast_values_of_any_size_and_name_who_is_late(rank, tmp_path):
+    local, coordinator = ckpt.LocalCoordinator(), ckpt.TorchCoordinator()
+    assert (local.rank, local.world_size) == (0, 1)
+    assert all(isinstance(kind, ckpt.DistributedCoordinator) for kind in (local, coordinator))
+    texts = [str(rank) * size for rank, size in enumerate(SIZES)]
     assert coordinator.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
     assert coordinator.all_gather(texts[rank]) == texts
     assert [coordinator.broadcast(texts[rank], src=src) for src in (1, 2)] == texts[1:]
@@ -1926,17 +1911,15 @@ def coordinate(rank, world_size, tmp):
     coordinator.barrier()
     assert dist.distributed_c10d._get_default_store().num_keys() <= 20
     for other in (0, 2) if rank == 1 else ():
-        await_file(tmp / f"gave-up-{other}")
+        await_file(tmp_path / f"gave-up-{other}")
     late = told(lambda: coordinator.barrier(timeout=1.0))
-    (tmp / f"gave-up-{rank}").touch()
-    assert rank == 1 or (late[0] == "TIMEOUT" and 1 in named(late)), late
+    (tmp_path / f"gave-up-{rank}").touch()
+    # It names who is silent, and on a busy machine who came late to this wait.
+    assert rank == 1 or (late[0] == "TIMEOUT" and re.search(r"rank\(s\) ([02], )?1(, [02])? of", late[2])), (
+        late
+    )
     ckpt.TorchCoordinator().barrier()
     assert ckpt.TorchCoordinator().all_gather(rank) == [0, 1, 2]
-
-
-def named(answer):
-    """The ranks that a TIMEOUT names: who is silent, and on a busy machine who came late to this wait."""
-    return [int(rank) for rank in re.search(r"rank\(s\) ([\d, ]+) of", answer[2])[1].split(", ")]
 
 
 def await_file(path):
@@ -1975,27 +1958,28 @@ ODD = [
     (to(compression_level="fast"), "disagree about compression"),
     (to(include_optimizer=False), "disagree about contents: rank 0 has ('optimizer', 'rng'), rank 1 has"),
     (to("../x"), "'../x'"),
+    (
+        {"checkpoint_prefix": "p"},
+        "options must be SaveOptions, or the prefix as a string, not <class 'dict'>",
+    ),
     (at(resharding_strategy="psychic"), "psychic"),
     (LoadOptions(), "is required"),
     (7, "options must be LoadOptions, or the prefix as a string, not <class 'int'>"),
 ]
 
 
-def test_what_one_rank_alone_gets_wrong_or_cancels_is_an_error_on_all_and_nothing_changes(tmp_path):
-    (names, grown), (others, _) = run(2, be_at_odds, tmp_path)
-    assert names == others and len(set(names)) == 15, "default prefixes are new, and the same on all ranks"
-    assert grown <= 10, "keys of the store, after 12 more saves and loads"
-
-
-def be_at_odds(rank, world_size, tmp):
-    checkpoint, bag, cancel = opened(tmp), Bag(w=torch.full((2,), 3.0)), threading.Event()
+@on_ranks(2)
+def test_what_one_rank_alone_gets_wrong_or_cancels_is_an_error_on_all_and_nothing_changes(rank, tmp_path):
+    checkpoint, bag, cancel = opened(tmp_path), Bag(w=torch.full((2,), 3.0)), threading.Event()
     checkpoint.save(*small(), to(format="multi_shard" if rank else CheckpointFormat.MULTI_SHARD))  # the same
     checkpoint.save(bag, None, "good")
-    before, error, parts = listing(tmp), KeyError("boom"), [bag, bag]
+    before, error, parts = listing(tmp_path), KeyError("boom"), [bag, bag]
+    saves = (checkpoint.save, lambda *given: checkpoint.save_async(*given).result(HANG_S)), to()
     for odd, words in ODD:
-        call, even = (checkpoint.save, to()) if isinstance(odd, SaveOptions) else (checkpoint.load, at())
-        kind, _, message = told(lambda: call(*small(), odd if rank else even))
-        assert kind == "ValueError" and words in message and listing(tmp) == before, message
+        calls, even = saves if isinstance(odd, (SaveOptions, dict)) else ((checkpoint.load,), at())
+        for call in calls:
+            kind, _, message = told(lambda: call(*small(), odd if rank else even))
+            assert kind == "ValueError" and words in message and listing(tmp_path) == before, message
     bag.state["w"].zero_()
     if rank == 1:
         cancel.set()
@@ -2006,7 +1990,7 @@ def be_at_odds(rank, world_size, tmp):
         ("LOAD_FAILED", "KeyError: 'boom'", lambda: checkpoint.load(parts[1], None, "good")),
     ):
         *found, message = told(call)
-        assert found == [kind, 1] and words in message and listing(tmp) == before, message
+        assert found == [kind, 1] and words in message and listing(tmp_path) == before, message
         assert ("undefined" in message) == (kind == "LOAD_FAILED"), message
     assert rank == 1 or bag.state["w"].tolist() == [3.0, 3.0], "it failed after its bytes were there"
     names, keys = [], []
@@ -2016,80 +2000,72 @@ def be_at_odds(rank, world_size, tmp):
         dist.barrier()
         keys.append(dist.distributed_c10d._get_default_store().num_keys())
         dist.barrier()
-    return names, keys[-1] - keys[2]
+    assert gathered(names) == [names] * 2 and len(set(names)) == 15, "default prefixes are new, and alike"
+    assert keys[-1] - keys[2] <= 10, "keys of the store, after 12 more saves and loads"
 
 
-def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective_as_the_late_rank_does(tmp_path):
-    (lonely, queries), (late, _) = run(2, call_alone, tmp_path)
-    assert queries == [["p", "q"], "q", True, ["q"]], "neither queries nor a deletion wait for the late rank"
-    assert late == lonely and lonely[1] == ["q", "again"], "the late rank has committed nothing"
-    for call, (kind, rank, message) in lonely[0].items():
-        hint = f"{'load' if call == 'load' else 'save'} is collective: every rank must call it"
-        assert (kind, rank) == ("TIMEOUT", 1) and hint in message, message
-
-
-def call_alone(rank, world_size, tmp):
+@on_ranks(2)
+def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective_as_the_late_rank_does(
+    rank, tmp_path
+):
     if rank == 0:
-        assert prefixes(opened(tmp)) == []  # nor does the making of an object wait
-    checkpoint, model = opened(tmp, default_timeout=600.0 if rank else 0.2), small()[0]
-    calls, queries = {"save": checkpoint.save, "load": checkpoint.load}, []
+        assert prefixes(opened(tmp_path)) == []  # nor does the making of an object wait
+    checkpoint, model = opened(tmp_path, default_timeout=600.0 if rank else 0.2), small()[0]
+    calls = {"save": checkpoint.save, "load": checkpoint.load}
     calls["save_async"] = lambda *given: checkpoint.save_async(*given).result(20.0)
     calls["save_model_only"] = lambda model, _, prefix: checkpoint.save_model_only(model, prefix)
     for prefix in "pq":
         checkpoint.save(model, None, to(prefix, timeout=600.0))
     if rank == 1:
-        await_file(tmp / "gave-up")
+        await_file(tmp_path / "gave-up")
     answers = {name: told(functools.partial(call, model, None, "p")) for name, call in calls.items()}
-    if rank == 0:
-        queries += [prefixes(checkpoint), checkpoint.latest_checkpoint().prefix]
-        queries.append(checkpoint.validate_checkpoint("p").is_valid)
+    for name, answer in answers.items():
+        hint = f"{'load' if name == 'load' else 'save'} is collective: every rank must call it"
+        assert answer[:2] == ("TIMEOUT", 1) and hint in answer[2], answer
+    if rank == 0:  # neither queries nor a deletion wait for the late rank
+        assert prefixes(checkpoint) == ["p", "q"] and checkpoint.latest_checkpoint().prefix == "q"
+        assert checkpoint.validate_checkpoint("p").is_valid
         checkpoint.delete_checkpoint("p")
-        queries.append(prefixes(checkpoint))
-    (tmp / "gave-up").touch()
+        assert prefixes(checkpoint) == ["q"]
+    (tmp_path / "gave-up").touch()
     checkpoint.save(model, None, to("again", timeout=600.0))
     checkpoint.load(model, None, at("again", timeout=600.0))
-    return (answers, prefixes(checkpoint)), queries
+    assert gathered(answers) == [answers] * 2
+    assert prefixes(checkpoint) == ["q", "again"], "the late rank has committed nothing"
 
 
-def test_a_process_group_of_some_ranks_saves_without_the_others(tmp_path):
-    run(3, save_in_a_subset, tmp_path)
-    assert len(shards(tmp_path)) == 2
-
-
-def save_in_a_subset(rank, world_size, tmp):
+@on_ranks(3)
+def test_a_process_group_of_some_ranks_saves_without_the_others(rank, tmp_path):
     group = dist.new_group([1, 2])
     if rank:
         coordinator, truth, other = ckpt.TorchCoordinator(process_group=group), small(), small("other")
-        opened(tmp, coordinator).save(*truth, "p")
-        opened(tmp, coordinator).load(*other, "p")
-        assert identical(state_of(*other), state_of(*truth))
+        opened(tmp_path, coordinator).save(*truth, "p")
+        opened(tmp_path, coordinator).load(*other, "p")
+        assert identical(state_of(*other), state_of(*truth)) and len(shards(tmp_path)) == 2
         assert (coordinator.rank, coordinator.world_size) == (rank - 1, 2)
 
 
-def test_an_object_made_before_the_process_group_saves_with_all_ranks_of_whichever_group_there_is(tmp_path):
-    for rank, (together, alone) in enumerate(run(2, outlive_process_groups, tmp_path)):
-        assert together == [("p", "late", 2, 2, True)] * 2
-        assert alone == ("LocalCoordinator", 1), f"rank {rank}, without a process group"
-    assert len(shards(tmp_path)) == 2
-
-
-def outlive_process_groups(rank, world_size, tmp):
-    store, together = dist.distributed_c10d._get_default_store(), []
+@on_ranks(2)
+def test_an_object_made_before_the_process_group_saves_with_all_ranks_of_whichever_group_there_is(
+    rank, tmp_path
+):
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()  # who leaves a group while others still connect to it ends it for them
     dist.destroy_process_group()
-    checkpoint = opened(tmp)
+    checkpoint = opened(tmp_path)
     checkpoint.save(small()[0], None, f"alone-{rank}")
     for name in ("first", "second"):
-        dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=2)
         model, other = (DistributedDataParallel(small(salt)[0]) for salt in ("truth", "other"))
         saved, coordinator = checkpoint.save(model, None, "p"), checkpoint.coordinator
         result = checkpoint.load(other, None, "p")
-        same = identical(state_of(other), state_of(model)) and checkpoint.coordinator is coordinator
+        assert identical(state_of(other), state_of(model)) and checkpoint.coordinator is coordinator
         pending = checkpoint.save_async(model, None, "late")
         dist.destroy_process_group()  # the save in the background goes on with the ranks that began it
-        late = pending.result(20.0)
-        together.append((saved, late, result.metadata.world_size, result.target_world_size, same))
-    found = [info.world_size for info in checkpoint.list_checkpoints() if info.prefix == f"alone-{rank}"]
-    return together, (type(checkpoint.coordinator).__name__, *found)
+        assert (saved, pending.result(20.0)) == ("p", "late") and len(shards(tmp_path)) == 2
+        assert result.metadata.world_size == result.target_world_size == 2
+    found = {info.prefix: info.world_size for info in checkpoint.list_checkpoints()}
+    assert found[f"alone-{rank}"] == 1 and type(checkpoint.coordinator) is ckpt.LocalCoordinator
 
 
 @pytest.mark.parametrize("given, size, times", [(0, "2", 1), (1, "2", 0), (0, "1", 0), (0, "", 0)])
@@ -2103,17 +2079,15 @@ def test_a_save_by_one_process_of_several_warns_once(tmp_path, monkeypatch, capl
     assert caplog.text.count("WORLD_SIZE is 2: call init_process_group") == times
 
 
-def test_a_transient_error_on_one_rank_is_retried_by_all(tmp_path):
-    (zero, tries), (one, tries_of_one) = run(2, hiccup_on_rank_one, tmp_path)
-    assert zero == one == ("returned", None, "p") and tries_of_one == 2
-    assert tries in (1, 2), "rank 0 may hear of the first failure before it makes a file"
-    assert len(listing(tmp_path)) == 3
-
-
-def hiccup_on_rank_one(rank, world_size, tmp):
+@on_ranks(2)
+def test_a_transient_error_on_one_rank_is_retried_by_all(rank, tmp_path):
     files = hiccups(times=rank)
-    checkpoint = over(Storage(tmp, files), ckpt.TorchCoordinator(), attempts=2)
-    return told(lambda: checkpoint.save(*small(), to())), sum(map(is_new_shard, files.log))
+    checkpoint = over(Storage(tmp_path, files), ckpt.TorchCoordinator(), attempts=2)
+    assert checkpoint.save(*small(), to()) == "p"
+    # Rank 0 may hear of the first failure before it makes a file.
+    assert sum(map(is_new_shard, files.log)) in ((1, 2) if rank == 0 else (2,))
+    dist.barrier()
+    assert len(listing(tmp_path)) == 3
 
 
 # ---- resharding: from every layout to every layout, bit for bit --------------------------------------------
@@ -2271,25 +2245,23 @@ def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_each(t
     assert all(0 <= r - w < 3 * UNIT for r, w in zip(reads, wanted)), (reads, wanted)
 
 
-def broadcast_columns(rank, world_size, tmp, level):
-    """Save by rows and load by columns: every rank needs all pieces. The bytes that it read of shards."""
-    mesh, truth = init_device_mesh("cpu", (world_size,)), {}
+@pytest.mark.parametrize("level", LEVELS)
+@on_ranks(2)
+def test_broadcast_reads_each_stored_byte_once_where_pieces_share_units_and_blocks_too(rank, tmp_path, level):
+    """Saved by rows and loaded by columns: every rank needs all pieces."""
+    mesh, truth = init_device_mesh("cpu", (2,)), {}
     for number in range(9):
         generator = torch.Generator().manual_seed(number)
         truth[f"w{number}"] = torch.randn(1000 + number, 1030, generator=generator)
     rows = {name: distribute_tensor(w, mesh, [ShardDim(0)]) for name, w in truth.items()}
     columns = {name: distribute_tensor(torch.zeros_like(w), mesh, [ShardDim(1)]) for name, w in truth.items()}
-    opened(tmp).save(Bag(**rows), None, to(compression_level=level, include_rng_state=False))
-    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp, files := Seam()))
-    checkpoint.load(Bag(**columns), None, at(load_rng_state=False, resharding_strategy="broadcast"))
+    opened(tmp_path).save(rows, None, to(compression_level=level, include_rng_state=False))
+    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files := Seam()))
+    checkpoint.load(columns, None, at(load_rng_state=False, resharding_strategy="broadcast"))
     assert all(torch.equal(columns[name].full_tensor(), w) for name, w in truth.items())
-    return sum(op.size for op in files.done if op.call == "pread" and op.path.endswith("safetensors"))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_broadcast_reads_each_stored_byte_once_where_pieces_share_units_and_blocks_too(tmp_path, level):
-    read, files = sum(run(2, broadcast_columns, tmp_path, level)), [Shard(path) for path in shards(tmp_path)]
-    headers, stored = sum(file.data_at for file in files), sum(len(file.bytes) for file in files)
+    reads = [op.size for op in files.done if op.call == "pread" and op.path.endswith("safetensors")]
+    read, saved = sum(gathered(sum(reads))), [Shard(path) for path in shards(tmp_path)]
+    headers, stored = sum(file.data_at for file in saved), sum(len(file.bytes) for file in saved)
     assert stored <= read <= stored + headers, (read, stored, headers)
 
 
@@ -2342,14 +2314,15 @@ def random_layout(rng, meshes, shape):
     return laid, "Strided" in str(placements)
 
 
-def save_random_layouts(rank, world_size, tmp, cases):
-    """A tensor saved in one layout and loaded into another, sometimes after a bit of a file was flipped."""
+@on_ranks(4)
+def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_any_write(rank, tmp_path):
+    """A tensor is saved in one layout and loaded in another, sometimes after a bit of a file was flipped."""
     st.UNIT_BYTES, st.BLOCK_BYTES, st._MIN_DIRECT_BYTES = PAGE, 2 * PAGE, PAGE
     tables = [[0, 1, 2, 3], [2, 0, 3, 1], [[0, 1], [2, 3]], [[3, 1], [0, 2]]]
     tables += [[[[0, 1]], [[2, 3]]], [[1], [0], [2], [3]], [1, 3], [0, 1, 2]]
-    meshes, outcomes = [DeviceMesh("cpu", torch.tensor(table)) for table in tables], []
+    meshes, outcomes, cases = [DeviceMesh("cpu", torch.tensor(table)) for table in tables], [], 130
     for case in range(cases):
-        rng, path = np.random.default_rng(case), f"{tmp}/{case}"
+        rng, path = np.random.default_rng(case), f"{tmp_path}/{case}"
         least, most = 0 if case % 9 == 0 else 1, (14, 14, 40, 9000)[case % 4]
         shape = tuple(rng.integers(least, most, size=1 if most == 9000 else rng.integers(1, 4)).tolist())
         dtype = (torch.int64, torch.float32, torch.bfloat16, torch.uint8)[rng.integers(4)]
@@ -2376,13 +2349,8 @@ def save_random_layouts(rank, world_size, tmp, cases):
             else:
                 assert (kind == "CORRUPTED_CHECKPOINT" and is_damaged) or may_fail, (case, kind, message)
             outcomes.append(kind)
-    return outcomes
-
-
-def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_anything_is_written(tmp_path):
-    first, *others = run(4, save_random_layouts, tmp_path, cases := 130)
-    assert others == [first] * 3 and first.count("refused") < cases // 10
-    assert first.count("returned") > cases and first.count("CORRUPTED_CHECKPOINT") > cases // 10
+    assert gathered(outcomes) == [outcomes] * 4 and outcomes.count("refused") < cases // 10
+    assert outcomes.count("returned") > cases and outcomes.count("CORRUPTED_CHECKPOINT") > cases // 10
 
 
 def test_small_pieces_lie_together_so_that_a_rank_that_wants_all_of_them_reads_few_blocks(tmp_path):
@@ -2404,23 +2372,20 @@ def momentum(parameters, turned=False):
     return torch.optim.SGD(groups, momentum=0.1 if turned else 0.9, weight_decay=0.125, foreach=False)
 
 
-def save_momentum(rank, world_size, tmp):
-    model = laid_out(filled(Net(), "truth"), "fsdp3")
-    opened(tmp).save(model, stepped(model, momentum), to())
-
-
-def test_optimizer_state_follows_names_through_another_layout_order_and_other_groups(tmp_path):
-    run(3, save_momentum, tmp_path)
+@on_ranks(3)
+def test_optimizer_state_follows_names_through_another_layout_order_and_other_groups(rank, tmp_path):
+    model, alone = laid_out(filled(Net(), "truth"), "fsdp3"), opened(tmp_path, ckpt.LocalCoordinator())
+    opened(tmp_path).save(model, stepped(model, momentum), to())
     model = filled(Net(), "truth")
     truth = everything(model, stepped(model, momentum)) | {"groups": 0}
     turned, single = Net(), Net()
     optimizer = momentum(turned.parameters(), turned=True)
-    opened(tmp_path).load(turned, optimizer, at())
+    alone.load(turned, optimizer, at())
     assert identical(everything(turned, optimizer) | {"groups": 0}, truth)
     options = [(group["lr"], group["weight_decay"], group["momentum"]) for group in optimizer.param_groups]
     assert options == [(0.25, 0.5, 0.9), (0.5, 0.125, 0.9)]
     optimizer = torch.optim.SGD(reversed(list(single.parameters())), momentum=0.9)
-    opened(tmp_path).load(single, optimizer, at(strict_mode=False))
+    alone.load(single, optimizer, at(strict_mode=False))
     assert identical(everything(single, optimizer) | {"groups": 0}, truth)
 
 
@@ -2632,16 +2597,8 @@ WRAPPINGS = {
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_names_and_module_versions_do_not_depend_on_wrappers_at_any_depth(tmp_path, wrapping):
-    names, versions, equal = zip(*run(1, load_through_wrappers, tmp_path, wrapping)[0])
-    assert names[0] == names[1] and names[0] > {"model/0.module.weight", "model/0._orig_mod.bias"}
-    assert "model/0._checkpoint_wrapped_module.inner.bias" in names[0]
-    assert versions == ([2], [2]) and equal == (True, True)
-
-
-def load_through_wrappers(rank, world_size, tmp, wrapping):
-    """Wrapped to plain, and back: the stored names, the versions that the module got, if all is equal."""
-
+@on_ranks(1)
+def test_names_and_module_versions_do_not_depend_on_wrappers_at_any_depth(rank, tmp_path, wrapping):
     def start(salt, wrap):
         tenths = Tenths()
         model = filled(nn.Sequential(tenths, nn.Linear(3, 2)), salt)
@@ -2659,14 +2616,15 @@ def load_through_wrappers(rank, world_size, tmp, wrapping):
         slots = [tensor for state in states for tensor in state.values()]
         return [whole(tensor) for tensor in (*model.parameters(), *model.buffers(), *slots)]
 
-    answers, checkpoint = [], opened(tmp)
+    names, checkpoint = {}, opened(tmp_path)
     for prefix, wrap in (("wrapped", True), ("plain", False)):
         _, *saved = start("truth", wrap)
         tenths, *loaded = start("other", not wrap)
         checkpoint.save(*saved, to(prefix))
-        names = {tensor.name for tensor in checkpoint.load(*loaded, at(prefix)).metadata.tensors}
-        answers.append((names, tenths.versions, values(*loaded) == values(*saved)))
-    return answers
+        names[prefix] = {tensor.name for tensor in checkpoint.load(*loaded, at(prefix)).metadata.tensors}
+        assert tenths.versions == [2] and values(*loaded) == values(*saved)
+    assert names["wrapped"] == names["plain"] > {"model/0.module.weight", "model/0._orig_mod.bias"}
+    assert "model/0._checkpoint_wrapped_module.inner.bias" in names["plain"]
 
 
 def test_two_entries_that_have_one_name_without_wrappers_are_an_error(tmp_path):
@@ -2892,27 +2850,27 @@ def test_a_fork_finds_zeros_in_the_memory_for_io_not_its_parents_bytes():
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_of_copies_that_are_declared_or_trusted_to_be_equal_one_is_kept(tmp_path, form):
-    logs, *values = zip(*run(3, save_false_copies, tmp_path, form))
-    assert values[:2] == [(0.0, 0.0, 0.0), (0.0, 1.0, 2.0)], "the lowest rank's; each its own"
-    assert [len(set(trusted)) for trusted in values[2:]] == [1, 1]
-    assert re.search(r"model/declared.*\brank\D*[012]\b", logs[0])
-
-
-def save_false_copies(rank, world_size, tmp, form):
-    """What the saves log; and what comes back of a DTensor and of a plain tensor, verified and trusted."""
-    log, mesh, values = logged(), init_device_mesh("cpu", (world_size,)), []
+@on_ranks(3)
+def test_of_copies_that_are_declared_or_trusted_to_be_equal_one_is_kept(rank, tmp_path, form):
+    log, mesh = logged(), init_device_mesh("cpu", (3,))
 
     def bag(value):
         declared = DTensor.from_local(torch.full((400_000,), value), mesh, [Replicate()])
         return Bag(declared=declared, plain=torch.full((400_000,), value))
 
     for replicas in ("verify", "trust"):
-        found, checkpoint = bag(-1.0), opened(tmp)
+        found, checkpoint = bag(-1.0), opened(tmp_path)
         checkpoint.save(bag(float(rank)), None, to(replicas, format=form, replicas=replicas))
         log.write("".join(checkpoint.load(found, None, at(replicas)).warnings))
-        values += [found.state["declared"].to_local(), found.state["plain"]]
-    return log.getvalue(), *(tensor.unique().item() for tensor in values)
+        declared, plain = (
+            found.state["declared"].to_local().unique().item(),
+            found.state["plain"].unique().item(),
+        )
+        if replicas == "verify":
+            assert (declared, plain) == (0.0, float(rank)), "the lowest rank's; each its own"
+        else:
+            assert len(set(gathered(declared))) == len(set(gathered(plain))) == 1
+    assert rank or re.search(r"model/declared.*\brank\D*[012]\b", log.getvalue())
 
 
 # What ranks 0 and 1, and ranks 2 and 3, hold of one tensor: ranks of a mesh, placement, value. Then the ranks
@@ -2930,13 +2888,16 @@ MESHES = {
 }
 
 
-def save_on_meshes(rank, world_size, tmp, form):
-    """Per case: the ranks that copies are kept for, if its own came back, and if the save warned."""
-    answer, groups = [], (LOW, HIGH, (0, 1, 2), ALL, ALL[::-1])
+@pytest.mark.parametrize("form", FORMATS)
+@on_ranks(4)
+def test_a_name_on_disjoint_meshes_is_one_tensor_if_equal_else_each_mesh_gets_its_own_back(
+    rank, tmp_path, form
+):
+    groups = (LOW, HIGH, (0, 1, 2), ALL, ALL[::-1])
     meshes = {ranks: DeviceMesh("cpu", torch.tensor(ranks)) for ranks in groups}
-    for number, row in enumerate(MESHES.values()):
-        (ranks, placement, value), log, checkpoint = row[rank // 2], logged(), opened(tmp)
-        options = to(str(number), format=form)
+    for case, row in MESHES.items():
+        (ranks, placement, value), expected, log = row[rank // 2], row[-1], logged()
+        checkpoint = opened(tmp_path)  # which warns once of a name
 
         def laid(value, ranks=ranks, placement=placement):
             tensor = torch.full((6, 3), value) + torch.arange(6).view(6, 1)
@@ -2944,50 +2905,36 @@ def save_on_meshes(rank, world_size, tmp, form):
                 tensor = distribute_tensor(tensor, meshes[ranks], [placement], src_data_rank=None)
             return tensor
 
-        kind, _, message = told(lambda: checkpoint.save(Bag(w=laid(value)), None, options))
-        if kind != "returned":
-            answer.append((kind, message))
-            continue
-        model, warned = Bag(w=laid(-1.0)), "model/w" in log.getvalue()
-        result = checkpoint.load(model, None, at(str(number)))
-        kept = [tensor.rank for tensor in result.metadata.tensors if tensor.name == "model/w"]
-        answer.append((kept, identical(model.state["w"], laid(value)) and not result.warnings, warned))
-    return answer
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_name_on_disjoint_meshes_is_one_tensor_if_equal_else_each_mesh_gets_its_own_back(tmp_path, form):
-    answers = run(4, save_on_meshes, tmp_path, form)
-    for (rank, own), (number, case) in itertools.product(enumerate(answers), enumerate(MESHES)):
-        answer, expected = own[number], MESHES[case][-1]
-        if isinstance(expected, list):
-            assert answer == (expected, True, len(expected) == 2 and rank == 0), case
-        else:
-            kind, message = answer
+        answer = told(lambda: checkpoint.save({"w": laid(value)}, None, to(format=form)))
+        if isinstance(expected, str):
+            kind, _, message = answer
             assert kind == "VALIDATION_FAILED" and "model/w" in message and re.search(expected, message), case
-            assert answer == answers[0][number], "one error on all ranks"
+            assert gathered(answer) == [answer] * 4, "one error on all ranks"
+            continue
+        model, warned = {"w": laid(-1.0)}, "model/w" in log.getvalue()
+        result = checkpoint.load(model, None, at())
+        kept = [tensor.rank for tensor in result.metadata.tensors if tensor.name == "model/w"]
+        assert kept == expected and identical(model["w"], laid(value)) and not result.warnings, (case, kept)
+        assert warned == (len(expected) == 2 and rank == 0), case
 
 
-def save_at_different_steps(rank, world_size, tmp, kind, counted, sharded):
-    """Outcomes of saves of which rank 1 has made one step less, and of one where both are level."""
-    model, checkpoint, outcomes = filled(nn.Linear(4, 6), "truth"), opened(tmp), []
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kind, counted", [(ADAMW, False), (SGD, True), (SGD, False)])
+@on_ranks(2)
+def test_ranks_at_different_optimizer_steps_cannot_save(rank, tmp_path, kind, counted, sharded):
+    """Rank 1 has made one step less; at last both are level."""
+    model, checkpoint = filled(nn.Linear(4, 6), "truth"), opened(tmp_path)
     if sharded:
         fully_shard(model)
     for steps, replicas in ((2 - rank, "verify"), (2 - rank, "trust"), (2, "verify")):
         optimizer = stepped(model, kind, steps=steps, lr=0.0)
         for parameter in model.parameters() if counted else ():
             optimizer.state[parameter]["step"] = steps
-        outcome = told(lambda: checkpoint.save(model, optimizer, to(replicas=replicas)))
-        outcomes.append((outcome[0], "different optimizer steps" in str(outcome[2])))
-    return outcomes
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("kind, counted", [(ADAMW, False), (SGD, True), (SGD, False)])
-def test_ranks_at_different_optimizer_steps_cannot_save(tmp_path, kind, counted, sharded):
-    apart = ("SAVE_FAILED", True) if kind is ADAMW or counted else ("returned", False)  # nothing tells
-    outcomes = [apart, apart, ("returned", False)]
-    assert run(2, save_at_different_steps, tmp_path, kind, counted, sharded) == [outcomes] * 2
+        answer = told(lambda: checkpoint.save(model, optimizer, to(replicas=replicas)))
+        if gathered(steps) == [2, 1] and (kind is ADAMW or counted):
+            assert answer[0] == "SAVE_FAILED" and "different optimizer steps" in answer[2], answer
+        else:  # of SGD without a count nothing tells
+            assert answer[0] == "returned", answer
 
 
 class PerRank:
@@ -3088,47 +3035,33 @@ def named_tensors(scale, place=lambda tensor: tensor):
     return tensors, optimizers
 
 
-def save_named_tensors(rank, world_size, tmp):
-    mesh = init_device_mesh("cpu", (world_size,))
-    opened(tmp).save(*named_tensors(2.0, lambda tensor: distribute_tensor(tensor, mesh, [ShardDim(0)])), to())
-
-
-def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_by_these_names(tmp_path):
-    run(2, save_named_tensors, tmp_path)
+@on_ranks(2)
+def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_by_these_names(
+    rank, tmp_path
+):
+    mesh, checkpoint = init_device_mesh("cpu", (2,)), opened(tmp_path, ckpt.LocalCoordinator())
+    source = named_tensors(2.0, lambda tensor: distribute_tensor(tensor, mesh, [ShardDim(0)]))
+    opened(tmp_path).save(*source, to(include_rng_state=False))
     (tensors, optimizers), (truth, true_optimizers) = named_tensors(5.0), named_tensors(2.0)
-    checkpoint = opened(tmp_path)
-    result = checkpoint.load(types.MappingProxyType(tensors), tuple(optimizers[::-1]), "p")
-    names = {t.name for t in result.metadata.tensors if not t.name.startswith(("optimizer/", "rng/"))}
-    assert names == {"model/weight", "model/bias"} and all("rng/state" in w for w in result.warnings)
+    how = at(load_rng_state=False)
+    result = checkpoint.load(types.MappingProxyType(tensors), tuple(optimizers[::-1]), how)
+    names = {t.name for t in result.metadata.tensors if not t.name.startswith("optimizer/")}
+    assert names == {"model/weight", "model/bias"} and not result.warnings
     for name, tensor in tensors.items():
         for found in (tensor.detach(), result.model_state[name]):
             assert identical(found, truth[name].detach())
     assert identical(*([o.state_dict() for o in mine] for mine in (optimizers, true_optimizers)))
     linear = nn.Linear(6, 4)  # and a module may go on from it
-    checkpoint.load(linear, torch.optim.AdamW(linear.parameters()), "p")
+    checkpoint.load(linear, torch.optim.AdamW(linear.parameters()), how)
     assert identical(linear.weight.detach(), truth["weight"].detach())
     before = copy.deepcopy(tensors)
-    message = refusal(lambda: checkpoint.load({"weight": tensors["weight"], "b": tensors["bias"]}, None, "p"))
+    message = refusal(lambda: checkpoint.load({"weight": tensors["weight"], "b": tensors["bias"]}, None, how))
     assert "model/b:" in message and "model/bias" in message and identical(tensors, before)
 
 
-def test_a_zero_redundancy_optimizer_is_refused_with_a_way_that_works(tmp_path):
-    truth = run(2, save_zero, tmp_path)
-    model = layers_of()
-    optimizer = ADAMW(model.parameters(), lr=0.5)
-    opened(tmp_path).load(model, optimizer, at())
-    assert train_zero(model, optimizer) == truth[0] == truth[1]
-
-
-def train_zero(model, optimizer):
-    for parameter in model.parameters():
-        parameter.grad = (3 * parameter.detach()).cos()
-    optimizer.step()
-    return [raw(parameter) for parameter in model.parameters()]
-
-
-def save_zero(rank, world_size, tmp):
-    models, checkpoint = [DistributedDataParallel(layers_of()) for _ in "12"], opened(tmp)
+@on_ranks(2)
+def test_a_zero_redundancy_optimizer_is_refused_with_a_way_that_works(rank, tmp_path):
+    models, checkpoint = [DistributedDataParallel(layers_of()) for _ in "12"], opened(tmp_path)
     zero = functools.partial(ZeroRedundancyOptimizer, optimizer_class=ADAMW)
     optimizer, other = (zero(model.parameters(), lr=lr) for model, lr in zip(models, (0.125, 0.5)))
     train_zero(models[0], optimizer)
@@ -3142,9 +3075,18 @@ def save_zero(rank, world_size, tmp):
     checkpoint.load(models[1], other.optim, at())
     for group, own in zip(other.param_groups, other.optim.param_groups):
         group.update({**own, "params": group["params"]})
+    model = layers_of()
+    alone = ADAMW(model.parameters(), lr=0.5)
+    opened(tmp_path, ckpt.LocalCoordinator()).load(model, alone, at())
     weights = train_zero(models[0], optimizer)
-    assert train_zero(models[1], other) == weights
-    return weights
+    assert train_zero(models[1], other) == weights == train_zero(model, alone)
+
+
+def train_zero(model, optimizer):
+    for parameter in model.parameters():
+        parameter.grad = (3 * parameter.detach()).cos()
+    optimizer.step()
+    return [raw(parameter) for parameter in model.parameters()]
 
 
 # ---- resume: a run that stopped goes on as if it had not ---------------------------------------------------
@@ -3343,24 +3285,21 @@ def test_a_base_path_that_is_no_directory_or_may_not_be_read_is_a_storage_error(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_full_disk_is_a_storage_error_on_all_ranks_and_harms_nothing(tmp_path, world_size, form):
-    for (kind, _, message), old, unchanged in run(world_size, fill_the_disk, tmp_path, form):
-        assert kind == "STORAGE_ERROR" and old == [3.0] and unchanged, message
-
-
-def fill_the_disk(rank, world_size, tmp, form):
-    checkpoint = opened(tmp, retry_policy=ckpt.RetryPolicy(max_retries=2, initial_delay=0.01))
+@on_ranks(2)
+def test_a_full_disk_is_a_storage_error_on_all_ranks_and_harms_nothing(rank, tmp_path, form):
+    checkpoint = opened(tmp_path, retry_policy=ckpt.RetryPolicy(max_retries=2, initial_delay=0.01))
     checkpoint.save(Bag(w=torch.full((5 * MiB,), 3.0)), None, to(format=form))
-    before = sorted(listing(tmp))
+    before = sorted(listing(tmp_path))
     dist.barrier()
-    limit = 6 * MiB, resource.RLIM_INFINITY  # every rank's share is larger
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    answer = told(lambda: checkpoint.save(Bag(w=torch.full((5 * MiB,), 4.0)), None, to(format=form)))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (6 * MiB, resource.RLIM_INFINITY)
+    )  # every rank's share is larger
+    save = functools.partial(checkpoint.save, Bag(w=torch.full((5 * MiB,), 4.0)), None, to(format=form))
+    refusal(save, ExceptionType.STORAGE_ERROR)
     dist.barrier()
-    unchanged, target = sorted(listing(tmp)) == before, Bag(w=torch.zeros(5 * MiB))
-    checkpoint.load(target, None, at())
-    return answer, target.state["w"].unique().tolist(), unchanged
+    assert sorted(listing(tmp_path)) == before
+    checkpoint.load(target := Bag(w=torch.zeros(5 * MiB)), None, at())
+    assert target.state["w"].unique().tolist() == [3.0]
 
 
 # ---- the command line --------------------------------------------------------------------------------------
@@ -3597,7 +3536,7 @@ def test_export_casts_the_floats_of_the_model_and_nothing_else(tmp_path, dtype, 
     model, kept = nn.Linear(300, 5), {"tiny": torch.randn(7).to(torch.float8_e5m2), "steps": torch.arange(7)}
     for name, tensor in {"narrow": torch.randn(7).half(), **kept}.items():
         model.register_buffer(name, tensor)
-    opened(tmp_path).save(model, stepped(model), to(compression_level=CompressionLevel.FAST))
+    opened(tmp_path).save(model, stepped(model), to(compression_level=ckpt.CompressionLevel.FAST))
     wanted = {name: t if name in kept else t.to(dtype) for name, t in model.state_dict().items()}
     found = exported(capsys, tmp_path, "p", "--dtype", code_of(dtype).lower())
     assert {name: found.pop(name) for name in wanted} == as_stored(wanted)
@@ -3619,31 +3558,26 @@ def test_export_tells_what_is_complex_per_rank_or_no_tensor(ram, capsys):
     assert exported(capsys, ram, "p", "--model-only") == {"c": pairs, "mean": mean}
 
 
-def test_an_export_or_import_takes_the_memory_of_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path):
-    for size in (64, 256):
-        ((exporting, importing),) = run(1, memory_taken, tmp_path / str(size), size, group=False)
-        assert exporting < 64 * MiB and importing < 48 * MiB
+@pytest.mark.parametrize("size", [64, 256])
+@apart()
+def test_an_export_or_import_takes_the_memory_of_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path, size):
+    out, samples = tmp_path / "out.safetensors", []
+    state = Bag(w=torch.arange(size * MiB // 8).view(-1, 1 << 14))
+    opened(tmp_path).save(state, None, to())
+    state.state.clear()
+    ckpt.export_checkpoint(tmp_path, "p", out, model_only=True)  # the first one takes more
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before = memory("VmRSS")
+    ckpt.export_checkpoint(tmp_path, "p", out, model_only=True)
+    assert memory("VmHWM") - before < 64 * MiB and out.stat().st_size > size * MiB
+    ckpt.import_checkpoint(out, tmp_path, "first")
+    before = memory("RssAnon")  # without the source, which is mapped
+    ckpt.import_checkpoint(out, tmp_path, "second", progress=lambda _: samples.append(memory("RssAnon")))
+    assert max(samples) - before < 48 * MiB
 
 
 def memory(field):
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def memory_taken(tmp, size):
-    """By how much the memory of this process grows at most during an export, and an import, not its first."""
-    out, state, samples = tmp / "out.safetensors", Bag(w=torch.arange(size * MiB // 8).view(-1, 1 << 14)), []
-    opened(tmp).save(state, None, to())
-    state.state.clear()
-    ckpt.export_checkpoint(tmp, "p", out, model_only=True)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    before = memory("VmRSS")
-    ckpt.export_checkpoint(tmp, "p", out, model_only=True)
-    exporting = memory("VmHWM") - before
-    assert out.stat().st_size > size * MiB
-    ckpt.import_checkpoint(out, tmp, "first")
-    before = memory("RssAnon")  # without the source, which is mapped
-    ckpt.import_checkpoint(out, tmp, "second", progress=lambda _: samples.append(memory("RssAnon")))
-    return exporting, max(samples) - before
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -3964,24 +3898,19 @@ def test_an_import_of_what_is_damaged_or_unclear_says_why_and_saves_nothing(tmp_
 # Safetensors files of other programs, straight into a model
 
 
-def test_load_safetensors_reads_on_each_rank_little_more_than_its_own_bytes(tmp_path):
-    path = as_file(tmp_path, dict(filled(four_layers(), "truth").state_dict()))
-    for count in run(2, load_counted, tmp_path):
-        assert 0.5 < count / path.stat().st_size < 0.65
-
-
-def four_layers():
-    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)))
-
-
-def load_counted(rank, world_size, tmp):
-    layers, st.os = filled(four_layers(), "other"), Seam()
+@on_ranks(2)
+def test_load_safetensors_reads_on_each_rank_little_more_than_its_own_bytes(rank, tmp_path):
+    truth, layers = eight_layers("truth").state_dict(), eight_layers("other")
+    if rank == 0:
+        as_file(tmp_path, dict(truth))
+    dist.barrier()
+    st.os = Seam()
     for layer in layers:
         fully_shard(layer)
-    ckpt.load_safetensors(layers, tmp / "m.safetensors")
-    wanted = filled(four_layers(), "truth").state_dict()
-    assert all(torch.equal(t.full_tensor(), wanted[name]) for name, t in layers.state_dict().items())
-    return sum(op.size for op in st.os.log if op.call == "pread")
+    ckpt.load_safetensors(layers, tmp_path / "m.safetensors")
+    assert all(torch.equal(t.full_tensor(), truth[name]) for name, t in layers.state_dict().items())
+    read = sum(op.size for op in st.os.log if op.call == "pread")
+    assert 0.5 < read / (tmp_path / "m.safetensors").stat().st_size < 0.65
 
 
 def test_load_safetensors_refuses_what_does_not_fit_and_changes_nothing_or_warns_of_it_and_casts(tmp_path):
@@ -4025,41 +3954,32 @@ def test_load_safetensors_takes_files_whose_tensors_are_not_aligned_and_empty_on
     ckpt.load_safetensors({}, safetensors_file(tmp_path / "0.safetensors", {}))
 
 
-def test_load_safetensors_raises_on_all_ranks_what_fails_on_one(tmp_path):
-    for place in ("0", "1"):
-        (tmp_path / place).mkdir()
-        as_index(tmp_path / place, {name: torch.randn(8, 4) for name in ("a", "b")})
-    first, second = run(2, load_with_faults, tmp_path)
-    assert first == second
-    read, cut, other = first
-    assert read[:2] == ("STORAGE_ERROR", 1) and "tensors being loaded are undefined" in read[2]
-    assert cut[:2] == ("CORRUPTED_CHECKPOINT", 1) and "m-1.safetensors" in cut[2]
-    assert other[0] == "ValueError" and "disagree about the headers" in other[2]
-
-
-def load_with_faults(rank, world_size, tmp):
-    """What a disk that fails in L4, a file cut short, and another file do on rank 1."""
-    mesh, source = init_device_mesh("cpu", (world_size,)), tmp / str(rank)
+@on_ranks(2)
+def test_load_safetensors_raises_on_all_ranks_what_fails_on_one(rank, tmp_path):
+    """A disk that fails in L4, a file cut short, and another file, on rank 1."""
+    mesh, source = init_device_mesh("cpu", (2,)), tmp_path / str(rank)
+    source.mkdir()
+    as_index(source, {name: torch.randn(8, 4) for name in ("a", "b")})
     model = {name: distribute_tensor(torch.zeros(8, 4), mesh, [ShardDim(0)]) for name in ("a", "b")}
-    part, outcomes = source / "m-1.safetensors", []
-    data, other = part.read_bytes(), safetensors_file(source / "other", {"b": torch.randn(4, 8)}).read_bytes()
-    broken = Strike(0, fail(errno.EIO), lambda op: op.call == "pread" and op.offset > 8, until=FOREVER)
-    for files, content in ((Seam(broken), data), (os, data[:-1]), (os, other)):
+    part, broken = source / "m-1.safetensors", lambda op: op.call == "pread" and op.offset > 8
+    files, data = Seam(Strike(0, fail(errno.EIO), broken, until=FOREVER)), part.read_bytes()
+    other = safetensors_file(source / "other", {"b": torch.randn(4, 8)}).read_bytes()
+    for seam, content, end, words in (
+        (files, data, ("STORAGE_ERROR", 1), "tensors being loaded are undefined"),
+        (os, data[:-1], ("CORRUPTED_CHECKPOINT", 1), "m-1.safetensors"),
+        (os, other, ("ValueError", None), "disagree about the headers"),
+    ):
         if rank:
-            st.os = files
+            st.os = seam
             part.write_bytes(content)
-        outcomes.append(told(lambda: ckpt.load_safetensors(model, source)))
+        answer = told(lambda: ckpt.load_safetensors(model, source))
+        assert answer[:2] == end and words in answer[2] and gathered(answer) == [answer] * 2
     part.write_bytes(data)
     ckpt.load_safetensors(model, source)
-    return outcomes
 
 
-def test_a_rank_that_is_stopped_in_a_checker_does_not_hide_what_failed_on_the_other(tmp_path):
-    for outcome, _, message in run(2, load_with_checkers, tmp_path):
-        assert outcome == "VALIDATION_FAILED" and "bad on rank 1" in message, (outcome, message)
-
-
-def load_with_checkers(rank, world_size, tmp):
+@on_ranks(2)
+def test_a_rank_that_is_stopped_in_a_checker_does_not_hide_what_failed_on_the_other(rank, tmp_path):
     def check(reader, shard):
         while rank == 0:
             time.sleep(0.01)
@@ -4067,10 +3987,11 @@ def load_with_checkers(rank, world_size, tmp):
         return ckpt.ValidationResult(["bad on rank 1"])
 
     checker = types.SimpleNamespace(name="checker", check_integrity=check)
-    checkpoint = opened(tmp, integrity_checkers=[checker], default_timeout=20.0)
+    checkpoint = opened(tmp_path, integrity_checkers=[checker], default_timeout=20.0)
     state = {"w": distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [ShardDim(0)])}
     checkpoint.save(state, None, "p")
-    return told(lambda: checkpoint.load(state, None, "p"))
+    message = refusal(lambda: checkpoint.load(state, None, "p"), ExceptionType.VALIDATION_FAILED)
+    assert "bad on rank 1" in message
 
 
 # What differs between two checkpoints
@@ -4300,7 +4221,9 @@ def save_documented(rank, world_size, tmp, form, level):
     opened(tmp).save(model, optimizer, options, extra_state=values)
 
 
-@pytest.mark.parametrize("level", [CompressionLevel.NONE, CompressionLevel.FAST, CompressionLevel.MAXIMUM])
+@pytest.mark.parametrize(
+    "level", [ckpt.CompressionLevel.NONE, ckpt.CompressionLevel.FAST, ckpt.CompressionLevel.MAXIMUM]
+)
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(ram, form, level):
     run(2, save_documented, ram, form, level)
@@ -4309,7 +4232,7 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
     stored = found.tensors()
     values = {key: found.value(json.loads(data)) for key, (code, _, data) in stored.items() if code == "JSON"}
     assert max((plain for _, plain in found.compressed), default=0) <= 4194304
-    compressible = level is not CompressionLevel.NONE and form is not CheckpointFormat.SINGLE_FILE
+    compressible = level is not ckpt.CompressionLevel.NONE and form is not CheckpointFormat.SINGLE_FILE
     assert bool(found.compressed) == compressible
     whole_file = {"single_file": "model/bag.empty", "consolidated": "bag.empty"}.get(form.value)
     assert whole_file is None or whole_file in found.files[0][1], "an empty tensor has an entry there"
@@ -4856,18 +4779,9 @@ def test_the_checkers_of_the_readme_refuse_what_is_not_finite_or_of_another_arch
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_progress_reaches_its_total_on_every_rank_and_comes_from_one_thread(ram, form):
-    for calls in run(2, watch_progress, ram, form):
-        for what, seen in calls.items():
-            done, totals = [at.bytes_done for at, _ in seen], {at.bytes_total for at, _ in seen}
-            assert done == sorted(done) and {done[-1]} == totals and done[-1] > 0, (what, seen[-1], totals)
-            assert {at.step for at, _ in seen} == {"L4 read" if what.startswith("load") else "S4 write"}
-            assert "NONE" not in what or done[-1] > 4 * MiB, "every byte counts, and so do those of `own`"
-            assert len({thread for _, thread in seen}) == 1
-
-
-def watch_progress(rank, world_size, tmp, form):
-    calls, checkpoint, layers = {}, opened(tmp), fully_shard(documented_layers())
+@on_ranks(2)
+def test_progress_reaches_its_total_on_every_rank_and_comes_from_one_thread(rank, ram, form):
+    calls, checkpoint, layers = {}, opened(ram), fully_shard(documented_layers())
     replica = Bag(w=torch.arange(3 * MiB, dtype=torch.int32), odd=torch.zeros(5).byte())  # leaves a gap
     model = {"layers": layers, "replica": replica, "own": Bag(x=torch.full((MiB,), float(rank)))}
 
@@ -4881,7 +4795,12 @@ def watch_progress(rank, world_size, tmp, form):
             told = note(f"load {level.name} {strategy}")
             checkpoint.load(model, None, at(level.name, resharding_strategy=strategy, progress=told))
     checkpoint.save_async(model, None, to("later", format=form, progress=note("later"))).result()
-    return calls
+    for what, seen in calls.items():
+        done, totals = [at.bytes_done for at, _ in seen], {at.bytes_total for at, _ in seen}
+        assert done == sorted(done) and {done[-1]} == totals and done[-1] > 0, (what, seen[-1], totals)
+        assert {at.step for at, _ in seen} == {"L4 read" if what.startswith("load") else "S4 write"}
+        assert "NONE" not in what or done[-1] > 4 * MiB, "every byte counts, and so do those of `own`"
+        assert len({thread for _, thread in seen}) == 1
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -4906,12 +4825,28 @@ def test_an_error_in_the_progress_callback_of_one_rank_fails_the_call_on_all_and
     assert set(listing(ram)) == named_files(ram)
 
 
-def test_warnings_are_printed_and_once_asked_for_a_line_for_each_save_and_load_on_rank_zero(ram):
-    (before, (warning, saved, loaded)), (others_before, others) = run(2, keep_a_log, ram)
-    assert warning.startswith("WARNING:ckpt:step_10: ") and others_before == ""
+@on_ranks(2)
+def test_warnings_are_printed_and_once_asked_for_a_line_for_each_save_and_load_on_rank_zero(rank, ram):
+    checkpoint, bag, error = opened(ram), Bag(w=torch.zeros(8 * MiB)), io.StringIO()
+    options = to("step_10", format="consolidated", compression_level="fast")  # warns
+    with contextlib.redirect_stderr(error):
+        for _ in range(2):
+            before = error.getvalue()  # at last: before logging is set up
+            checkpoint.save(bag, None, options)
+            checkpoint.load(bag, None, "step_10")
+            logging.basicConfig(level=logging.INFO)
+            checkpoint.logger.setLevel(logging.DEBUG)
+    lines = error.getvalue().removeprefix(before).splitlines()
+    if rank:
+        assert before == "" and [line[:26] for line in lines] == [
+            "DEBUG:ckpt:saved step_10: ",
+            "DEBUG:ckpt:loaded step_10:",
+        ]
+        assert " 16.79 MB by rank 1" in lines[0] and " 33.55 MB of" in lines[1]
+        return
+    warning, saved, loaded = lines
+    assert warning.startswith("WARNING:ckpt:step_10: ")
     assert before.startswith("step_10: ") and before.count("\n") == 1
-    assert [line[:26] for line in others] == ["DEBUG:ckpt:saved step_10: ", "DEBUG:ckpt:loaded step_10:"]
-    assert " 16.79 MB by rank 1" in others[0] and " 33.55 MB of" in others[1]
     size = f"{sum(path.stat().st_size for path in shards(ram, 'step_10')) / 1e6:.2f} MB"
     steps = " ".join(rf"S{number} \d+\.\d{{3}}" for number in range(1, 8))
     timing = rf" in \d+\.\d{{3}} s, \d+(\.\d\d)? [kMG]?B/s \({steps}\)"
@@ -4923,23 +4858,7 @@ def test_warnings_are_printed_and_once_asked_for_a_line_for_each_save_and_load_o
     assert saved.startswith(re.sub(r"[\d.]+ kB", size, example))
 
 
-def keep_a_log(rank, world_size, tmp):
-    """What is on standard error before logging is set up, and the lines of a save and a load after it."""
-    checkpoint, bag, error = opened(tmp), Bag(w=torch.zeros(8 * MiB)), io.StringIO()
-    options = to("step_10", format="consolidated", compression_level="fast")  # warns
-    with contextlib.redirect_stderr(error):
-        for _ in range(2):
-            before = error.getvalue()
-            checkpoint.save(bag, None, options)
-            checkpoint.load(bag, None, "step_10")
-            logging.basicConfig(level=logging.INFO)
-            checkpoint.logger.setLevel(logging.DEBUG)
-    return before, error.getvalue().removeprefix(before).splitlines()
-
-
 def test_what_the_readme_says_of_dcp_is_there_in_torch():
-    import inspect
-
     from torch.distributed.checkpoint import format_utils, state_dict
 
     table = (HERE / "README.md").read_text().partition("## Moving from DCP")[2].partition("\n## ")[0]
@@ -4953,11 +4872,8 @@ def test_what_the_readme_says_of_dcp_is_there_in_torch():
         assert keywords <= set(inspect.signature(thing).parameters), name
 
 
-def test_a_checkpoint_moves_from_dcp_as_the_readme_says_and_the_calls_do_the_same(tmp_path):
-    assert run(2, move_from_dcp, tmp_path) == [(True, True, 3)] * 2
-
-
-def move_from_dcp(rank, world_size, tmp):
+@on_ranks(2)
+def test_a_checkpoint_moves_from_dcp_as_the_readme_says_and_the_calls_do_the_same(rank, tmp_path):
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     def start(salt):
@@ -4967,40 +4883,21 @@ def move_from_dcp(rank, world_size, tmp):
     model = start("truth")[0]
     optimizer = stepped(model)
     m, o = get_state_dict(model, optimizer)
-    dcp.save({"model": m, "optim": o, "epoch": 3}, checkpoint_id=tmp / "dcp")
+    dcp.save({"model": m, "optim": o, "epoch": 3}, checkpoint_id=tmp_path / "dcp")
     other = start("other")
     m, o = get_state_dict(*other)
     state = {"model": m, "optim": o, "epoch": 0}
-    dcp.load(state, checkpoint_id=tmp / "dcp")
+    dcp.load(state, checkpoint_id=tmp_path / "dcp")
     set_state_dict(*other, model_state_dict=state["model"], optim_state_dict=state["optim"])
-    checkpoint, third = opened(tmp), start("third")
+    checkpoint, third = opened(tmp_path), start("third")
     checkpoint.save(*other, to(), extra_state={"epoch": state["epoch"]})
     result = checkpoint.load(*third, at())
-    same = identical(third[1].state_dict()["state"], optimizer.state_dict()["state"])
-    moved, loaded = (identical(state_of(found), state_of(model)) for found in (other[0], third[0]))
-    return moved, same and loaded, result.extra_state["epoch"]
+    assert identical(third[1].state_dict()["state"], optimizer.state_dict()["state"])
+    assert all(identical(state_of(found), state_of(model)) for found in (other[0], third[0]))
+    assert result.extra_state["epoch"] == 3
 
 
 # ---- faults: every row of the matrix in the header; at each, a reader sees old or new, whole ---------------
-
-
-@pytest.fixture
-def ram():
-    """A directory in memory, where the system has one: these tests sync files thousands of times."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="test_ckpt-", dir=memory, ignore_cleanup_errors=True) as path:
-        yield Path(path)
-
-
-COUNTS = Counter()  # what the fault tests have tried
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _counts_are_printed_at_the_end(request):
-    yield
-    if COUNTS:
-        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-            print("\nfaults tried:", ", ".join(f"{number:,} {what}" for what, number in COUNTS.items()))
 
 
 WORDS = ("old", "new", "next", "other")
@@ -5191,28 +5088,6 @@ def at_each_operation(tmp, before, main, act, when=lambda op: True, until=None):
             return
 
 
-def apart(body, tmp, *args, limit_s=HANG_S):
-    """`body(tmp, *args)` in a fresh process that has no other threads, so that it may fork; its result."""
-    return run(1, body, tmp, *args, limit_s=limit_s, group=False)[0]
-
-
-def runs_apart(what, limit_s=HANG_S):
-    """A test whose body runs `apart`, and returns how many of `what` it has tried."""
-
-    def decorate(body):
-        @functools.wraps(body)
-        def test(ram, **parameters):
-            COUNTS[what] += apart(_body_of_test, ram, body.__name__, parameters, limit_s=limit_s)
-
-        return test
-
-    return decorate
-
-
-def _body_of_test(tmp, name, parameters):
-    return globals()[name].__wrapped__(tmp, **parameters)
-
-
 def forked(act, limit_s=HANG_S):
     """The exit code of a fork of this process that runs `act()`; a signal ends it if it hangs."""
     if pid := os.fork():
@@ -5232,15 +5107,15 @@ def forked(act, limit_s=HANG_S):
 CRASHED = 42
 
 
-def crash_everywhere(tmp, before, act):
+def crash_everywhere(tmp, before, act, strike=lambda *_: os._exit(CRASHED), ends=CRASHED, when=is_change):
     """`act(storage)` in a process that ends at change k, for each k. Yields if it did, and what it left."""
 
     def main(storage):
         code = forked(lambda: act(storage))
-        assert code in (0, CRASHED), f"exit code {code}"
+        assert code in (0, ends), f"exit code {code}"
         storage.seam.before.hit = code or None  # which only the fork knows
 
-    for _, left, files in at_each_operation(tmp, before, main, lambda *_: os._exit(CRASHED), is_change):
+    for _, left, files in at_each_operation(tmp, before, main, strike, when):
         yield bool(files.before.hit), left
 
 
@@ -5253,7 +5128,7 @@ CRASHES = [*itertools.product(SCENES, [None]), *itertools.product(["overwrite"],
 
 
 @pytest.mark.parametrize("name, cleaner", CRASHES)
-@runs_apart("crash points", 3 * HANG_S)
+@apart("crash points", 3 * HANG_S)
 def test_a_process_that_ends_at_any_operation_leaves_old_or_new_whole(ram, name, cleaner):
     """With a `cleaner`, which runs after a crash, its process ends at any operation, too."""
     scene, points, known = SCENES[name], 0, set()
@@ -5602,7 +5477,7 @@ def losses(ranks):
         yield f"first {form.name} of {tensors}", Scene(nothing, new(**options), FIRST), tensors
         yield f"{form.name} of {tensors}", Scene(old(**options), new(**options), second), tensors
     for form in FORMATS:
-        for level in (CompressionLevel.FAST, CompressionLevel.MAXIMUM):
+        for level in (ckpt.CompressionLevel.FAST, ckpt.CompressionLevel.MAXIMUM):
             smaller = new(format=form, compression_level=level)
             yield f"{form.name}, {level.name}", Scene(old(), smaller, second), 2
         yield f"{form.name}, overwrite=False", Scene(nothing, new(overwrite=False, format=form), FIRST), 2
@@ -5703,7 +5578,7 @@ def test_an_error_in_any_thread_fails_the_save_and_publishes_nothing(ram, tiny_b
     """Each of the threads is given a block; one of them fails on it."""
     put(ram, "old")
     before, met, came, failed = listing(ram), threading.Barrier(st.IO_THREADS), set(), []
-    real = st.crc32 if level is CompressionLevel.NONE else st.compress_frame
+    real = st.crc32 if level is ckpt.CompressionLevel.NONE else st.compress_frame
 
     def work(*args):
         thread = threading.current_thread().name
@@ -5796,7 +5671,7 @@ ENDS = {"cancel": ExceptionType.CANCELLED, "deadline": ExceptionType.TIMEOUT, "i
 @pytest.mark.parametrize(
     "end, form, level, target",
     [("retry", *case) for case in itertools.product(FORMATS, LEVELS[:2], TARGETS)]
-    + [(end, CheckpointFormat.MULTI_SHARD, CompressionLevel.NONE, "as saved") for end in ENDS],
+    + [(end, CheckpointFormat.MULTI_SHARD, ckpt.CompressionLevel.NONE, "as saved") for end in ENDS],
 )
 def test_a_read_that_returns_after_its_load_changes_no_tensor(ram, impatient, end, form, level, target):
     over(ram).save(numbered(0), None, to(format=form, compression_level=level, include_rng_state=False))
@@ -5826,13 +5701,15 @@ def test_a_read_that_returns_after_its_load_changes_no_tensor(ram, impatient, en
     assert identical(tensors, trained) and identical(other.state, numbered(0).state)
 
 
-def hung_load(rank, world_size, tmp, strategy, truth):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@on_ranks(2)
+def test_a_read_that_returns_after_all_ranks_retried_changes_nothing(rank, tmp_path, strategy):
     """A read of rank 0 hangs, one of rank 1 (or rank 0, where it reads alone) fails, both ranks retry."""
     st.BLOCK_BYTES, st.UNIT_BYTES, st.STUCK_S = 8 * PAGE, PAGE, 0.05
-    events = dist.FileStore(str(tmp / "events"), world_size)
-    mesh = init_device_mesh("cpu", (world_size,))
+    truth = {f"w{n}": torch.arange(n, n + 2 * PAGE, dtype=torch.float32).view(2, -1) for n in range(8)}
+    opened(tmp_path).save(truth, None, to(include_rng_state=False))
+    events, mesh = dist.FileStore(str(tmp_path / "events"), 2), init_device_mesh("cpu", (2,))
     live = {name: distribute_tensor(torch.zeros_like(t), mesh, [Replicate()]) for name, t in truth.items()}
-
     alone = strategy == "sequential"
     failing = rank == (not alone)
     files = Hung("pread", failing)
@@ -5841,23 +5718,14 @@ def hung_load(rank, world_size, tmp, strategy, truth):
         files = Seam(fail_data(0 if failing else FOREVER, "pread", wait))
     elif not alone:
         files.reached = types.SimpleNamespace(set=lambda: events.set("reached", "1"))
-    checkpoint = over(Storage(tmp, files), coord.TorchCoordinator(), attempts=2)
-    checkpoint.load(Bag(**live), None, at(load_rng_state=False, resharding_strategy=strategy))
+    checkpoint = over(Storage(tmp_path, files), coord.TorchCoordinator(), attempts=2)
+    checkpoint.load(live, None, at(load_rng_state=False, resharding_strategy=strategy))
     assert all(torch.equal(t.full_tensor(), truth[name]) for name, t in live.items())
     local = {name: t.to_local().mul_(3).add_(1) for name, t in live.items()}
     trained = copy.deepcopy(local)
     if rank == 0:
         files.return_late()
     assert identical(local, trained) and bool(files.before.hit) == failing
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_read_that_returns_after_all_ranks_retried_changes_nothing(tmp_path, monkeypatch, strategy):
-    truth = {f"w{n}": torch.arange(n, n + 2 * PAGE, dtype=torch.float32).view(2, -1) for n in range(8)}
-    monkeypatch.setattr(st, "BLOCK_BYTES", 8 * PAGE)
-    monkeypatch.setattr(st, "UNIT_BYTES", PAGE)
-    over(tmp_path).save(Bag(**truth), None, to(include_rng_state=False))
-    run(2, hung_load, tmp_path, strategy, truth)
 
 
 @pytest.mark.parametrize("level", LEVELS[:2])
@@ -6367,7 +6235,7 @@ def fuzzed_header(rng, files):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("what", ["record", "header", "import"])
-@runs_apart("fuzz cases", HANG_S * ROUNDS)
+@apart("fuzz cases", HANG_S * ROUNDS)
 def test_fuzz_of_headers_and_records_raises_only_what_is_documented(ram, form, what):
     """And takes little time and memory."""
     outcomes, count, taken = Counter(), 1700 * ROUNDS, 0
@@ -6496,7 +6364,7 @@ def traced(call):
 
 
 @pytest.mark.parametrize("level", ["none", "fast"])
-@runs_apart("lies")
+@apart("lies")
 def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, level):
     """At last in a process without address space for it, where whoever tries to take it fails."""
     honest = specimen(ram / "s", level=level)
@@ -6638,7 +6506,7 @@ IMPOSED = {
 
 @pytest.mark.parametrize("kind", IMPOSTORS)
 @pytest.mark.parametrize("victim", VICTIMS)
-@runs_apart("impostors")
+@apart("impostors")
 def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_nobody(ram, victim, kind):
     """Each call in turn, on a fresh copy: it comes back, and nothing outside has changed."""
     outcomes = {}
@@ -6685,7 +6553,7 @@ def plant_pickles(files, payload):
             yield with_shard(files, name, tree, data[:first] + planted + data[last:])
 
 
-@runs_apart("pickles")
+@apart("pickles")
 def test_a_pickle_in_any_file_is_never_run(ram):
     bag, events, count = Bag(**specimen_state(), room="x" * 500), [], 0
     options = to(include_rng_state=False, custom_metadata={"epoch": 1})
@@ -6809,7 +6677,7 @@ IMPORTS = {  # a file to replace, and what is imported then
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
-@runs_apart("sources of imports")
+@apart("sources of imports")
 def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram, kind):
     state, whole = {"a": torch.ones(1), "b": torch.ones(2)}, ram / "whole"
     for name in ("folder", "index"):
@@ -7413,16 +7281,9 @@ INTERRUPTED = 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-@pytest.mark.parametrize("scene", ["overwrite", "overwrite a single file", "delete"])
-def test_a_signal_at_any_operation_ends_the_process_at_once_and_leaves_old_or_new(ram, number, scene):
-    COUNTS["signals"] += apart(signal_everywhere, ram, number, scene, limit_s=3 * HANG_S)
-
-
-def signal_everywhere(tmp, number, name):
-    scene, base = SCENES[name], tmp / "base"
-    base.mkdir()
-    scene.before(ckpt.LocalStorage(base))
-
+@pytest.mark.parametrize("name", ["overwrite", "overwrite a single file", "delete"])
+@apart("signals", 3 * HANG_S)
+def test_a_signal_at_any_operation_ends_the_process_at_once_and_leaves_old_or_new(ram, number, name):
     def interrupted(storage):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -7432,34 +7293,26 @@ def signal_everywhere(tmp, number, name):
             os._exit(INTERRUPTED)
         assert storage.seam.before.hit is None, "the signal changed nothing"
 
-    when = is_change if number == signal.SIGTERM or name != "overwrite" else lambda op: True
-    for k in itertools.count():
-        left = tmp / str(k)
-        shutil.copytree(base, left)
-        strike = Strike(k, lambda op: os.kill(os.getpid(), number), when)
-        code = forked(functools.partial(interrupted, Storage(left, Seam(strike))))
-        context = f"{name}, {number.name} at operation {k}: exit code {code}"
-        if code == 0:
-            return k
-        assert code == (INTERRUPTED if number == signal.SIGINT else -number), context
-        check_oracle(ckpt.LocalStorage(left), scene, False, context)
+    scene, count = SCENES[name], 0
+    how = {"strike": lambda *_: os.kill(os.getpid(), number)}
+    how["ends"] = INTERRUPTED if number == signal.SIGINT else -number
+    how["when"] = is_change if number == signal.SIGTERM or name != "overwrite" else lambda op: True
+    for ended, left in crash_everywhere(ram, scene.before, interrupted, **how):
+        context = f"{name}, {number.name} at operation {count}"
+        check_oracle(left, scene, not ended, context)
         check_recovery(left, PREFIXES, context)
-        shutil.rmtree(left)
+        count += ended
+    return count
 
 
 # Row 25: a cancel; the interpreter exits with a save in flight
 
 
-def test_a_failure_or_cancel_stops_the_writes_of_all_ranks_long_before_they_are_done(ram):
-    for told_by_rank in run(3, disturb_slow_writes, ram):
-        for kind, (answer, written, left) in zip(("SAVE_FAILED", "CANCELLED", "CANCELLED"), told_by_rank):
-            assert answer[:2] == (kind, 1) and written < 32 and left == [], (answer, written, left)
-
-
-def disturb_slow_writes(rank, world_size, tmp):
+@on_ranks(3)
+def test_a_failure_or_cancel_stops_the_writes_of_all_ranks_long_before_they_are_done(rank, ram):
     """Rank 1 raises, or cancels, in its wait for rank 0, which alone writes; or cancels as it writes too."""
-    files, found = Seam(), []
-    checkpoint = over(Storage(tmp / "c", files), ckpt.TorchCoordinator())
+    files, base = Seam(), ram / "c"
+    checkpoint = over(Storage(base, files), ckpt.TorchCoordinator())
     model = Bag(**{f"{rank}_{n}": torch.full((BLOCK,), n, dtype=torch.uint8) for n in range(64)})
     model.state["both"] = torch.zeros(BLOCK, dtype=torch.uint8)  # which two writers share
     for how, writers in (("raise", [0]), ("cancel", [0]), ("cancel a writer", [0, 1])):
@@ -7467,11 +7320,11 @@ def disturb_slow_writes(rank, world_size, tmp):
 
         def slow(op):
             if op.call == "pwrite":
-                (tmp / f"{how}-{rank}").touch()
+                (ram / f"{how}-{rank}").touch()
                 time.sleep(0.5)
 
         def act():
-            await_file(tmp / f"{how}-0")
+            await_file(ram / f"{how}-0")
             if how == "raise":
                 raise ValueError("boom")
             cancel.act = cancel.set  # in the gather
@@ -7481,30 +7334,27 @@ def disturb_slow_writes(rank, world_size, tmp):
         with entering("S5", act if rank == 1 else lambda: None):
             pending = checkpoint.save_async(mine, None, options, cancel=cancel)
             for writer in writers:
-                await_file(tmp / f"{how}-{writer}")
+                await_file(ram / f"{how}-{writer}")
             if rank == 1 and rank in writers:
                 assert pending.cancel()
             answer = told(pending.result)
         dist.barrier()
-        assert not pending.cancel()
-        found.append((answer, sum(op.call == "pwrite" for op in files.log), sorted(listing(tmp / "c"))))
+        assert not pending.cancel() and listing(base) == {}
+        assert answer[:2] == ("SAVE_FAILED" if how == "raise" else "CANCELLED", 1), answer
+        assert sum(op.call == "pwrite" for op in files.log) < 32
         dist.barrier()
-    return found
 
 
-def test_a_cancel_on_one_rank_between_two_attempts_stops_all_ranks(ram):
-    for answer, again in run(2, cancel_between_attempts, ram):
-        assert answer[:2] == ("CANCELLED", 1) and again == SAVED, (answer, again)
-
-
-def cancel_between_attempts(rank, world_size, tmp):
-    checkpoint, cancel = broken(tmp, ckpt.TorchCoordinator(), until=FOREVER, attempts=3), threading.Event()
+@on_ranks(2)
+def test_a_cancel_on_one_rank_between_two_attempts_stops_all_ranks(rank, ram):
+    checkpoint, cancel = broken(ram, ckpt.TorchCoordinator(), until=FOREVER, attempts=3), threading.Event()
     if rank == 1:
         cancel.wait = lambda timeout: cancel.set()  # as it does between two attempts
     answer = told(lambda: checkpoint.save(value("new"), None, to(), cancel=cancel))
+    assert answer[:2] == ("CANCELLED", 1), answer
     dist.barrier()
     checkpoint.storage.seam = Seam()
-    return answer, told(lambda: save_word(checkpoint, "next"))
+    assert save_word(checkpoint, "next") == "p"
 
 
 SCRIPT = """
@@ -7546,12 +7396,9 @@ def test_an_interpreter_that_exits_with_a_save_in_flight_ends_with_its_code(ram,
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_save_in_which_one_rank_alone_holds_anything_or_none_does(ram, form):
-    run(3, hold_all_alone, ram, form)
-
-
-def hold_all_alone(rank, world_size, tmp, form):
-    checkpoint, empty = over(tmp, ckpt.TorchCoordinator()), torch.zeros(0, 1, 2)
+@on_ranks(3)
+def test_a_save_in_which_one_rank_alone_holds_anything_or_none_does(rank, ram, form):
+    checkpoint, empty = over(ram, ckpt.TorchCoordinator()), torch.zeros(0, 1, 2)
     for holder in (0, 1, 2, None):
         bag, target = ({"w": torch.full((5,), number), "empty": empty} for number in (7.0, 0.0))
         if rank != holder:
@@ -7627,30 +7474,27 @@ def test_tensors_changed_after_wait_staged_do_not_change_the_snapshot(ram, stagi
 
 
 @pytest.mark.parametrize("what, name", [("weight", "0.weight"), ("moment", "exp_avg")])
-def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_ranks_and_is_named(ram, what, name):
-    for (kind, rank, message), same, word in run(2, change_while_staging, ram, what):
-        assert (kind, rank) == ("SAVE_FAILED", 1) and name in message and "changed" in message
-        assert same and word == "old"
-
-
-def change_while_staging(rank, world_size, tmp, what):
-    checkpoint, (model, optimizer) = over(tmp, ckpt.TorchCoordinator()), small()
+@on_ranks(2)
+def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_ranks_and_is_named(
+    rank, ram, what, name
+):
+    checkpoint, (model, optimizer) = over(ram, ckpt.TorchCoordinator()), small()
     save_word(checkpoint, "old")
     dist.barrier()
-    files, weight, gate = listing(tmp), model[0].weight, Gate().before_the_copy()
+    files, weight, gate = listing(ram), model[0].weight, Gate().before_the_copy()
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
     assert gate.reached.wait(HANG_S)
     if rank == 1:
         with torch.no_grad():
             (weight if what == "weight" else optimizer.state[weight]["exp_avg"]).mul_(2)
     gate.opened.set()
-    answer = told(lambda: pending.result(HANG_S))
+    kind, where, message = told(lambda: pending.result(HANG_S))
+    assert (kind, where) == ("SAVE_FAILED", 1) and name in message and "changed" in message, message
     dist.barrier()
-    found = answer, listing(tmp) == files, seen(tmp)
+    assert listing(ram) == files and seen(ram) == "old"
     optimizer.step()  # nothing waits any more
     dist.barrier()
     checkpoint.save(model, optimizer, to())
-    return found
 
 
 def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_not(ram, copy_gate):
@@ -7679,10 +7523,6 @@ def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_
     assert identical(state_of(*again), truth)
 
 
-def listed(checkpoint):
-    return [info.prefix for info in checkpoint.list_checkpoints()]
-
-
 def broken(tmp, coordinator=None, until=1, attempts=1):
     """A checkpoint object whose first `until` tensor files cannot be made."""
     seam = Seam(Strike(0, fail(errno.EIO), is_new_shard, until=until))
@@ -7704,22 +7544,15 @@ NEXT_CALLS = {
 
 @pytest.mark.parametrize("asked", [(), (0,), (0, 1)], ids="asked by {}".format)
 @pytest.mark.parametrize("call", NEXT_CALLS)
-def test_a_failed_pending_save_raises_once_at_result_or_at_the_next_call_and_no_rank_waits(ram, call, asked):
+@on_ranks(2)
+def test_a_failed_pending_save_raises_once_at_result_or_at_the_next_call_and_no_rank_waits(
+    rank, ram, call, asked
+):
     """Where one rank alone has asked, the next save fails on all ranks, so that they stay in step."""
-    for rank, (answer, after) in enumerate(run(2, fail_in_the_background, ram, call, asked)):
-        if asked == (0, 1) or (call in ("close", "with") and rank in asked):
-            assert answer[0] == "returned", (rank, answer)
-        else:
-            assert answer[0] == "STORAGE_ERROR" and (call in ("close", "with") or "'p'" in answer[2]), answer
-        assert after == SAVED, (rank, after)
-    assert seen(ram) == "next" and set(listing(ram)) == named_files(ram)
-
-
-def fail_in_the_background(rank, world_size, tmp, call, asked):
-    checkpoint, target = broken(tmp, ckpt.TorchCoordinator(), until=FOREVER), value("next")
+    checkpoint, target = broken(ram, ckpt.TorchCoordinator(), until=FOREVER), value("next")
     checkpoint.keep_last = 1  # a save that fails is none of these
     if rank == 0:
-        put(ckpt.LocalStorage(tmp), "old")
+        put(ckpt.LocalStorage(ram), "old")
     pending = checkpoint.save_async(value("new"), None, to())
     assert not concurrent.futures.wait([pending], HANG_S).not_done
     if rank in asked:
@@ -7729,12 +7562,18 @@ def fail_in_the_background(rank, world_size, tmp, call, asked):
     checkpoint.load(target, None, at())  # no concern of a load
     assert identical(target.state, value("old").state)
     dist.barrier()
-    answer = told(lambda: NEXT_CALLS[call](checkpoint))
+    kind, _, message = answer = told(lambda: NEXT_CALLS[call](checkpoint))
+    if asked == (0, 1) or (call in ("close", "with") and rank in asked):
+        assert kind == "returned", answer
+    else:
+        assert kind == "STORAGE_ERROR" and (call in ("close", "with") or "'p'" in message), answer
     dist.barrier()
-    assert seen(tmp) == ("next" if answer == SAVED else "old")
+    assert seen(ram) == ("next" if answer == SAVED else "old")
     dist.barrier()
     checkpoint.close()  # said once
-    return answer, told(lambda: save_word(checkpoint, "next"))
+    assert save_word(checkpoint, "next") == "p"
+    dist.barrier()
+    assert seen(ram) == "next" and set(listing(ram)) == named_files(ram)
 
 
 def test_a_failed_pending_save_is_not_kept_once_somebody_has_asked(tmp_path, monkeypatch):
@@ -7761,22 +7600,14 @@ def test_one_save_is_in_flight_at_a_time_and_the_next_call_waits_for_it(ram, cal
         gate.opened.set()
         second.result(HANG_S)
     assert first.done() and first.result() == "first"
-    prefixes = ["first"] if call == "close" else ["first", "second"]
-    assert listed(checkpoint) == prefixes
+    assert prefixes(checkpoint) == ["first"] + ["second"] * (call != "close")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_training_goes_on_during_two_hundred_background_saves_as_without_them_and_each_is_right(ram, kind):
-    for right, overlapped, disturbed, alone in run(2, train_and_save, ram, kind, limit_s=3 * HANG_S):
-        assert right == [True] * 200 and overlapped > 0 and disturbed == alone and len(set(alone[0])) > 200
-    COUNTS["background saves"] += 200
-
-
-def staging_of(number):
-    return "overlapped" if number % 2 else "eager"
-
-
-def train_and_save(rank, world_size, tmp, kind):
+@on_ranks(2, "background saves", 3 * HANG_S)
+def test_training_goes_on_during_two_hundred_background_saves_as_without_them_and_each_is_right(
+    rank, ram, kind
+):
     def start(salt):
         torch.manual_seed(rank)
         layers = nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 4)
@@ -7801,32 +7632,29 @@ def train_and_save(rank, world_size, tmp, kind):
                 options = to(f"p{len(truths)}", staging=staging_of(len(truths)))
                 truths.append(state_of(model, optimizer))
                 pending = checkpoint.save_async(model, optimizer, options)
-        weights = [raw(p.to_local() if isinstance(p, DTensor) else p) for p in model.parameters()]
-        return (losses, weights), truths, overlapped
+        return (losses, [raw(here(p)) for p in model.parameters()]), truths, overlapped
 
-    alone, checkpoint, right = train()[0], opened(tmp), []
+    alone, checkpoint, other = train()[0], opened(ram), start("other")
     disturbed, truths, overlapped = train(checkpoint)
+    assert overlapped > 0 and disturbed == alone and len(set(alone[0])) > 200
     checkpoint.close()
-    other = start("other")
     for number, truth in enumerate(truths):
         checkpoint.load(*other, at(f"p{number}", load_rng_state=False))
-        right.append(identical(state_of(*other), truth))
-    return right, overlapped, disturbed, alone
+        assert identical(state_of(*other), truth), number
+    return len(truths)
 
 
-def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store_keys_flat(ram):
-    most = {"resident": 8 * MiB, "threads": 2, "descriptors": 4, "groups": 0, "keys": 10, "files": 0}
-    for first, *later in run(2, count_resources, ram, limit_s=3 * HANG_S):
-        for after in later:
-            assert all(after[name] - first[name] <= grown for name, grown in most.items()), (first, after)
-    COUNTS["background saves"] += 200
+def staging_of(number):
+    return "overlapped" if number % 2 else "eager"
 
 
-def count_resources(rank, world_size, tmp):
+@on_ranks(2, "background saves", 3 * HANG_S)
+def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store_keys_flat(rank, ram):
     # With its optimizer the model has 3 MiB, so that keeping any of it would show.
     model, made, gloo = filled(nn.Linear(512, 512), "truth"), [], dist.ProcessGroupGloo
     optimizer, counts = stepped(model, lr=0.1), []
-    checkpoint = over(tmp, ckpt.TorchCoordinator(), keep_last=2)
+    most = {"resident": 8 * MiB, "threads": 2, "descriptors": 4, "groups": 0, "keys": 10, "files": 0}
+    checkpoint = over(ram, ckpt.TorchCoordinator(), keep_last=2)
     dist.ProcessGroupGloo = lambda *args: made.append(args[1:]) or gloo(*args)
     for number in range(200):
         checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging_of(number)))
@@ -7839,44 +7667,40 @@ def count_resources(rank, world_size, tmp):
                 "descriptors": len(os.listdir("/proc/self/fd")),
                 "groups": len(dist.distributed_c10d._world.pg_map) + len(made),
                 "keys": dist.distributed_c10d._get_default_store().num_keys(),
-                "files": len(listing(tmp)),
+                "files": len(listing(ram)),
             }
             counts.append(count)
             dist.barrier()
-    assert listed(checkpoint) == ["p198", "p199"] and checkpoint.latest_checkpoint().prefix == "p199"
-    return counts
+            assert all(count[name] - counts[0][name] <= grown for name, grown in most.items()), counts
+    assert prefixes(checkpoint) == ["p198", "p199"] and checkpoint.latest_checkpoint().prefix == "p199"
+    return number + 1
 
 
 # What stays: `keep_last`, `retain`, and falling back together
 
 
-def test_retain_gets_all_checkpoints_on_rank_zero_after_the_commit_and_what_it_does_not_name_goes(ram):
+@on_ranks(2)
+def test_retain_gets_all_checkpoints_on_rank_zero_after_the_commit_and_what_it_does_not_name_goes(rank, ram):
     """But never the new one."""
-    asked = ["p0", "p0 p1", "p1 p2", "p1 p2 p3", "p1 p2 p3 p4"]
-    kept = ["p1", "p2", "p4"], ["p5"]
-    assert run(2, retain_together, ram) == [(asked, *kept), ([], *kept)]
-    assert set(listing(ram)) == named_files(ram) and seen(ram, "p5") == "new"
-    with pytest.raises(ValueError, match="retain"):
-        opened(ram, retain=list, keep_last=2)
-
-
-def retain_together(rank, world_size, tmp):
-    asked = []
 
     def best_and_last(infos):
         asked.append(" ".join(info.prefix for info in infos))
         return [info.prefix for info in infos if info.custom_metadata["best"]] + [infos[-1].prefix]
 
-    checkpoint = opened(tmp, retain=best_and_last)
+    asked, checkpoint = [], opened(ram, retain=best_and_last)
     for number in range(5):
         checkpoint.save(value("old"), None, to(f"p{number}", custom_metadata={"best": number in (1, 2)}))
     dist.barrier()
-    kept = listed(checkpoint)
+    assert asked == ([] if rank else ["p0", "p0 p1", "p1 p2", "p1 p2 p3", "p1 p2 p3 p4"])
+    assert prefixes(checkpoint) == ["p1", "p2", "p4"]
     dist.barrier()
     checkpoint.retain = lambda infos: []
     checkpoint.save(value("new"), None, to("p5"))
     dist.barrier()
-    return asked, kept, listed(checkpoint)
+    assert prefixes(checkpoint) == ["p5"] and set(listing(ram)) == named_files(ram)
+    for wrong in ({"retain": list, "keep_last": 2}, {"keep_last": 0}):
+        with pytest.raises(ValueError, match="keep_last"):
+            opened(ram, ckpt.LocalCoordinator(), **wrong).save(value("new"), None, "q")
 
 
 WRONG_RETAINS = [lambda _: 1 / 0, lambda infos: infos[1:], lambda _: "p0", lambda _: None, lambda _: ["q"]]
@@ -7888,38 +7712,34 @@ def test_a_retain_that_fails_or_names_no_checkpoints_is_a_warning_and_nothing_go
     for prefix in ("p0", "p1"):
         save_word(checkpoint, "old", prefix)
     checkpoint.retain, warned = retain, overheard(checkpoint)
-    assert save_word(checkpoint, "new", "p2") == "p2" and listed(checkpoint) == ["p0", "p1", "p2"]
+    assert save_word(checkpoint, "new", "p2") == "p2" and prefixes(checkpoint) == ["p0", "p1", "p2"]
     (line,) = warned
     assert "p2: committed, but not all that should go is gone" in line, line
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("damaged", [0, 1])
-def test_fallback_takes_all_ranks_to_one_older_checkpoint_though_one_alone_met_the_damage(ram, damaged, form):
-    for prefix, warned, same, refused in run(2, fall_back, ram, damaged, form):
-        assert prefix == "one" and same and refused[0] == "CORRUPTED_CHECKPOINT", refused
-        assert any("two" in line and "corrupt" in line for line in warned), warned
+@on_ranks(2)
+def test_fallback_takes_all_ranks_to_the_newest_older_checkpoint_that_verifies(rank, ram, damaged, form):
+    """Though one rank alone meets the damage. The one between has a damaged record."""
 
-
-def fall_back(rank, world_size, tmp, damaged, form):
     def sharded(salt):
-        model = filled(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), salt)
-        fully_shard(model)
-        return model
+        return fully_shard(filled(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), salt))
 
-    checkpoint = opened(tmp)
-    for prefix in ("one", "two", "three"):
+    checkpoint, model = opened(ram), sharded("other")
+    for prefix in ("zero", "one", "between", "two", "three"):
         checkpoint.save(sharded(prefix), None, to(prefix, format=form))
     dist.barrier()
     if rank == 0:
-        shard = Shard(shards(tmp, "two")[damaged if form is CheckpointFormat.MULTI_SHARD else -1])
+        shard = Shard(shards(ram, "two")[damaged if form is CheckpointFormat.MULTI_SHARD else -1])
         places = sorted(shard.place(name) for name in shard.header if "rng" not in name)
         flip(shard.path, [begin for begin, end in places if end > begin][-damaged])
+        flip(ram / "between.metadata.json", -40)
     dist.barrier()
-    model = sharded("other")
-    refused = told(lambda: checkpoint.load(model, None, at("two")))
+    refusal(lambda: checkpoint.load(model, None, at("two")), ExceptionType.CORRUPTED_CHECKPOINT)
     result = checkpoint.load(model, None, at("two", fallback=True))
-    return result.prefix, list(result.warnings), identical(state_of(model), state_of(sharded("one"))), refused
+    assert result.prefix == "one" and identical(state_of(model), state_of(sharded("one")))
+    assert any("two" in line and "corrupt" in line for line in result.warnings), result.warnings
 
 
 # ---- sequences: random steps and faults; after each step the disk is compared with a model ----------------
