@@ -3,8 +3,8 @@
     python -m pytest -q test_ckpt.py                 all of it
     python -m pytest -q test_ckpt.py -k reshard      one section
 
-Sections follow the README's promises: API, bytes, protocol, resharding, resume, bad input, command line,
-format, recipes, faults, README. Nothing is mocked. Ranks are real processes that speak gloo (`run` below).
+Sections follow the README's promises: API, bytes, protocol, resharding, bad input, command line, format,
+recipes, faults, README. Nothing is mocked. Ranks are real processes that speak gloo (`run` below).
 Files are reopened with a reader that shares no code with the library (`Shard` below, and the `safetensors`
 package where it is installed). The truth that a restored tensor is compared with never went through a
 checkpoint. A hang is a failure, never a wait. No test asserts a time on the wall clock: work is bounded by
@@ -53,7 +53,7 @@ import errno
 import fcntl
 import functools
 import gc
-import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -124,7 +124,7 @@ gc.freeze()  # collections skip what torch made at import: a fifth of the time o
 MiB = 1 << 20
 BLOCK, UNIT, PAGE = 4 * MiB, 256 << 10, 4096
 FORMATS, LEVELS = list(CheckpointFormat), list(ckpt.CompressionLevel)
-STRATEGIES = ["parallel", "sequential", "broadcast"]
+STRATEGIES, STAGINGS = ["parallel", "sequential", "broadcast"], ["eager", "overlapped"]
 FOREVER = 1 << 40
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 HANG_S = 500.0  # a longer wait is a hang, however busy the machine; the library's own deadline is 600 s
@@ -194,6 +194,12 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
     if failures:
         pytest.fail("\n".join(failures), pytrace=False)
     return results
+
+
+def for_each(**columns):
+    """A test for each combination of these values."""
+    marks = [pytest.mark.parametrize(name, values) for name, values in columns.items()]
+    return lambda test: functools.reduce(lambda test, mark: mark(test), marks, test)
 
 
 COUNTS = Counter()  # what the fault tests have tried
@@ -278,12 +284,17 @@ def told(call):
         return "ValueError", None, str(error)
 
 
-def refusal(call, kind=None):
-    """The message of the CheckpointException (of type `kind`) that `call()` must raise."""
-    with pytest.raises(CheckpointException) as caught:
+def refusal(call, kind=None, *words):
+    """The message, with these words in it, of what `call()` must raise.
+
+    The `kind` is a class of exceptions, or the type of a CheckpointException; None stands for any type.
+    """
+    with pytest.raises(kind if isinstance(kind, type) else CheckpointException) as caught:
         call()
-    assert kind is None or caught.value.type is kind, (caught.value.type, str(caught.value))
-    return str(caught.value)
+    message = str(caught.value)
+    assert not isinstance(kind, str) or caught.value.type.name == kind, (caught.value.type, message)
+    assert all(word in message for word in words), (words, message)
+    return message
 
 
 class Bag:
@@ -322,6 +333,11 @@ def raw(tensor):
     """A tensor's elements as bytes, whatever its dtype."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def here(tensor):
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor):
@@ -408,10 +424,10 @@ def column_of(text):
     return list(itertools.accumulate(number for (number,) in struct.iter_unpack("<q", data)))
 
 
-def packed(column):
+def packed(column, tail=b""):
     """Its inverse. Differences wrap around at 64 bits."""
     steps = [(number - before) % (1 << 64) for before, number in zip([0, *column], column)]
-    return base64.b64encode(zlib.compress(struct.pack(f"<{len(steps)}Q", *steps))).decode()
+    return base64.b64encode(zlib.compress(struct.pack(f"<{len(steps)}Q", *steps)) + tail).decode()
 
 
 def expanded(record):
@@ -708,9 +724,6 @@ def test_the_public_names_are_these_and_each_says_what_it_is():
         ((ckpt.VersionCompatibilityChecker, ckpt.SchemaCompatibilityChecker), ckpt.CompatibilityChecker),
     ):
         assert all(isinstance(kind(), protocol) for kind in kinds)
-
-
-def test_the_exception_is_a_plain_exception_with_path_type_and_rank():
     error = CheckpointException("m", "p/x", ExceptionType.TIMEOUT)
     assert isinstance(error, Exception) and str(error) == "m"
     assert (error.checkpoint_path, error.type, error.rank) == ("p/x", ExceptionType.TIMEOUT, None)
@@ -730,12 +743,11 @@ def loaded(checkpoint, options):
     return state_of(model, optimizer), result
 
 
-def refused(checkpoint, options, kind, **more):
-    """The message of a load that raises `kind` and changes nothing."""
+def refused(checkpoint, options, kind, *words, **more):
+    """A load raises `kind`, with these words, and changes nothing."""
     model, optimizer = small("other")
-    message = refusal(lambda: checkpoint.load(model, optimizer, options, **more), kind)
+    refusal(lambda: checkpoint.load(model, optimizer, options, **more), kind, *words)
     assert identical(state_of(model, optimizer), state_of(*small("other")))
-    return message
 
 
 def prefixes(checkpoint):
@@ -784,9 +796,7 @@ def test_delete_removes_one_checkpoint_and_leaves_those_below_it_alone(tmp_path,
     assert "c" in refusal(lambda: checkpoint.delete_checkpoint("c"))
 
 
-def test_an_optimizer_is_saved_and_loaded_unless_left_out_and_a_forgotten_one_is_a_warning(
-    tmp_path, checkpoint
-):
+def test_an_optimizer_is_saved_and_loaded_unless_left_out_and_to_forget_it_is_a_warning(tmp_path, checkpoint):
     model, optimizer = small()
     truth, mine = state_of(model, optimizer), state_of(*small("other"))
     checkpoint.save(model, optimizer, to("both"))
@@ -795,7 +805,7 @@ def test_an_optimizer_is_saved_and_loaded_unless_left_out_and_a_forgotten_one_is
     checkpoint.save(model, None, to("none"))
     for prefix in ("excluded", "only", "none"):
         assert not any("exp_avg" in name for path in shards(tmp_path, prefix) for name in Shard(path).header)
-        refused(checkpoint, at(prefix), ExceptionType.VALIDATION_FAILED)
+        refused(checkpoint, at(prefix), "VALIDATION_FAILED")
         state, result = loaded(checkpoint, at(prefix, strict_mode=False))
         assert result.warnings and identical(state, (truth[0], mine[1]))
         assert not checkpoint.load(model, None, at(prefix, load_rng_state=False)).warnings
@@ -835,24 +845,11 @@ def test_custom_metadata_comes_back_on_all_ranks_is_listed_and_must_be_data_of_b
     assert json.loads(command(capsys, "ls", ram, "--json")[2])[0]["prefix"] == "p"
     deep = functools.reduce(lambda inner, _: [inner], range(300), 1)
     for wrong, words in (({"epoch": object()}, "epoch"), ({"x": deep}, "nested too deeply")):
-        with pytest.raises(ValueError, match=words):
-            checkpoint.save(small()[0], None, to("q", custom_metadata=wrong))
+        refusal(lambda: checkpoint.save(small()[0], None, to("q", custom_metadata=wrong)), ValueError, words)
     assert prefixes(checkpoint) == ["p"]
 
 
-def test_overwrite_replaces_the_old_checkpoint_and_its_files_or_is_refused_if_false(tmp_path, checkpoint):
-    for form in FORMATS:
-        checkpoint.save(*small(), to(format=form))
-    checkpoint.save(*small("second"), to())
-    before = listing(tmp_path)
-    assert len(before) == 2 and identical(loaded(checkpoint, at())[0], state_of(*small("second")))
-    assert "p" in refusal(lambda: checkpoint.save(*small(), to(overwrite=False)))
-    assert listing(tmp_path) == before
-    assert checkpoint.save(*small(), to("q", overwrite=False)) == "q"
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("level", LEVELS)
+@for_each(form=FORMATS, level=LEVELS)
 def test_every_format_and_compression_level_restores_in_place_bit_for_bit(tmp_path, checkpoint, form, level):
     def momentum(salt, steps, lr):
         model = filled(nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), salt)
@@ -899,13 +896,13 @@ def test_a_custom_checker_refuses_a_load_unless_skipped_but_checksums_are_never_
     checker = types.SimpleNamespace(name="odd", check_integrity=objects, check_compatibility=objects)
     checkpoint = opened(tmp_path, **{kind: [checker]})
     checkpoint.save(*small(), to())
-    assert "the moon is full" in refused(checkpoint, at(), ExceptionType.VALIDATION_FAILED)
+    refused(checkpoint, at(), "VALIDATION_FAILED", "the moon is full")
     summary, count = checkpoint.validate_checkpoint("p"), len(calls)
     assert not summary.is_valid and "the moon is full" in summary.get_summary() and count
     assert identical(loaded(checkpoint, skip)[0], state_of(*small()))
     (path,) = shards(tmp_path)
     flip(path, Shard(path).data_at)
-    refusal(lambda: checkpoint.load(*small(), skip), ExceptionType.CORRUPTED_CHECKPOINT)
+    refusal(lambda: checkpoint.load(*small(), skip), "CORRUPTED_CHECKPOINT")
     assert len(calls) == count
 
 
@@ -937,15 +934,13 @@ def test_a_registered_provider_is_used_and_what_is_no_storage_is_a_value_error_t
     opened(tmp_path / "no", storage=ckpt.StorageOptions("mine", {"bucket": "b"})).save(small()[0], None, to())
     assert settings == [{"bucket": "b"}] and (tmp_path / "p.metadata.json").exists()
     create, options = ckpt.StorageFactory.create, ckpt.StorageOptions
-    for make, words in (
-        (lambda: create(options("nowhere")), r"nowhere.*local"),
-        (lambda: create(options(connection_settings={"basepath": "x"})), r"basepath.*base_path"),
-        (lambda: ckpt.DistributedCheckpoint(storage="s3://bucket/ckpts"), "s3://bucket/ckpts"),
-        (lambda: ckpt.DistributedCheckpoint("./ckpts"), "storage="),
-        (lambda: ckpt.DistributedCheckpoint(ckpt.CheckpointOptions()), "storage="),
-    ):
-        with pytest.raises(ValueError, match=words):
-            make()
+    refusal(lambda: create(options("nowhere")), ValueError, "nowhere", "local")
+    refusal(
+        lambda: create(options(connection_settings={"basepath": "x"})), ValueError, "basepath", "base_path"
+    )
+    for wrong in (ckpt.CheckpointOptions(), "./ckpts"):
+        refusal(lambda: ckpt.DistributedCheckpoint(wrong), ValueError, "storage=")
+    refusal(lambda: ckpt.DistributedCheckpoint(storage="s3://bucket"), ValueError, "s3://bucket")
 
 
 def test_a_repr_is_one_short_line_that_names_the_checkpoint(checkpoint):
@@ -1016,10 +1011,9 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
 
     assert handler.execute_with_retry(fails_as_long_as_there_are_errors) == "done"
     errors[:] = [KeyError(), OSError()]
-    with pytest.raises(OSError):
-        handler.execute_with_retry(fails_as_long_as_there_are_errors)
+    refusal(lambda: handler.execute_with_retry(fails_as_long_as_there_are_errors), OSError)
     assert len(errors) == 1
-    refusal(lambda: handler.execute_with_timeout(lambda: never.wait(HANG_S), 0.1), ExceptionType.TIMEOUT)
+    refusal(lambda: handler.execute_with_timeout(lambda: never.wait(HANG_S), 0.1), "TIMEOUT")
     never.set()
     assert handler.execute_with_timeout(lambda: 7, HANG_S) == 7
     ckpt.DistributedCheckpoint(storage=storage).save(*small(), to())
@@ -1072,7 +1066,7 @@ def test_the_schema_checker_sees_every_overlap_and_hole_in_any_number_of_dimensi
             assert {error.partition(":")[0].removeprefix("model/") for error in errors} == wrong, errors
 
 
-def test_cancel_stops_a_validation_in_a_load_before_all_is_read(tmp_path, checkpoint):
+def test_cancel_stops_a_validation_in_a_load_before_all_is_read_or_anything_begins(tmp_path, checkpoint):
     class Cancel(threading.Event):
         def is_set(self):
             if found := super().is_set():
@@ -1091,37 +1085,12 @@ def test_cancel_stops_a_validation_in_a_load_before_all_is_read(tmp_path, checkp
     storage = Storage(tmp_path, Seam(stop))
     validator = ckpt.CheckpointValidator(storage, [ckpt.ChecksumIntegrityChecker()])
     checkpoint = ckpt.DistributedCheckpoint(storage=storage, validator=validator)
-    refusal(lambda: checkpoint.load(bag, None, at(), cancel=cancel), ExceptionType.CANCELLED)
+    refusal(lambda: checkpoint.load(bag, None, at(), cancel=cancel), "CANCELLED")
     assert 0 < len(read) < 15
-
-
-def test_an_event_that_is_set_already_cancels_a_save_and_a_load_before_anything_changes(tmp_path, checkpoint):
-    cancel = threading.Event()
-    cancel.set()
-    refusal(lambda: checkpoint.save(*small(), to(), cancel=cancel), ExceptionType.CANCELLED)
-    assert listing(tmp_path) == {}
-    checkpoint.save(*small(), to())
-    refused(checkpoint, at(), ExceptionType.CANCELLED, cancel=cancel)
-
-
-def test_a_coordinator_of_the_five_documented_methods_is_enough(ram):
-    def use_five_methods(coordinator):
-        assert isinstance(coordinator, ckpt.DistributedCoordinator)
-        checkpoint, outcomes, truth = over(ram, coordinator), [], torch.arange(3 * MiB, dtype=torch.float32)
-        fails = Doomed(OSError("no room"), times=FOREVER if coordinator.rank == 1 else 0)
-        for form in FORMATS:
-            source, target = Bag(w=truth, own=truth + coordinator.rank), Bag(w=0 * truth, own=0 * truth)
-            checkpoint.save(source, None, to(form.value, format=form))
-            how = at(form.value, resharding_strategy="broadcast", load_rng_state=False)
-            checkpoint.load(target, None, how)
-            failed = told(lambda: checkpoint.save(fails, None, to("q")))
-            again = told(lambda: checkpoint.save(source, None, to("r")))[0]
-            outcomes.append((identical(target.state, source.state), failed, again))
-        return outcomes
-
-    for exact, failed, again in itertools.chain(*together(2, use_five_methods)):
-        assert exact and again == "returned"
-        assert failed[:2] == ("STORAGE_ERROR", 1) and "no room" in failed[2]
+    before = listing(tmp_path)
+    refusal(lambda: checkpoint.save(*small(), to(), cancel=cancel), "CANCELLED")
+    refused(checkpoint, at(), "CANCELLED", cancel=cancel)
+    assert listing(tmp_path) == before
 
 
 @pytest.fixture
@@ -1145,25 +1114,11 @@ def test_a_coordinator_of_five_methods_stops_waiting_for_a_silent_rank_at_the_de
     assert answer[:2] == ("TIMEOUT", 1) and 100 <= manual_time.now < 105
 
 
-def test_what_the_caller_changes_after_save_async_has_returned_is_not_saved(tmp_path):
-    gate, options, extra = threading.Event(), to(custom_metadata={"epoch": [1]}), {"step": 1}
-    checkpoint = over(Storage(tmp_path, Seam(lambda op: gate.wait(HANG_S))))
-    pending = checkpoint.save_async(small()[0], None, options, extra_state=extra)
-    options.custom_metadata["epoch"].append(2)
-    extra["more"] = 2
-    options.checkpoint_prefix = "q"
-    assert not pending.done() and not listing(tmp_path)
-    gate.set()
-    assert pending.result(HANG_S) == "p"
-    result = checkpoint.load(small()[0], None, at())
-    assert result.metadata.custom_metadata == {"epoch": [1]} and result.extra_state == {"step": 1}
-
-
 def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path, manual_time):
     # Making a file takes longer than the save may take.
     files = Seam(lambda op: manual_time.sleep(101) if op.call == "create" else None)
     checkpoint = over(Storage(tmp_path, files))
-    refusal(lambda: checkpoint.save(small()[0], None, to(timeout=100.0)), ExceptionType.TIMEOUT)
+    refusal(lambda: checkpoint.save(small()[0], None, to(timeout=100.0)), "TIMEOUT")
     (made,) = [op.path for op in files.log if op.call == "create"]
     assert made.endswith(".tmp") and listing(tmp_path) == {}
 
@@ -1197,22 +1152,19 @@ def output_of(*arguments, **options):
     return done.stdout
 
 
-def test_the_three_files_work_inside_somebodys_package(vendored):
-    assert run(2, use_the_vendored_copy, vendored) == [("pkg.vendor.ckpt", ["p"], True, 0)] * 2
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    assert "p: ok" in output_of("-m", "pkg.vendor.ckpt", "verify", "c", cwd=vendored, env=environment)
-
-
-def use_the_vendored_copy(rank, world_size, tmp):
+@on_ranks(2)
+def test_the_three_files_work_inside_somebodys_package(rank, vendored):
     for name in ("ckpt", "ckpt_coord", "ckpt_storage"):
         sys.modules[name] = None  # an import of the top-level name would now fail
-    sys.path[:] = [str(tmp)] + [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
-    vendored = importlib.import_module("pkg.vendor.ckpt")
-    with vendored.DistributedCheckpoint(storage=vendored.LocalStorage(str(tmp / "c"))) as checkpoint:
-        checkpoint.save(*small(), vendored.SaveOptions(checkpoint_prefix="p"))
-        state, _ = loaded(checkpoint, vendored.LoadOptions(checkpoint_prefix="p"))
-        code = vendored.main(["verify", str(tmp / "c")])
-        return vendored.__name__, prefixes(checkpoint), identical(state, state_of(*small())), code
+    sys.path[:] = [str(vendored)] + [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+    library, base = importlib.import_module("pkg.vendor.ckpt"), str(vendored / "c")
+    with library.DistributedCheckpoint(storage=library.LocalStorage(base)) as checkpoint:
+        checkpoint.save(*small(), library.SaveOptions(checkpoint_prefix="p"))
+        state, _ = loaded(checkpoint, library.LoadOptions(checkpoint_prefix="p"))
+        assert identical(state, state_of(*small())) and prefixes(checkpoint) == ["p"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    assert "p: ok" in output_of("-m", "pkg.vendor.ckpt", "verify", "c", cwd=vendored, env=environment)
+    assert library.main(["verify", base]) == 0
 
 
 CHECKERS = ["mypy --strict", "ruff check --isolated --select E4,E7,E9,F"]
@@ -1343,26 +1295,11 @@ def test_a_load_under_another_default_leaves_the_saved_tensors_and_they_can_be_t
     fresh.step()
 
 
-def test_an_interrupt_while_a_background_save_collects_ends_it_on_all_ranks_and_nothing_else(ram):
-    def interrupt_staging(coordinator):
-        checkpoint, bag = opened(ram, coordinator), Bag(w=torch.ones(2))
-        state = Doomed(KeyboardInterrupt()) if coordinator.rank else bag
-        try:
-            first = told(checkpoint.save_async(state, None, "p").result)
-        except KeyboardInterrupt:
-            first = "interrupted"
-        return first, told(lambda: checkpoint.save(bag, None, "q"))
-
-    rank_0, rank_1 = together(2, interrupt_staging)
-    assert rank_0[0][:2] == ("SAVE_FAILED", 1) and rank_1[0] == "interrupted"
-    assert rank_0[1] == rank_1[1] == ("returned", None, "q")
-
-
 def test_an_expanded_tensor_is_refused_by_a_load_before_anything_changes(checkpoint):
     checkpoint.save(Bag(mask=torch.ones(1, 3).expand(4, 3), w=torch.ones(2)), None, "p")
     live = Bag(mask=torch.zeros(1, 3).expand(4, 3), w=torch.zeros(2))
-    message = refusal(lambda: checkpoint.load(live, None, "p"), ExceptionType.VALIDATION_FAILED)
-    assert "model/mask" in message and "clone()" in message and not live.state["w"].any()
+    refusal(lambda: checkpoint.load(live, None, "p"), "VALIDATION_FAILED", "model/mask", "clone()")
+    assert not live.state["w"].any()
 
 
 def test_ties_and_stages_of_a_pipeline_are_no_cause_for_a_warning(ram):
@@ -1395,37 +1332,6 @@ def test_a_save_to_storages_that_ranks_do_not_share_fails(ram):
     outcomes = together(2, lambda c: told(lambda: opened(ram / str(c.rank), c).save(small()[0], None, "p")))
     assert {kind for kind, _, _ in outcomes} == {"STORAGE_ERROR"} and "share" in outcomes[0][2]
     assert opened(ram / "0").list_checkpoints() == []
-
-
-def one_wide_piece(record):
-    """One piece of 16 MiB in place of the four of the tensor."""
-    columns = {name: record["pieces"][name][:1] for name in ("tensor", "file", "begin")}
-    columns |= {"count": 1, "length": [sum(record["pieces"]["length"])], "offset": [[0]]}
-    record["pieces"] = {**columns, "size": [[4 * MiB]]}
-
-
-FORGED = {
-    "another save id": lambda record: record.update(save_id="00000000"),
-    "no save id": lambda record: record.update(save_id=""),
-    "tied to another dtype": lambda record: record["tensors"][1].__setitem__(1, "F64"),
-    "tied to another shape": lambda record: record["tensors"][1].__setitem__(2, [2]),
-    "a name twice": lambda record: record["tensors"][1].__setitem__(0, "model/a"),
-    "a compressed piece larger than 4 MiB": one_wide_piece,
-}
-for _dtype in ("float99", [], {}, None, 1):
-    FORGED[f"a dtype unknown: {_dtype}"] = lambda r, dtype=_dtype: r["tensors"][1].__setitem__(1, dtype)
-
-
-@pytest.mark.parametrize("forged", FORGED)
-def test_a_record_that_contradicts_itself_is_corrupt_and_gc_leaves_its_files(tmp_path, checkpoint, forged):
-    tensor = torch.zeros(4 * MiB)
-    live = Bag(a=tensor, b=tensor)
-    checkpoint.save(live, None, to(include_rng_state=False, compression_level="fast"))
-    reseal(tmp_path / "p.metadata.json", FORGED[forged])
-    files = listing(tmp_path)
-    message = refusal(lambda: checkpoint.load(live, None, at()), ExceptionType.CORRUPTED_CHECKPOINT)
-    assert all(word in message for word in re.findall("4 MiB|dtype unknown", forged)), message
-    assert ckpt.collect_garbage(tmp_path, 0.0) == [] and listing(tmp_path) == files
 
 
 @pytest.mark.parametrize("crashed", ["save", "delete"])
@@ -1469,18 +1375,20 @@ def test_retention_keeps_all_where_the_commit_may_not_be_durable(ram):
     assert prefixes(opened(ram)) == ["a", "b"]
 
 
-def failing(base_path, code, call, pattern):
+def failing(base_path, code, call, pattern=""):
     """The library on a disk where a file call fails for paths of a pattern, with an error that names none."""
 
     def act(op):
         raise OSError(code, os.strerror(code))
 
-    return over(
-        Storage(
-            base_path,
-            Seam(Strike(0, act, lambda op: op.call == call and re.search(pattern, op.path), FOREVER)),
-        )
-    )
+    strike = Strike(0, act, lambda op: op.call == call and re.search(pattern, op.path), FOREVER)
+    return over(Storage(base_path, Seam(strike)))
+
+
+def test_an_error_at_the_close_of_a_file_that_was_only_read_does_not_matter(ram):
+    put(ckpt.LocalStorage(ram), "old")
+    checkpoint = failing(ram, errno.EIO, "close", "safetensors$")
+    assert seen(checkpoint.storage) == "old" and checkpoint.storage.seam.before.hit
 
 
 def test_one_record_that_is_huge_or_cannot_be_looked_at_stops_nothing(tmp_path):
@@ -1500,9 +1408,8 @@ def test_the_parent_of_the_base_path_may_be_closed_to_this_user(tmp_path):
 
 @pytest.mark.parametrize("call", ["pwrite", "allocate"])
 def test_an_error_of_the_disk_names_the_file(tmp_path, call):
-    message = refusal(
-        lambda: save_word(failing(tmp_path, errno.ENOSPC, call, ""), "new"), ExceptionType.STORAGE_ERROR
-    )
+    checkpoint = failing(tmp_path, errno.ENOSPC, call)
+    message = refusal(lambda: save_word(checkpoint, "new"), "STORAGE_ERROR")
     assert re.search(r"No space left.*: 'p[/.]", message), message
 
 
@@ -1529,30 +1436,13 @@ def test_a_raw_piece_of_a_compressed_file_is_read_wherever_it_lies(tmp_path):
     assert opened(tmp_path).validate_checkpoint("p").is_valid
 
 
-def test_a_load_that_falls_back_still_says_that_an_attempt_has_touched_tensors(tmp_path):
-    checkpoint = opened(tmp_path)
+def test_a_load_that_falls_back_still_says_that_an_attempt_has_touched_tensors(tmp_path, checkpoint):
     checkpoint.save({"other": torch.ones(4)}, None, "old")
     checkpoint.save({"a": torch.ones(MiB), "b": torch.ones(MiB)}, None, "new")
-    (path,) = shards(tmp_path, "new")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    flip(path := shards(tmp_path, "new")[0], path.stat().st_size // 2)
     live = {"a": torch.zeros(MiB), "b": torch.zeros(MiB)}
-    message = refusal(
-        lambda: checkpoint.load(live, None, at("new", fallback=True)), ExceptionType.VALIDATION_FAILED
-    )
-    assert "missing from the checkpoint" in message and "undefined" in message
-
-
-def test_an_error_at_the_close_of_a_file_that_was_only_read_does_not_matter(ram):
-    put(ckpt.LocalStorage(ram), "old")
-    storage = Storage(
-        ram,
-        Seam(
-            Strike(0, fail(errno.EIO), when=lambda op: (op.call, op.path[-3:]) == ("close", "ors"), until=9)
-        ),
-    )
-    assert seen(storage) == "old"
+    load = functools.partial(checkpoint.load, live, None, at("new", fallback=True))
+    refusal(load, "VALIDATION_FAILED", "missing from the checkpoint", "undefined")
 
 
 # ---- bytes: the tensor file, the record, what may be in them -----------------------------------------------
@@ -1587,8 +1477,7 @@ def blank(state):
     return blanks
 
 
-@pytest.mark.parametrize("level", ["none", "fast"])
-@pytest.mark.parametrize("form", ["multi_shard", "single_file", "consolidated"])
+@for_each(level=["none", "fast"], form=["multi_shard", "single_file", "consolidated"])
 def test_tensors_of_every_dtype_shape_and_stride_come_back_in_place_bit_by_bit(tmp_path, caplog, form, level):
     def views(rows, numbers):
         return {"rows": rows, "conj": numbers.conj(), "neg": numbers.clone().conj().imag}
@@ -1640,8 +1529,7 @@ COMPARED = [((5 * MiB,), torch.float32), ((1001, 3), torch.bfloat16), ((), torch
 
 
 @pytest.mark.parametrize("shape, dtype", COMPARED)
-@pytest.mark.parametrize("on_device", [0, 1])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@for_each(on_device=[0, 1], device=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on_device, shape, dtype):
     whole = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
     other = whole.t().contiguous().t() if len(shape) == 2 else whole.clone()
@@ -1653,15 +1541,6 @@ def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on
     assert sums[0] == sums[1] != sums[2] and (sums[0] == sums[3]) == (first == last)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_an_interpreter_that_exits_waits_for_a_save_in_any_format(tmp_path, form):
-    script = "import sys, torch, ckpt; saver = ckpt.DistributedCheckpoint(storage=sys.argv[1]); "
-    script += "saver.save_async(torch.nn.Linear(2000, 2000), None, ckpt.SaveOptions('p', sys.argv[2]))"
-    command = [sys.executable, "-c", script, tmp_path, form.value]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0 and opened(tmp_path).validate_checkpoint("p").is_valid, done.stderr
-
-
 def test_what_safetensors_cannot_name_goes_beside_the_consolidated_file_or_is_refused_by_name(tmp_path):
     def state(number):
         z = torch.full((2,), number, dtype=torch.complex128)
@@ -1669,14 +1548,14 @@ def test_what_safetensors_cannot_name_goes_beside_the_consolidated_file_or_is_re
 
     checkpoint, reserved = opened(tmp_path), Bag(__metadata__=torch.ones(3), w=torch.zeros(2))
     save = functools.partial(checkpoint.save, reserved, None)
-    message = refusal(lambda: save(to(format="consolidated")), ExceptionType.SAVE_FAILED)
-    assert "'__metadata__'" in message and "MULTI_SHARD" in message and listing(tmp_path) == {}
+    refusal(lambda: save(to(format="consolidated")), "SAVE_FAILED", "'__metadata__'", "MULTI_SHARD")
+    assert listing(tmp_path) == {}
     for form in ("multi_shard", "single_file"):
         save(to(format=form))
         checkpoint.load(target := Bag(__metadata__=torch.zeros(3), w=torch.ones(2)), None, at())
         assert identical(target.state, reserved.state)
-    with pytest.raises(ValueError, match="one name: __metadata__; rename one"):
-        ckpt.export_checkpoint(checkpoint.storage, "p", tmp_path / "m.safetensors")
+    export = functools.partial(ckpt.export_checkpoint, checkpoint.storage, "p", tmp_path / "m.safetensors")
+    refusal(export, ValueError, "one name: __metadata__; rename one")
     checkpoint.save(state(0), None, to(format="consolidated"))
     checkpoint.load(target := state(1), None, at())
     assert identical(target.state, state(0).state)
@@ -1699,17 +1578,6 @@ def test_a_replicated_tensor_is_written_once_and_its_bytes_are_balanced(rank, tm
     opened(tmp_path).save(Bag(w=torch.arange(4 * MiB, dtype=torch.int32)), None, to())
     sizes = [path.stat().st_size for path in shards(tmp_path)]
     assert 16 * MiB <= sum(sizes) < 16.5 * MiB and max(sizes) < 0.6 * sum(sizes)
-
-
-@pytest.mark.parametrize("holder", [0, 1])
-@pytest.mark.parametrize("form", FORMATS)
-@on_ranks(2)
-def test_a_tied_name_that_only_one_rank_has_is_stored_whole(rank, tmp_path, form, holder):
-    w, found = torch.arange(6.0), {"w": torch.zeros(6), "tied": torch.zeros(6)}
-    state = {"w": w, "tied": w} if rank == holder else {"w": w}
-    opened(tmp_path).save(state, None, to(format=form, include_rng_state=False))
-    opened(tmp_path).load(found, None, at(load_rng_state=False))
-    assert identical(found, {"w": w, "tied": w})
 
 
 def test_twenty_thousand_small_tensors_cost_what_their_bytes_cost(tmp_path):
@@ -1793,10 +1661,9 @@ class Point:
 
 @pytest.mark.parametrize("thing", [ExceptionType.UNKNOWN, Point(), lambda: 0, io.StringIO()], ids=type)
 def test_an_object_that_is_not_data_is_refused_by_path_and_type_before_anything_is_written(tmp_path, thing):
-    with pytest.raises((CheckpointException, ValueError)) as caught:
-        opened(tmp_path).save(small()[0], None, to(), extra_state={"outer": [{"inner": thing}]})
-    for word in ("outer", "inner", type(thing).__name__):
-        assert word in str(caught.value)
+    save = functools.partial(opened(tmp_path).save, small()[0], None, to())
+    words = "outer", "inner", type(thing).__name__
+    refusal(lambda: save(extra_state={"outer": [{"inner": thing}]}), Exception, *words)
     assert listing(tmp_path) == {}
 
 
@@ -1824,10 +1691,10 @@ UNSUITED = {
 @pytest.mark.parametrize("problem", UNSUITED)
 def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_and_nothing_changes(tmp_path, problem):
     checkpoint, bag = opened(tmp_path), Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[problem]()})
-    message = refusal(lambda: checkpoint.save(bag, None, to()), ExceptionType.SAVE_FAILED)
+    message = refusal(lambda: checkpoint.save(bag, None, to()), "SAVE_FAILED")
     assert "layer.odd" in message and problem in message and listing(tmp_path) == {}
     checkpoint.save(Bag(good=torch.zeros(3), **{"layer.odd": torch.zeros(3)}), None, to())
-    message = refusal(lambda: checkpoint.load(bag, None, at()), ExceptionType.LOAD_FAILED)
+    message = refusal(lambda: checkpoint.load(bag, None, at()), "LOAD_FAILED")
     assert "layer.odd" in message and problem in message and "undefined" not in message
     assert identical(bag.state["good"], torch.ones(3))
 
@@ -2005,9 +1872,7 @@ def test_what_one_rank_alone_gets_wrong_or_cancels_is_an_error_on_all_and_nothin
 
 
 @on_ranks(2)
-def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective_as_the_late_rank_does(
-    rank, tmp_path
-):
+def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective_as_the_late_one(rank, tmp_path):
     if rank == 0:
         assert prefixes(opened(tmp_path)) == []  # nor does the making of an object wait
     checkpoint, model = opened(tmp_path, default_timeout=600.0 if rank else 0.2), small()[0]
@@ -2046,9 +1911,7 @@ def test_a_process_group_of_some_ranks_saves_without_the_others(rank, tmp_path):
 
 
 @on_ranks(2)
-def test_an_object_made_before_the_process_group_saves_with_all_ranks_of_whichever_group_there_is(
-    rank, tmp_path
-):
+def test_an_object_made_before_the_process_group_saves_with_all_ranks_of_any_group(rank, tmp_path):
     store = dist.distributed_c10d._get_default_store()
     dist.barrier()  # who leaves a group while others still connect to it ends it for them
     dist.destroy_process_group()
@@ -2219,30 +2082,23 @@ def eight_layers(salt):
     return filled(nn.ModuleList(nn.Linear(1024, 1536, bias=False) for _ in range(8)), salt)
 
 
-def load_halves(rank, world_size, tmp, case):
-    """What a rank got of its half of each layer, the bytes that it read of shards, and those it wants."""
+@pytest.mark.parametrize("case", ["parallel", "sequential", "fewer"])
+@on_ranks(2)
+def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_each(rank, tmp_path, case):
     mesh, truth, model = init_device_mesh("cpu", (2,)), eight_layers("truth"), eight_layers("other")
+    opened(tmp_path).save(truth, None, to())
     for layer in model:
         fully_shard(layer, mesh=mesh)
     if case == "fewer" and rank == 1:
         del model[6:]
-    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp, files := Seam()))
+    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files := Seam()))
     strategy = "parallel" if case == "fewer" else case
-    options = at(strict_mode=case != "fewer", resharding_strategy=strategy)
-    kind, _, message = told(lambda: checkpoint.load(model, None, options))
+    checkpoint.load(model, None, at(strict_mode=case != "fewer", resharding_strategy=strategy))
     mine = {name: tensor.to_local() for name, tensor in model.state_dict().items()}
-    theirs = {name: tensor.chunk(2)[rank] for name, tensor in truth.state_dict().items() if name in mine}
+    assert identical(mine, {name: truth.state_dict()[name].chunk(2)[rank] for name in mine})
     read = sum(op.size for op in files.done if op.call == "pread" and op.path.endswith("safetensors"))
-    outcome = kind, identical(mine, theirs) if kind == "returned" else message
-    return outcome, read, sum(tensor.nbytes for tensor in mine.values())
-
-
-@pytest.mark.parametrize("case", ["parallel", "sequential", "fewer"])
-def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_each(tmp_path, case):
-    opened(tmp_path).save(eight_layers("truth"), None, to())
-    outcomes, reads, wanted = zip(*run(2, load_halves, tmp_path, case))
-    assert set(outcomes) == {("returned", True)} and wanted[0] == 24 * MiB
-    assert all(0 <= r - w < 3 * UNIT for r, w in zip(reads, wanted)), (reads, wanted)
+    wanted = sum(tensor.nbytes for tensor in mine.values())
+    assert 0 <= read - wanted < 3 * UNIT and (case == "fewer" or wanted == 24 * MiB), (read, wanted)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -2263,17 +2119,6 @@ def test_broadcast_reads_each_stored_byte_once_where_pieces_share_units_and_bloc
     read, saved = sum(gathered(sum(reads))), [Shard(path) for path in shards(tmp_path)]
     headers, stored = sum(file.data_at for file in saved), sum(len(file.bytes) for file in saved)
     assert stored <= read <= stored + headers, (read, stored, headers)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("place", [13 * MiB, 15 * MiB])  # in layer 2, of rank 0 and of rank 1
-def test_damage_in_any_ranks_part_of_a_shared_block_is_named_and_fails_all(tmp_path, place, strategy):
-    opened(tmp_path).save(eight_layers("truth"), None, to())
-    flip(shards(tmp_path)[0], PAGE + place)
-    for (kind, message), _, _ in run(2, load_halves, tmp_path, strategy):
-        assert kind == "CORRUPTED_CHECKPOINT" and f"unit {place // UNIT} has CRC32" in message
-        assert "model/2.weight" in message and "model/1.weight" not in message
-        assert shards(tmp_path)[0].name in message and "tensors being loaded are undefined" in message
 
 
 def torchs_shard(rows, dim, ways, index, split_factor):
@@ -2338,6 +2183,11 @@ def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_
         if rank == 0 and is_damaged:
             flip(file := shards(path)[0], int(place * file.stat().st_size))
         dist.barrier()
+        if rank == 0:
+            out = f"{path}/w.safetensors"
+            kind = told(lambda: ckpt.export_checkpoint(path, "p", out))[0]
+            right = is_damaged if kind == "CORRUPTED_CHECKPOINT" else contents(out) == as_stored({"w": truth})
+            assert right, (case, kind)
         options = at(resharding_strategy=STRATEGIES[case // 3 % 3])
         for found, exact, may_fail in (
             (torch.zeros(shape, dtype=dtype), truth, False),
@@ -2429,8 +2279,7 @@ class Undeclared:
 KINDS = [(ADAMW, SGD), (SGD, ADAMW), (ADAM, ADAMW), (RADAM, ADAM), (Undeclared, ADAMW), (ADAMW, Undeclared)]
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("renamed", [False, True])
+@for_each(strict=[True, False], renamed=[False, True])
 @pytest.mark.parametrize("saver, loader", KINDS)
 def test_another_kind_of_optimizer_is_refused_or_left_as_it_is(tmp_path, saver, loader, renamed, strict):
     def start(salt, kind, name, rate, rate_of_b):
@@ -2446,9 +2295,8 @@ def test_another_kind_of_optimizer_is_refused_or_left_as_it_is(tmp_path, saver, 
     before, state = state_of(others), copy.deepcopy(mine[name].state_dict())
     options = at(strict_mode=strict)
     if differ and strict:
-        failed = ExceptionType.VALIDATION_FAILED
-        message = refusal(lambda: checkpoint.load(dict(others), mine, options), failed)
-        assert "betas" in message and "momentum" in message and "initial_lr" not in message
+        load = functools.partial(checkpoint.load, dict(others), mine, options)
+        assert "initial_lr" not in refusal(load, "VALIDATION_FAILED", "betas", "momentum")
         assert identical(state_of(others), before) and mine["b"].param_groups[0]["lr"] == 0.75
         assert identical(mine[name].state_dict(), state)
         return
@@ -2473,8 +2321,8 @@ def test_optimizer_state_of_another_shape_is_always_an_error_that_names_both(tmp
     checkpoint.save(model, optimizer, to())
     mine.state[other.weight]["momentum_buffer"] = torch.ones(6)
     before = state_of(other, mine)
-    message = refusal(lambda: checkpoint.load(other, mine, options), ExceptionType.VALIDATION_FAILED)
-    assert "optimizer/weight/momentum_buffer: shape [2, 3] in the checkpoint, [6] here" in message
+    words = "optimizer/weight/momentum_buffer: shape [2, 3] in the checkpoint, [6] here"
+    refusal(lambda: checkpoint.load(other, mine, options), "VALIDATION_FAILED", words)
     assert identical(state_of(other, mine), before)
     del mine.state[other.weight]["momentum_buffer"]  # nothing here to compare with: as it was stored
     checkpoint.load(other, mine, options)
@@ -2699,7 +2547,7 @@ def test_only_the_models_bytes_are_read_for_only_the_model(tmp_path):
     assert identical(state_of(other)[0], state_of(model)[0])
     read = sum(op.size for op in files.log if op.call == "pread")  # the optimizer has twice as much
     assert 12 * MiB <= read < 12 * MiB + 3 * UNIT
-    refusal(lambda: checkpoint.load(other, stepped(other), at()), ExceptionType.CORRUPTED_CHECKPOINT)
+    refusal(lambda: checkpoint.load(other, stepped(other), at()), "CORRUPTED_CHECKPOINT")
 
 
 def not_cached(op):
@@ -2784,32 +2632,6 @@ def test_a_partial_read_verifies_its_units_and_copies_no_damaged_one(tmp_path, l
         assert (view[max(0, 64 - low) : 128 - low] == -1.0).all(), "not one element of that unit"
 
 
-class Refusing(Seam):
-    """A file system that opens files for direct I/O, and then refuses to read them."""
-
-    direct: ClassVar = set()
-
-    def open(self, path, flags, mode=0o777):
-        fd = super().open(path, flags, mode)
-        (self.direct.add if flags & os.O_DIRECT else self.direct.discard)(fd)
-        return fd
-
-    def pread(self, fd, buffer, offset):
-        if fd in self.direct:
-            raise OSError(errno.EINVAL, "not on this file system")
-        return super().pread(fd, buffer, offset)
-
-
-def test_where_direct_reads_are_refused_a_load_goes_through_the_page_cache(tmp_path):
-    model, other = (filled(nn.Linear(1024, 3072), salt) for salt in ("truth", "other"))
-    checkpoint = over(Storage(tmp_path, files := Refusing(not_cached)))
-    checkpoint.save(model, None, to())
-    checkpoint.load(other, None, at())
-    assert identical(state_of(other)[0], state_of(model)[0])
-    reads = [sum(op.call == "pread" for op in ops) for ops in (files.done, files.log)]
-    assert reads[0] < reads[1] or not any(op.call == "open_direct" for op in files.done), "tmpfs, perhaps"
-
-
 def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_yet(tmp_path):
     free = os.open(tmp_path, os.O_RDONLY)
     os.close(free)
@@ -2825,8 +2647,7 @@ def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_y
     assert (tmp_path / "file").stat().st_size == 2 * MiB
 
 
-@pytest.mark.parametrize("past", [False, True])
-@pytest.mark.parametrize("cap", [1 << 40, 3 * PAGE, 5000])
+@for_each(past=[False, True], cap=[1 << 40, 3 * PAGE, 5000])
 def test_a_read_gives_the_same_bytes_past_the_cache_or_not_however_short_its_parts(tmp_path, past, cap):
     data = np.random.default_rng(1).integers(0, 256, PAGE + 4 * MiB, np.uint8)
     (tmp_path / "file").write_bytes(data)
@@ -2837,8 +2658,7 @@ def test_a_read_gives_the_same_bytes_past_the_cache_or_not_however_short_its_par
             read(PAGE, into.data)
             assert np.array_equal(into, data[PAGE : PAGE + length]), (length, start)
         for offset, length in ((2 * PAGE, 4 * MiB), (PAGE, MiB), (2 * MiB, MiB)):
-            with pytest.raises(CheckpointException, match="bytes missing"):
-                read(offset, aligned(length).data)
+            refusal(lambda: read(offset, aligned(length).data), None, "bytes missing")
             os.truncate(tmp_path / "file", MiB)  # while it is open
 
 
@@ -2890,9 +2710,7 @@ MESHES = {
 
 @pytest.mark.parametrize("form", FORMATS)
 @on_ranks(4)
-def test_a_name_on_disjoint_meshes_is_one_tensor_if_equal_else_each_mesh_gets_its_own_back(
-    rank, tmp_path, form
-):
+def test_a_name_on_disjoint_meshes_is_one_tensor_if_equal_else_each_gets_its_own_back(rank, tmp_path, form):
     groups = (LOW, HIGH, (0, 1, 2), ALL, ALL[::-1])
     meshes = {ranks: DeviceMesh("cpu", torch.tensor(ranks)) for ranks in groups}
     for case, row in MESHES.items():
@@ -3036,9 +2854,7 @@ def named_tensors(scale, place=lambda tensor: tensor):
 
 
 @on_ranks(2)
-def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_by_these_names(
-    rank, tmp_path
-):
+def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_by_them(rank, tmp_path):
     mesh, checkpoint = init_device_mesh("cpu", (2,)), opened(tmp_path, ckpt.LocalCoordinator())
     source = named_tensors(2.0, lambda tensor: distribute_tensor(tensor, mesh, [ShardDim(0)]))
     opened(tmp_path).save(*source, to(include_rng_state=False))
@@ -3068,10 +2884,10 @@ def test_a_zero_redundancy_optimizer_is_refused_with_a_way_that_works(rank, tmp_
     for holder in (None, 0, 1):  # on no rank, and where torch itself says
         if holder is not None:
             optimizer.consolidate_state_dict(to=holder)
-        message = refusal(lambda: checkpoint.save(models[0], optimizer, to()), ExceptionType.SAVE_FAILED)
+        message = refusal(lambda: checkpoint.save(models[0], optimizer, to()), "SAVE_FAILED")
         assert "`optim`" in message and "fully_shard" in message and "consolidate" not in message
     checkpoint.save(models[0], optimizer.optim, to())
-    assert "`optim`" in refusal(lambda: checkpoint.load(models[1], other, at()), ExceptionType.LOAD_FAILED)
+    assert "`optim`" in refusal(lambda: checkpoint.load(models[1], other, at()), "LOAD_FAILED")
     checkpoint.load(models[1], other.optim, at())
     for group, own in zip(other.param_groups, other.optim.param_groups):
         group.update({**own, "params": group["params"]})
@@ -3087,45 +2903,6 @@ def train_zero(model, optimizer):
         parameter.grad = (3 * parameter.detach()).cos()
     optimizer.step()
     return [raw(parameter) for parameter in model.parameters()]
-
-
-# ---- resume: a run that stopped goes on as if it had not ---------------------------------------------------
-
-
-def train(rank, world_size, tmp, start, stop):
-    """Train from step `start` (from its checkpoint, unless 0) to `stop`; save; return losses and weights."""
-    model = filled(nn.Sequential(nn.Linear(5, 9), nn.Dropout(0.3), nn.Tanh(), nn.Linear(9, 3)), "start")
-    if world_size > 1:
-        fully_shard(model[0])
-        fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
-    for seed in (torch.manual_seed, np.random.seed, random.seed):
-        seed(100 * start + rank)
-    checkpoint = opened(tmp)
-    if start:
-        result = checkpoint.load(model, optimizer, at(f"step{start}"), extra_state={"scheduler": scheduler})
-        assert result.extra_state["step"] == start
-    losses = []
-    for _ in range(start, stop):
-        noise = torch.from_numpy(np.random.rand(4, 5)).float() * random.random()
-        loss = model(torch.randn(4, 5) + noise).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-    checkpoint.save(model, optimizer, to(f"step{stop}"), extra_state={"scheduler": scheduler, "step": stop})
-    return losses, [raw(p.to_local() if isinstance(p, DTensor) else p) for p in model.parameters()]
-
-
-@pytest.mark.parametrize("world_size", [1, 2], ids=["one process", "fsdp2"])
-def test_resume_gives_the_losses_and_weights_of_a_run_that_never_stopped(tmp_path, world_size):
-    never = run(world_size, train, tmp_path / "whole", 0, 10)
-    first = run(world_size, train, tmp_path / "parts", 0, 5)
-    second = run(world_size, train, tmp_path / "parts", 5, 10)  # new processes, nothing shared but the files
-    for (losses, weights), (before, _), (after, resumed) in zip(never, first, second):
-        assert losses == before + after and weights == resumed and len(set(losses)) == 10
 
 
 # ---- bad input: refused clearly, and nothing changes -------------------------------------------------------
@@ -3147,11 +2924,10 @@ def test_a_bad_prefix_is_refused_before_any_file_is_touched(tmp_path, prefix):
         (checkpoint.delete_checkpoint, prefix),
         (checkpoint.validate_checkpoint, prefix),
     ):
-        with pytest.raises(ValueError, match="prefix"):
-            call(*given)
+        refusal(lambda: call(*given), ValueError, "prefix")
     concurrent.futures.wait([checkpoint.save_async(model, optimizer, to(prefix))], HANG_S)
-    message = refusal(lambda: checkpoint.save(model, optimizer, "next"), ExceptionType.SAVE_FAILED)
-    assert "in the background" in message and listing(tmp_path) == before
+    refusal(lambda: checkpoint.save(model, optimizer, "next"), "SAVE_FAILED", "in the background")
+    assert listing(tmp_path) == before
 
 
 MODULE = nn.Linear(1, 1)
@@ -3181,17 +2957,14 @@ MISUSES = [
 def test_a_misuse_is_a_value_error_that_says_what_is_allowed(checkpoint, options, model, optimizer, words):
     calls = [checkpoint.load, checkpoint.save, lambda *given: checkpoint.save_async(*given).result(20.0)]
     for call in {LoadOptions: calls[:1], SaveOptions: calls[1:]}.get(type(options), calls):
-        with pytest.raises(ValueError) as caught:
-            call(model, optimizer, options)
-        assert all(word in str(caught.value) for word in words.split()), str(caught.value)
+        refusal(lambda: call(model, optimizer, options), ValueError, *words.split())
     assert checkpoint.storage.names() == []
 
 
 def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(checkpoint):
     checkpoint.save(Bag(**{f"old{i}": torch.ones(1) for i in range(30)}, both=torch.ones(2)), None, to())
-    target = Bag(new=torch.zeros(1), both=torch.zeros(2))
-    message = refusal(lambda: checkpoint.load(target, None, at()), ExceptionType.VALIDATION_FAILED)
-    assert "new" in message and "old0" in message and "31 problem" in message and "11 more" in message
+    target, listed = Bag(new=torch.zeros(1), both=torch.zeros(2)), ("new", "old0", "31 problem", "11 more")
+    refusal(lambda: checkpoint.load(target, None, at()), "VALIDATION_FAILED", *listed)
     assert not target.state["both"].any()
     text = " ".join(checkpoint.load(target, None, at(strict_mode=False)).warnings)
     assert "new" in text and "old0" in text
@@ -3203,8 +2976,7 @@ def test_missing_and_unexpected_keys_are_all_listed_and_nothing_changes(checkpoi
         ({"module.w": first, "net.b": second}, "first part"),
         ({"module.w": first}, "model/b"),
     ):
-        message = refusal(lambda: checkpoint.load(model, None, at()), ExceptionType.VALIDATION_FAILED)
-        assert all(word in message for word in words.split()), message
+        message = refusal(lambda: checkpoint.load(model, None, at()), "VALIDATION_FAILED", *words.split())
         assert ("first part" in message) == ("first part" in words), message
 
 
@@ -3216,7 +2988,7 @@ def test_another_shape_is_always_an_error_another_dtype_a_cast_with_a_warning_un
     shapes, dtypes = "weight.*5, ?3.*5, ?4", r"weight.*(float32|\bF32).*(bfloat16|BF16)"
     for model, strict, words in ((wide, True, shapes), (wide, False, shapes), (half, True, dtypes)):
         before, options = state_of(model), at(strict_mode=strict, load_optimizer=False)
-        message = refusal(lambda: checkpoint.load(model, None, options), ExceptionType.VALIDATION_FAILED)
+        message = refusal(lambda: checkpoint.load(model, None, options), "VALIDATION_FAILED")
         assert re.search(words, message) and identical(state_of(model), before)
     assert "weight" in " ".join(checkpoint.load(half, optimizer, at(strict_mode=False)).warnings)
     assert identical(half.weight.data, truth.weight.data.bfloat16())
@@ -3224,32 +2996,8 @@ def test_another_shape_is_always_an_error_another_dtype_a_cast_with_a_warning_un
     optimizer.step()  # which needs state of the right dtypes
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_file_of_another_length_or_a_damaged_record_is_named_and_harms_nothing(tmp_path, checkpoint, form):
-    (model, optimizer), record = small("other"), tmp_path / "p.metadata.json"
-    checkpoint.save(*small(), to(format=form))
-    checkpoint.save(*small("second"), to("q", format=form))
-    before, damages = state_of(model, optimizer), []
-    for path, twin in zip([*shards(tmp_path), record], [*shards(tmp_path, "q"), None]):
-        whole = path.read_bytes()
-        damages += [(path, bad) for bad in (b"", whole[: len(whole) // 2], whole[:-1], whole + b"\0")]
-        damages += [(path, twin.read_bytes())] if twin else []
-    bads = [whole[:-20], whole[:50] + bytes([whole[50] ^ 1]) + whole[51:], b"\xff" + whole]
-    damages += [(record, bad) for bad in (*bads, b"[]\n", b"hello", b"[" * 100_000)]
-    for path, bad in damages:
-        whole = path.read_bytes()
-        path.write_bytes(bad)
-        message = refusal(lambda: checkpoint.load(model, optimizer, at()), ExceptionType.CORRUPTED_CHECKPOINT)
-        assert path.name in message and identical(state_of(model, optimizer), before), (path, bad[:80])
-        assert not checkpoint.validate_checkpoint("p").is_valid
-        if path == record or len(bad) != len(whole):  # then it is not committed
-            assert [info.prefix for info in checkpoint.list_checkpoints()] == ["q"]
-        path.write_bytes(whole)
-    checkpoint.load(model, optimizer, at())
-
-
 @pytest.mark.parametrize("version", [1, 99])
-def test_another_format_version_is_refused_by_its_number_left_alone_by_gc_overwritten_and_deleted(
+def test_another_version_is_refused_by_its_number_kept_by_gc_overwritten_and_deleted(
     tmp_path, checkpoint, version, caplog
 ):
     def save_in_that_version():
@@ -3259,8 +3007,8 @@ def test_another_format_version_is_refused_by_its_number_left_alone_by_gc_overwr
         return listing(tmp_path)
 
     before = save_in_that_version()
-    message = refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.INCOMPATIBLE_VERSION)
-    assert f"version {version};" in message and "version 2" in message
+    words = f"version {version};", "version 2"
+    refusal(lambda: checkpoint.load(*small(), at()), "INCOMPATIBLE_VERSION", *words)
     assert checkpoint.list_checkpoints() == [] and "skipped p" in caplog.text
     assert "overwrite" in refusal(lambda: checkpoint.save(*small(), to(overwrite=False)))
     assert ckpt.collect_garbage(checkpoint.storage, 0.0) == [] and listing(tmp_path) == before
@@ -3276,12 +3024,11 @@ def test_another_format_version_is_refused_by_its_number_left_alone_by_gc_overwr
 def test_a_base_path_that_is_no_directory_or_may_not_be_read_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     checkpoint = over(tmp_path / "file" / "base")
-    refusal(lambda: checkpoint.save(*small(), to()), ExceptionType.STORAGE_ERROR)
+    refusal(lambda: checkpoint.save(*small(), to()), "STORAGE_ERROR")
     refusal(lambda: checkpoint.load(*small(), at()))
     opened(tmp_path).save(*small(), to())
     checkpoint = over(Storage(tmp_path, Seam(Strike(0, fail(errno.EACCES), until=FOREVER))))
-    message = refusal(lambda: checkpoint.load(*small(), at()), ExceptionType.STORAGE_ERROR)
-    assert "Permission denied" in message
+    refusal(lambda: checkpoint.load(*small(), at()), "STORAGE_ERROR", "Permission denied")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -3291,11 +3038,9 @@ def test_a_full_disk_is_a_storage_error_on_all_ranks_and_harms_nothing(rank, tmp
     checkpoint.save(Bag(w=torch.full((5 * MiB,), 3.0)), None, to(format=form))
     before = sorted(listing(tmp_path))
     dist.barrier()
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (6 * MiB, resource.RLIM_INFINITY)
-    )  # every rank's share is larger
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6 * MiB, resource.RLIM_INFINITY))  # a rank's share is larger
     save = functools.partial(checkpoint.save, Bag(w=torch.full((5 * MiB,), 4.0)), None, to(format=form))
-    refusal(save, ExceptionType.STORAGE_ERROR)
+    refusal(save, "STORAGE_ERROR")
     dist.barrier()
     assert sorted(listing(tmp_path)) == before
     checkpoint.load(target := Bag(w=torch.zeros(5 * MiB)), None, at())
@@ -3420,8 +3165,6 @@ def test_python_ckpt_py_is_the_command_whose_reader_may_stop_early(two_checkpoin
 
 
 # Out: safetensors files, as Hugging Face's libraries expect them
-
-
 def contents(path):
     """A safetensors file as anybody may write it, read by hand: {name: (dtype, shape, bytes)}."""
     data = Path(path).read_bytes()
@@ -3463,28 +3206,6 @@ def test_an_export_from_any_layout_and_format_is_the_unsharded_truth_in_the_same
             wanted = as_stored(dict(filled(Net(), f"truth{slot}").named_parameters()))
             assert {name: moments[f"optimizer/{name}/{slot}"] for name in wanted} == wanted
     assert len(files) == 1 and not list(base.rglob("*.tmp"))
-
-
-def columns_and_rows():
-    """Two blocks and a bit of a matrix, to be cut into columns, with small things around it, and a Net."""
-    columns = nn.Sequential(nn.Linear(3, 5), nn.Linear(1100, 2000), nn.Linear(5, 3))
-    return filled(nn.ModuleDict({"columns": columns, "rows": Net()}), "truth")
-
-
-def save_columns_and_rows(rank, world_size, tmp, level):
-    model = columns_and_rows()
-    fully_shard(model["rows"], ignored_params={model["rows"].gain})  # which takes no scalars
-    parallelize_module(model["columns"], init_device_mesh("cpu", (world_size,)), {"1": RowwiseParallel()})
-    for form in FORMATS:
-        opened(tmp).save(model, None, to(form.name, format=form, compression_level=level))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_an_export_puts_columns_of_several_blocks_and_compressed_pieces_together(tmp_path, level, capsys):
-    run(3, save_columns_and_rows, tmp_path, level)
-    truth = as_stored(columns_and_rows().state_dict())
-    for form in FORMATS:
-        assert exported(capsys, tmp_path, form.name, "--model-only") == truth, form
 
 
 def test_an_export_is_what_was_saved_or_imported_byte_for_byte_as_safetensors_writes_it(tmp_path, capsys):
@@ -3541,8 +3262,8 @@ def test_export_casts_the_floats_of_the_model_and_nothing_else(tmp_path, dtype, 
     found = exported(capsys, tmp_path, "p", "--dtype", code_of(dtype).lower())
     assert {name: found.pop(name) for name in wanted} == as_stored(wanted)
     assert {code for code, _, _ in found.values()} == {"F32"}, "moments and steps of the optimizer"
-    with pytest.raises(ValueError, match="bfloat16"):
-        ckpt.export_checkpoint(tmp_path, "p", tmp_path / "x.safetensors", dtype=torch.int8)
+    export = functools.partial(ckpt.export_checkpoint, tmp_path, "p", tmp_path / "x.safetensors")
+    refusal(lambda: export(dtype=torch.int8), ValueError, "bfloat16")
 
 
 def test_export_tells_what_is_complex_per_rank_or_no_tensor(ram, capsys):
@@ -3595,21 +3316,19 @@ def test_an_export_of_a_damaged_checkpoint_exits_1_and_leaves_what_was_there(tmp
         assert contents(out / "model.safetensors") == before
 
 
+@apart()
 def test_an_export_that_the_disk_cannot_take_or_that_cannot_replace_a_link_leaves_what_was_there(tmp_path):
     opened(tmp_path).save(Bag(v=torch.ones(MiB), w=torch.ones(MiB)), None, to())
-    ((kind, _, message),) = run(1, export_to_little_room, tmp_path, group=False)
-    assert kind == "STORAGE_ERROR" and "m.safetensors" in message and not list(tmp_path.glob("m*")), message
-    ckpt.export_checkpoint(tmp_path, "p", tmp_path / "m.safetensors", max_shard_bytes=64, model_only=True)
-    (tmp_path / "m.safetensors").symlink_to("elsewhere")
+    out = tmp_path / "m.safetensors"
+    export = functools.partial(ckpt.export_checkpoint, tmp_path, "p", out)
+    ckpt.export_checkpoint(tmp_path, "p", out, max_shard_bytes=64, model_only=True)
+    out.symlink_to("elsewhere")
     before = listing(tmp_path)
-    export = functools.partial(ckpt.export_checkpoint, tmp_path, "p", tmp_path / "m.safetensors")
-    assert "m.safetensors" in refusal(export, ExceptionType.STORAGE_ERROR)
-    assert listing(tmp_path) == before and len(before) > 2
-
-
-def export_to_little_room(tmp):
+    assert out.name in refusal(export, "STORAGE_ERROR")
+    out.unlink()
     resource.setrlimit(resource.RLIMIT_FSIZE, (MiB, MiB))
-    return told(lambda: ckpt.export_checkpoint(tmp, "p", tmp / "m.safetensors"))
+    assert out.name in refusal(export, "STORAGE_ERROR")
+    assert listing(tmp_path) == before and len(before) > 2
 
 
 def test_two_exports_to_one_name_are_each_whole_and_what_a_dead_one_has_left_goes_a_day_later(tmp_path):
@@ -3631,38 +3350,32 @@ def test_two_exports_to_one_name_are_each_whole_and_what_a_dead_one_has_left_goe
     assert sorted(path.name for path in out.iterdir()) == ["m.safetensors", "m.safetensors.0badf00e.tmp"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_transformers_model_goes_from_fsdp2_to_from_pretrained_and_back(tmp_path, kind, capsys):
+def test_a_transformers_model_goes_from_fsdp2_to_from_pretrained_and_back(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    logits = run(2, save_transformer, tmp_path, kind)
+    logits = run(2, save_transformer, tmp_path)
     for number, words in enumerate(([], ["--max-shard-size", "20kB"])):
         out = tmp_path / f"hf{number}" / "model.safetensors"
         assert command(capsys, "export", tmp_path, "p", out, "--model-only", *words)[0] == 0
-        transformer_of(kind).config.save_pretrained(out.parent)
+        transformer().config.save_pretrained(out.parent)
         model = transformers.AutoModelForCausalLM.from_pretrained(out.parent).eval()
         assert identical(model(torch.arange(12).view(2, 6)).logits, logits[0])
         assert model.lm_head.weight is model.get_input_embeddings().weight
-    transformer_of(kind).save_pretrained(tmp_path / "theirs", max_shard_size="8kB")
+    transformer().save_pretrained(tmp_path / "theirs", max_shard_size="8kB")
     assert (tmp_path / "theirs/model.safetensors.index.json").exists()
     assert command(capsys, "import", tmp_path / "theirs", tmp_path, "imported")[0] == 0
     opened(tmp_path).load(filled(model, "other"), None, at("imported"))
-    truth = dict(transformer_of(kind).state_dict())
+    truth = dict(transformer().state_dict())
     assert identical(dict(model.state_dict()), truth) and len(truth) > 20
-    for found, (warning,) in run(2, load_transformer, tmp_path, kind):
+    for found, (warning,) in run(2, load_transformer, tmp_path):
         assert identical(found, truth) and "nothing was verified" in warning
 
 
-def transformer_of(kind):
+def transformer():
     import transformers
 
-    config = {"vocab_size": 50, "tie_word_embeddings": True}
-    if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **config)
-    else:
-        config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-        config = transformers.LlamaConfig(hidden_size=16, intermediate_size=24, **config)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 50}
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes)).eval()
 
 
 def shard_transformer(model):
@@ -3671,24 +3384,22 @@ def shard_transformer(model):
     return fully_shard(model)
 
 
-def save_transformer(rank, world_size, tmp, kind):
-    model = transformer_of(kind)
+def save_transformer(rank, world_size, tmp):
+    model = transformer()
     with torch.no_grad():
         logits = model(torch.arange(12).view(2, 6)).logits
     opened(tmp).save(shard_transformer(model), None, to())
     return logits
 
 
-def load_transformer(rank, world_size, tmp, kind):
-    model = shard_transformer(filled(transformer_of(kind), "other"))
+def load_transformer(rank, world_size, tmp):
+    model = shard_transformer(filled(transformer(), "other"))
     result = ckpt.load_safetensors(model, tmp / "theirs")
     assert (result.source_world_size, result.target_world_size) == (1, 2)
     return {name: t.full_tensor().detach() for name, t in model.state_dict().items()}, result.warnings
 
 
 # In: what others have saved
-
-
 def safetensors_file(path, state, pad=0, metadata=None):
     """Write a safetensors file by hand; `pad` spaces misalign its data."""
     table, body = {"__metadata__": metadata or {"format": "pt"}}, b""
@@ -3896,8 +3607,6 @@ def test_an_import_of_what_is_damaged_or_unclear_says_why_and_saves_nothing(tmp_
 
 
 # Safetensors files of other programs, straight into a model
-
-
 @on_ranks(2)
 def test_load_safetensors_reads_on_each_rank_little_more_than_its_own_bytes(rank, tmp_path):
     truth, layers = eight_layers("truth").state_dict(), eight_layers("other")
@@ -3990,13 +3699,10 @@ def test_a_rank_that_is_stopped_in_a_checker_does_not_hide_what_failed_on_the_ot
     checkpoint = opened(tmp_path, integrity_checkers=[checker], default_timeout=20.0)
     state = {"w": distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [ShardDim(0)])}
     checkpoint.save(state, None, "p")
-    message = refusal(lambda: checkpoint.load(state, None, "p"), ExceptionType.VALIDATION_FAILED)
-    assert "bad on rank 1" in message
+    refusal(lambda: checkpoint.load(state, None, "p"), "VALIDATION_FAILED", "bad on rank 1")
 
 
 # What differs between two checkpoints
-
-
 def differing(capsys, tmp, *words):
     """Exit code, and {name: (kind, what, largest change)}, of diff."""
     code, _, text = command(capsys, "diff", tmp, *words, "--json")
@@ -4046,8 +3752,6 @@ def test_diff_of_two_layouts_of_the_same_state_is_nothing(saved, capsys):
 
 
 # Shown on a terminal, or not
-
-
 @pytest.mark.parametrize("name", ["verify", "export"])
 def test_long_commands_show_rate_and_time_left_on_a_terminal_alone(tmp_path, name, capsys):
     opened(tmp_path).save(Bag(w=torch.randn(32 * MiB)), None, to())
@@ -4209,30 +3913,23 @@ def documented_layers(salt="truth"):
     return filled(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), salt)
 
 
-def save_documented(rank, world_size, tmp, form, level):
+@for_each(level=[LEVELS[0], LEVELS[1], LEVELS[3]], form=FORMATS)
+@on_ranks(2)
+def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(rank, ram, form, level):
     layers, (tensors, values) = documented_layers(), documented_state(rank)
     fully_shard(layers[0])  # 7 rows over 2 ranks: uneven
     fully_shard(layers)
-    optimizer = stepped(layers)
     torch.manual_seed(rank)
     random.seed(rank)
     options = to(format=form, compression_level=level, custom_metadata={"note": [1, 2]})
     model = {"layers": layers, "bag": Bag(**tensors, config=CONFIG)}
-    opened(tmp).save(model, optimizer, options, extra_state=values)
-
-
-@pytest.mark.parametrize(
-    "level", [ckpt.CompressionLevel.NONE, ckpt.CompressionLevel.FAST, ckpt.CompressionLevel.MAXIMUM]
-)
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(ram, form, level):
-    run(2, save_documented, ram, form, level)
+    opened(ram).save(model, stepped(layers), options, extra_state=values)
     found = Stranger(ram, "p")
     assert found.record["custom_metadata"] == {"note": [1, 2]} and found.record["format"] == form.value
     stored = found.tensors()
     values = {key: found.value(json.loads(data)) for key, (code, _, data) in stored.items() if code == "JSON"}
     assert max((plain for _, plain in found.compressed), default=0) <= 4194304
-    compressible = level is not ckpt.CompressionLevel.NONE and form is not CheckpointFormat.SINGLE_FILE
+    compressible = level is not LEVELS[0] and form is not CheckpointFormat.SINGLE_FILE
     assert bool(found.compressed) == compressible
     whole_file = {"single_file": "model/bag.empty", "consolidated": "bag.empty"}.get(form.value)
     assert whole_file is None or whole_file in found.files[0][1], "an empty tensor has an entry there"
@@ -4241,15 +3938,15 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
     expected = {(f"model/layers.{name}", None): tensor for name, tensor in layers.state_dict().items()}
     for (name, _), state in zip(layers.named_parameters(), optimizer.state_dict()["state"].values()):
         expected |= {(f"optimizer/layers.{name}/{key}", None): tensor for key, tensor in state.items()}
-    for rank in (0, 1):
-        tensors, extra = documented_state(rank)
-        expected["model/bag.apart", rank] = tensors.pop("apart")
+    for number in (0, 1):
+        tensors, extra = documented_state(number)
+        expected["model/bag.apart", number] = tensors.pop("apart")
         expected |= {(f"model/bag.{key}", None): tensor for key, tensor in tensors.items()}
         expected["extra/nested.deep.0", None] = extra["nested"]["deep"][0]
-        rng = values["rng/state", rank]
-        assert rng["torch"] == torch.Generator().manual_seed(rank).get_state().numpy().tobytes()
-        assert rng["random"] == random.Random(rank).getstate()
-        assert values["extra/place", rank] == extra["place"]
+        rng = values["rng/state", number]
+        assert rng["torch"] == torch.Generator().manual_seed(number).get_state().numpy().tobytes()
+        assert rng["random"] == random.Random(number).getstate()
+        assert values["extra/place", number] == extra["place"]
     expected = {key: (code_of(t.dtype), list(t.shape), raw(t)) for key, t in expected.items()}
     assert {key: found for key, found in stored.items() if found[0] != "JSON"} == expected
     assert values["model-values/bag.config", None] == CONFIG
@@ -4733,9 +4430,9 @@ def test_the_object_store_of_the_readme_saves_loads_lists_validates_collects_and
     assert identical(target, large.state) and alone.validate_checkpoint("deep/large").is_valid
     assert [info.prefix for info in alone.list_checkpoints()] == ["p", "deep/large"]
     stop = to(include_rng_state=False, progress=lambda _: cancel.set())
-    refusal(lambda: alone.save(value("next"), None, stop, cancel=cancel), ExceptionType.CANCELLED)
+    refusal(lambda: alone.save(value("next"), None, stop, cancel=cancel), "CANCELLED")
     for form in (CheckpointFormat.SINGLE_FILE, CheckpointFormat.CONSOLIDATED):
-        assert "MULTI_SHARD" in refusal(lambda: put(bucket, "next", format=form), ExceptionType.SAVE_FAILED)
+        assert "MULTI_SHARD" in refusal(lambda: put(bucket, "next", format=form), "SAVE_FAILED")
     assert "exists" in refusal(lambda: put(bucket, "next", overwrite=False))
     assert bucket.names() == before and seen(bucket) == "new"
     left = ["p.metadata.json.0badf00d.tmp", "p/0badf00d-00000-of-00001.safetensors"]
@@ -4771,7 +4468,7 @@ def test_the_checkers_of_the_readme_refuse_what_is_not_finite_or_of_another_arch
         checkpoint.save({**target, "w": torch.tensor([number])}, None, options)
         if why:
             load = functools.partial(checkpoint.load, target, None, at(prefix))
-            assert why in refusal(load, ExceptionType.VALIDATION_FAILED)
+            assert why in refusal(load, "VALIDATION_FAILED")
         else:
             checkpoint.load(target, None, at(prefix))
         assert target["w"].item() == (0.0 if why else 1.0)
@@ -4804,24 +4501,32 @@ def test_progress_reaches_its_total_on_every_rank_and_comes_from_one_thread(rank
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_error_in_the_progress_callback_of_one_rank_fails_the_call_on_all_and_leaves_nothing(ram, form):
-    def spoil_progress(coordinator):
-        checkpoint, (model, optimizer) = opened(ram, coordinator), small()
-        spoilt = {"progress": (lambda _: 1 / 0) if coordinator.rank else None}
-        failed = told(lambda: checkpoint.save(model, optimizer, to(format=form, **spoilt)))
-        coordinator.barrier()
-        left = set(listing(ram))
-        coordinator.barrier()
-        ran = told(lambda: checkpoint.save(model, optimizer, to(format=form)))
-        broken = told(lambda: checkpoint.load(model, optimizer, at(load_rng_state=False, **spoilt)))
-        again = told(lambda: checkpoint.load(model, optimizer, at(load_rng_state=False)))[0]
-        return left, ran, again, failed, broken
+def test_a_coordinator_of_the_five_documented_methods_is_enough_also_where_one_rank_fails(ram, form):
+    """In its state, or in its progress callback."""
 
-    for *outcomes, failed, broken in together(2, spoil_progress):
-        assert outcomes == [set(), ("returned", None, "p"), "returned"]
-        for (kind, rank, message), wanted in ((failed, "SAVE_FAILED"), (broken, "LOAD_FAILED")):
-            assert (kind, rank) == (wanted, 1) and "ZeroDivisionError" in message
-        assert "undefined" in broken[2]
+    def use_five_methods(coordinator):
+        assert isinstance(coordinator, ckpt.DistributedCoordinator)
+        checkpoint, truth = over(ram, coordinator), torch.arange(3 * MiB, dtype=torch.float32)
+        fails = Doomed(OSError("no room"), times=FOREVER if coordinator.rank == 1 else 0)
+        source, target = Bag(w=truth, own=truth + coordinator.rank), Bag(w=0 * truth, own=0 * truth)
+        how = {"load_rng_state": False, "resharding_strategy": "broadcast"}
+        spoilt = {"progress": (lambda _: 1 / 0) if coordinator.rank else None}
+        failed = [told(lambda: checkpoint.save(fails, None, "q"))]
+        failed.append(told(lambda: checkpoint.save(source, None, to("q", format=form, **spoilt))))
+        coordinator.barrier()
+        assert listing(ram) == {}
+        coordinator.barrier()
+        checkpoint.save(source, None, to(format=form))
+        failed.append(told(lambda: checkpoint.load(target, None, at(**how, **spoilt))))
+        checkpoint.load(target, None, at(**how))
+        assert identical(target.state, source.state)
+        return failed
+
+    ends = [("STORAGE_ERROR", "no room"), ("SAVE_FAILED", "ZeroDivisionError")]
+    ends += [("LOAD_FAILED", "ZeroDivisionError"), ("LOAD_FAILED", "undefined")]
+    for failed in together(2, use_five_methods):
+        for (kind, rank, message), (wanted, words) in zip([*failed, failed[-1]], ends):
+            assert (kind, rank) == (wanted, 1) and words in message
     assert set(listing(ram)) == named_files(ram)
 
 
@@ -4899,7 +4604,6 @@ def test_a_checkpoint_moves_from_dcp_as_the_readme_says_and_the_calls_do_the_sam
 
 # ---- faults: every row of the matrix in the header; at each, a reader sees old or new, whole ---------------
 
-
 WORDS = ("old", "new", "next", "other")
 
 
@@ -4919,12 +4623,10 @@ def over(storage, coordinator=None, attempts=1, keep_last=None):
     return checkpoint
 
 
-def put(
-    storage, word, prefix="p", tensors=2, coordinator=None, attempts=1, keep_last=None, extra=None, **options
-):
+def put(storage, word, prefix="p", tensors=2, coordinator=None, attempts=1, keep_last=None, **options):
     """Save a word."""
-    checkpoint, options = over(storage, coordinator, attempts, keep_last), to(prefix, **options)
-    options = dataclasses.replace(options, include_rng_state=False)
+    checkpoint, extra = over(storage, coordinator, attempts, keep_last), options.pop("extra", None)
+    options = to(prefix, include_rng_state=False, **options)
     return checkpoint.save(value(word, tensors), None, options, extra_state=extra)
 
 
@@ -4988,14 +4690,17 @@ def check_recovery(tmp, prefixes=("p",), context=""):
     assert set(listing(tmp)) == named_files(tmp), context
 
 
+def own_files(tmp, prefix):
+    """The record of a prefix, and the files that it names."""
+    text = (Path(tmp) / f"{prefix}.metadata.json").read_text(errors="replace")
+    names = re.findall(r'"([0-9a-f]{8}[^"]*\.safetensors)"', text)
+    return [f"{prefix}.metadata.json", *(f"{prefix}/{name}" for name in names)]
+
+
 def named_files(tmp):
     """The records below `tmp`, and the shards that they name."""
-    found = set()
-    for path in Path(tmp).rglob("*.metadata.json"):
-        prefix = str(path.relative_to(tmp)).removesuffix(".metadata.json")
-        named = re.findall(r'"([0-9a-f]{8}[^"]*\.safetensors)"', path.read_text())
-        found |= {f"{prefix}.metadata.json", *(f"{prefix}/{name}" for name in named)}
-    return found
+    records = (str(path.relative_to(tmp)) for path in Path(tmp).rglob("*.metadata.json"))
+    return {name for path in records for name in own_files(tmp, path.removesuffix(".metadata.json"))}
 
 
 class Scene(NamedTuple):
@@ -5064,8 +4769,6 @@ def check_words(scene, found, returned, context):
 
 
 # Row 1, 3: a real process ends at operation k
-
-
 def at_each_operation(tmp, before, main, act, when=lambda op: True, until=None):
     """Run `main(storage)` with `act(op, storage)` before its operation k, for each k in turn.
 
@@ -5152,8 +4855,6 @@ def test_a_process_that_ends_at_any_operation_leaves_old_or_new_whole(ram, name,
 
 
 # Row 3, 4, 5, 6, 29: an error code at operation k
-
-
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
 @pytest.mark.parametrize("until", [None, FOREVER], ids=["once", "from then on"])
 @pytest.mark.parametrize("name", SCENES)
@@ -5228,8 +4929,6 @@ def test_a_rename_that_reports_an_error_but_happened_is_a_success(ram, call, ove
 
 
 # Ranks that are threads of this process: their file operations come through one seam, in one log
-
-
 class ThreadRank:
     """A coordinator for one of several threads, with the five methods that any coordinator has."""
 
@@ -5260,8 +4959,6 @@ def together(world_size, body, limit_s=HANG_S):
 
 
 # Row 2: what a power loss may leave
-
-
 class Memory:
     """A storage that is a dict of bytes, all of one age, and that remembers which files were asked for."""
 
@@ -5468,6 +5165,10 @@ def tiny_blocks(monkeypatch):
     monkeypatch.setattr(st, "UNIT_BYTES", PAGE // 2)
 
 
+def _save_deep(storage):
+    put(Storage(f"{storage.base_path}/{DEEP}", storage.seam), "new")
+
+
 def losses(ranks):
     """What ranks do when the power is lost: name, scene, number of tensors."""
     old, new, other = (functools.partial(putting, word, ranks=ranks) for word in ("old", "new", "other"))
@@ -5493,10 +5194,7 @@ def losses(ranks):
 LOSSES = {f"{name}, {ranks} rank(s)": loss for ranks in (1, 2, 3) for name, *loss in losses(ranks)}
 LOSSES["gc"] = SCENES["gc"], 2
 DEEP = "made/on/the/way"
-MAKE = Scene(
-    nothing, lambda s: put(Storage(f"{s.base_path}/{DEEP}", s.seam), "new"), {f"{DEEP}/p": FIRST["p"]}
-)
-LOSSES["into a new deep directory"] = MAKE, 2
+LOSSES["into a new deep directory"] = Scene(nothing, _save_deep, {f"{DEEP}/p": FIRST["p"]}), 2
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -5514,10 +5212,7 @@ def test_a_power_loss_at_any_moment_leaves_old_or_new_as_a_reader_sees(ram, tiny
 
 
 # Row 7: short reads and writes
-
-
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("cap", [1, 7, 4095, "in memory"])
+@for_each(form=FORMATS, cap=[1, 7, 4095, "in memory"])
 def test_short_reads_and_writes_or_another_kind_of_storage_change_nothing(ram, cap, form):
     storage = Memory({}) if cap == "in memory" else Storage(ram, Seam(cap=cap))
     assert isinstance(storage, ckpt.CheckpointStorage)
@@ -5569,10 +5264,7 @@ def test_a_write_that_takes_nothing_is_an_error_not_a_hang(ram):
 
 
 # Row 8: an error in any worker thread
-
-
-@pytest.mark.parametrize("number", range(st.IO_THREADS))
-@pytest.mark.parametrize("level", LEVELS[:2])
+@for_each(number=range(st.IO_THREADS), level=LEVELS[:2])
 @pytest.mark.parametrize("error", [OSError(5, "bad disk"), RuntimeError("boom"), MemoryError()], ids=repr)
 def test_an_error_in_any_thread_fails_the_save_and_publishes_nothing(ram, tiny_blocks, error, level, number):
     """Each of the threads is given a block; one of them fails on it."""
@@ -5600,8 +5292,6 @@ def test_an_error_in_any_thread_fails_the_save_and_publishes_nothing(ram, tiny_b
 
 
 # Row 30: a worker outlives its operation
-
-
 class Hung(Seam):
     """The first read or write (`call`) of data hangs until `return_late`. If `failing`, the next fails."""
 
@@ -5728,13 +5418,12 @@ def test_a_read_that_returns_after_all_ranks_retried_changes_nothing(rank, tmp_p
     assert identical(local, trained) and bool(files.before.hit) == failing
 
 
-@pytest.mark.parametrize("level", LEVELS[:2])
-@pytest.mark.parametrize("form", FORMATS)
+@for_each(level=LEVELS[:2], form=FORMATS)
 def test_a_write_that_returns_after_its_save_has_failed_lands_in_no_later_file(ram, impatient, form, level):
     files, options = Hung("pwrite"), to(format=form, compression_level=level)
     checkpoint = over(Storage(ram, files))
     failed = functools.partial(checkpoint.save, numbered(0), None, options, cancel=files.reached)
-    refusal(failed, ExceptionType.CANCELLED)
+    refusal(failed, "CANCELLED")
     check_late_write(files, lambda: checkpoint.save(numbered(200), None, options))
     assert checkpoint.validate_checkpoint("p").is_valid
     checkpoint.load(loaded := numbered(100), None, at())
@@ -5757,7 +5446,7 @@ def test_a_write_that_returns_after_its_export_has_failed_lands_in_no_later_file
     out.mkdir()
     monkeypatch.setattr(ckpt, "LocalStorage", lambda folder: Storage(folder, files))
     failed = functools.partial(ckpt.export_checkpoint, storage, "p", out / "x.safetensors")
-    refusal(failed, ExceptionType.STORAGE_ERROR)
+    refusal(failed, "STORAGE_ERROR")
     assert not listing(out)
     check_late_write(files, lambda: ckpt.export_checkpoint(storage, "p", out / "y.safetensors"))
     assert listing(out) == {"y.safetensors": (ram / "reference.safetensors").read_bytes()}
@@ -5778,14 +5467,12 @@ def test_a_load_ends_only_when_no_thread_copies_into_a_tensor_any_more(ram, impa
     monkeypatch.setattr(st, "copy_in", slow)
     monkeypatch.setattr(st.Gate, "close", lambda self, *limit: closing.set() or close(self, *limit))
     load = functools.partial(over(ram).load, live, None, at(load_rng_state=False), cancel=reached)
-    refusal(load, ExceptionType.CANCELLED)
+    refusal(load, "CANCELLED")
     returned.set()
     assert late and not any(late)
 
 
 # Row 22, 23, 28: others at work at the same time, who do all they do between two operations
-
-
 WRITERS = {name: SCENES[name] for name in SCENES if name.startswith("overwrite") or name == "delete"}
 TWICE = in_turn(putting("new"), putting("next"))
 WRITERS["two overwrites"] = Scene(putting("old"), TWICE, {"p": ("old", "new", "next")})
@@ -5936,7 +5623,7 @@ def test_directories_that_a_deletion_has_emptied_are_missed_by_nobody(ram):
 LACKED = {
     "hard links": lambda op: op.call == "link",
     "direct I/O": lambda op: op.call == "open_direct",
-    "reads and writes of what it has opened for direct I/O": lambda op: op.path.startswith("/proc"),
+    "reads and writes past the page cache": lambda op: op.path.startswith("/proc"),
     "directory fsync": lambda op: op.call == "fsync_dir",
     "reserved space": lambda op: op.call == "allocate",
     "reads that do not wait": lambda op: op.call == "is_cold",
@@ -5955,6 +5642,7 @@ def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_
 
     lacked = Strike(0, fail(code), lambda op: LACKED[what](op) and op.call != "close", FOREVER)
     storage, bags = Storage(ram, Lacking(lacked)), [Bag(w=torch.arange(n, n + (1 << 17))) for n in (1, 2, 3)]
+    storage.seam.before = lambda op: lacked(op) or not_cached(op)
     for bag in bags[:2]:
         over(storage).save(bag, None, to(include_rng_state=False))
     st.collect_garbage(storage)
@@ -5968,7 +5656,11 @@ def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_
         over(storage).delete_checkpoint("q")
     over(storage).load(loaded := Bag(w=torch.zeros(1 << 17, dtype=torch.int64)), None, at())
     assert identical(loaded.state, bags[1].state) and over(storage).validate_checkpoint("p").is_valid
-    assert lacked.hit
+    direct = [
+        {op.call for op in ops if op.path.startswith("/proc")}
+        for ops in (storage.seam.log, storage.seam.done)
+    ]
+    assert lacked.hit and direct
 
 
 # Row 13, 14: damage to any bit, any length, any file out of place
@@ -6070,14 +5762,14 @@ def check_share(rank, world_size, tmp, damage, form, level):
     files, count = specimen(tmp / str(rank), form, level), 0
     assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
     for context, broken in itertools.islice(damage(files), rank, None, world_size):
-        assert check_damage(context, broken) != "exact", context  # this load needs every block
+        outcome = check_damage(context, broken)
+        assert context[0] in outcome[1], (context, outcome)  # not "exact": this load needs every block
+        assert damage is flipped or prefixes(over(Memory(broken))) == [], context
         count += 1
     return count
 
 
-@pytest.mark.parametrize("level", ["none", "fast"])
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("world_size", [1, 2])
+@for_each(level=["none", "fast"], form=FORMATS, world_size=[1, 2])
 def test_shards_swapped_copied_missing_or_replayed_are_rejected(ram, tiny_blocks, world_size, form, level):
     files, other = (specimen(ram / "s", form, level, world_size, change) for change in (0, 1))
     names, theirs = (sorted(found.keys() - {RECORD}) for found in (files, other))
@@ -6233,8 +5925,7 @@ def fuzzed_header(rng, files):
     return files
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("what", ["record", "header", "import"])
+@for_each(form=FORMATS, what=["record", "header", "import"])
 @apart("fuzz cases", HANG_S * ROUNDS)
 def test_fuzz_of_headers_and_records_raises_only_what_is_documented(ram, form, what):
     """And takes little time and memory."""
@@ -6267,8 +5958,6 @@ def test_fuzz_of_headers_and_records_raises_only_what_is_documented(ram, form, w
 
 
 # Row 17, 18: lies that are well formed. They are refused before memory is taken for them
-
-
 def of_shape(row, shape, **more):
     """A tensor, and its piece, of another shape."""
     sizes = [[24, 40, 2, 1, 50], [1, 1, 3, 1, 1], *([1] * 5 for _ in shape[2:])]
@@ -6313,9 +6002,7 @@ LIES = {
     "columns that inflate to 256 MiB": {"pieces/offset": [BOMB] * 2, "pieces/size": [BOMB] * 2},
     "a column of more rows": {"pieces/begin": lambda old: old + old},
     "a column of fewer rows": {"pieces/length": lambda old: old[:-1]},
-    "a column with bytes behind its end": {
-        "pieces/file": lambda old: base64.b64encode(base64.b64decode(packed(old)) + b"\0").decode()
-    },
+    "a column with bytes behind its end": {"pieces/file": lambda old: packed(old, tail=b"\0")},
     "a begin of which the end overflows": {"pieces/begin/0": TOP},
     "a length of 2^63 - 1": {"pieces/length/0": TOP},
     "a negative begin": {"pieces/begin/0": -1},
@@ -6332,6 +6019,13 @@ LIES = {
     "a shape of 64 dimensions": of_shape(0, [2] * 64),
     "a shape that overflows": of_shape(0, [1 << 61] * 8),
     "a shape in the list of tensors alone": {"tensors/1/2": [HUGE]},
+    "another save id": {"save_id": "00000000"},
+    "no save id": {"save_id": ""},
+    "a dtype unknown": {"tensors/1/1": "float99"},
+    "a dtype that is a list": {"tensors/1/1": []},
+    "a dtype that is an object": {"tensors/1/1": {}},
+    "a dtype that is a number": {"tensors/1/1": 1},
+    "no dtype": {"tensors/1/1": None},
     "10^6 entries": lambda files: with_entries(files, 10**6),
     "5,000 files that are one": {"files": lambda rows: rows * 5000},
     "10^9 ranks": {"world_size": BILLION},
@@ -6374,6 +6068,7 @@ def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, level):
         outcome, valid = check_bad_input(files, lie, write=True)
         _, taken = traced(lambda: check_bad_input(files, lie, seconds=60.0, write=True))  # tracing is slow
         assert taken < 2 * sum(map(len, files.values())) + 64 * MiB, lie
+        assert lie in EXACT or st.collect_garbage(Memory(files), 0.0) == [], lie
         if lie in EXACT:
             assert outcome == "exact" and valid is ("entries" not in lie), (lie, outcome)
         elif "deep" not in lie:  # the interpreter says how deep is too deep
@@ -6383,6 +6078,17 @@ def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, level):
     for lie, changes in LIES.items():
         check_bad_input(edited(honest, changes), lie, seconds=30.0, write=True)
     return len(LIES)
+
+
+def test_a_record_that_contradicts_itself_is_corrupt(ram):
+    live = Bag(a=(tensor := torch.zeros(4 * MiB)), b=tensor)
+    over(ram).save(live, None, to(include_rng_state=False, compression_level="fast"))
+    wide = {f"pieces/{key}": lambda old: old[:1] for key in COLUMNS} | {"pieces/count": 1}
+    wide |= {"pieces/length": lambda old: [sum(old)], "pieces/offset": [[0]], "pieces/size": [[4 * MiB]]}
+    wrong = [{"tensors/1/0": "model/a"}, {"tensors/1/1": "F64"}, {"tensors/1/2": [2]}]
+    for changes, words in ((wide, "4 MiB"), *((tie, "tied to another kind, or twice") for tie in wrong)):
+        storage = Memory(edited(listing(ram), changes))
+        refusal(lambda: over(storage).load(live, None, at()), "CORRUPTED_CHECKPOINT", words)
 
 
 def test_a_decompression_bomb_stops_at_its_declared_size(ram):
@@ -6452,9 +6158,7 @@ def test_a_bad_name_in_a_record_is_refused_and_nothing_outside_is_touched(ram, n
     assert set(os.listdir(ram)) == {"base", "outside.safetensors", "outside\\x"}
 
 
-@pytest.mark.parametrize(
-    "name", ["ü", "a b", ".", "..", "a\\b", "\x7f", "n" * 220, "\N{GREEK SMALL LETTER PI}", "-", "%2e%2e"]
-)
+@pytest.mark.parametrize("name", ["ü", "a b", ".", "..", "a\\b", "\x7f", "n" * 220, "-", "%2e%2e"])
 def test_files_with_names_that_no_checkpoint_can_have_disturb_nobody(ram, name):
     put(ram, "old")
     for stray in (f"{name}.metadata.json", f"{name}.metadata.json.0badf00d.tmp", f"p/{name}.safetensors"):
@@ -6471,8 +6175,6 @@ def test_files_with_names_that_no_checkpoint_can_have_disturb_nobody(ram, name):
 
 
 # Row 20: something else where a file of ours should be
-
-
 def _device(path, outside):
     try:
         os.mknod(path, 0o666 | 0o020000, os.makedev(1, 5))  # /dev/zero, where it never ends
@@ -6504,8 +6206,7 @@ IMPOSED = {
 }
 
 
-@pytest.mark.parametrize("kind", IMPOSTORS)
-@pytest.mark.parametrize("victim", VICTIMS)
+@for_each(kind=IMPOSTORS, victim=VICTIMS)
 @apart("impostors")
 def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_nobody(ram, victim, kind):
     """Each call in turn, on a fresh copy: it comes back, and nothing outside has changed."""
@@ -6528,8 +6229,6 @@ def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_
 
 
 # Row 21: pickles
-
-
 def plant_pickles(files, payload):
     """Files with a pickle in every place where bytes or values are."""
     name, header, data = shard_of(files)
@@ -6572,8 +6271,6 @@ def test_a_pickle_in_any_file_is_never_run(ram):
 
 
 # Row 27: a clock that is wrong
-
-
 @pytest.mark.parametrize("years", [(0, -10, 10, -10), (10, 0, -10, -10), (-10, 10, 0, 5)], ids=str)
 def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_what_is_kept(ram, monkeypatch, years):
     class Shifted(datetime.datetime):
@@ -6657,14 +6354,12 @@ REFUSED_NAMES = {
 
 @pytest.mark.parametrize("path", REFUSED_NAMES, ids=ascii)
 def test_a_name_that_utf_8_cannot_encode_is_refused_at_save_with_its_path(tmp_path, path):
-    message = refusal(lambda: REFUSED_NAMES[path](opened(tmp_path), "a\ud800"), ExceptionType.SAVE_FAILED)
+    message = refusal(lambda: REFUSED_NAMES[path](opened(tmp_path), "a\ud800"), "SAVE_FAILED")
     assert path.encode("ascii", "backslashreplace").decode() in message and message.isascii()
     assert listing(tmp_path) == {}
 
 
 # Row 36: something else than a file as the source of an import
-
-
 IMPORTS = {  # a file to replace, and what is imported then
     "m.safetensors": "m.safetensors",
     "m.pt": "m.pt",
@@ -6749,7 +6444,7 @@ def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, c
     if call != "listdir":  # which only who looks for checkpoints needs
         for fallback in (False, True):
             load = functools.partial(checkpoint.load, value("old"), None, at("theirs/q", fallback=fallback))
-            message = refusal(load, ExceptionType.STORAGE_ERROR)
+            message = refusal(load, "STORAGE_ERROR")
             assert says in message and (code or message.startswith(str(path.relative_to(base))))
         assert says in checkpoint.validate_checkpoint("theirs/q").errors[0]
     caplog.clear()
@@ -6769,8 +6464,6 @@ def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, c
 
 
 # The harness itself: twelve mutants of the library, each of which a checker above must catch
-
-
 def at_seam(call, act):
     """A mutation: where the library asks for `call`, `act(real, seam, *args)` is done and logged instead."""
     real = getattr(Seam, call)
@@ -6873,8 +6566,7 @@ def test_a_key_that_comes_twice_is_refused_in_the_record_and_in_a_header(ram):
     assert load_specimen(broken) == "exact"
     assert "describes other entries" in over(Memory(broken)).validate_checkpoint("p").get_summary()
     (ram / "foreign.safetensors").write_bytes(broken[name])
-    message = refusal(lambda: ckpt.import_checkpoint(ram / "foreign.safetensors", ram / "c", "p"))
-    assert "duplicate" in message
+    refusal(lambda: ckpt.import_checkpoint(ram / "foreign.safetensors", ram / "c", "p"), None, "duplicate")
 
 
 SYNC_TEST = test_a_file_whose_write_or_sync_failed_is_never_synced_again_but_replaced_under_a_new_save_id
@@ -6944,16 +6636,9 @@ class Sensor(threading.Event):
         return super().is_set()
 
 
-def room_for(base, *names):
-    """A directory of its own for one case."""
-    path = base / "-".join(map(str, names))
-    path.mkdir()
-    return path
-
-
-def save_word(checkpoint, word, prefix="p", **options):
+def save_word(checkpoint, word, prefix="p", call="save", **options):
     """Save a word by an object that exists already."""
-    return checkpoint.save(value(word), None, to(prefix, include_rng_state=False, **options))
+    return getattr(checkpoint, call)(value(word), None, to(prefix, include_rng_state=False, **options))
 
 
 def overheard(checkpoint):
@@ -7127,13 +6812,6 @@ def strike_of(fault, cancel, gone, base, acted):
     return act
 
 
-def come_late(fault, gone):
-    """What the other ranks do there, if the victim is to wait for them."""
-    await_file(gone)
-    if fault.how == "stops before another fails":
-        raise OSError(errno.EIO, "bad disk")
-
-
 def wake_up(fault, rank, pids, over):
     """Once the others have given up, the victim, which has stopped, goes on."""
     first, *_ = others = [other for other in range(len(pids)) if other != fault.victim]
@@ -7172,7 +6850,9 @@ def meet_faults(rank, world_size, tmp, faults):
             elif is_victim:
                 act()
             elif fault.waits:
-                come_late(fault, gone)
+                await_file(gone)
+                if fault.how == "stops before another fails":
+                    raise OSError(errno.EIO, "bad disk")
 
         dist.barrier()
         del warned[:]
@@ -7229,6 +6909,10 @@ TRIALS = {
     "interrupted in any step": (2, every("is interrupted", STEPS, range(2))),
     "cancels in any step": (2, every("cancels", STEPS, range(2))),
     "cancels in any step in the background": (2, every("cancels", STEPS, range(2), verb="save_async")),
+    "interrupted in the caller of a background save": (
+        2,
+        every("is interrupted", ["S2"], range(2), verb="save_async"),
+    ),
     # The other rank hangs until the one that waited has returned.
     "interrupted while it waits": (2, every("is interrupted", ("S1", "S3"), range(2), waits=True)),
     "cancels while it waits": (2, every("cancels", ("S1", "S3"), range(2), waits=True)),
@@ -7306,8 +6990,6 @@ def test_a_signal_at_any_operation_ends_the_process_at_once_and_leaves_old_or_ne
 
 
 # Row 25: a cancel; the interpreter exits with a save in flight
-
-
 @on_ranks(3)
 def test_a_failure_or_cancel_stops_the_writes_of_all_ranks_long_before_they_are_done(rank, ram):
     """Rank 1 raises, or cancels, in its wait for rank 0, which alone writes; or cancels as it writes too."""
@@ -7375,19 +7057,20 @@ def act(op):
 
 storage = Storage(tmp, Seam(Strike(1, act, lambda op: op.call in ("pwrite", "fsync"))))
 checkpoint = over(storage)
-pending = checkpoint.save_async(value("new"), None, to(include_rng_state=False))
+pending = checkpoint.save_async(value("new"), None, to(include_rng_state=False, format=sys.argv[3]))
 if how in ("SIGINT", "SIGTERM"):
     pending.result()
 print("main is done", flush=True)
 sys.exit(3)
 """
-ENDINGS = [("exit", 3, "new"), ("OSError", 3, "old"), ("SIGTERM", -15, "old"), ("SIGINT", -2, "old, new")]
+ENDINGS = [("OSError", 3, "old"), ("SIGTERM", -15, "old"), ("SIGINT", -2, "old, new")]
+ENDINGS = [("exit", 3, "new", form.value) for form in FORMATS] + [(*end, "multi_shard") for end in ENDINGS]
 
 
-@pytest.mark.parametrize("how, code, words", ENDINGS)
-def test_an_interpreter_that_exits_with_a_save_in_flight_ends_with_its_code(ram, how, code, words):
+@pytest.mark.parametrize("how, code, words, form", ENDINGS)
+def test_an_interpreter_that_exits_with_a_save_in_flight_ends_with_its_code(ram, how, code, words, form):
     """And tells of a failed save that nobody asked about."""
-    command = [sys.executable, "-c", SCRIPT, ram, how]
+    command = [sys.executable, "-c", SCRIPT, ram, how, form]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == code and seen(ram) in words, (done.returncode, seen(ram), done.stderr)
     assert ("main is done" in done.stdout) == (code == 3), done.stdout
@@ -7397,20 +7080,23 @@ def test_an_interpreter_that_exits_with_a_save_in_flight_ends_with_its_code(ram,
 
 @pytest.mark.parametrize("form", FORMATS)
 @on_ranks(3)
-def test_a_save_in_which_one_rank_alone_holds_anything_or_none_does(rank, ram, form):
-    checkpoint, empty = over(ram, ckpt.TorchCoordinator()), torch.zeros(0, 1, 2)
-    for holder in (0, 1, 2, None):
-        bag, target = ({"w": torch.full((5,), number), "empty": empty} for number in (7.0, 0.0))
-        if rank != holder:
-            bag, target = {}, {}
-        checkpoint.save(Bag(**bag), None, to(format=form, include_rng_state=False))
+def test_a_save_in_which_one_rank_alone_holds_anything_or_a_tied_name_or_none_does(rank, ram, form):
+    def bag(number):
+        w = torch.full((5,), number)
+        return {"w": w, "tied": w, "empty": torch.zeros(0, 1, 2)}
+
+    checkpoint = over(ram, ckpt.TorchCoordinator())
+    for holder, others in itertools.product((0, 1, 2, None), ((), ("w",))):
+        names = ("w", "tied", "empty") if rank == holder else others
+        saved, target = ({name: bag(number)[name] for name in names} for number in (7.0, 0.0))
+        if rank == holder:
+            saved["tied"] = saved["w"]
+        checkpoint.save(Bag(**saved), None, to(format=form, include_rng_state=False))
         checkpoint.load(target, None, at(load_rng_state=False, strict_mode=False))
-        assert identical(target, bag), holder
+        assert identical(target, saved), (holder, others)
 
 
 # Row 26 and the promises of save_async
-
-
 class Gate:
     """A wait until it is opened: before a write, as the hook of a `Seam`, or before the background copy."""
 
@@ -7449,35 +7135,39 @@ def normed(salt):
 
 
 @pytest.mark.parametrize("staging, has_optimizer", [("eager", 1), ("overlapped", 1), ("overlapped", 0)])
-def test_tensors_changed_after_wait_staged_do_not_change_the_snapshot(ram, staging, has_optimizer):
+def test_tensors_and_options_changed_after_wait_staged_do_not_change_the_snapshot(
+    ram, staging, has_optimizer
+):
     """Without an optimizer whose next step could wait, overlapped staging copies before it returns."""
     gate, (model, optimizer), again = Gate(), normed("truth"), normed("other")
     saved = (model, optimizer) if has_optimizer else (model, None)
     again = again if has_optimizer else (again[0], None)
-    extra = {"step": 7, "t": torch.zeros(3)}
+    extra, options = {"step": 7, "t": torch.zeros(3)}, to(staging=staging, custom_metadata={"epoch": [1]})
     with torch.inference_mode():
         extra["best"] = torch.arange(6.0)
     truth = state_of(*saved), copy.deepcopy(extra)
-    pending = over(Storage(ram, Seam(gate))).save_async(*saved, to(staging=staging), extra_state=extra)
+    checkpoint = over(Storage(ram, Seam(lambda op: gate())))
+    pending = checkpoint.save_async(*saved, options, extra_state=extra)
     pending.wait_staged(HANG_S if staging == "overlapped" and has_optimizer else 0.0)
     moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
     with torch.inference_mode():
         for tensor in [*model.parameters(), *model.buffers(), *moments, extra["t"], extra["best"]]:
             tensor.add_(1)
-    extra["step"] = 8
-    assert gate.reached.wait(HANG_S) and not pending.done()
+    extra |= {"step": 8, "more": 2}
+    options.custom_metadata["epoch"].append(2)
+    options.checkpoint_prefix = "q"
+    assert gate.reached.wait(HANG_S) and not pending.done() and not listing(ram)
     gate.opened.set()
     assert pending.result(HANG_S) == "p"
     live = {"step": 0, "t": torch.ones(3), "best": torch.ones(6)}
     result = over(ram).load(*again, at(), extra_state=live)
     assert identical((state_of(*again), result.extra_state), truth)
+    assert result.metadata.custom_metadata == {"epoch": [1]}
 
 
 @pytest.mark.parametrize("what, name", [("weight", "0.weight"), ("moment", "exp_avg")])
 @on_ranks(2)
-def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_ranks_and_is_named(
-    rank, ram, what, name
-):
+def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_and_is_named(rank, ram, what, name):
     checkpoint, (model, optimizer) = over(ram, ckpt.TorchCoordinator()), small()
     save_word(checkpoint, "old")
     dist.barrier()
@@ -7505,8 +7195,7 @@ def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_
     hooks = len(optimizer._optimizer_step_pre_hooks)
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
     assert copy_gate.reached.wait(HANG_S)
-    with pytest.raises(TimeoutError):
-        pending.wait_staged(0.01)
+    refusal(lambda: pending.wait_staged(0.01), TimeoutError)
     model.train()
     model(torch.ones(4, 3)).sum().backward()  # changes the statistics of the batch norm, which were copied
     assert not identical(state_of(model)[0], truth[0])
@@ -7525,17 +7214,14 @@ def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_
 
 def broken(tmp, coordinator=None, until=1, attempts=1):
     """A checkpoint object whose first `until` tensor files cannot be made."""
-    seam = Seam(Strike(0, fail(errno.EIO), is_new_shard, until=until))
-    return over(Storage(tmp, seam), coordinator, attempts)
-
-
-def save_next(checkpoint, prefix="p"):
-    return checkpoint.save_async(value("next"), None, to(prefix, include_rng_state=False)).result(HANG_S)
+    return over(Storage(tmp, hiccups(until)), coordinator, attempts)
 
 
 NEXT_CALLS = {
     "save": lambda checkpoint, prefix="p": save_word(checkpoint, "next", prefix),
-    "save_async": save_next,
+    "save_async": lambda checkpoint, prefix="p": save_word(checkpoint, "next", prefix, "save_async").result(
+        HANG_S
+    ),
     "save_model_only": lambda checkpoint: checkpoint.save_model_only(value("next"), to()),
     "close": lambda checkpoint, _=None: checkpoint.close(),
     "with": lambda checkpoint: checkpoint.__exit__(None, None, None),
@@ -7545,7 +7231,7 @@ NEXT_CALLS = {
 @pytest.mark.parametrize("asked", [(), (0,), (0, 1)], ids="asked by {}".format)
 @pytest.mark.parametrize("call", NEXT_CALLS)
 @on_ranks(2)
-def test_a_failed_pending_save_raises_once_at_result_or_at_the_next_call_and_no_rank_waits(
+def test_a_failed_pending_save_raises_once_at_result_or_the_next_call_and_no_rank_waits(
     rank, ram, call, asked
 ):
     """Where one rank alone has asked, the next save fails on all ranks, so that they stay in step."""
@@ -7594,8 +7280,7 @@ def test_one_save_is_in_flight_at_a_time_and_the_next_call_waits_for_it(ram, cal
     assert gate.reached.wait(HANG_S)
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(NEXT_CALLS[call], checkpoint, "second")
-        with pytest.raises(TimeoutError):
-            second.result(0.3)
+        refusal(lambda: second.result(0.3), TimeoutError)
         assert not first.done()
         gate.opened.set()
         second.result(HANG_S)
@@ -7605,9 +7290,7 @@ def test_one_save_is_in_flight_at_a_time_and_the_next_call_waits_for_it(ram, cal
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @on_ranks(2, "background saves", 3 * HANG_S)
-def test_training_goes_on_during_two_hundred_background_saves_as_without_them_and_each_is_right(
-    rank, ram, kind
-):
+def test_training_goes_on_during_two_hundred_background_saves_as_without_and_each_is_right(rank, ram, kind):
     def start(salt):
         torch.manual_seed(rank)
         layers = nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Tanh(), nn.Linear(64, 4)
@@ -7629,7 +7312,7 @@ def test_training_goes_on_during_two_hundred_background_saves_as_without_them_an
             losses.append(loss.item())
             if checkpoint and step % 2:
                 overlapped += pending is not None and not pending.done()
-                options = to(f"p{len(truths)}", staging=staging_of(len(truths)))
+                options = to(f"p{len(truths)}", staging=STAGINGS[len(truths) % 2])
                 truths.append(state_of(model, optimizer))
                 pending = checkpoint.save_async(model, optimizer, options)
         return (losses, [raw(here(p)) for p in model.parameters()]), truths, overlapped
@@ -7644,10 +7327,6 @@ def test_training_goes_on_during_two_hundred_background_saves_as_without_them_an
     return len(truths)
 
 
-def staging_of(number):
-    return "overlapped" if number % 2 else "eager"
-
-
 @on_ranks(2, "background saves", 3 * HANG_S)
 def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store_keys_flat(rank, ram):
     # With its optimizer the model has 3 MiB, so that keeping any of it would show.
@@ -7657,7 +7336,7 @@ def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store
     checkpoint = over(ram, ckpt.TorchCoordinator(), keep_last=2)
     dist.ProcessGroupGloo = lambda *args: made.append(args[1:]) or gloo(*args)
     for number in range(200):
-        checkpoint.save_async(model, optimizer, to(f"p{number}", staging=staging_of(number)))
+        checkpoint.save_async(model, optimizer, to(f"p{number}", staging=STAGINGS[number % 2]))
         if number % 40 == 39:
             checkpoint.close()
             dist.barrier()
@@ -7677,8 +7356,6 @@ def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store
 
 
 # What stays: `keep_last`, `retain`, and falling back together
-
-
 @on_ranks(2)
 def test_retain_gets_all_checkpoints_on_rank_zero_after_the_commit_and_what_it_does_not_name_goes(rank, ram):
     """But never the new one."""
@@ -7699,8 +7376,9 @@ def test_retain_gets_all_checkpoints_on_rank_zero_after_the_commit_and_what_it_d
     dist.barrier()
     assert prefixes(checkpoint) == ["p5"] and set(listing(ram)) == named_files(ram)
     for wrong in ({"retain": list, "keep_last": 2}, {"keep_last": 0}):
-        with pytest.raises(ValueError, match="keep_last"):
-            opened(ram, ckpt.LocalCoordinator(), **wrong).save(value("new"), None, "q")
+        refusal(
+            lambda: opened(ram, ckpt.LocalCoordinator(), **wrong).save({}, None, "q"), ValueError, "keep_last"
+        )
 
 
 WRONG_RETAINS = [lambda _: 1 / 0, lambda infos: infos[1:], lambda _: "p0", lambda _: None, lambda _: ["q"]]
@@ -7717,8 +7395,7 @@ def test_a_retain_that_fails_or_names_no_checkpoints_is_a_warning_and_nothing_go
     assert "p2: committed, but not all that should go is gone" in line, line
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("damaged", [0, 1])
+@for_each(form=FORMATS, damaged=[0, 1])
 @on_ranks(2)
 def test_fallback_takes_all_ranks_to_the_newest_older_checkpoint_that_verifies(rank, ram, damaged, form):
     """Though one rank alone meets the damage. The one between has a damaged record."""
@@ -7736,7 +7413,7 @@ def test_fallback_takes_all_ranks_to_the_newest_older_checkpoint_that_verifies(r
         flip(shard.path, [begin for begin, end in places if end > begin][-damaged])
         flip(ram / "between.metadata.json", -40)
     dist.barrier()
-    refusal(lambda: checkpoint.load(model, None, at("two")), ExceptionType.CORRUPTED_CHECKPOINT)
+    refusal(lambda: checkpoint.load(model, None, at("two")), "CORRUPTED_CHECKPOINT")
     result = checkpoint.load(model, None, at("two", fallback=True))
     assert result.prefix == "one" and identical(state_of(model), state_of(sharded("one")))
     assert any("two" in line and "corrupt" in line for line in result.warnings), result.warnings
@@ -7758,41 +7435,40 @@ TABLES[4] = [[0, 1, 2, 3], [[0, 1], [2, 3]], [[3, 1], [0, 2]]]  # of meshes; FSD
 def drawn_steps(seed, length=40):
     """The steps of a sequence; the last one removes what crashed saves have left."""
     rng, steps = random.Random(seed), []
+
+    def likely(chance):
+        return rng.random() < chance
+
+    def one_of(*choices):
+        return rng.choice(choices)
+
     for _ in range(length):
-        verb, layout = rng.choices([*VERBS], VERBS.values())[0], rng.choice(("plain", "fsdp2", "placed"))
+        verb, layout = rng.choices([*VERBS], VERBS.values())[0], one_of("plain", "fsdp2", "placed")
         after_damage = bool(steps) and steps[-1]["verb"] == "damage"
         saved = [step["prefix"] for step in steps if step["verb"] == "save"][-2:]
-        prefix = rng.choice(saved if saved and verb != "save" and rng.random() < 0.8 else PLACES)
+        prefix = rng.choice(saved if saved and verb != "save" and likely(0.8) else PLACES)
         verb, prefix = ("load", steps[-1]["prefix"]) if after_damage else (verb, prefix)
-        ranks = rng.choice((1, 1, 2, 2, 3, 4)) if verb in ("save", "load") else 1
-        most = 40 if verb in ("save", "load") else 10
-        fault = {
-            "kind": rng.choice(("error", "error", "error", "cancel", "kill all", "kill one")),
-            "rank": rng.randrange(ranks), "number": int(most * rng.random() ** 2), "late": rng.random() < 0.2,
-            "changes only": rng.random() < 0.7, "for ever": rng.random() < 0.5,
-            "code": rng.choice(("EIO", "ENOSPC", "ESTALE")), "attempts": rng.choice((1, 1, 2)),
-        }  # fmt: skip
-        save = {
-            "format": rng.choice(FORMATS).value, "compression_level": rng.choice(LEVELS).value,
-            "replicas": rng.choice(("verify", "trust")), "overwrite": rng.random() < 0.8,
-        }  # fmt: skip
-        load = {
-            "resharding_strategy": rng.choice(STRATEGIES), "strict_mode": rng.random() < 0.7,
-            "fallback": rng.random() < 0.4, "skip_validation": rng.random() < 0.2,
-        }  # fmt: skip
-        steps.append({
-            "verb": verb, "prefix": prefix, "ranks": ranks, "layout": layout,
-            "mesh": rng.randrange(len(TABLES[ranks]) - (layout == "fsdp2")), "salt": rng.randrange(99),
-            "fault": fault if verb in ("save", "load", "gc", "delete") and rng.random() < 0.4 else None,
-            "options": save if verb == "save" else load, "shapes": 2 * seed + (rng.random() < 0.1),
-            "optimizer": rng.random() < 0.8, "rng": rng.random() < 0.3,
-            "staging": rng.choice((None, None, "eager", "overlapped")),
-            "differ": save["replicas"] == "verify" and rng.random() < 0.5,
-            "keep": rng.choice((*[None] * 6, 1, 2, "even")), "fresh": rng.random() < 0.5,
-            "misfit": rng.choice((*[None] * 5, "missing", "unexpected", "dtype", "shape")),
-            "cut": rng.random() < 0.4, "file": rng.random(), "place": rng.random(),
-            "other": rng.choice(PLACES), "age": rng.choice((0.0, 86400.0)), "old": rng.random() < 0.3,
-        })  # fmt: skip
+        collective = verb in ("save", "load")
+        ranks = one_of(1, 1, 2, 2, 3, 4) if collective else 1
+        fault = {"kind": one_of(*["error"] * 3, "cancel", "kill all", "kill one")}
+        fault |= {"rank": rng.randrange(ranks), "number": int((40 if collective else 10) * rng.random() ** 2)}
+        fault |= {"late": likely(0.2), "changes only": likely(0.7), "for ever": likely(0.5)}
+        fault |= {"code": one_of("EIO", "ENOSPC", "ESTALE"), "attempts": one_of(1, 1, 2)}
+        save = {"format": rng.choice(FORMATS).value, "compression_level": rng.choice(LEVELS).value}
+        save |= {"replicas": one_of("verify", "trust"), "overwrite": likely(0.8)}
+        load = {"resharding_strategy": rng.choice(STRATEGIES), "strict_mode": likely(0.7)}
+        load |= {"fallback": likely(0.4), "skip_validation": likely(0.2)}
+        step = {"verb": verb, "prefix": prefix, "options": save if verb == "save" else load}
+        meshes = len(TABLES[ranks]) - (layout == "fsdp2")
+        step |= {"ranks": ranks, "layout": layout, "mesh": rng.randrange(meshes), "salt": rng.randrange(99)}
+        step |= {"fault": fault if (collective or verb in ("gc", "delete")) and likely(0.4) else None}
+        step |= {"shapes": 2 * seed + likely(0.1), "optimizer": likely(0.8), "rng": likely(0.3)}
+        step |= {"staging": one_of(None, None, "eager", "overlapped")}
+        step |= {"differ": save["replicas"] == "verify" and likely(0.5)}
+        step |= {"keep": one_of(*[None] * 6, 1, 2, "even"), "fresh": likely(0.5)}
+        step |= {"misfit": one_of(*[None] * 5, "missing", "unexpected", "dtype", "shape")}
+        step |= {"cut": likely(0.4), "file": rng.random(), "place": rng.random(), "other": rng.choice(PLACES)}
+        steps.append(step | {"age": one_of(0.0, 86400.0), "old": likely(0.3)})
     return [*steps, steps[-1] | {"verb": "gc", "ranks": 1, "fault": None, "age": 0.0, "old": True}]
 
 
@@ -7817,14 +7493,6 @@ class Anything(nn.Module):
 
     def set_extra_state(self, state):
         self.value = state
-
-
-def here(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def mesh_of(table):
-    return DeviceMesh("cpu", table, mesh_dim_names=("x", "y")[: torch.tensor(table).ndim])
 
 
 def per_rank(step, rank):
@@ -7904,12 +7572,14 @@ class Player:
     """One rank. Each verb returns how the step ended, as `told` does. `kept`: the steps saved, by prefix."""
 
     def __init__(self, rank, tmp, steps):
-        self.rank, self.tmp, self.steps, self.pids = rank, tmp, steps, [0] * ALL_RANKS
+        self.rank, self.tmp, self.steps, self.pids = rank, tmp, steps, gathered(os.getpid())
         groups = {ranks: dist.new_group([*range(ranks)]) for ranks in range(2, ALL_RANKS + 1)}
         self.coordinators = {n: ckpt.TorchCoordinator(group) for n, group in groups.items() if rank < n}
         self.coordinators[1] = ckpt.LocalCoordinator()
-        self.meshes = {ranks: [mesh_of(table) for table in tables] for ranks, tables in TABLES.items()}
-        dist.all_gather_object(self.pids, os.getpid())
+        self.meshes = {}
+        for ranks, tables in TABLES.items():
+            names = [tuple("xy"[: np.ndim(table)]) for table in tables]
+            self.meshes[ranks] = [DeviceMesh("cpu", t, mesh_dim_names=n) for t, n in zip(tables, names)]
 
     def perform(self, number, kept):
         step, cancel, strike = self.steps[number], threading.Event(), Strike(-1, None)
@@ -7917,12 +7587,9 @@ class Player:
         if self.rank >= step["ranks"]:
             return None
         if fault and fault["rank"] == self.rank:
-            acts = {
-                "cancel": lambda op: cancel.set(),
-                "kill one": lambda op: os._exit(1),
-                "kill all": self.kill_all,
-            }
-            act = acts.get(fault["kind"]) or fail(getattr(errno, fault["code"]))
+            acts = {"kill one": lambda op: os._exit(1), "kill all": self.kill_all}
+            acts |= {"cancel": lambda op: cancel.set(), "error": fail(getattr(errno, fault["code"]))}
+            act = acts[fault["kind"]]
             when = is_change if fault["changes only"] and step["verb"] != "load" else lambda op: True
             strike = Strike(fault["number"], act, when, until=FOREVER if fault["for ever"] else None)
         seam = Seam(**{"after" if fault and fault["late"] else "before": strike})
@@ -7939,10 +7606,11 @@ class Player:
     def save(self, step, checkpoint, kept, number, cancel):
         rank, salt, keep = per_rank(step, self.rank), step["salt"], step["keep"]
         job = Job(step["shapes"], step, self.meshes[step["ranks"]][step["mesh"]]).fill(salt, rank)
-        checkpoint.retain = (
-            (lambda infos: [i.prefix for i in infos if is_even(i)]) if keep == "even" else None
-        )
         checkpoint.keep_last = None if keep == "even" else keep
+        if keep == "even":
+            checkpoint.retain = lambda infos: [
+                i.prefix for i in infos if i.custom_metadata["number"] % 2 == 0
+            ]
         options = to(step["prefix"], **step["options"], include_rng_state=step["rng"])
         options.staging, options.custom_metadata = step["staging"] or "eager", {"number": number}
         torch.manual_seed(100 * salt + self.rank)
@@ -8030,24 +7698,12 @@ class Player:
         pair = step["prefix"], step["other"]
         kind, _, found = told(lambda: ckpt.diff_checkpoints(checkpoint.storage, *pair))
         if kind == "returned":
-            a, b = (
-                {k: (v.shape, v.dtype, raw(v)) for k, v in truth_of(kept[p]).tensors().items()} for p in pair
-            )
+            states = (truth_of(kept[prefix]).tensors().items() for prefix in pair)
+            a, b = ({name: (v.shape, v.dtype, raw(v)) for name, v in tensors} for tensors in states)
             differ = {k for k in a | b if k.startswith("model/w") and a.get(k) != b.get(k)}
             names = {difference.name for difference in found if difference.name.startswith("model/w")}
             assert names == differ, f"{differ} differ, not {names}"
         return kind, _, found
-
-
-def is_even(info):
-    return info.custom_metadata["number"] % 2 == 0
-
-
-def own_files(tmp, prefix):
-    """The record of a prefix, and the files that it names."""
-    text = (tmp / f"{prefix}.metadata.json").read_text(errors="replace")
-    names = re.findall(r'"([0-9a-f]{8}[^"]*\.safetensors)"', text)
-    return [f"{prefix}.metadata.json", *(f"{prefix}/{name}" for name in names)]
 
 
 def stored(steps, state):
@@ -8077,9 +7733,8 @@ def right_kinds(step, kept, dirty):
     found = {"CORRUPTED_CHECKPOINT"} if hidden else set()
     for source in (kept[p] for p in [prefix, *(older if options["fallback"] else [])]):
         unfit = step["misfit"] == "shape" or source["shapes"] != kept[prefix]["shapes"]
-        unfit |= options["strict_mode"] and bool(
-            step["misfit"] or (step["optimizer"] and not source["optimizer"])
-        )
+        differs = step["misfit"] or (step["optimizer"] and not source["optimizer"])
+        unfit |= options["strict_mode"] and bool(differs)
         if source["damage"] in (None, "flip"):
             found |= {"VALIDATION_FAILED" if unfit else "returned"}
         if source["damage"] is None and not hidden:
@@ -8110,9 +7765,8 @@ def judge(steps, number, outcomes, state):
     if step["verb"] == "delete":
         state["models"] = [others] if kind == "returned" else [model, others] if hit else [model]
     if step["verb"] == "save" and (kind in ("returned", "died") or "may have been committed" in message):
-        state["dirty"] |= (
-            prefix in kept and kept[prefix]["damage"] == "record"
-        )  # it hides whose files are old
+        hides_old_files = prefix in kept and kept[prefix]["damage"] == "record"
+        state["dirty"] |= hides_old_files
         new, keep = others | {prefix: number}, step["keep"]
         listed = [p for p, n in new.items() if state["damage"].get(n) in (None, "flip")]
         stay = [p for p in listed if new[p] % 2 == 0] if keep == "even" else listed[-(keep or len(listed)) :]
@@ -8128,11 +7782,8 @@ def settle(tmp, steps, state, gc=None):
     checkpoint, names, damage = over(tmp), set(listing(tmp)), state["damage"]
     found = [(info.prefix, info.custom_metadata["number"]) for info in checkpoint.list_checkpoints()]
     records = {name.removesuffix(".metadata.json") for name in names if name.endswith(".metadata.json")}
-    true = [
-        model
-        for model in state["models"]
-        if set(model) == records and found == [i for i in model.items() if damage.get(i[1]) in (None, "flip")]
-    ]
+    listed = [[item for item in m.items() if damage.get(item[1]) in (None, "flip")] for m in state["models"]]
+    true = [m for m, items in zip(state["models"], listed) if set(m) == records and found == items]
     assert true, f"listed: {found}, records: {records}; right would be one of {state['models']}"
     state["models"], (model, *_) = true[:1], true
     latest, kept = checkpoint.latest_checkpoint(), stored(steps, state)
@@ -8144,16 +7795,13 @@ def settle(tmp, steps, state, gc=None):
             options = at(prefix, load_rng_state=False, load_optimizer=step["optimizer"])
             checkpoint.load(target.model, target.optimizer if step["optimizer"] else None, options)
             now, truth = target.state(), truth_of(step).state()
-            names_of = [
-                n for n in now if n.startswith(("model", "optimizer") if step["optimizer"] else "model")
-            ]
-            wrong = [name for name in names_of if not identical(now[name], truth[name])]
+            parts = ("model", "optimizer") if step["optimizer"] else "model"
+            wrong = [n for n in now if n.startswith(parts) and not identical(now[n], truth[n])]
             assert not wrong, f"{prefix} was saved wrong: {wrong}"
         assert state["files"].setdefault(number, files) == files, f"the files of {prefix} have changed"
     hidden = tuple(f"{p}{end}" for p in model if kept[p]["damage"] == "record" for end in "/.")
-    left = {
-        name for name in names.difference(*(own_files(tmp, p) for p in model)) if not name.startswith(hidden)
-    }
+    left = names.difference(*(own_files(tmp, prefix) for prefix in model))
+    left = {name for name in left if not name.startswith(hidden)}
     if gc is not None:
         live = {path.name.split(".")[-2] for path in fences(tmp)}
         unknown = {name for name in left if not live & set(re.findall("[0-9a-f]{8}", name))}
@@ -8176,10 +7824,10 @@ def perform(rank, world_size, tmp, steps, numbers, state):
             settle(tmp, steps, state)
         for number in numbers:
             dist.broadcast_object_list(box)
-            outcome, outcomes = player.perform(number, stored(steps, box[0])), [None] * world_size
+            outcome = player.perform(number, stored(steps, box[0]))
             if is_deadly(step := steps[number]):
                 return outcome
-            dist.all_gather_object(outcomes, outcome)
+            outcomes = gathered(outcome)
             if rank == 0:
                 judge(steps, number, outcomes, state)
                 done = step["verb"] == "gc" and outcomes[0][0] == "returned" and not outcomes[0][3]
@@ -8198,9 +7846,7 @@ def play(base, steps):
         state = run(ALL_RANKS, perform, tmp, steps, range(first, number), state)[0]
         ends = run(ALL_RANKS, perform, tmp, steps, [number], state, dies=range(ALL_RANKS))
         victim, first = steps[number]["fault"]["rank"], number + 1
-        assert "died" not in ends or ends[victim] == "died", (
-            f"step {number}: not only rank {victim} died: {ends}"
-        )
+        assert "died" not in ends or ends[victim] == "died", f"step {number}: another than {victim}: {ends}"
         judge(steps, number, [end for end in ends if end != "died"], state)
     run(ALL_RANKS, perform, tmp, steps, range(first, len(steps)), state)
 
@@ -8306,8 +7952,8 @@ JOB_STEPS, KILLS = 300, 20
 
 
 def test_a_training_job_killed_twenty_times_ends_with_the_state_of_one_that_never_was(ram):
-    truth = run(2, train_by_the_readme, room_for(ram, "alone"))
-    tmp, rng, reached = room_for(ram, "killed"), random.Random(7), 0
+    truth = run(2, train_by_the_readme, ram / "alone")
+    tmp, rng, reached = ram / "killed", random.Random(7), 0
     for number in range(KILLS):
         kill = signal.SIGTERM if number % 4 == 3 else signal.SIGKILL
         victims = rng.choice(((0,), (1,), (0, 1), (1, 0)) if kill is signal.SIGTERM else ((0, 1), (1, 0)))
@@ -8327,9 +7973,9 @@ def test_a_training_job_killed_twenty_times_ends_with_the_state_of_one_that_neve
 
 def train_by_the_readme(rank, world_size, tmp, plan=None):
     """Run the README's job to its end, or to the planned one; its last step, and all its state."""
+    tmp.mkdir(exist_ok=True)
     os.chdir(tmp)
-    pids, names = [None] * world_size, {"__name__": "__main__"}
-    dist.all_gather_object(pids, os.getpid())
+    pids, names = gathered(os.getpid()), {"__name__": "__main__"}
     if plan is not None and rank == plan.victims[-1]:
         threading.Thread(target=carry_out, args=(plan, pids, names), daemon=True).start()
     # This process goes on, and `run` has made the group.
@@ -8345,8 +7991,12 @@ def train_by_the_readme(rank, world_size, tmp, plan=None):
         return "the other rank is dead"
     moments = names["optimizer"].state_dict()["state"].values()
     tensors = [t for part in (names["model"].state_dict(), *moments) for t in part.values()]
-    bits = [raw(t.to_local() if isinstance(t, DTensor) else t) for t in tensors]
-    return names["step"], bits, names["scheduler"].state_dict(), raw(torch.get_rng_state())
+    return (
+        names["step"],
+        [raw(here(t)) for t in tensors],
+        names["scheduler"].state_dict(),
+        raw(torch.get_rng_state()),
+    )
 
 
 def carry_out(plan, pids, names):
@@ -8389,8 +8039,7 @@ def test_the_benchmark_refuses_a_load_that_gives_other_bits():
 
     state.check(lambda: load((0, 1, 2)))
     for wrong in ((), (0, 2, 1), (0, 1)):
-        with pytest.raises(RuntimeError, match="other bits"):
-            state.check(functools.partial(load, wrong))
+        refusal(lambda: state.check(lambda: load(wrong)), RuntimeError, "other bits")
 
 
 def test_the_quick_benchmark_ends_in_one_sentence(tmp_path):
