@@ -114,6 +114,7 @@ import ckpt_storage as st
 from ckpt import CheckpointException, CheckpointFormat, ExceptionType, LoadOptions, SaveOptions
 
 HERE = Path(__file__).resolve().parent
+README = (HERE / "README.md").read_text()
 # Children import what this process imports.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
 # c10d looks up the name of a peer that it has lost: ten seconds where no name server answers.
@@ -371,7 +372,7 @@ class Shard:
     CODES |= {0.5: "F4", 4: "U32 I32 F32", 8: "U64 I64 F64 C64"}
     ITEM: ClassVar = {code: size for size, codes in CODES.items() for code in codes.split()}
 
-    def __init__(self, path):
+    def __init__(self, path, ours=True):
         def no_duplicates(pairs):
             assert len(dict(pairs)) == len(pairs), "duplicate keys"
             return dict(pairs)
@@ -381,17 +382,19 @@ class Shard:
         text = self.bytes[8 : 8 + length]
         assert length <= 100_000_000 and text.startswith(b"{") and text.rstrip(b" ").endswith(b"}")
         self.header = json.loads(text.decode(), object_pairs_hook=no_duplicates)
+        assert next(iter(self.header)) == "__metadata__" or not ours
         self.metadata = self.header.pop("__metadata__", {})
-        self.data_at = 8 + length
-        assert self.data_at % PAGE == 0
-        end = 0
+        self.data_at, end = 8 + length, 0
         for name, entry in sorted(self.header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
             size = self.ITEM[entry["dtype"]]
             assert begin == end and stop - begin == size * math.prod(entry["shape"]), (name, entry, end)
-            assert begin % max(1, size) == 0, f"{name} is not aligned"
+            assert begin % max(1, size) == 0 or not ours, f"{name} is not aligned"
             end = stop
         assert self.data_at + end == len(self.bytes)
+        if not ours:
+            return
+        assert self.data_at % PAGE == 0
         units = [self.bytes[at : at + UNIT] for at in range(self.data_at, len(self.bytes), UNIT)]
         checksums = "".join(f"{zlib.crc32(unit):08x}" for unit in units)
         expected = {"format": "pt", "ckpt_version": "2", "unit_bytes": str(UNIT), "crc32": checksums}
@@ -766,36 +769,6 @@ def test_one_object_saves_with_defaults_and_names_checkpoints_by_utc_time(tmp_pa
     assert (tmp_path / "checkpoints" / f"{first}.metadata.json").is_file()
 
 
-def test_list_gives_committed_checkpoints_oldest_first_whatever_the_clock_says(tmp_path, checkpoint):
-    moments = [datetime.datetime.now(datetime.timezone.utc)]
-    assert checkpoint.list_checkpoints() == [] and checkpoint.latest_checkpoint() is None
-    for age, prefix in enumerate(["z", "deep/er/m", "a"]):
-        checkpoint.save(*small(), to(prefix, format=FORMATS[age]))
-        os.utime(tmp_path / f"{prefix}.metadata.json", (1e9 - age, 1e9 - age))
-        moments.append(datetime.datetime.now(datetime.timezone.utc))
-    infos = checkpoint.list_checkpoints()
-    assert prefixes(checkpoint) == ["z", "deep/er/m", "a"] and checkpoint.latest_checkpoint() == infos[-1]
-    for info, form, before, after in zip(infos, FORMATS, moments, moments[1:]):
-        assert info.format in (form, form.name, form.value) and info.world_size == 1 and info.version
-        assert before <= info.timestamp <= after and info.timestamp.utcoffset() == datetime.timedelta(0)
-        record = (tmp_path / f"{info.prefix}.metadata.json").stat().st_size
-        stored = sum(path.stat().st_size for path in shards(tmp_path, info.prefix))
-        assert stored <= info.size_bytes <= stored + record
-
-
-def test_delete_removes_one_checkpoint_and_leaves_those_below_it_alone(tmp_path, checkpoint):
-    for prefix in ("a", "a/b", "c"):
-        checkpoint.save(*small(), to(prefix))
-    checkpoint.delete_checkpoint("a")
-    assert prefixes(checkpoint) == ["a/b", "c"]
-    assert not (tmp_path / "a.metadata.json").exists() and not shards(tmp_path, "a")
-    assert identical(loaded(checkpoint, at("a/b"))[0], state_of(*small()))
-    for prefix in ("a/b", "c"):
-        checkpoint.delete_checkpoint(prefix)
-    assert listing(tmp_path) == {}
-    assert "c" in refusal(lambda: checkpoint.delete_checkpoint("c"))
-
-
 def test_an_optimizer_is_saved_and_loaded_unless_left_out_and_to_forget_it_is_a_warning(tmp_path, checkpoint):
     model, optimizer = small()
     truth, mine = state_of(model, optimizer), state_of(*small("other"))
@@ -815,22 +788,20 @@ def test_an_optimizer_is_saved_and_loaded_unless_left_out_and_to_forget_it_is_a_
     assert not checkpoint.load(model, None, at("both", load_optimizer=False)).warnings
 
 
-def draws():
-    return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
-
-
-@pytest.mark.parametrize("included, asked_for", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("generator", [np.random.MT19937, np.random.PCG64])
-def test_rng_states_come_back_if_saved_and_asked_for(checkpoint, request, generator, included, asked_for):
-    request.addfinalizer(lambda: np.random.set_bit_generator(np.random.MT19937()))
+@apart()
+def test_rng_states_come_back_if_saved_and_asked_for(tmp_path, generator):
+    def draws():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
+
     np.random.set_bit_generator(generator())
-    draws()
-    checkpoint.save(small()[0], None, to(include_rng_state=included))
-    first, second = draws(), draws()
-    result = checkpoint.load(small()[0], None, at(load_rng_state=asked_for))
-    again = draws()
-    assert (again == first) == (included and asked_for) and again != second
-    assert bool(result.warnings) == (asked_for and not included)
+    for included, asked_for in ((True, True), (True, False), (False, True)):
+        opened(tmp_path).save(small()[0], None, to(include_rng_state=included))
+        first, second = draws(), draws()
+        result = opened(tmp_path).load(small()[0], None, at(load_rng_state=asked_for))
+        again = draws()
+        assert (again == first) == (included and asked_for) and again != second
+        assert bool(result.warnings) == (asked_for and not included)
 
 
 def test_custom_metadata_comes_back_on_all_ranks_is_listed_and_must_be_data_of_bounded_depth(ram, capsys):
@@ -857,8 +828,14 @@ def test_every_format_and_compression_level_restores_in_place_bit_for_bit(tmp_pa
 
     (model, optimizer), (other, other_optimizer) = momentum("truth", 2, 0.1), momentum("other", 0, 0.3)
     options = to(format=form.value, compression_level=level.value, custom_metadata={"a": [1]}), at()
-    before, weight = copy.deepcopy(options), other[0].weight
+    before, weight, now = copy.deepcopy(options), other[0].weight, datetime.datetime.now
+    began = now(datetime.timezone.utc)
     assert checkpoint.save(model, optimizer, options[0]) == "p"
+    (info,) = checkpoint.list_checkpoints()
+    assert info == checkpoint.latest_checkpoint() and info.world_size == 1 and info.version
+    assert began <= info.timestamp <= now(datetime.timezone.utc)
+    record, stored = tmp_path / "p.metadata.json", sum(path.stat().st_size for path in shards(tmp_path))
+    assert info.format == form.value and stored <= info.size_bytes <= stored + record.stat().st_size
     result = checkpoint.load(other, other_optimizer, options[1])
     assert options == before, "an enum option takes its value, and no options object is ever changed"
     assert (result.metadata.format, result.metadata.compression) == (form.value, level.value)
@@ -954,16 +931,15 @@ def test_a_repr_is_one_short_line_that_names_the_checkpoint(checkpoint):
 
 
 class Doomed:
-    """A Stateful whose state_dict() raises `error`, `times` times."""
+    """A Stateful whose methods raise `error`; or that alone which loads."""
 
-    def __init__(self, error, times=FOREVER):
-        self.error, self.times, self.calls = error, times, 0
+    def __init__(self, error, can_save=False):
+        self.error, self.can_save = error, can_save
 
     def state_dict(self):
-        self.calls += 1
-        if self.calls <= self.times:
-            raise self.error
-        return {"w": torch.zeros(2)}
+        if self.can_save:
+            return {"w": torch.zeros(2)}
+        raise self.error
 
     def load_state_dict(self, state):
         raise self.error
@@ -1029,11 +1005,12 @@ def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_pat
         assert result.is_valid and not result.errors and not result.has_warnings
     (path,) = shards(tmp_path)
     right = path.read_bytes()
-    for data, checkers in itertools.product((right, right[:-1], right + b"\0"), (checksums, ())):
+    for data in (right, right[:-1]):
         path.write_bytes(data)
         with ckpt.CheckpointReader(storage, metadata) as reader:
-            result = ckpt.CheckpointValidator(storage, checkers).validate_shards(reader)
-            assert result.is_valid == (data is right)
+            assert ckpt.CheckpointValidator(storage, checksums).validate_shards(reader).is_valid == (
+                data is right
+            )
     result = ckpt.ValidationResult(errors=["bad"], warnings=["odd"])
     assert not result.is_valid and result.has_warnings
     assert "bad" in result.get_summary() and "odd" in result.get_summary()
@@ -1413,27 +1390,14 @@ def test_an_error_of_the_disk_names_the_file(tmp_path, call):
     assert re.search(r"No space left.*: 'p[/.]", message), message
 
 
+@apart()
 def test_a_reader_of_many_files_keeps_few_open(ram):
     together(40, lambda c: opened(ram, c).save(small()[0], None, "p"))
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 36, limits[1]))
-    try:
-        found = opened(ram).validate_checkpoint("p")
-        opened(ram).load(small()[0], None, at(load_rng_state=False))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 36,) * 2)
+    found = opened(ram).validate_checkpoint("p")
+    opened(ram).load(small()[0], None, at(load_rng_state=False))
     assert found.is_valid, found.get_summary()
-
-
-def test_a_raw_piece_of_a_compressed_file_is_read_wherever_it_lies(tmp_path):
-    words = torch.randint(-(1 << 31), 1 << 31, (MiB * 2,), dtype=torch.int32)
-    state = {"a": torch.zeros(12345), "b": words, "z": torch.randn(9999, dtype=torch.complex128)}
-    opened(tmp_path).save(state, None, to(compression_level="fast"))
-    live = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    opened(tmp_path).load(live, None, at())
-    assert identical(live, state)
-    assert opened(tmp_path).validate_checkpoint("p").is_valid
 
 
 def test_a_load_that_falls_back_still_says_that_an_attempt_has_touched_tensors(tmp_path, checkpoint):
@@ -1483,6 +1447,10 @@ def test_tensors_of_every_dtype_shape_and_stride_come_back_in_place_bit_by_bit(t
         return {"rows": rows, "conj": numbers.conj(), "neg": numbers.clone().conj().imag}
 
     base, shared, empty = torch.arange(60.0).reshape(3, 4, 5), torch.arange(600.0), torch.zeros(0, 3)
+    words, numbers = (
+        torch.randint(-(1 << 31), 1 << 31, (MiB * 2,)).int(),
+        torch.randn(9999, dtype=torch.complex128),
+    )
     pairs = torch.arange(1, 7, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     buffer = torch.zeros(1024, 2560, dtype=torch.int32)
     truth = {
@@ -1492,6 +1460,7 @@ def test_tensors_of_every_dtype_shape_and_stride_come_back_in_place_bit_by_bit(t
         "empties": {"a": empty, "b": torch.zeros(2, 0, 5, dtype=torch.int16)},
         "empties-and-more": {"a": empty, "b": torch.zeros(2, 0), "c": torch.ones(3)},
         "nothing": {},
+        "raw-pieces": {"a": torch.zeros(12345), "b": words, "z": numbers},
         "tied": {"first": shared, "second": shared, "half": shared[300:]},
         "strides": {"turned": base.permute(2, 0, 1), "every": base[:, ::2, 1::3]},
         "expanded": {"wide": torch.tensor([[7.0], [8.0]]).expand(2, 9), "real": (base + 1j).conj().real},
@@ -1504,6 +1473,7 @@ def test_tensors_of_every_dtype_shape_and_stride_come_back_in_place_bit_by_bit(t
         options = to(prefix, format=form, compression_level=level, include_rng_state=False)
         opened(tmp_path).save(Bag(**state), None, options)
         opened(tmp_path).load(Bag(**targets[prefix]), None, at(prefix))
+        assert opened(tmp_path).validate_checkpoint(prefix).is_valid
         for name, tensor in state.items():
             found, expected = (t.resolve_conj().resolve_neg() for t in (targets[prefix][name], tensor))
             assert identical(found, expected), (prefix, name)
@@ -1525,10 +1495,10 @@ def test_a_header_with_room_for_more_units_than_compression_left_is_read(tmp_pat
     assert not target.state["w"].any()
 
 
-COMPARED = [((5 * MiB,), torch.float32), ((1001, 3), torch.bfloat16), ((), torch.int64), ((7, 2), torch.bool)]
-
-
-@pytest.mark.parametrize("shape, dtype", COMPARED)
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((5 * MiB,), torch.float32), ((1001, 3), torch.bfloat16), ((), torch.int64), ((7, 2), torch.bool)],
+)
 @for_each(on_device=[0, 1], device=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on_device, shape, dtype):
     whole = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
@@ -1770,7 +1740,7 @@ def test_coordinators_gather_and_broadcast_values_of_any_size_and_name_who_is_la
     local, coordinator = ckpt.LocalCoordinator(), ckpt.TorchCoordinator()
     assert (local.rank, local.world_size) == (0, 1)
     assert all(isinstance(kind, ckpt.DistributedCoordinator) for kind in (local, coordinator))
-    texts = [str(rank) * size for rank, size in enumerate(SIZES)]
+    texts, names = [str(rank) * size for rank, size in enumerate(SIZES)], r"rank\(s\) ([02], )?1(, [02])? of"
     assert coordinator.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
     assert coordinator.all_gather(texts[rank]) == texts
     assert [coordinator.broadcast(texts[rank], src=src) for src in (1, 2)] == texts[1:]
@@ -1782,9 +1752,7 @@ def test_coordinators_gather_and_broadcast_values_of_any_size_and_name_who_is_la
     late = told(lambda: coordinator.barrier(timeout=1.0))
     (tmp_path / f"gave-up-{rank}").touch()
     # It names who is silent, and on a busy machine who came late to this wait.
-    assert rank == 1 or (late[0] == "TIMEOUT" and re.search(r"rank\(s\) ([02], )?1(, [02])? of", late[2])), (
-        late
-    )
+    assert rank == 1 or (late[0] == "TIMEOUT" and re.search(names, late[2])), late
     ckpt.TorchCoordinator().barrier()
     assert ckpt.TorchCoordinator().all_gather(rank) == [0, 1, 2]
 
@@ -1825,10 +1793,7 @@ ODD = [
     (to(compression_level="fast"), "disagree about compression"),
     (to(include_optimizer=False), "disagree about contents: rank 0 has ('optimizer', 'rng'), rank 1 has"),
     (to("../x"), "'../x'"),
-    (
-        {"checkpoint_prefix": "p"},
-        "options must be SaveOptions, or the prefix as a string, not <class 'dict'>",
-    ),
+    ({"x": 1}, "options must be SaveOptions, or the prefix as a string, not <class 'dict'>"),
     (at(resharding_strategy="psychic"), "psychic"),
     (LoadOptions(), "is required"),
     (7, "options must be LoadOptions, or the prefix as a string, not <class 'int'>"),
@@ -1850,7 +1815,7 @@ def test_what_one_rank_alone_gets_wrong_or_cancels_is_an_error_on_all_and_nothin
     bag.state["w"].zero_()
     if rank == 1:
         cancel.set()
-        parts = [Doomed(error), Doomed(error, times=0)]  # the second one in L5
+        parts = [Doomed(error), Doomed(error, can_save=True)]  # the second one in L5
     for kind, words, call in (
         ("CANCELLED", "cancel", lambda: checkpoint.save(*small(), to(), cancel=cancel)),
         ("SAVE_FAILED", "boom", lambda: checkpoint.save(parts[0], None, "good")),
@@ -2382,30 +2347,26 @@ def train_job(model, optimizer, steps):
     return model.state_dict(), [each.state_dict() for each in optimizers]
 
 
-def save_job(rank, world_size, tmp, kind):
-    log, job = logged(), start_job(kind, rank, world_size)
-    train_job(*job, 3)
-    opened(tmp).save(*job, to(f"of-{world_size}"))
-    return "position" in log.getvalue()
-
-
-def continue_job(rank, world_size, tmp, kind):
-    """For each saved world size, whether a loaded job is as one that went on, at once and two steps later."""
-    same = []
-    for saved in (1, 2):
-        never_stopped, loaded = (start_job(kind, rank, world_size) for _ in "12")
-        train_job(*never_stopped, 3)
-        opened(tmp).load(*loaded, at(f"of-{saved}"))
-        same += [identical(train_job(*never_stopped, steps), train_job(*loaded, steps)) for steps in (0, 2)]
-    return same
-
-
 @pytest.mark.parametrize("kind", JOBS)
-def test_any_optimizer_continues_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, kind):
-    by_position = [run(world_size, save_job, tmp_path, kind)[0] for world_size in (1, 2)]
-    assert by_position == [kind == "parameters outside"] * 2
-    for world_size in (1, 2):
-        assert run(world_size, continue_job, tmp_path, kind) == [[True] * 4] * world_size
+@on_ranks(2)
+def test_any_optimizer_continues_from_a_checkpoint_as_if_it_had_not_stopped(rank, tmp_path, kind):
+    """Saved by one rank, and by two; continued by one, and by two, at once and two steps later."""
+    jobs = {1: opened(tmp_path, ckpt.LocalCoordinator()), 2: opened(tmp_path)}
+    if rank == 1:
+        del jobs[1]
+    for size, checkpoint in jobs.items():
+        log, job = logged(), start_job(kind, rank, size)
+        train_job(*job, 3)
+        checkpoint.save(*job, to(f"of-{size}"))
+        assert rank == 1 or ("position" in log.getvalue()) == (kind == "parameters outside")
+    dist.barrier()
+    for (size, checkpoint), saved in itertools.product(jobs.items(), (1, 2)):
+        never_stopped, loaded = (start_job(kind, rank, size) for _ in "12")
+        train_job(*never_stopped, 3)
+        checkpoint.load(*loaded, at(f"of-{saved}"))
+        for steps in (0, 2):
+            same = identical(train_job(*never_stopped, steps), train_job(*loaded, steps))
+            assert same, (size, saved, steps)
 
 
 class Tenths(nn.Module):
@@ -2486,18 +2447,23 @@ def test_two_entries_that_have_one_name_without_wrappers_are_an_error(tmp_path):
     assert list(result.model_state) == ["module.a", "_orig_mod.a"], "what is no module keeps its keys"
 
 
-def test_a_module_is_handed_the_version_that_was_saved_else_its_own(tmp_path):
+@on_ranks(2)
+def test_a_module_is_handed_the_version_that_was_saved_else_its_own(rank, tmp_path):
     def values(live):
         return [module.value.unique().item() for module in live.values()]
 
-    checkpoint, saved = opened(tmp_path), {"now": Tenths(5.0), "before": Tenths(5.0)}
+    stage, checkpoint = Tenths(5.0), opened(tmp_path, ckpt.LocalCoordinator())
+    stage._version = 2 - rank
+    opened(tmp_path).save(nn.ModuleDict({("now", "before")[rank]: stage}), None, to("stages"))
+    if rank == 1:
+        return
+    saved = {"now": Tenths(5.0), "before": Tenths(5.0)}
     saved["before"]._version = 1
     together = nn.ModuleDict(saved)
     state = together.state_dict()
     checkpoint.save(saved, None, to("mapping"))
     checkpoint.save(together, None, to("one"), extra_state={"module": together, "nested": [state]})
     checkpoint.save(Bag(**state), None, to("imported"))
-    run(2, save_versions, tmp_path)
     for prefix, before in (("mapping", 0.5), ("one", 0.5), ("stages", 0.5), ("imported", 5.0)):
         live = {"now": Tenths(), "before": Tenths()}
         checkpoint.load(nn.ModuleDict(live) if prefix == "mapping" else live, None, at(prefix))
@@ -2506,14 +2472,6 @@ def test_a_module_is_handed_the_version_that_was_saved_else_its_own(tmp_path):
     extra = {"module": nn.ModuleDict(live)}
     result = checkpoint.load(Bag(), None, at("one", strict_mode=False), extra_state=extra)
     assert values(live) == [5.0, 0.5] and result.extra_state["nested"][0]._metadata == state._metadata
-
-
-def save_versions(rank, world_size, tmp):
-    """Each rank of a pipeline saves a module of its own."""
-    stage = nn.ModuleDict({("now", "before")[rank]: Tenths(5.0)})
-    for module in stage.values():
-        module._version = 2 - rank
-    opened(tmp).save(stage, None, to("stages"))
 
 
 class Handed(nn.ModuleDict):
@@ -2632,18 +2590,15 @@ def test_a_partial_read_verifies_its_units_and_copies_no_damaged_one(tmp_path, l
         assert (view[max(0, 64 - low) : 128 - low] == -1.0).all(), "not one element of that unit"
 
 
+@apart()
 def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_yet(tmp_path):
     free = os.open(tmp_path, os.O_RDONLY)
     os.close(free)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.closing(Storage(tmp_path, Seam()).create("file")) as file:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (2 * free, limits[1]))
-        try:
-            file.write(0, aligned(2 * MiB).data)
-            with open(tmp_path / "file", "rb") as other:
-                assert other.fileno() == free + 1, "nothing else is open"
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    file = Storage(tmp_path, Seam()).create("file")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * free,) * 2)
+    file.write(0, aligned(2 * MiB).data)
+    with open(tmp_path / "file", "rb") as other:
+        assert other.fileno() == free + 1, "nothing else is open"
     assert (tmp_path / "file").stat().st_size == 2 * MiB
 
 
@@ -2682,10 +2637,8 @@ def test_of_copies_that_are_declared_or_trusted_to_be_equal_one_is_kept(rank, tm
         found, checkpoint = bag(-1.0), opened(tmp_path)
         checkpoint.save(bag(float(rank)), None, to(replicas, format=form, replicas=replicas))
         log.write("".join(checkpoint.load(found, None, at(replicas)).warnings))
-        declared, plain = (
-            found.state["declared"].to_local().unique().item(),
-            found.state["plain"].unique().item(),
-        )
+        parts = found.state["declared"].to_local(), found.state["plain"]
+        declared, plain = (part.unique().item() for part in parts)
         if replicas == "verify":
             assert (declared, plain) == (0.0, float(rank)), "the lowest rank's; each its own"
         else:
@@ -2815,8 +2768,6 @@ def load_per_rank(rank, world_size, tmp, strategy):
 PER_RANK = ["model/net.1.running_mean", "model/expert.weight", "model-values/config.value"]
 PER_RANK += [f"optimizer/expert.weight/{slot}" for slot in ("exp_avg", "step")]
 EXTRA_PER_RANK = ["extra/place", "extra/loader", "extra/sampler"]
-
-
 MOVES = [(2, 3, "multi_shard"), (3, 2, "single_file"), (2, 1, "consolidated"), (2, 2, "multi_shard")]
 
 
@@ -2842,24 +2793,22 @@ def test_what_is_kept_per_rank_goes_to_its_rank_or_from_rank_0_or_is_named(tmp_p
         assert bool(told) == (new or here < saved), text
 
 
-def named_tensors(scale, place=lambda tensor: tensor):
-    """Tensors under the names of `nn.Linear(6, 4)`, with an optimizer for each."""
-    tensors = {"weight": scale * torch.arange(24.0).reshape(4, 6), "bias": torch.full((4,), scale)}
-    tensors = {name: place(tensor).requires_grad_() for name, tensor in tensors.items()}
-    optimizers = [torch.optim.AdamW([tensor], lr=tensor.ndim / 10) for tensor in tensors.values()]
-    for tensor, optimizer in zip(tensors.values(), optimizers):
-        tensor.grad = torch.full_like(tensor, scale * tensor.ndim)
-        optimizer.step()
-    return tensors, optimizers
-
-
 @on_ranks(2)
 def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_by_them(rank, tmp_path):
+    def start(scale, place=lambda tensor: tensor):
+        """Tensors under the names of `nn.Linear(6, 4)`, with an optimizer for each."""
+        tensors = {"weight": scale * torch.arange(24.0).reshape(4, 6), "bias": torch.full((4,), scale)}
+        tensors = {name: place(tensor).requires_grad_() for name, tensor in tensors.items()}
+        optimizers = [torch.optim.AdamW([tensor], lr=tensor.ndim / 10) for tensor in tensors.values()]
+        for tensor, optimizer in zip(tensors.values(), optimizers):
+            tensor.grad = torch.full_like(tensor, scale * tensor.ndim)
+            optimizer.step()
+        return tensors, optimizers
+
     mesh, checkpoint = init_device_mesh("cpu", (2,)), opened(tmp_path, ckpt.LocalCoordinator())
-    source = named_tensors(2.0, lambda tensor: distribute_tensor(tensor, mesh, [ShardDim(0)]))
+    source = start(2.0, lambda tensor: distribute_tensor(tensor, mesh, [ShardDim(0)]))
     opened(tmp_path).save(*source, to(include_rng_state=False))
-    (tensors, optimizers), (truth, true_optimizers) = named_tensors(5.0), named_tensors(2.0)
-    how = at(load_rng_state=False)
+    (tensors, optimizers), (truth, true_optimizers), how = start(5.0), start(2.0), at(load_rng_state=False)
     result = checkpoint.load(types.MappingProxyType(tensors), tuple(optimizers[::-1]), how)
     names = {t.name for t in result.metadata.tensors if not t.name.startswith("optimizer/")}
     assert names == {"model/weight", "model/bias"} and not result.warnings
@@ -2870,9 +2819,9 @@ def test_a_mapping_of_names_to_tensors_is_filled_in_place_and_its_optimizers_go_
     linear = nn.Linear(6, 4)  # and a module may go on from it
     checkpoint.load(linear, torch.optim.AdamW(linear.parameters()), how)
     assert identical(linear.weight.detach(), truth["weight"].detach())
-    before = copy.deepcopy(tensors)
-    message = refusal(lambda: checkpoint.load({"weight": tensors["weight"], "b": tensors["bias"]}, None, how))
-    assert "model/b:" in message and "model/bias" in message and identical(tensors, before)
+    before, renamed = copy.deepcopy(tensors), {"weight": tensors["weight"], "b": tensors["bias"]}
+    refusal(lambda: checkpoint.load(renamed, None, how), None, "model/b:", "model/bias")
+    assert identical(tensors, before)
 
 
 @on_ranks(2)
@@ -2931,29 +2880,31 @@ def test_a_bad_prefix_is_refused_before_any_file_is_touched(tmp_path, prefix):
 
 
 MODULE = nn.Linear(1, 1)
-MISUSES = [
-    (to(format="ZIP"), MODULE, None, "format 'multi_shard' 'single_file' 'consolidated'"),
-    (to(compression_level="ULTRA"), MODULE, None, "compression_level 'none' 'fast' 'balanced' 'maximum'"),
-    (to(staging="lazy"), MODULE, None, "staging eager overlapped"),
-    (to(replicas="hope"), MODULE, None, "replicas verify trust"),
-    (to(timeout=-1.0), MODULE, None, "timeout"),
-    (to(timeout=math.inf), MODULE, None, "timeout"),
-    (at(resharding_strategy="psychic"), MODULE, None, "resharding_strategy parallel sequential broadcast"),
-    (LoadOptions(), MODULE, None, "checkpoint_prefix"),
-    ("p", {"layer": MODULE, "w": torch.ones(2)}, None, "layer"),
-    ("p", {"w": torch.ones(2), "step": 3}, None, "step"),
-    ("p", {7: torch.ones(2)}, None, "7"),
-    ("p", {"x._extra_state": torch.ones(2)}, None, "x._extra_state"),
-    ("p", np.ones(2), None, "ndarray"),
-    ("p", [MODULE], None, "list"),
-    ("p", torch.ones(2), None, "Tensor"),
-    ("p", MODULE, [torch.ones(2)], "optimizer"),
-    ("p", MODULE, {"w": torch.ones(2)}, "'w'"),
-    ("p", MODULE, "step_1", "'step_1' third"),  # a prefix goes there
-]
 
 
-@pytest.mark.parametrize("options, model, optimizer, words", MISUSES)
+@pytest.mark.parametrize(
+    "options, model, optimizer, words",
+    [
+        (to(format="ZIP"), MODULE, None, "format 'multi_shard' 'single_file' 'consolidated'"),
+        (to(compression_level="ULTRA"), MODULE, None, "compression_level 'none' 'fast' 'balanced' 'maximum'"),
+        (to(staging="lazy"), MODULE, None, "staging eager overlapped"),
+        (to(replicas="hope"), MODULE, None, "replicas verify trust"),
+        (to(timeout=-1.0), MODULE, None, "timeout"),
+        (to(timeout=math.inf), MODULE, None, "timeout"),
+        (at(resharding_strategy="psychic"), MODULE, None, "resharding_strategy parallel sequential broad"),
+        (LoadOptions(), MODULE, None, "checkpoint_prefix"),
+        ("p", {"layer": MODULE, "w": torch.ones(2)}, None, "layer"),
+        ("p", {"w": torch.ones(2), "step": 3}, None, "step"),
+        ("p", {7: torch.ones(2)}, None, "7"),
+        ("p", {"x._extra_state": torch.ones(2)}, None, "x._extra_state"),
+        ("p", np.ones(2), None, "ndarray"),
+        ("p", [MODULE], None, "list"),
+        ("p", torch.ones(2), None, "Tensor"),
+        ("p", MODULE, [torch.ones(2)], "optimizer"),
+        ("p", MODULE, {"w": torch.ones(2)}, "'w'"),
+        ("p", MODULE, "step_1", "'step_1' third"),  # a prefix goes there
+    ],
+)
 def test_a_misuse_is_a_value_error_that_says_what_is_allowed(checkpoint, options, model, optimizer, words):
     calls = [checkpoint.load, checkpoint.save, lambda *given: checkpoint.save_async(*given).result(20.0)]
     for call in {LoadOptions: calls[:1], SaveOptions: calls[1:]}.get(type(options), calls):
@@ -2997,9 +2948,7 @@ def test_another_shape_is_always_an_error_another_dtype_a_cast_with_a_warning_un
 
 
 @pytest.mark.parametrize("version", [1, 99])
-def test_another_version_is_refused_by_its_number_kept_by_gc_overwritten_and_deleted(
-    tmp_path, checkpoint, version, caplog
-):
+def test_another_version_is_refused_kept_by_gc_overwritten_and_deleted(tmp_path, checkpoint, version, caplog):
     def save_in_that_version():
         checkpoint.save(*small(), "p")
         reseal(tmp_path / "p.metadata.json", lambda fields: fields.update(format_version=version))
@@ -3114,8 +3063,7 @@ def test_the_json_of_ls_and_show_is_as_documented(two_checkpoints, capsys):
     (weight,) = [tensor for tensor in shown["tensors"] if tensor["name"] == "model/0.weight"]
     keys = ("name", "dtype", "shape", "rank", "pieces", "bytes", "tied_to")
     assert list(weight.items()) == list(zip(keys, ("model/0.weight", "F32", [5, 3], None, 1, 60, None)))
-    readme = (HERE / "README.md").read_text()
-    assert all(f"`{key}`" in readme for key in [*shown, *shown["shards"][0], *weight])
+    assert all(f"`{key}`" in README for key in [*shown, *shown["shards"][0], *weight])
 
 
 def test_verify_checks_every_byte_and_exits_1_naming_checkpoint_tensor_and_file(two_checkpoints, capsys):
@@ -3167,14 +3115,9 @@ def test_python_ckpt_py_is_the_command_whose_reader_may_stop_early(two_checkpoin
 # Out: safetensors files, as Hugging Face's libraries expect them
 def contents(path):
     """A safetensors file as anybody may write it, read by hand: {name: (dtype, shape, bytes)}."""
-    data = Path(path).read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    assert header.pop("__metadata__") == {"format": "pt"} and length % 8 == 0
-    places = sorted(entry["data_offsets"] for entry in header.values())
-    begins, ends = [begin for begin, _ in places], [end for _, end in places]
-    assert [0, *ends] == [*begins, len(body)], "a hole, or an overlap"
-    return {n: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for n, e in header.items()}
+    file = Shard(path, ours=False)
+    assert file.metadata == {"format": "pt"} and file.data_at % 8 == 0
+    return {name: (entry["dtype"], entry["shape"], file.data(name)) for name, entry in file.header.items()}
 
 
 def as_stored(state):
@@ -3282,6 +3225,9 @@ def test_export_tells_what_is_complex_per_rank_or_no_tensor(ram, capsys):
 @pytest.mark.parametrize("size", [64, 256])
 @apart()
 def test_an_export_or_import_takes_the_memory_of_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path, size):
+    def memory(field):
+        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
     out, samples = tmp_path / "out.safetensors", []
     state = Bag(w=torch.arange(size * MiB // 8).view(-1, 1 << 14))
     opened(tmp_path).save(state, None, to())
@@ -3295,10 +3241,6 @@ def test_an_export_or_import_takes_the_memory_of_a_few_blocks_whatever_the_size_
     before = memory("RssAnon")  # without the source, which is mapped
     ckpt.import_checkpoint(out, tmp_path, "second", progress=lambda _: samples.append(memory("RssAnon")))
     assert max(samples) - before < 48 * MiB
-
-
-def memory(field):
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -3350,53 +3292,43 @@ def test_two_exports_to_one_name_are_each_whole_and_what_a_dead_one_has_left_goe
     assert sorted(path.name for path in out.iterdir()) == ["m.safetensors", "m.safetensors.0badf00e.tmp"]
 
 
-def test_a_transformers_model_goes_from_fsdp2_to_from_pretrained_and_back(tmp_path, capsys):
-    transformers = pytest.importorskip("transformers")
-    logits = run(2, save_transformer, tmp_path)
-    for number, words in enumerate(([], ["--max-shard-size", "20kB"])):
-        out = tmp_path / f"hf{number}" / "model.safetensors"
-        assert command(capsys, "export", tmp_path, "p", out, "--model-only", *words)[0] == 0
-        transformer().config.save_pretrained(out.parent)
-        model = transformers.AutoModelForCausalLM.from_pretrained(out.parent).eval()
-        assert identical(model(torch.arange(12).view(2, 6)).logits, logits[0])
-        assert model.lm_head.weight is model.get_input_embeddings().weight
-    transformer().save_pretrained(tmp_path / "theirs", max_shard_size="8kB")
-    assert (tmp_path / "theirs/model.safetensors.index.json").exists()
-    assert command(capsys, "import", tmp_path / "theirs", tmp_path, "imported")[0] == 0
-    opened(tmp_path).load(filled(model, "other"), None, at("imported"))
-    truth = dict(transformer().state_dict())
-    assert identical(dict(model.state_dict()), truth) and len(truth) > 20
-    for found, (warning,) in run(2, load_transformer, tmp_path):
-        assert identical(found, truth) and "nothing was verified" in warning
-
-
-def transformer():
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers")
+@on_ranks(2)
+def test_a_transformers_model_goes_from_fsdp2_to_from_pretrained_and_back(rank, tmp_path):
     import transformers
 
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 50}
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes)).eval()
+    def model(salt=None):
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 50}
+        torch.manual_seed(0)
+        made = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**sizes)).eval()
+        return filled(made, salt) if salt else made
 
+    def sharded(model):
+        for block in model.transformer.h:
+            fully_shard(block)
+        return fully_shard(model)
 
-def shard_transformer(model):
-    for block in next(module for module in model.modules() if isinstance(module, nn.ModuleList)):
-        fully_shard(block)
-    return fully_shard(model)
-
-
-def save_transformer(rank, world_size, tmp):
-    model = transformer()
-    with torch.no_grad():
-        logits = model(torch.arange(12).view(2, 6)).logits
-    opened(tmp).save(shard_transformer(model), None, to())
-    return logits
-
-
-def load_transformer(rank, world_size, tmp):
-    model = shard_transformer(filled(transformer(), "other"))
-    result = ckpt.load_safetensors(model, tmp / "theirs")
+    tokens, truth = torch.arange(12).view(2, 6), dict(model().state_dict())
+    opened(tmp_path).save(sharded(model()), None, to())
+    for number, words in enumerate(([], ["--max-shard-size", "20kB"])) if rank == 0 else ():
+        out = tmp_path / f"hf{number}" / "model.safetensors"
+        assert ckpt.main(["export", str(tmp_path), "p", str(out), "--model-only", *words]) == 0
+        model().config.save_pretrained(out.parent)
+        found = transformers.AutoModelForCausalLM.from_pretrained(out.parent).eval()
+        assert identical(found(tokens).logits, model()(tokens).logits)
+        assert found.lm_head.weight is found.get_input_embeddings().weight
+    if rank == 0:
+        model().save_pretrained(tmp_path / "theirs", max_shard_size="8kB")
+        assert (tmp_path / "theirs/model.safetensors.index.json").exists()
+        assert ckpt.main(["import", str(tmp_path / "theirs"), str(tmp_path), "imported"]) == 0
+        opened(tmp_path, ckpt.LocalCoordinator()).load(other := model("other"), None, at("imported"))
+        assert identical(dict(other.state_dict()), truth) and len(truth) > 20
+    dist.barrier()
+    result = ckpt.load_safetensors(live := sharded(model("other")), tmp_path / "theirs")
     assert (result.source_world_size, result.target_world_size) == (1, 2)
-    return {name: t.full_tensor().detach() for name, t in model.state_dict().items()}, result.warnings
+    (warning,) = result.warnings
+    assert "nothing was verified" in warning
+    assert identical({name: t.full_tensor().detach() for name, t in live.state_dict().items()}, truth)
 
 
 # In: what others have saved
@@ -3411,8 +3343,11 @@ def safetensors_file(path, state, pad=0, metadata=None):
     return path
 
 
-def as_file(tmp, state, **options):
-    return safetensors_file(tmp / "m.safetensors", state, **options)
+def as_file(tmp, state, drop=None, **options):
+    kept = {
+        name: tensor for name, tensor in state.items() if name != drop
+    }  # as save_pretrained leaves it out
+    return safetensors_file(tmp / "m.safetensors", kept, **options)
 
 
 def as_index(tmp, state, stale=False):
@@ -3457,11 +3392,21 @@ def from_ddp(state):
     return {f"module.{name}": tensor for name, tensor in state.items()}
 
 
+def by_module(state):
+    """A dict of dicts, as `{"up": {"weight": ...}, "tiny": ...}`."""
+    tree = {}
+    for name, tensor in state.items():
+        module, _, last = name.rpartition(".")
+        (tree.setdefault(module, {}) if module else tree)[last] = tensor
+    return tree
+
+
 BESIDE = {"epoch": 3, "optimizer": {"m": torch.ones(2)}}
 SOURCES = {
     "safetensors": as_file,
     "safetensors, misaligned": lambda tmp, state: as_file(tmp, state, pad=3),
     "safetensors, from DDP": lambda tmp, state: as_file(tmp, from_ddp(state)),
+    "safetensors, without a tied name": lambda tmp, state: as_file(tmp, state, drop="head.weight"),
     "safetensors, in a directory": lambda tmp, state: as_file(tmp, state).parent,
     "index": as_index,
     "index, in a directory": lambda tmp, state: as_index(tmp, state).parent,
@@ -3471,6 +3416,7 @@ SOURCES = {
     "torch": as_torch,
     "torch, of before zip": lambda tmp, state: as_torch(tmp, state, _use_new_zipfile_serialization=False),
     "torch, from DDP": lambda tmp, state: as_torch(tmp, from_ddp(state)),
+    "torch, of dicts of dicts": lambda tmp, state: as_torch(tmp, by_module(state)),
     "torch, nested": lambda tmp, state: as_torch(tmp, {"model": state, **BESIDE, "optimizer": {0: {"m": 1}}}),
     "torch, nested, of Lightning": lambda tmp, state: as_torch(tmp, {"state_dict": state, **BESIDE}),
     "DCP": as_dcp,
@@ -3486,8 +3432,13 @@ def test_an_import_or_load_safetensors_from_any_source_is_strict_and_bit_for_bit
     words = ("import", source, tmp_path / "new/checkpoints", "a/b")
     code, text, _ = command(capsys, *words)
     assert code == 0 and ("pickle" in text) == kind.startswith("DCP"), text
-    result = opened(tmp_path / "new/checkpoints").load(model, None, at("a/b"))
-    assert identical(model.state_dict(), truth)
+    load = functools.partial(opened(tmp_path / "new/checkpoints").load, optimizer=None, options=at("a/b"))
+    result = load(model)
+    tied = [tensor.name for tensor in result.metadata.tensors if tensor.alias_of is not None]
+    assert identical(model.state_dict(), truth) and (kind != "torch" or tied == ["model/head.weight"])
+    if "without" in kind:
+        (apart := filled(Net(), "other")).head.weight = nn.Parameter(torch.zeros(11, 6))
+        refusal(lambda: load(apart), None, "model/head.weight: missing")
     assert set(result.extra_state) == (set(BESIDE) if "nested" in kind else set())
     assert "nested" not in kind or (result.extra_state["epoch"] == 3 and "epoch" in text)
     code, text, _ = command(capsys, *words)
@@ -3498,80 +3449,26 @@ def test_an_import_or_load_safetensors_from_any_source_is_strict_and_bit_for_bit
         assert identical(model.state_dict(), truth)
 
 
-def test_dicts_of_dicts_of_tensors_are_imported_by_dotted_names_and_tied_tensors_once(tmp_path, capsys):
-    shared = torch.randn(1000)
-    state = {"a": {"w": shared, "b": {"0": torch.ones(2)}}, "c": shared, "lr": 0.1}
-    assert command(capsys, "import", as_torch(tmp_path, state), tmp_path, "p")[0] == 0
-    names = {"a.w": torch.zeros(1000), "a.b.0": torch.zeros(2), "c": torch.zeros(1000)}
-    result = opened(tmp_path).load(names, None, at())
-    assert result.extra_state == {"lr": 0.1}
-    assert identical(names, {"a.w": shared, "a.b.0": torch.ones(2), "c": shared})
-    assert [t.name for t in result.metadata.tensors if t.alias_of is not None] == ["model/c"]
-
-
-def test_a_tied_tensor_may_be_imported_under_one_of_its_names_alone(tmp_path, capsys):
-    state = dict(filled(Net(), "truth").state_dict())
-    del state["head.weight"]  # as save_pretrained leaves it out
-    assert command(capsys, "import", as_file(tmp_path, state), tmp_path, "p")[0] == 0
-    model, apart = filled(Net(), "other"), filled(Net(), "other")
-    opened(tmp_path).load(model, None, at())
-    assert identical(model.state_dict(), filled(Net(), "truth").state_dict())
-    apart.head.weight = nn.Parameter(apart.head.weight.detach().clone())
-    assert "model/head.weight: missing" in refusal(lambda: opened(tmp_path).load(apart, None, at()))
-
-
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
 
 
-def bad_sources(tmp):
-    """(source, its bytes, or the files of a directory, exit code, what is to be said of it)."""
-    good, ones = as_file(tmp, {"w": torch.ones(3)}).read_bytes(), torch.ones(2)
-    index = as_index(tmp, {"a": torch.ones(1), "b": torch.ones(2)})
-    text, part = index.read_bytes(), (tmp / "m-0.safetensors").read_bytes()
-    parts = {"m-0.safetensors": part, "m-1.safetensors": (tmp / "m-1.safetensors").read_bytes()}
-
-    def header(old, new):
-        changed = good[8:-12].replace(old, new)
-        assert changed != good[8:-12]
-        return struct.pack("<Q", len(changed)) + changed + good[-12:]
+def bad_pickles():
+    """(name, bytes, exit code, what is to be said of it)."""
 
     def pickled(state, save=torch.save, **options):
         save(state, file := io.BytesIO(), **options)
         return file.getvalue()
 
-    opened(tmp / "base").save(*small(), "p")
-    (full,) = ckpt.export_checkpoint(tmp / "base", "p", tmp / "base" / "full.safetensors")
-    (ours,) = shards(tmp / "base")
-    threes, tar = bytearray(pickled({"w": torch.full((4096,), 3.0)})), io.BytesIO()
+    ones, tar = torch.ones(2), io.BytesIO()
+    threes = bytearray(pickled({"w": torch.full((4096,), 3.0)}))
     threes[threes.index(struct.pack("<f", 3.0) * 9) + 2] ^= 1
     with tarfile.open(fileobj=tar, mode="w") as archive:
         list(map(archive.addfile, map(tarfile.TarInfo, ("storages", "tensors", "pickle"))))
     return [
-        ("nothing", None, 1, "nothing"),
-        ("empty", {}, 2, "empty"),
-        ("both", {"a.safetensors": good, "b.safetensors": good}, 2, "several files have w"),
-        ("beside", {**parts, index.name: text, "m.safetensors": good}, 2, "m.safetensors"),
-        ("wrong", {**parts, index.name: text.replace(b'"a":', b'"x":')}, 1, "x"),
-        ("path", {**parts, index.name: text.replace(b'"m-1.', b'"../m-1.')}, 1, "is not the plain name"),
-        ("gone", {"m-0.safetensors": part, index.name: text}, 1, "m-1.safetensors"),
-        ("torn", {".metadata": b"no pickle"}, 1, "torn"),
-        ("i.index.json", b"{}", 1, "weight_map"),
-        ("0.safetensors", b"", 1, "0.safetensors"),
-        ("7.safetensors", good[:7], 1, "7.safetensors"),
-        ("cut.safetensors", good[:-1], 1, "cut.safetensors"),
-        ("longer.safetensors", good + b"\0", 1, "longer.safetensors"),
-        ("length.safetensors", struct.pack("<Q", 1 << 63) + good[8:], 1, "header length"),
-        ("dtype.safetensors", header(b"F32", b"F31"), 1, "F31"),
-        ("ours.safetensors", header(b"F32", b"C32"), 1, "C32"),
-        ("overlap.safetensors", header(b"[0, 12]", b"[4, 12]"), 1, "overlap.safetensors"),
-        ("shape.safetensors", header(b"[3]", b"[4]"), 1, "'w': F32 of shape [4] in 12"),
-        ("twice.safetensors", header(b'"w": {', b'"w": 1, "w": {'), 1, "duplicate"),
         ("list.pt", pickled([ones]), 2, "list"),
         ("sparse.pt", pickled({"w": ones, "x": {"w": ones.to_sparse()}}), 1, "x.w"),
-        ("full.safetensors", Path(full).read_bytes(), 2, "model_only"),
-        ("shard.safetensors", ours.read_bytes(), 2, "model_only"),
         ("names.pt", pickled({"a.b": ones, "a": {"b": ones}}), 2, "a.b"),
         ("one_name.pt", pickled({1: ones, "1": ones}), 2, "one name"),
         ("bit.pt", bytes(threes), 1, "bit.pt"),
@@ -3583,6 +3480,46 @@ def bad_sources(tmp):
         ("text.pt", b"hello", 1, "KeyError"),
         ("script.pt", pickled(torch.jit.script(nn.Linear(2, 2)), torch.jit.save), 1, "TorchScript"),
         ("tar.pt", tar.getvalue(), 1, ".tar format"),
+    ]
+
+
+def bad_sources(tmp):
+    """Also of directories, with the bytes of their files."""
+    good = as_file(tmp, {"w": torch.ones(3)}).read_bytes()
+    index = as_index(tmp, {"a": torch.ones(1), "b": torch.ones(2)})
+    parts = {f"m-{number}.safetensors": (tmp / f"m-{number}.safetensors").read_bytes() for number in (0, 1)}
+    text, (first, _) = index.read_bytes(), parts.items()
+
+    def header(old, new):
+        changed = good[8:-12].replace(old, new)
+        assert changed != good[8:-12]
+        return struct.pack("<Q", len(changed)) + changed + good[-12:]
+
+    opened(tmp / "base").save(*small(), "p")
+    (full,) = ckpt.export_checkpoint(tmp / "base", "p", tmp / "base" / "full.safetensors")
+    (ours,) = shards(tmp / "base")
+    return [
+        ("nothing", None, 1, "nothing"),
+        ("empty", {}, 2, "empty"),
+        ("both", {"a.safetensors": good, "b.safetensors": good}, 2, "several files have w"),
+        ("beside", {**parts, index.name: text, "m.safetensors": good}, 2, "m.safetensors"),
+        ("wrong", {**parts, index.name: text.replace(b'"a":', b'"x":')}, 1, "x"),
+        ("path", {**parts, index.name: text.replace(b'"m-1.', b'"../m-1.')}, 1, "is not the plain name"),
+        ("gone", dict([first, (index.name, text)]), 1, "m-1.safetensors"),
+        ("torn", {".metadata": b"no pickle"}, 1, "torn"),
+        ("i.index.json", b"{}", 1, "weight_map"),
+        ("0.safetensors", b"", 1, "0.safetensors"),
+        ("cut.safetensors", good[:-1], 1, "cut.safetensors"),
+        ("longer.safetensors", good + b"\0", 1, "longer.safetensors"),
+        ("length.safetensors", struct.pack("<Q", 1 << 63) + good[8:], 1, "header length"),
+        ("dtype.safetensors", header(b"F32", b"F31"), 1, "F31"),
+        ("ours.safetensors", header(b"F32", b"C32"), 1, "C32"),
+        ("overlap.safetensors", header(b"[0, 12]", b"[4, 12]"), 1, "overlap.safetensors"),
+        ("shape.safetensors", header(b"[3]", b"[4]"), 1, "'w': F32 of shape [4] in 12"),
+        ("twice.safetensors", header(b'"w": {', b'"w": 1, "w": {'), 1, "duplicate"),
+        ("full.safetensors", Path(full).read_bytes(), 2, "model_only"),
+        ("shard.safetensors", ours.read_bytes(), 2, "model_only"),
+        *bad_pickles(),
     ]
 
 
@@ -3735,11 +3672,7 @@ def test_diff_names_what_was_added_removed_and_changed_and_by_how_much(tmp_path,
     assert code == 1 and found == {name: (kind, what, None) for name, (kind, what, _) in wanted.items()}
     assert "LARGEST_CHANGE" not in command(capsys, "diff", tmp_path, "a", "b")[1]  # no empty column
     code, text, _ = command(capsys, "diff", tmp_path, "a", "b", "--values")
-    for line in (
-        "NAME +KIND +WHAT +LARGEST_CHANGE",
-        r"model/gone +removed +F32 \[2\]",
-        r"model/moved +changed +value +0.25",
-    ):
+    for line in ("NAME +KIND +WHAT +LARGEST_CHANGE", r"model/moved +changed +value +0.25"):
         assert code == 1 and re.search(f"^{line}$", text, re.M)
     assert command(capsys, "diff", tmp_path, "a", "a") == (0, "", "")
 
@@ -3795,24 +3728,12 @@ class Stranger:
         self.files = []  # of each: its data, and where entries begin and end
         assert self.record["format_version"] == 2
         for name, length, header_bytes, crc in self.record["files"]:
-            with open(f"{directory}/{prefix}/{name}", "rb") as file:
-                content = file.read()
-            (n,) = struct.unpack("<Q", content[:8])
-            assert len(content) == length and 8 + n == header_bytes and header_bytes % 4096 == 0
-            assert f"{zlib.crc32(content[:header_bytes]):08x}" == crc
+            file = Shard(f"{directory}/{prefix}/{name}")  # which asserts the rules of a file alone
+            assert (len(file.bytes), file.data_at) == (length, header_bytes)
+            assert f"{zlib.crc32(file.bytes[:header_bytes]):08x}" == crc
             assert name.startswith(self.record["save_id"])
-            header, data = json.loads(content[8:header_bytes]), content[header_bytes:]
-            assert list(header)[0] == "__metadata__"
-            units = [data[begin : begin + 262144] for begin in range(0, len(data), 262144)]
-            crcs = "".join(f"{zlib.crc32(unit):08x}" for unit in units)
-            metadata = {"format": "pt", "ckpt_version": "2", "unit_bytes": "262144", "crc32": crcs}
-            assert list(header.pop("__metadata__").items()) == list(metadata.items())
-            self.files.append((data, {key: tuple(entry["data_offsets"]) for key, entry in header.items()}))
-
-    @staticmethod
-    def column(text):
-        differences = struct.iter_unpack("<q", zlib.decompress(base64.b64decode(text)))
-        return list(itertools.accumulate(difference for (difference,) in differences))
+            places = {key: tuple(entry["data_offsets"]) for key, entry in file.header.items()}
+            self.files.append((file.bytes[header_bytes:], places))
 
     @staticmethod
     def expand(stored, size, length):
@@ -3833,8 +3754,8 @@ class Stranger:
         rows, pieces = self.record["tensors"], self.record["pieces"]
         whole = [np.zeros((*shape, self.SIZES[code]), np.uint8) for _, code, shape, _, _ in rows]
         assert list(pieces) == ["count", "tensor", "file", "begin", "length", "offset", "size"]
-        which, file, begin, length = (self.column(column) for column in list(pieces.values())[1:5])
-        offset, size = ([self.column(text) for text in pieces[key]] for key in ("offset", "size"))
+        which, file, begin, length = (column_of(text) for text in list(pieces.values())[1:5])
+        offset, size = ([column_of(text) for text in pieces[key]] for key in ("offset", "size"))
         assert which == sorted(which) and len(which) == pieces["count"]
         self.compressed = []  # the stored lengths of compressed pieces, and the lengths of their boxes
         for row, index in enumerate(which):
@@ -3909,15 +3830,11 @@ def documented_state(rank):
 CONFIG = {"depth": 3, "name": "ü", 5: (1.5, None)}  # a value in a model's state
 
 
-def documented_layers(salt="truth"):
-    return filled(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), salt)
-
-
 @for_each(level=[LEVELS[0], LEVELS[1], LEVELS[3]], form=FORMATS)
 @on_ranks(2)
 def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(rank, ram, form, level):
-    layers, (tensors, values) = documented_layers(), documented_state(rank)
-    fully_shard(layers[0])  # 7 rows over 2 ranks: uneven
+    layers, (tensors, values) = small()[0], documented_state(rank)
+    fully_shard(layers[0])  # 5 rows over 2 ranks: uneven
     fully_shard(layers)
     torch.manual_seed(rank)
     random.seed(rank)
@@ -3933,7 +3850,7 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
     assert bool(found.compressed) == compressible
     whole_file = {"single_file": "model/bag.empty", "consolidated": "bag.empty"}.get(form.value)
     assert whole_file is None or whole_file in found.files[0][1], "an empty tensor has an entry there"
-    layers = documented_layers()
+    layers = small()[0]
     optimizer = stepped(layers)
     expected = {(f"model/layers.{name}", None): tensor for name, tensor in layers.state_dict().items()}
     for (name, _), state in zip(layers.named_parameters(), optimizer.state_dict()["state"].values()):
@@ -3961,15 +3878,14 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
 
 
 def test_the_worked_examples_of_the_readme_are_what_is_written(tmp_path):
-    readme = (HERE / "README.md").read_text()
     opened(tmp_path).save_model_only(Bag(w=torch.tensor([1.0, 2.0])), to(custom_metadata={"epoch": 3}))
     (path,) = shards(tmp_path)
-    dump = re.findall(r"^0000([0-9a-f]{4})  ((?:[0-9a-f]{2} +)+)", readme, re.MULTILINE)
+    dump = re.findall(r"^0000([0-9a-f]{4})  ((?:[0-9a-f]{2} +)+)", README, re.MULTILINE)
     content = path.read_bytes()
     assert len(dump) == 3 and len(content) == 4096 + 8
     assert all(content[int(place, 16) :].startswith(bytes.fromhex(digits)) for place, digits in dump)
-    assert f"CRC32 {zlib.crc32(content[4096:]):08x}" in readme
-    (example,) = re.findall(r"^```json\n(\{\"format_version.*\n)```", readme, re.MULTILINE)
+    assert f"CRC32 {zlib.crc32(content[4096:]):08x}" in README
+    (example,) = re.findall(r"^```json\n(\{\"format_version.*\n)```", README, re.MULTILINE)
     assert example.endswith(f',"crc32":"{zlib.crc32(example[:-21].encode()):08x}"}}\n')
     text = (tmp_path / "p.metadata.json").read_text()
     written, shown = expanded(json.loads(text)), expanded(json.loads(example))
@@ -4179,7 +4095,7 @@ class SameArchitecture:
 
 
 def test_every_recipe_that_the_readme_names_is_in_the_section_recipes():
-    text = (HERE / "README.md").read_text().partition("## Recipes")[2].partition("\n## ")[0]
+    text = README.partition("## Recipes")[2].partition("\n## ")[0]
     named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)))
     recipes = Path(__file__).read_text().partition("\n# ---- recipes")[2].partition("\n# ---- ")[0]
     assert len(named) >= 6 and set(named) <= set(re.findall(r"^(?:def|class) (\w+)", recipes, re.MULTILINE))
@@ -4215,45 +4131,35 @@ def recipes():
     return types.SimpleNamespace(**namespace)
 
 
-def test_a_renamed_subset_of_a_checkpoint_fills_the_backbone_for_fine_tuning(tmp_path):
-    run(2, save_an_encoder, tmp_path)
-    assert run(3, fine_tune_it, tmp_path) == [(True, True, True)] * 3
-
-
-def save_an_encoder(rank, world_size, tmp):
+@on_ranks(2)
+def test_a_renamed_subset_of_a_checkpoint_fills_the_backbone_for_fine_tuning(rank, tmp_path):
     model = nn.ModuleDict({"encoder": filled(nn.Linear(3, 5), "truth"), "decoder": nn.Linear(5, 4)})
     fully_shard(model["encoder"])
-    opened(tmp).save(model, stepped(model["encoder"], lr=0.0), to())
-
-
-def fine_tune_it(rank, world_size, tmp):
+    opened(tmp_path).save(model, stepped(model["encoder"], lr=0.0), to())
     model = filled(nn.ModuleDict({"backbone": nn.Linear(3, 5), "head": nn.Linear(5, 2)}), "other")
     before = state_of(model["head"])
     fully_shard(model["backbone"])
-    warnings = recipes().fine_tune(opened(tmp), "p", model)
-    loaded = whole(model["backbone"].weight) == whole(filled(nn.Linear(3, 5), "truth").weight)
-    untouched = identical(state_of(model["head"]), before)
-    return loaded, untouched, any("decoder.weight" in warning for warning in warnings)
+    warnings = recipes().fine_tune(opened(tmp_path), "p", model)
+    assert whole(model["backbone"].weight) == whole(filled(nn.Linear(3, 5), "truth").weight)
+    assert identical(state_of(model["head"]), before) and any("decoder.weight" in line for line in warnings)
 
 
-def test_the_optimizer_of_an_imported_file_loads_here_and_into_an_fsdp2_optimizer(tmp_path):
-    model, other, storage = documented_layers(), documented_layers("other"), ckpt.LocalStorage(tmp_path / "c")
+@on_ranks(2)
+def test_the_optimizer_of_an_imported_file_loads_here_and_into_an_fsdp2_optimizer(rank, tmp_path):
+    def moments(optimizer):
+        return [whole(t) for state in optimizer.state_dict()["state"].values() for t in state.values()]
+
+    (model, other), base = (small(salt)[0] for salt in ("truth", "other")), tmp_path / "c"
     optimizer, here = stepped(model, lr=0.125), torch.optim.AdamW(other.parameters())
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "old.pt")
-    ckpt.import_checkpoint(tmp_path / "old.pt", storage, "old")
-    alone = ckpt.DistributedCheckpoint(ckpt.LocalCoordinator(), storage)
-    prefix = recipes().with_optimizer(alone, "old", other, here)
-    assert identical(state_of(other, here), state_of(model, optimizer))
-    truth = [raw(t) for state in optimizer.state_dict()["state"].values() for t in state.values()]
-    assert run(2, load_the_optimizer, tmp_path / "c", prefix) == [(0.125, truth)] * 2
-
-
-def load_the_optimizer(rank, world_size, tmp, prefix):
-    model = fully_shard(documented_layers("third"))
-    optimizer = torch.optim.AdamW(model.parameters())
-    opened(tmp).load(model, optimizer, at(prefix, load_rng_state=False))
-    found = [whole(t) for state in optimizer.state_dict()["state"].values() for t in state.values()]
-    return optimizer.param_groups[0]["lr"], found
+    if rank == 0:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "old.pt")
+        ckpt.import_checkpoint(tmp_path / "old.pt", base, "old")
+        prefix = recipes().with_optimizer(opened(base, ckpt.LocalCoordinator()), "old", other, here)
+        assert identical(state_of(other, here), state_of(model, optimizer))
+    third = fully_shard(small("third")[0])
+    sharded, prefix = torch.optim.AdamW(third.parameters()), gathered(prefix if rank == 0 else None)[0]
+    opened(base).load(third, sharded, at(prefix, load_rng_state=False))
+    assert sharded.param_groups[0]["lr"] == 0.125 and moments(sharded) == moments(optimizer)
 
 
 def test_retain_keeps_every_thousandth_step_and_the_best_five(tmp_path):
@@ -4276,7 +4182,7 @@ def test_fsdp1_goes_through_the_stateful_of_the_readme_to_any_number_of_ranks(tm
 
 def through_fsdp1(rank, world_size, tmp, salt):
     """Save "truth", or load it; the learning rate, and all tensors whole, as bytes by name."""
-    model = filled(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), salt)
+    model = small(salt)[0]
     how = {"device_mesh": init_device_mesh("cpu", (world_size,)), "device_id": torch.device("cpu")}
     how |= {"auto_wrap_policy": ModuleWrapPolicy({nn.Linear}), "use_orig_params": True}
     model = FullyShardedDataParallel(model, **how)
@@ -4378,10 +4284,9 @@ print("resumed equally")
 def test_lightning_resumes_by_the_callback_as_if_it_had_never_stopped(tmp_path, how):
     pytest.importorskip("lightning")
     (tmp_path / "job.py").write_text(LIGHTNING_JOB)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    line = [*([*TORCHRUN, "2"] if how == "fsdp2" else [sys.executable]), "job.py", how]
-    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0 and "resumed equally" in done.stdout, done.stderr[-3000:]
+    launcher = [*TORCHRUN[1:], "2"] if how == "fsdp2" else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert "resumed equally" in output_of(*launcher, "job.py", how, cwd=tmp_path, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -4478,7 +4383,7 @@ def test_the_checkers_of_the_readme_refuse_what_is_not_finite_or_of_another_arch
 @pytest.mark.parametrize("form", FORMATS)
 @on_ranks(2)
 def test_progress_reaches_its_total_on_every_rank_and_comes_from_one_thread(rank, ram, form):
-    calls, checkpoint, layers = {}, opened(ram), fully_shard(documented_layers())
+    calls, checkpoint, layers = {}, opened(ram), fully_shard(small()[0])
     replica = Bag(w=torch.arange(3 * MiB, dtype=torch.int32), odd=torch.zeros(5).byte())  # leaves a gap
     model = {"layers": layers, "replica": replica, "own": Bag(x=torch.full((MiB,), float(rank)))}
 
@@ -4507,7 +4412,7 @@ def test_a_coordinator_of_the_five_documented_methods_is_enough_also_where_one_r
     def use_five_methods(coordinator):
         assert isinstance(coordinator, ckpt.DistributedCoordinator)
         checkpoint, truth = over(ram, coordinator), torch.arange(3 * MiB, dtype=torch.float32)
-        fails = Doomed(OSError("no room"), times=FOREVER if coordinator.rank == 1 else 0)
+        fails = Doomed(OSError("no room"), can_save=coordinator.rank == 0)
         source, target = Bag(w=truth, own=truth + coordinator.rank), Bag(w=0 * truth, own=0 * truth)
         how = {"load_rng_state": False, "resharding_strategy": "broadcast"}
         spoilt = {"progress": (lambda _: 1 / 0) if coordinator.rank else None}
@@ -4543,10 +4448,8 @@ def test_warnings_are_printed_and_once_asked_for_a_line_for_each_save_and_load_o
             checkpoint.logger.setLevel(logging.DEBUG)
     lines = error.getvalue().removeprefix(before).splitlines()
     if rank:
-        assert before == "" and [line[:26] for line in lines] == [
-            "DEBUG:ckpt:saved step_10: ",
-            "DEBUG:ckpt:loaded step_10:",
-        ]
+        assert before == "" and lines[0].startswith("DEBUG:ckpt:saved step_10: ")
+        assert len(lines) == 2 and lines[1].startswith("DEBUG:ckpt:loaded step_10:")
         assert " 16.79 MB by rank 1" in lines[0] and " 33.55 MB of" in lines[1]
         return
     warning, saved, loaded = lines
@@ -4559,14 +4462,14 @@ def test_warnings_are_printed_and_once_asked_for_a_line_for_each_save_and_load_o
     timing = timing.replace("S", "L").partition(" L6")[0] + r"\)"
     pattern = rf"INFO:ckpt:loaded step_10: 33\.55 MB of {size} to rank 0 of 2{timing}"
     assert re.fullmatch(pattern, loaded), loaded
-    (example,) = re.findall(r"`(INFO:ckpt:.*?) \.\.\.`", (HERE / "README.md").read_text())
+    (example,) = re.findall(r"`(INFO:ckpt:.*?) \.\.\.`", README)
     assert saved.startswith(re.sub(r"[\d.]+ kB", size, example))
 
 
 def test_what_the_readme_says_of_dcp_is_there_in_torch():
     from torch.distributed.checkpoint import format_utils, state_dict
 
-    table = (HERE / "README.md").read_text().partition("## Moving from DCP")[2].partition("\n## ")[0]
+    table = README.partition("## Moving from DCP")[2].partition("\n## ")[0]
     names = {}
     for row in re.findall(r"^\|(.*?)\|", table, re.MULTILINE):
         for name, arguments in re.findall(r"(?:dcp\.)?(\w+)\((.*?)\)(?=`|,)", row):
@@ -4582,7 +4485,7 @@ def test_a_checkpoint_moves_from_dcp_as_the_readme_says_and_the_calls_do_the_sam
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     def start(salt):
-        model = fully_shard(documented_layers(salt))
+        model = fully_shard(small(salt)[0])
         return model, torch.optim.AdamW(model.parameters())
 
     model = start("truth")[0]
@@ -5224,17 +5127,15 @@ def test_short_reads_and_writes_or_another_kind_of_storage_change_nothing(ram, c
     assert storage.names() == []
 
 
+@apart()
 def test_signals_that_interrupt_system_calls_change_nothing(tmp_path):
     interrupts, checkpoint = [], opened(tmp_path)
     bag, other = (Bag(w=torch.arange(start, start + 4 * MiB, dtype=torch.int32)) for start in (0, 1))
-    before = signal.signal(signal.SIGALRM, lambda *_: interrupts.append(1))
+    signal.signal(signal.SIGALRM, lambda *_: interrupts.append(1))
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-    try:
-        checkpoint.save(bag, None, to())
-        checkpoint.load(other, None, at())
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    checkpoint.save(bag, None, to())
+    checkpoint.load(other, None, at())
+    signal.setitimer(signal.ITIMER_REAL, 0)
     assert interrupts and identical(other.state, bag.state)
 
 
@@ -5640,6 +5541,7 @@ def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_
                 self.paths[fd] = path
             return fd
 
+    # Nothing is in the page cache, so that reads, too, would go past it.
     lacked = Strike(0, fail(code), lambda op: LACKED[what](op) and op.call != "close", FOREVER)
     storage, bags = Storage(ram, Lacking(lacked)), [Bag(w=torch.arange(n, n + (1 << 17))) for n in (1, 2, 3)]
     storage.seam.before = lambda op: lacked(op) or not_cached(op)
@@ -5656,11 +5558,8 @@ def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_
         over(storage).delete_checkpoint("q")
     over(storage).load(loaded := Bag(w=torch.zeros(1 << 17, dtype=torch.int64)), None, at())
     assert identical(loaded.state, bags[1].state) and over(storage).validate_checkpoint("p").is_valid
-    direct = [
-        {op.call for op in ops if op.path.startswith("/proc")}
-        for ops in (storage.seam.log, storage.seam.done)
-    ]
-    assert lacked.hit and direct
+    past = {op.call for op in storage.seam.log if op.path.startswith("/proc")}
+    assert lacked.hit and (past >= {"pread", "pwrite"} or "page cache" not in what)
 
 
 # Row 13, 14: damage to any bit, any length, any file out of place
@@ -6285,6 +6184,7 @@ def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_what_is_kept(ra
     names, checkpoint = [], over(ram)
     for number, Shifted.years in enumerate(years):
         names.append(put(ram, WORDS[number], f"run/{9 - number}" if number % 2 else None))
+        os.utime(ram / f"{names[-1]}.metadata.json", (1e9 - number, 1e9 - number))
     this_year = datetime.datetime.now(datetime.timezone.utc).year
     listed = [(info.prefix, info.timestamp.year - this_year) for info in checkpoint.list_checkpoints()]
     assert listed == list(zip(names, years))  # the clock was really off
@@ -6409,11 +6309,11 @@ LINKED = ["theirs", "theirs/q", "theirs/q/*", "theirs/q.metadata.json"]
 def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, call, path, code):
     """A STORAGE_ERROR for who asks for it; all others warn and go on."""
     base, place, failing, says = ram / "base", ram / "outside", lambda op: None, "symbolic link"
+    orphan = base / "theirs" / "q" / "0badf00d-00000-of-00001.safetensors"
     put(base, "old")
     put(base, "other", "theirs/q")
     if code:
-        place = base / "theirs"
-        says, orphan = os.strerror(code), base / "theirs" / "q" / "0badf00d-00000-of-00001.safetensors"
+        place, says = base / "theirs", os.strerror(code)
         orphan.write_bytes(b"")
         failing = Strike(0, fail(code), lambda op: op.call == call and op.path == f"{base}/{path}", FOREVER)
     else:
@@ -6430,22 +6330,17 @@ def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, c
         assert all(says in message and "skipped theirs" in message for message in about), about
         return result
 
-    assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["p"]
-    assert warned(checkpoint.latest_checkpoint()).prefix == "p"
-    for words, expected in ((["verify", base, "theirs/q"], 1), (["ls", base], 0)) if not code else ():
-        found, text, _ = command(capsys, *words)
-        assert found == expected and says in text and (found or "p " in text)
-        caplog.clear()
+    assert warned(prefixes(checkpoint)) == ["p"] and warned(checkpoint.latest_checkpoint()).prefix == "p"
     warned(put(storage, "new", "r", keep_last=2))
     warned(put(storage, "next", "s", keep_last=2))
     expected = {"p": "absent", "r": "new", "s": "next"} | ({"theirs/q": "other"} if code else {})
     assert {prefix: seen(base, prefix) for prefix in expected} == expected
-    assert [info.prefix for info in warned(checkpoint.list_checkpoints())] == ["r", "s"]
+    assert warned(prefixes(checkpoint)) == ["r", "s"]
     if call != "listdir":  # which only who looks for checkpoints needs
         for fallback in (False, True):
             load = functools.partial(checkpoint.load, value("old"), None, at("theirs/q", fallback=fallback))
-            message = refusal(load, "STORAGE_ERROR")
-            assert says in message and (code or message.startswith(str(path.relative_to(base))))
+            message = refusal(load, "STORAGE_ERROR", says)
+            assert code or message.startswith(str(path.relative_to(base)))
         assert says in checkpoint.validate_checkpoint("theirs/q").errors[0]
     caplog.clear()
     assert st.collect_garbage(storage) == []
@@ -6460,7 +6355,7 @@ def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, c
     assert (listing(place) or place.read_bytes()) == theirs
     if code:
         orphan.unlink()
-        assert {info.prefix for info in over(base).list_checkpoints()} == {"r", "s", "theirs/q"}
+        assert set(prefixes(over(base))) == {"r", "s", "theirs/q"}
 
 
 # The harness itself: twelve mutants of the library, each of which a checker above must catch
@@ -6726,8 +6621,20 @@ def check_together(base, size, faults):
     for number, fault in enumerate(faults):
         own = by_rank[fault.victim] if is_deadly else by_rank[fault.victim][number]
         others = [found[number] for rank, found in enumerate(by_rank) if rank != fault.victim]
-        committed = check_others(fault, others, size)
-        context = (fault, own, others)
+        committed, context = others[0][0] == SAVED, (fault, own, others)
+        word, (_, kind, text) = "new" if committed else "old", FAULTS[fault.how]
+        assert word in fault.words(), context
+        for answer, warned, *_ in others:
+            assert (answer == SAVED) == committed and (not warned or fault.place != "unlink"), context
+            if not committed:
+                assert answer[0] in (kind, f"{fault.verb[:4].upper()}_{kind}") and text in answer[2], context
+                text_names = re.search(rf"\brank\(?s?\)?\D*{fault.victim}\b", answer[2])
+                is_named = answer[1] == fault.victim and text_names
+                assert is_named or fault.how in ("ends the store", "stops before another fails"), context
+                assert "undefined" in answer[2] or fault.verb != "load" or kind == "TIMEOUT", context
+            elif fault.how in ("dies", "stops"):
+                (line,) = [line for line in warned if "committed, but not every rank may know" in line]
+                assert f"no answer from rank(s) {fault.victim} of {size}" in line, context
         if is_deadly:
             assert own == "died", context
             continue
@@ -6738,32 +6645,12 @@ def check_together(base, size, faults):
         else:
             assert {answer for answer, *_ in others} == {own[0]}, context
         if committed and fault.how in ("raises", "cannot delete"):
-            said = [line for _, warned, *_ in [own, *others] for line in warned]
-            assert any(FAULTS[fault.how][2] in line for line in said), context
+            assert any(text in line for _, warned, *_ in [own, *others] for line in warned), context
         may_stay = fault.place == "unlink" or (own[0] == "interrupted" and fault.victim == 0 and committed)
-        for *_, word, left in [own, *others]:
-            assert word == ("new" if committed else "old") and (may_stay or not left), context
+        assert all(found == word and (may_stay or not left) for *_, found, left in [own, *others]), context
     if fault.tensors() == 2:  # other checkpoints have units of another size
-        assert not is_deadly or seen(tmp / "c") == ("new" if committed else "old"), context
+        assert not is_deadly or seen(tmp / "c") == word, context
         check_recovery(tmp / "c", context=faults)
-
-
-def check_others(fault, others, size):
-    """Check what the other ranks were told; return whether the save was committed."""
-    (_, kind, text), committed, context = FAULTS[fault.how], others[0][0] == SAVED, (fault, others)
-    assert ("new" if committed else "old") in fault.words(), context
-    for answer, warned, *_ in others:
-        assert (answer == SAVED) == committed and (not warned or fault.place != "unlink"), context
-        if not committed:
-            assert answer[0] in (kind, f"{fault.verb[:4].upper()}_{kind}") and text in answer[2], context
-            text_names = re.search(rf"\brank\(?s?\)?\D*{fault.victim}\b", answer[2])
-            is_named = answer[1] == fault.victim and text_names
-            assert is_named or fault.how in ("ends the store", "stops before another fails"), context
-            assert "undefined" in answer[2] or fault.verb != "load" or kind == "TIMEOUT", context
-        elif fault.how in ("dies", "stops"):
-            (line,) = [line for line in warned if "committed, but not every rank may know" in line]
-            assert f"no answer from rank(s) {fault.victim} of {size}" in line, context
-    return committed
 
 
 def save_a_word(checkpoint, fault, word, cancel=None, call="save", **options):
@@ -6909,10 +6796,7 @@ TRIALS = {
     "interrupted in any step": (2, every("is interrupted", STEPS, range(2))),
     "cancels in any step": (2, every("cancels", STEPS, range(2))),
     "cancels in any step in the background": (2, every("cancels", STEPS, range(2), verb="save_async")),
-    "interrupted in the caller of a background save": (
-        2,
-        every("is interrupted", ["S2"], range(2), verb="save_async"),
-    ),
+    "interrupted before the background": (2, every("is interrupted", ["S2"], range(2), verb="save_async")),
     # The other rank hangs until the one that waited has returned.
     "interrupted while it waits": (2, every("is interrupted", ("S1", "S3"), range(2), waits=True)),
     "cancels while it waits": (2, every("cancels", ("S1", "S3"), range(2), waits=True)),
@@ -7121,13 +7005,6 @@ class Gate:
         return self
 
 
-@pytest.fixture
-def copy_gate(monkeypatch):
-    monkeypatch.setattr(threading.Thread, "run", threading.Thread.run)  # put back when the test is over
-    yield (gate := Gate().before_the_copy())
-    gate.opened.set()
-
-
 def normed(salt):
     """A model with buffers too, and its optimizer."""
     model = filled(nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), salt)
@@ -7135,9 +7012,7 @@ def normed(salt):
 
 
 @pytest.mark.parametrize("staging, has_optimizer", [("eager", 1), ("overlapped", 1), ("overlapped", 0)])
-def test_tensors_and_options_changed_after_wait_staged_do_not_change_the_snapshot(
-    ram, staging, has_optimizer
-):
+def test_what_changes_after_wait_staged_does_not_change_the_snapshot(ram, staging, has_optimizer):
     """Without an optimizer whose next step could wait, overlapped staging copies before it returns."""
     gate, (model, optimizer), again = Gate(), normed("truth"), normed("other")
     saved = (model, optimizer) if has_optimizer else (model, None)
@@ -7187,14 +7062,15 @@ def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_and_is
     checkpoint.save(model, optimizer, to())
 
 
-def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_not(ram, copy_gate):
-    checkpoint, (model, optimizer) = over(ram), normed("truth")
+@apart()
+def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_not(ram):
+    checkpoint, (model, optimizer), gate = over(ram), normed("truth"), Gate().before_the_copy()
     truth = state_of(model, optimizer)
     stepping, entered = threading.Thread(target=optimizer.step), threading.Event()
     optimizer.register_step_pre_hook(lambda *_: entered.set())  # the last thing before the hook of the save
     hooks = len(optimizer._optimizer_step_pre_hooks)
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
-    assert copy_gate.reached.wait(HANG_S)
+    assert gate.reached.wait(HANG_S)
     refusal(lambda: pending.wait_staged(0.01), TimeoutError)
     model.train()
     model(torch.ones(4, 3)).sum().backward()  # changes the statistics of the batch norm, which were copied
@@ -7203,7 +7079,7 @@ def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_
     assert entered.wait(HANG_S)
     stepping.join(0.3)  # time enough to go on, if nothing stopped it
     assert stepping.is_alive() and identical(optimizer.state_dict()["state"], truth[1]["state"])
-    copy_gate.opened.set()
+    gate.opened.set()
     stepping.join(HANG_S)
     assert not stepping.is_alive() and not identical(optimizer.state_dict()["state"], truth[1]["state"])
     assert pending.result(HANG_S) == "p" and len(optimizer._optimizer_step_pre_hooks) == hooks
@@ -7219,9 +7095,7 @@ def broken(tmp, coordinator=None, until=1, attempts=1):
 
 NEXT_CALLS = {
     "save": lambda checkpoint, prefix="p": save_word(checkpoint, "next", prefix),
-    "save_async": lambda checkpoint, prefix="p": save_word(checkpoint, "next", prefix, "save_async").result(
-        HANG_S
-    ),
+    "save_async": lambda checkpoint, prefix="p": save_word(checkpoint, "next", prefix, "save_async").result(),
     "save_model_only": lambda checkpoint: checkpoint.save_model_only(value("next"), to()),
     "close": lambda checkpoint, _=None: checkpoint.close(),
     "with": lambda checkpoint: checkpoint.__exit__(None, None, None),
@@ -7231,10 +7105,8 @@ NEXT_CALLS = {
 @pytest.mark.parametrize("asked", [(), (0,), (0, 1)], ids="asked by {}".format)
 @pytest.mark.parametrize("call", NEXT_CALLS)
 @on_ranks(2)
-def test_a_failed_pending_save_raises_once_at_result_or_the_next_call_and_no_rank_waits(
-    rank, ram, call, asked
-):
-    """Where one rank alone has asked, the next save fails on all ranks, so that they stay in step."""
+def test_a_failed_pending_save_raises_once_at_result_or_the_next_call(rank, ram, call, asked):
+    """Where one rank alone has asked, the next save fails on all ranks, so that no rank waits."""
     checkpoint, target = broken(ram, ckpt.TorchCoordinator(), until=FOREVER), value("next")
     checkpoint.keep_last = 1  # a save that fails is none of these
     if rank == 0:
@@ -7866,20 +7738,19 @@ def test_any_sequence_of_saves_loads_faults_and_clean_up_leaves_what_a_model_say
 
 
 def readme_blocks():
-    return re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def test_the_ten_line_example_of_the_readme_prints_what_the_readme_says(tmp_path):
     line = [sys.executable, "-c", readme_blocks()[0]]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0 and list(tmp_path.rglob("*.metadata.json")), done.stderr
-    assert f"\n```\n{done.stdout}```\n" in (HERE / "README.md").read_text()
+    assert f"\n```\n{done.stdout}```\n" in README
 
 
 def test_the_readme_names_every_option_with_its_default_and_every_type_of_exception():
-    text = (HERE / "README.md").read_text()
     defaults = {}
-    for names, default in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", text, re.MULTILINE):
+    for names, default in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*?) \|", README, re.MULTILINE):
         for name in re.findall(r"\w+", names):
             defaults.setdefault(name, []).append(default)
     for kind in (SaveOptions, LoadOptions, ckpt.CheckpointOptions):
@@ -7889,18 +7760,17 @@ def test_the_readme_names_every_option_with_its_default_and_every_type_of_except
                 shown = f"{type(default).__name__}()"
             assert f"`{shown}`" in defaults[name], (kind, name, shown)
     for name, default in vars(ckpt.RetryPolicy()).items():
-        assert f"{name}={'(OSError,)' if name == 'retryable_exceptions' else default}" in text
-    named = set(re.findall(r"^\| `([A-Z_]+)` \|", text, re.MULTILINE))
+        assert f"{name}={'(OSError,)' if name == 'retryable_exceptions' else default}" in README
+    named = set(re.findall(r"^\| `([A-Z_]+)` \|", README, re.MULTILINE))
     assert {kind.name for kind in ckpt.ExceptionType} <= named
 
 
 def test_the_readme_is_short_and_its_line_counts_are_about_those_of_the_files():
-    text = (HERE / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", README, re.MULTILINE)
     counts = {name: int(count.replace(",", "")) for name, count in rows}
     assert list(counts) == ["ckpt.py", "ckpt_coord.py", "ckpt_storage.py", "test_ckpt.py", "bench_ckpt.py"]
-    (total,) = re.findall(r"([\d,]+) lines", text)
-    assert int(total.replace(",", "")) == sum(list(counts.values())[:3]) and len(text) <= 30_000
+    (total,) = re.findall(r"([\d,]+) lines", README)
+    assert int(total.replace(",", "")) == sum(list(counts.values())[:3]) and len(README) <= 30_000
     for name, count in counts.items():
         assert abs(count / len((HERE / name).read_text().splitlines()) - 1) < 0.05, name
 
@@ -7924,7 +7794,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def test_the_torchrun_example_of_the_readme_trains_stops_on_sigterm_and_resumes_on_other_ranks(tmp_path):
     options = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    script, readme = tmp_path / "train.py", (HERE / "README.md").read_text()
+    script = tmp_path / "train.py"
     deadline = time.monotonic() + HANG_S
     script.write_text(training_script(steps=1_000_000))
     job = subprocess.Popen([*TORCHRUN, "2", script], **options)
@@ -7938,7 +7808,7 @@ def test_the_torchrun_example_of_the_readme_trains_stops_on_sigterm_and_resumes_
     stopped = newest_step(tmp_path)
     assert stopped and f"stopped at step {stopped}\n" in said and job.returncode == 1, errors
     for words in ("Received 15 death signal, shutting down workers", "got signal: 15", "INFO:ckpt:saved"):
-        assert words in errors and words in readme
+        assert words in errors and words in README
     for ranks, steps in ((3, stopped + 7), (1, stopped + 14)):
         script.write_text(training_script(steps))
         before = newest_step(tmp_path)
@@ -7991,12 +7861,8 @@ def train_by_the_readme(rank, world_size, tmp, plan=None):
         return "the other rank is dead"
     moments = names["optimizer"].state_dict()["state"].values()
     tensors = [t for part in (names["model"].state_dict(), *moments) for t in part.values()]
-    return (
-        names["step"],
-        [raw(here(t)) for t in tensors],
-        names["scheduler"].state_dict(),
-        raw(torch.get_rng_state()),
-    )
+    bits = [raw(here(t)) for t in tensors]
+    return names["step"], bits, names["scheduler"].state_dict(), raw(torch.get_rng_state())
 
 
 def carry_out(plan, pids, names):
@@ -8044,10 +7910,7 @@ def test_the_benchmark_refuses_a_load_that_gives_other_bits():
 
 def test_the_quick_benchmark_ends_in_one_sentence(tmp_path):
     words = "--quick --size=1M --rounds=1 --rows=save-fsdp,reshard-up --json={0}/out.json --dir={0}"
-    line = [sys.executable, str(HERE / "bench_ckpt.py"), *words.format(tmp_path).split()]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=HANG_S)
-    assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
+    last = output_of(HERE / "bench_ckpt.py", *words.format(tmp_path).split()).splitlines()[-1]
     sentence = "Saved .* GB from 2 ranks, loaded it on 4 and verified every bit: .* the load .*"
     assert re.fullmatch(sentence, last)
     found = json.loads((tmp_path / "out.json").read_text())
