@@ -6811,7 +6811,7 @@ def meet_faults(rank, world_size, tmp, faults):
     pids, warned = checkpoint.coordinator.all_gather(os.getpid()), overheard(checkpoint)
     for number, fault in enumerate(faults):
         gone, acted, cancel, is_victim = tmp / f"gone-{number}", [], Sensor(), rank == fault.victim
-        ckpt.coord.time = TimeSinceFile(gone)
+        ckpt.time = ckpt.coord.time = TimeSinceFile(gone)
         save_a_word(checkpoint, fault, "old")
         if rank == 0:
             assert seen(base, tensors=fault.tensors()) == "old"
