@@ -1019,7 +1019,7 @@ def expand_frame(data: bytes, length: int, width: int) -> Bytes:
         return np.frombuffer(bytearray(data), np.uint8)
     try:
         count = data[0]
-        require(count in (1, width) and length % count == 0, f"{count} planes")
+        require(count in (1, width), f"{count} planes")
         sizes, at = struct.unpack_from(f"<{count}I", data, 1), 1 + 4 * count
         require(at + sum(sizes) == len(data), "frame of another length than declared")
         out = np.empty((length // count, count), np.uint8)
@@ -1164,7 +1164,7 @@ def in_parallel(
         end = time.monotonic() + STUCK_S
         for worker in workers:
             if worker.ident is not None:
-                worker.join(max(0.0, end - time.monotonic()))
+                worker.join(end - time.monotonic())
     if errors:
         raise errors[0]
 
@@ -1559,7 +1559,7 @@ def _decode_pieces(
     require((np.diff(tensor) >= 0).all(), "pieces in another order than the tensors")
     data_bytes = np.array([shard.length - shard.header_bytes for shard in shards], np.int64)
     last = data_bytes[file] - length  # the last place where the piece fits
-    inside = (length > 0) & (last >= 0) & (begin >= 0) & (begin <= last)
+    inside = (length > 0) & (begin >= 0) & (begin <= last)
     require(inside.all(), "a piece outside of its file")
     require((np.bincount(file, length, len(shards)) <= data_bytes).all(), "pieces that share their bytes")
     if wrong := not_covered_once(tensors, tensor, box):

@@ -1579,9 +1579,11 @@ def test_a_tie_is_stored_once_though_a_rank_has_an_empty_shard(rank, tmp_path, f
 @on_ranks(2)
 def test_a_tie_kept_per_rank_is_taken_by_each_rank_without_a_warning(rank, tmp_path, form):
     w, checkpoint = torch.full((3,), float(rank)), opened(tmp_path)
-    checkpoint.save({"a": w, "b": w}, None, to(format=form))
+    checkpoint.save({"a": w, "b": w}, None, to(format=form), extra_state={"own": w})
     w.fill_(-1.0)
     assert not checkpoint.load({"a": w, "b": w}, None, at()).warnings and w[0] == rank
+    if form is CheckpointFormat.CONSOLIDATED:
+        assert set(Shard(shards(tmp_path)[-1]).header) == {"a", "b"}
 
 
 def test_the_type_of_a_failure_fits_the_call(ram):
