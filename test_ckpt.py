@@ -7649,7 +7649,9 @@ class Player:
     def gc(self, step, checkpoint, kept, number, cancel):
         if step["old"]:
             make_old(self.tmp)
-        young = set(fences(self.tmp)) if step["age"] and not step["old"] else set()
+        # An earlier step may have made a fence old, and its own gc may have been killed.
+        new = {fence for fence in fences(self.tmp) if time.time() - fence.stat().st_mtime < 3600}
+        young = new if step["age"] else set()
         kind, removed = "STORAGE_ERROR", []
         with contextlib.suppress(OSError):
             kind, removed = "returned", ckpt.collect_garbage(checkpoint.storage, step["age"])
