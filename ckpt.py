@@ -317,7 +317,7 @@ class Given(Generic[Options]):
                 must = f"options must be {kind.__name__}, or the prefix as a string"
                 raise ValueError(f"{must}, not {type(options)}")
             options.check()
-            if not callable(options.progress or print):
+            if options.progress is not None and not callable(options.progress):
                 raise ValueError(f"progress must be a function, not {options.progress!r}")
             self.options = replace(options)
             self.model = _parts("model", model)

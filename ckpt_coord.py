@@ -1069,7 +1069,7 @@ class LocalTensor(NamedTuple):
     pieces: list[tuple[Box, torch.Tensor]]  # none where the rank's shard is empty
     mesh: Shape = ()  # a DTensor: the global ranks of its mesh, sorted
     replicated: bool = True  # whether a placement declares equal copies, or nothing tells
-    alias_of: str | None = None
+    alias_of: str | None = None  # the tensor that it is tied to; its own name: this rank cannot tell
     per_rank: bool = False  # every rank has its own
 
 
@@ -1228,7 +1228,7 @@ def identity(view: torch.Tensor) -> tuple[object, ...]:
 def mark_tied(tensors: list[LocalTensor]) -> list[LocalTensor]:
     """Mark those that are the same views of the same memory as an earlier one: they are stored once.
 
-    One of which this rank has no part is marked with its own name: other ranks know.
+    A tensor of which this rank has no part gets its own name: other ranks know whether it is tied.
     """
     seen, marked = dict[object, str](), []
     for item in tensors:

@@ -451,7 +451,7 @@ class LocalStorage:
     def names(self, directory: str = "") -> list[str]:
         path = self._path(directory) if directory else os.path.realpath(self.base_path)
         found = list[str]()
-        # It tells files from directories without asking for each: a job may have 100,000 files on a network.
+        # scandir tells files from directories without a call for each: a job may have 100,000 remote files.
         for entry in list(os.scandir(path)) if os.path.isdir(path) else ():
             inner = os.path.join(directory, entry.name)
             try:
