@@ -5673,14 +5673,6 @@ def of_other_lengths(files):
 SPECIMENS = [*((form, "none") for form in FORMATS), (CheckpointFormat.MULTI_SHARD, "fast")]
 
 
-@pytest.mark.parametrize("form, level", SPECIMENS)
-@pytest.mark.parametrize("damage", [flipped, of_other_lengths])
-def test_each_bit_and_each_length_is_missed_by_no_validation_and_no_load(ram, damage, form, level):
-    cores = len(os.sched_getaffinity(0))
-    tried = run(cores, check_share, ram, damage, form, level, limit_s=6 * HANG_S)  # minutes of work
-    COUNTS["bits flipped" if damage is flipped else "lengths"] += sum(tried)
-
-
 def remembered(function, key):
     """`function`, which works out its answer once for each `key(*args)`: all that the answer depends on."""
     known = {}
@@ -5693,18 +5685,20 @@ def remembered(function, key):
     return call
 
 
-def check_share(rank, world_size, tmp, damage, form, level):
-    """A rank's share of the damages, on a core of its own, where the I/O threads of a load take turns."""
+@pytest.mark.parametrize("form, level", SPECIMENS)
+@pytest.mark.parametrize("damage", [flipped, of_other_lengths])
+@apart("bits and lengths", 6 * HANG_S)
+def test_each_bit_and_each_length_is_missed_by_no_validation_and_no_load(ram, damage, form, level):
     st.BLOCK_BYTES, st.UNIT_BYTES = 320, 64  # a file of so few bytes that each bit can be tried has several
     # Most damages are not the record's: what follows from it, and from lengths of files, is worked out once.
     keys = {"decode_record": lambda data, _, storage: (data, *map(len, storage.files.values()))}
     keys["not_covered_once"] = lambda tensors, *ints: (*tensors, *map(bytes, ints))
     for name, key in keys.items():
         setattr(st, name, remembered(getattr(st, name), key))
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
-    files, count = specimen(tmp / str(rank), form, level), 0
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # on one core, where its threads take turns
+    files, count = specimen(ram / "s", form, level), 0
     assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
-    for context, broken in itertools.islice(damage(files), rank, None, world_size):
+    for context, broken in damage(files):
         outcome = check_damage(context, broken)
         assert context[0] in outcome[1], (context, outcome)  # not "exact": this load needs every block
         assert damage is flipped or prefixes(over(Memory(broken))) == [], context
