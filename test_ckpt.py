@@ -215,7 +215,7 @@ def _counts_are_printed_at_the_end(request):
 
 
 def on_ranks(world_size, counts=None, limit_s=HANG_S, group=True):
-    """A test whose body is run by so many processes, as `test(rank, tmp_path or ram, ...)`.
+    """A test whose body is run by so many processes (or by a parameter), as `test(rank, tmp_path or ram, ...)`.
 
     Without a `group`, as `test(tmp_path or ram, ...)`. What rank 0 returns is how many of `counts` it tried.
     """
@@ -226,7 +226,8 @@ def on_ranks(world_size, counts=None, limit_s=HANG_S, group=True):
         def early(values):
             with directory(in_memory=place.name == "ram") as tmp:
                 how = {"limit_s": limit_s, "group": group}
-                return run(world_size, _body_of_test, tmp, body.__name__, values, **how)
+                size = values.get(world_size, world_size)
+                return run(size, _body_of_test, tmp, body.__name__, values, **how)
 
         def test(request, **_):
             tried, *_ = EARLY.pop(request.node.nodeid).result()
@@ -1763,30 +1764,6 @@ def await_file(path):
         time.sleep(0.01)
 
 
-def test_the_file_operations_of_an_overwrite_and_a_delete_come_in_the_documented_order(tmp_path):
-    def in_order(*steps):
-        rest = iter(files.log)
-        return all(any(op.call == call and op.path.endswith(end) for op in rest) for call, end in steps)
-
-    files = Seam()
-    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files))
-    checkpoint.save(*small(), "p")
-    (old,) = (path.name for path in shards(tmp_path))
-    files.log.clear()
-    checkpoint.save(*small("second"), "p")
-    (new,) = (path.name for path in shards(tmp_path))
-    record, synced, renamed, gone = ("create", ".tmp"), ("fsync_dir", ""), ("rename", ".tmp"), ("unlink", old)
-    assert in_order(record, ("pwrite", new), ("fsync", new), synced, renamed, synced, gone)
-    assert in_order(record, ("pwrite", ".tmp"), ("fsync", ".tmp"), renamed)
-    for path in (new, ".tmp"):
-        assert not in_order(("fsync", path), ("pwrite", path))
-    assert not in_order(renamed, renamed) and not in_order(gone, gone), "there is one of each"
-    files.log.clear()
-    checkpoint.delete_checkpoint("p")
-    assert in_order(("unlink", "p.metadata.json"), synced, ("unlink", new))
-    assert not in_order(("unlink", new), ("unlink", new))
-
-
 ODD = [
     (to("other"), "disagree about prefix"),
     (to(format="single_file"), "disagree about format"),
@@ -2527,32 +2504,25 @@ def is_in_memory(path):
     return bool((there & 1).any())
 
 
-def reads_past_the_cache(rank, world_size, tmp, layout):
-    """Whether this rank's load of 24 MiB reads past the page cache."""
-    model = nn.Linear(2048, 3072, bias=False)
-    if "rows" in layout:
-        fully_shard(model)
-    opened(tmp).save(model, None, to())
-    if layout == "rows to columns":
-        mesh = init_device_mesh("cpu", (world_size,))
-        model = Bag(weight=distribute_tensor(torch.zeros(3072, 2048), mesh, [ShardDim(1)]))
-    cached = layout == "in the cache" and all(path.read_bytes() for path in shards(tmp))
-    if layout == "dropped" and any(map(is_in_memory, shards(tmp))):
-        return "the files stay in memory here"
-    files = Seam() if cached or layout == "dropped" else Seam(not_cached)
-    ckpt.DistributedCheckpoint(storage=Storage(tmp, files)).load(model, None, at())
-    return any(op.call == "open_direct" for op in files.log)
-
-
 PAST = [("cold", 1), ("dropped", 1), ("rows", 2)]  # ranks that read past the page cache
 
 
 @pytest.mark.parametrize("layout, size", [*PAST, ("in the cache", 1), ("cold", 2), ("rows to columns", 2)])
-def test_a_cold_file_is_read_past_the_page_cache_where_no_other_rank_wants_its_bytes(tmp_path, layout, size):
-    answers = run(size, reads_past_the_cache, tmp_path, layout)
-    if isinstance(answers[0], str):
-        pytest.skip(answers[0])
-    assert answers == [(layout, size) in PAST] * size
+@on_ranks("size")
+def test_a_cold_file_is_read_past_the_page_cache_if_no_other_rank_wants_it(rank, tmp_path, layout, size):
+    model = nn.Linear(2048, 3072, bias=False)
+    if "rows" in layout:
+        fully_shard(model)
+    opened(tmp_path).save(model, None, to())
+    if layout == "rows to columns":
+        mesh = init_device_mesh("cpu", (size,))
+        model = Bag(weight=distribute_tensor(torch.zeros(3072, 2048), mesh, [ShardDim(1)]))
+    cached = layout == "in the cache" and all(path.read_bytes() for path in shards(tmp_path))
+    if layout == "dropped" and any(map(is_in_memory, shards(tmp_path))):
+        return  # the files stay in memory here
+    files = Seam() if cached or layout == "dropped" else Seam(not_cached)
+    ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files)).load(model, None, at())
+    assert any(op.call == "open_direct" for op in files.log) == ((layout, size) in PAST)
 
 
 @pytest.mark.parametrize("low, high, width", [(0, 512, 16384), (9, 400, 16384), (0, 512, 8192)])
@@ -4333,7 +4303,7 @@ def test_the_object_store_of_the_readme_saves_loads_lists_validates_collects_and
     target, before = {"w": torch.zeros(3 * MiB, dtype=torch.int32)}, bucket.names()
     alone.load(target, None, at("deep/large", load_rng_state=False))
     assert identical(target, large.state) and alone.validate_checkpoint("deep/large").is_valid
-    assert [info.prefix for info in alone.list_checkpoints()] == ["p", "deep/large"]
+    assert prefixes(alone) == ["p", "deep/large"]
     stop = to(include_rng_state=False, progress=lambda _: cancel.set())
     refusal(lambda: alone.save(value("next"), None, stop, cancel=cancel), "CANCELLED")
     for form in (CheckpointFormat.SINGLE_FILE, CheckpointFormat.CONSOLIDATED):
@@ -5621,7 +5591,7 @@ def check_bad_input(files, context="", seconds=1.0, write=False):
         checkpoint.list_checkpoints()
         st.collect_garbage(storage)
         assert save_word(checkpoint, "new", "q") == "q" and seen(storage, "q") == "new", context
-        assert "q" in [info.prefix for info in checkpoint.list_checkpoints()]
+        assert "q" in prefixes(checkpoint)
         checkpoint.delete_checkpoint("p")
     took = time.process_time() - started
     assert took < seconds, (took, context)
@@ -6086,8 +6056,7 @@ def test_files_with_names_that_no_checkpoint_can_have_disturb_nobody(ram, name):
         (ram / stray).write_bytes((ram / RECORD).read_bytes())
     (ram / f"{name}x").mkdir()
     before, checkpoint = listing(ram), over(ram)
-    assert "p" in [info.prefix for info in checkpoint.list_checkpoints()]
-    assert seen(checkpoint.storage) == "old"
+    assert "p" in prefixes(checkpoint) and seen(checkpoint.storage) == "old"
     put(ram, "new")
     assert seen(checkpoint.storage) == "new"
     st.collect_garbage(checkpoint.storage)
@@ -6215,8 +6184,7 @@ def test_a_clock_that_is_ten_years_off_changes_neither_order_nor_what_is_kept(ra
     assert seen(ram, names[-1], fallback=True) == WORDS[2]
     Shifted.years = -10
     put(ram, "new", names[0], keep_last=2)
-    assert [info.prefix for info in checkpoint.list_checkpoints()] == [names[-1], names[0]]
-    assert seen(ram, names[0]) == "new"
+    assert prefixes(checkpoint) == [names[-1], names[0]] and seen(ram, names[0]) == "new"
 
 
 # Row 35: names that a terminal obeys, or that UTF-8 cannot encode
