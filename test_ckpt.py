@@ -224,13 +224,12 @@ def on_ranks(world_size, counts=None, limit_s=HANG_S, group=True):
         place, *given = [*inspect.signature(body).parameters.values()][group:]
 
         def early(values):
+            size, how = values.get(world_size, world_size), {"limit_s": limit_s, "group": group}
             with directory(in_memory=place.name == "ram") as tmp:
-                how = {"limit_s": limit_s, "group": group}
-                size = values.get(world_size, world_size)
                 return run(size, _body_of_test, tmp, body.__name__, values, **how)
 
         def test(request, **_):
-            tried, *_ = EARLY.pop(request.node.nodeid).result()
+            tried, *_ = EARLY[request.node.nodeid].result()
             COUNTS.update({counts: tried} if counts else {})
 
         request = inspect.Parameter("request", inspect.Parameter.KEYWORD_ONLY)
@@ -245,10 +244,10 @@ EARLY = {}  # by the id of a test: what its processes return
 
 @pytest.fixture(scope="session", autouse=True)
 def _tests_in_processes_of_their_own_begin_before_their_turn(request):
-    """One after the other, while this process is busy with the tests before them: so both cores are."""
+    """One after the other, while this process is busy with the tests before them: so two cores are busy."""
     with ThreadPoolExecutor(1) as pool:
         for item in request.session.items:
-            if early := getattr(item.function, "early", None):
+            if early := getattr(item.obj, "early", None):
                 values = item.callspec.params if hasattr(item, "callspec") else {}
                 EARLY[item.nodeid] = pool.submit(early, values)
         yield
