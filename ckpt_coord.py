@@ -156,6 +156,8 @@ Message = dict[str, Any]
 # What a rank reports in S5. Of the whole file: the CRC32s of units, by the number of their block. Of its own
 # file: the row of the record, and the lengths of compressed pieces.
 Report = tuple[dict[str, list[int]], tuple[tuple[str, int, int, int], Ints | None] | None]
+# What a rank needs of the plan, see `pack_shares`; and which rank gives which boxes to the whole file.
+Share = tuple[CheckpointMetadata, Pieces]
 
 
 @dataclass
@@ -194,8 +196,8 @@ class CheckpointCoordinator:
         try:
             ticket = self.agree(op, request)  # S1: the record, its tables empty
             data = self.collect(op, collect)  # S2
-            plan, sources = self.plan(op, ticket, data)  # S3
-            written = self.write(op, plan, sources, data)  # S4
+            plan, share = self.plan(op, ticket, data)  # S3
+            written = self.write(op, share, data)  # S4
             record = self.report(op, plan, written)  # S5
             superseded = self.commit(op, record)  # S6
             self.announce(op)  # S7
@@ -251,17 +253,16 @@ class CheckpointCoordinator:
     # S3
     def plan(
         self, op: Operation, ticket: CheckpointMetadata, data: ShardData
-    ) -> tuple[CheckpointMetadata, Pieces]:
+    ) -> tuple[CheckpointMetadata, Share]:
         """Make the table on rank 0, then the fence, then the whole file; no file exists before its fence.
 
-        Return the plan, and which rank gives which boxes to the whole file. Ranks other than 0 get only the
-        rows that they need.
+        Return the plan, which ranks other than 0 do not get, and this rank's share of it.
         """
         with op.step("S3 plan"):
             holdings = gather_holdings(op, data)
             self._compare_replicas(op, data, holdings)
             if not holdings:
-                return unpack_plan(op.broadcast(None), ticket, op.rank)
+                return ticket, unpack_share(op.scatter(), ticket)
             plan, sources = lay_out(holdings, ticket, CheckpointFormat(ticket.format))
             self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
             if (whole := plan.shards[0]).header_bytes:
@@ -269,8 +270,7 @@ class CheckpointCoordinator:
                     file.resize(whole.length)
                 if plan.compression != "none":
                     self.warnings.append(f"{whole.file} is not compressed: other readers could not read it")
-            op.broadcast({**st.encode_tables(plan), "sources": st.pack_pieces(sources)})
-            return plan, sources
+            return plan, unpack_share(op.scatter(pack_shares(plan, sources)), ticket)
 
     def _compare_replicas(self, op: Operation, data: ShardData, holdings: Holdings | None) -> None:
         """Compare what several ranks hold by checksums. Copies that differ are then kept per rank or mesh."""
@@ -282,7 +282,7 @@ class CheckpointCoordinator:
             requests += [
                 pack_columns(*part) for part in np.split(np.stack((rows.begin, on_device)), ends, axis=1)
             ]
-        numbers, devices = unpack_columns(op.broadcast(requests)[op.rank])
+        numbers, devices = unpack_columns(op.scatter(requests))
         views = [view for t in data.tensors for _, view in t.pieces]
         sums = checksums([views[n] for n in numbers.tolist()], devices.tolist(), Meter(poll=op.poll))
         answers = op.gather_at_0(sums)
@@ -292,11 +292,12 @@ class CheckpointCoordinator:
             holdings.check_steps()
 
     # S4
-    def write(self, op: Operation, plan: CheckpointMetadata, sources: Pieces, data: ShardData) -> Report:
-        """Write this rank's blocks of the whole file, which is the plan's first file, and its own file."""
+    def write(self, op: Operation, share: Share, data: ShardData) -> Report:
+        """Write this rank's blocks of the whole file, and its own file: the first and last of its share."""
         with op.step("S4 write"):
+            plan, sources = share
             views, level = views_by_index(op, plan, data), st.CompressionLevel(plan.compression)
-            own = -1 if plan.format == "single_file" else len(plan.shards) - op.world_size + op.rank
+            own = -1 if plan.format == "single_file" else len(plan.shards) - 1
             whole = WholeFile(op, plan, sources, views) if plan.shards[0].header_bytes else None
             rows = plan.pieces.take(plan.pieces.file == own)
             if level is st.CompressionLevel.NONE:
@@ -688,17 +689,24 @@ class Operation:
         """Return the seconds until waits for other ranks end, at the deadline and the grace."""
         return max(0.05, self._deadline + GRACE_S - time.monotonic())
 
-    def gather(self, value: T, shown: slice | None = None, failure: Message | None = None) -> list[T]:
+    def gather(
+        self,
+        value: T,
+        shown: slice | None = None,
+        failure: Message | None = None,
+        parts: Iterable[object] = (),
+    ) -> list[T]:
         """Return all ranks' values, or raise the most certain failure.
 
         All ranks run the same program, so all values have one type. `shown`: the ranks whose values ranks
-        other than 0 need, so that thousands of ranks do not each read thousands of values.
+        other than 0 need, so that thousands of ranks do not each read thousands of values. `parts`: see
+        `scatter`.
         """
         row = {"value": value} if failure is None else {"failure": failure}
         rows = list[Any]()
         try:
             if self._torch:
-                rows += self._torch.all_gather(row, self._remaining(), shown, self._poll_cancel)
+                rows += self._torch.all_gather(row, self._remaining(), shown, self._poll_cancel, parts)
             else:
                 rows += self.coordinator.all_gather(row, timeout=self._remaining())
         except Exception as error:
@@ -718,6 +726,14 @@ class Operation:
         values: list[Any] = self.gather(value if self.rank == 0 else None, slice(1))
         value_of_0: T = values[0]
         return value_of_0
+
+    def scatter(self, parts: Iterable[T] = ()) -> T:
+        """Return this rank's one of the values that rank 0 gives, one for each rank."""
+        if not self._torch:
+            return self.broadcast(list(parts))[self.rank]
+        self.gather(None, slice(0), parts=parts)
+        part: T = self._torch.part()
+        return part
 
     def agree(self, request: Message) -> None:
         """Check on rank 0 that all have the same request. ValueError that names the first difference."""
@@ -946,11 +962,12 @@ class TorchCoordinator(DistributedCoordinator):
         timeout: float = 600.0,
         shown: slice | None = None,
         poll: Callable[[], None] = lambda: None,
+        parts: Iterable[object] = (),
     ) -> list[Any]:
         """Return all ranks' values, in two hops: every rank posts its own, rank 0 collects and posts all.
 
         `shown`: ranks other than 0 get the values of these ranks, and failures. `poll` runs in waits, and may
-        raise.
+        raise. `parts`, on rank 0: what `part` returns on each rank afterwards.
         """
         self._step += 1
         step, before = f"{self._operation}/{self._step}", len(self._posted)
@@ -958,6 +975,8 @@ class TorchCoordinator(DistributedCoordinator):
         self._post(posts[self.rank], value)
         if self.rank == 0:
             values = self._await(posts, posts, timeout, poll)
+            for rank, part in enumerate(parts):
+                self._post(f"{step}/for/{rank}", part)
             rows = values if shown is None else values[shown] + [row for row in values if "failure" in row]
             self._post(f"{step}/all", rows)
         else:
@@ -967,6 +986,11 @@ class TorchCoordinator(DistributedCoordinator):
         for key in retired:
             self._call(self._store.delete_key, key)
         return values
+
+    def part(self) -> Any:
+        """Return this rank's part, once the gather that gives it is over."""
+        key = f"{self._operation}/{self._step}/for/{self.rank}"
+        return self._get(key, self._call(self._store.get, key))
 
     def leave(self, row: Message) -> None:
         """Post a row for the gather under way and for the next one, and raise the flag, without any wait."""
@@ -1637,16 +1661,37 @@ def cut_up(rows: Pieces, itemsizes: Ints) -> Pieces:
     return rows
 
 
-def unpack_plan(packed: Message, ticket: CheckpointMetadata, rank: int) -> tuple[CheckpointMetadata, Pieces]:
-    """The plan, with the rows of whole files and of this rank's own; and who gives which box to them."""
-    files = packed["files"]
-    shards = tuple(st.ShardMetadata(name, size, header, int(crc, 16)) for name, size, header, crc in files)
-    own = len(shards) - ticket.world_size + rank
-    wanted = [n for n, shard in enumerate(shards) if shard.header_bytes or n == own]
-    pieces, sources = st.unpack_pieces(st.Fields(packed["pieces"]), wanted), st.Fields(packed["sources"])
-    tensors = st.decode_tensors(packed["tensors"])
+def pack_shares(plan: CheckpointMetadata, sources: Pieces) -> Iterator[str]:
+    """What each rank needs of the plan, as JSON: the whole file, the rank's own, and the rows in them.
+
+    At 4,096 ranks of 1,000 tensors each, the whole plan for every rank would be 6 GB.
+    """
+    files, order = plan.pieces.file, np.argsort(plan.pieces.file, kind="stable")
+    ends = np.searchsorted(files[order], np.arange(len(plan.shards) + 1))
+    whole = [0] if plan.shards[0].header_bytes else []
+    tensors = [t._replace(alias_of=None) for t in plan.tensors]
+    for rank in range(plan.world_size):
+        own = [len(plan.shards) - plan.world_size + rank] if plan.format != "single_file" else []
+        numbers = whole + own
+        rows = plan.pieces.take(np.concatenate([order[ends[n] : ends[n + 1]] for n in numbers]))
+        used, tensor = np.unique(rows.tensor, return_inverse=True)
+        part = dataclasses.replace(
+            plan,
+            shards=tuple(plan.shards[n] for n in numbers),
+            tensors=tuple(tensors[n] for n in used.tolist()),
+            pieces=rows._replace(tensor=tensor, file=np.searchsorted(numbers, rows.file)),
+        )
+        given = st.pack_pieces(sources._replace(tensor=np.searchsorted(used, sources.tensor)))
+        yield st.dump_json({**st.encode_tables(part), "sources": given}).decode()
+
+
+def unpack_share(text: str, ticket: CheckpointMetadata) -> Share:
+    """Inverse of `pack_shares`."""
+    share = json.loads(text)
+    shards = tuple(st.ShardMetadata(name, size, header, 0) for name, size, header, _ in share["files"])
+    tensors, pieces = st.decode_tensors(share["tensors"]), st.unpack_pieces(st.Fields(share["pieces"]))
     plan = dataclasses.replace(ticket, shards=shards, tensors=tensors, pieces=pieces)
-    return plan, st.unpack_pieces(sources)
+    return plan, st.unpack_pieces(st.Fields(share["sources"]))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1410,19 +1410,14 @@ def pack_pieces(pieces: Pieces) -> dict[str, object]:
     return {"count": len(box), **{name: pack_ints(column) for name, column in columns.items()}, **boxes}
 
 
-def unpack_pieces(table: Fields, files: Sequence[int] | None = None) -> Pieces:
-    """Inverse of `pack_pieces`, for the rows of `files` or all. ValueError for a malformed table.
-
-    Takes memory for the rows that it returns, and for one column of all rows.
-    """
+def unpack_pieces(table: Fields) -> Pieces:
+    """Inverse of `pack_pieces`. ValueError for a malformed table."""
     count, offset, size = table.number("count"), table.texts("offset"), table.texts("size")
     require(len(offset) == len(size) <= 64, "offsets and sizes of other dimensions")
-    file = unpack_ints(table.text("file"), count)
-    kept = np.ones(count, bool) if files is None else np.isin(file, files)
-    texts = (*map(table.text, ("tensor", "begin", "length")), *offset, *size)
-    tensor, begin, length, *boxes = (unpack_ints(text, count)[kept] for text in texts)
-    box = np.array(boxes, np.int64).reshape(2, len(offset), len(tensor)).transpose(2, 0, 1)
-    return Pieces(tensor, file[kept], begin, length, box)
+    texts = (*map(table.text, ("tensor", "file", "begin", "length")), *offset, *size)
+    tensor, file, begin, length, *boxes = (unpack_ints(text, count) for text in texts)
+    box = np.array(boxes, np.int64).reshape(2, len(offset), count).transpose(2, 0, 1)
+    return Pieces(tensor, file, begin, length, box)
 
 
 def encode_record(meta: CheckpointMetadata) -> bytes:
