@@ -2603,11 +2603,11 @@ class _Warnings(logging.Handler):
 
 
 def _cell(key: str, value: object) -> str:
-    """A value on one line: bytes in units, shapes as 3x5, nothing for None."""
+    """A value on one line: bytes in units, shapes as [3, 5], nothing for None."""
     if isinstance(value, int) and "bytes" in key:
         return _human(value)
     if isinstance(value, tuple):
-        return "x".join(map(str, value)) or "scalar"
+        return str([*value])
     return "" if value is None else st.escaped(f"{value:.3g}" if isinstance(value, float) else str(value))
 
 
@@ -2770,6 +2770,14 @@ _COMMANDS: dict[str, Callable[[CheckpointStorage, argparse.Namespace], _Result]]
     "rm dir prefix": _rm,
     "gc dir": _gc,
 }
+_ARGUMENTS = {
+    "dir": "the directory that holds the checkpoints",
+    "prefix": "the name of a checkpoint",
+    "out": "the file to write; ends in .safetensors",
+    "source": "a file, an index of files, or a directory",
+    "a": "the checkpoint to compare with",
+    "b": "the checkpoint that may differ",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2782,7 +2790,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         for argument in arguments:
-            command.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None)
+            name, count = argument.strip("[]"), "?" if argument.startswith("[") else None
+            command.add_argument(name, nargs=count, help=_ARGUMENTS[name])
         command.add_argument("--json", action="store_true", help="print JSON")
     export, diff, gc = (commands.choices[name].add_argument for name in ("export", "diff", "gc"))
     export("--model-only", action="store_true", help="leave out optimizer and extra state")

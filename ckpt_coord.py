@@ -229,15 +229,17 @@ class CheckpointCoordinator:
         taken = st.recorded_prefixes(self.storage, self.warnings.append)
         for other in taken:
             with nullcontext() if other == prefix else st.skipping(other, self.warnings.append):
-                # A record that cannot be read now may have a higher number: it may count as newer later.
-                if head := st.record_head(self.storage, other):
-                    sequence = max(sequence, head.sequence)
+                try:
+                    head = st.record_head(self.storage, other)
+                except OSError:  # which may pass. A record that is never read here may count as newer later.
+                    head = st.record_head(self.storage, other)
+                sequence = max(sequence, head.sequence if head else 0)
         if prefix is None:
             name = now.strftime("checkpoint_%Y%m%d_%H%M%S")
             names = [name, *(f"{name}_{count}" for count in range(1, len(taken) + 2))]
             prefix = next(name for name in names if name not in taken)
         elif prefix in taken and not self.request["overwrite"]:
-            raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
+            raise _existing(prefix)
         return prefix, secrets.token_hex(4), min(sequence + 1, st.MOST), now.isoformat()
 
     # S2
@@ -374,9 +376,7 @@ class CheckpointCoordinator:
             except OSError as error:  # a rename that reports an error may have happened: the record tells
                 if not self._is_recorded(record):
                     if isinstance(error, FileExistsError):
-                        raise CheckpointException(
-                            f"checkpoint {prefix!r} exists, and overwrite=False", prefix
-                        ) from error
+                        raise _existing(prefix) from error
                     raise
                 with suppress(OSError):
                     self.storage.delete(fence)  # where a link has reported the error
@@ -453,6 +453,11 @@ class CheckpointCoordinator:
             message = f"{ticket.prefix!r} may have been committed: its record cannot be read: {error}"
             raise OSError(message) from error
         return head is not None and head.save_id == ticket.save_id
+
+
+def _existing(prefix: str) -> CheckpointException:
+    message = f"checkpoint {prefix!r} exists: delete it first, or save with overwrite=True"
+    return CheckpointException(message, prefix)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -3094,7 +3094,7 @@ def command(capsys, *words):
 
 COMMANDS = r"""
 0 ls {}                                                 (?s)runs/one.*multi_shard.*two
-0 show {} runs/one                                      (?m)^model/0\.weight +F32 +5x3 +1 +60 B$
+0 show {} runs/one                                      (?m)^model/0\.weight +F32 +\[5, 3\] +1 +60 B$
 0 show {} runs/one                                      (?s)torch_version +\d.*epoch.*1\.safetensors.*exp_avg
 0 verify {}                                             (?s)runs/one: ok.*two: ok
 1 show {} gone                                          gone
@@ -6391,6 +6391,17 @@ def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram
 
 
 # Row 20, 37: a record that cannot be read, or what is a link, beside good checkpoints
+
+
+@pytest.mark.parametrize("call", ["open", "pread", "scandir"])
+def test_a_save_is_the_newest_although_a_first_look_at_the_others_fails(ram, call):
+    for word, prefix in ("old", "a"), ("old", "b/b"), ("other", "b/b"):
+        put(ram, word, prefix)
+    names = f"{ram}/b", f"{ram}/b/b.metadata.json"
+    passing = Strike(0, fail(errno.ESTALE), lambda op: op.call == call and op.path in names)
+    put(Storage(ram, Seam(passing)), "new", "c")
+    assert passing.hit and prefixes(over(ram)) == ["a", "b/b", "c"]
+
 
 UNREADABLE = [("open", "theirs/q.metadata.json"), ("pread", "theirs/q.metadata.json"), ("scandir", "theirs")]
 UNREADABLE = [(*case, code) for case in UNREADABLE for code in (errno.EACCES, errno.EIO)]
