@@ -996,6 +996,7 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
     until = time.monotonic() + 5.0
     assert patient.execute_with_retry(fails_as_long_as_there_are_errors, asked, until) == "done"
     assert len(waits) == 1 and 0.0 <= waits[0] <= 5.0, "the deadline ends a delay"
+    assert ckpt.RetryPolicy(max_delay=1.0, jitter=0.0).delay(5000) == 1.0
     refusal(lambda: handler.execute_with_timeout(lambda: never.wait(HANG_S), 0.1), "TIMEOUT")
     never.set()
     assert handler.execute_with_timeout(lambda: 7, HANG_S) == 7
@@ -1264,6 +1265,27 @@ def test_overlapped_staging_copies_at_once_where_an_optimizer_takes_no_hook(chec
     pending.result(HANG_S)
     checkpoint.load(model, optimizer, "p")
     assert identical(model.state_dict(), small()[0].state_dict())
+
+
+def test_a_background_save_for_which_there_is_no_thread_is_done_at_once(checkpoint, monkeypatch):
+    def start(thread, real=threading.Thread.start):
+        if thread.name == "ckpt-save":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    model, optimizer = small()
+    pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
+    optimizer.step()  # does not wait forever
+    checkpoint.load(model, optimizer, pending.result(HANG_S))
+    assert identical(state_of(model, optimizer), state_of(*small()))
+
+
+def test_training_collects_garbage_while_a_save_in_the_background_writes(checkpoint):
+    seen = []
+    progress = lambda _: seen.append(gc.isenabled())  # noqa: E731
+    checkpoint.save_async(*small(), to(progress=progress)).result(HANG_S)
+    assert seen and all(seen)
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
@@ -2631,9 +2653,9 @@ def test_a_read_is_for_one_rank_alone_if_three_quarters_of_it_are(tmp_path, low,
     box, view = st.Box((low, 0), (high - low, width)), torch.empty(high - low, width)
     with ckpt.CheckpointReader(storage, st.read_committed(storage, "p")) as reader:
         (index,) = reader.stored["model/weight"].values()
-        reads = reader.plan([coord.Target(index, box, view, alone=True)])
-        assert {read.alone() for read in reads[1:-1]} == {width == 16384}
-        assert not any(read.alone() for read in reader.plan([coord.Target(index, box, view)]))
+        reads = reader.plan([coord.Target(index, box, view, exclusive=True)])
+        assert {read.is_exclusive() for read in reads[1:-1]} == {width == 16384}
+        assert not any(read.is_exclusive() for read in reader.plan([coord.Target(index, box, view)]))
         for read in reads:
             assert read.low % UNIT == 0 and read.nbytes <= 2 * BLOCK
             reader.run(read, aligned(2 * BLOCK), st.Gate(), coord.Meter())
@@ -6070,6 +6092,14 @@ def test_a_record_that_contradicts_itself_is_corrupt(ram):
     for changes, words in ((wide, "4 MiB"), *((tie, "tied to another kind, or twice") for tie in wrong)):
         storage = Memory(edited(listing(ram), changes))
         refusal(lambda: over(storage).load(live, None, at()), "CORRUPTED_CHECKPOINT", words)
+    noise = torch.randint(-(1 << 31), 1 << 31, (4 * MiB,)).int()  # which does not shrink
+    over(ram).save(Bag(a=noise), None, to(include_rng_state=False, compression_level="fast"))
+    odd = wide | {"pieces/begin": [1], "pieces/length": [12 * MiB], "pieces/size": [[3 * MiB]]}
+    files = edited(listing(ram), odd | {"tensors/0/2": [3 * MiB]})
+    assert not over(Memory(files)).validate_checkpoint("p").is_valid
+    refusal(
+        lambda: over(Memory(files)).load(Bag(a=noise[: 3 * MiB]), None, at()), "CORRUPTED_CHECKPOINT", "4 MiB"
+    )
 
 
 def test_a_decompression_bomb_stops_at_its_declared_size(ram):
@@ -7375,7 +7405,7 @@ def test_retain_gets_all_checkpoints_on_rank_zero_after_the_commit_and_what_it_d
     dist.barrier()
     assert prefixes(checkpoint) == ["p5"] and set(listing(ram)) == named_files(ram)
     alone = ckpt.LocalCoordinator()
-    for wrong in ({"retain": list, "keep_last": 2}, {"keep_last": 0}):
+    for wrong in ({"retain": list, "keep_last": 2}, {"keep_last": 0}, {"keep_last": "2"}, {"keep_last": 1.5}):
         refusal(lambda: opened(ram, alone, **wrong).save({}, None, "q"), ValueError, "keep_last")
     create = ckpt.DistributedCheckpointFactory.create
     refusal(lambda: create(alone, "a path"), ValueError, "must be CheckpointOptions")
