@@ -446,8 +446,9 @@ class DistributedCheckpoint:
             epoch = checkpoint.load(model, optimizer, "step_100").extra_state["epoch"]
 
     `save`, `save_async`, `save_model_only` and `load` are collective: every rank must call them. The other
-    methods are local: any one process may call them. `DistributedCheckpointFactory` builds one with further
-    policies, such as `keep_last`. The arguments of the collective methods:
+    methods are local: any one process may call them; they raise ValueError for an illegal prefix, and
+    STORAGE_ERROR where the storage fails. `DistributedCheckpointFactory` builds one with further policies,
+    such as `keep_last`. The arguments of the collective methods:
 
     model         a Stateful, which has `state_dict` and `load_state_dict`, such as a module; a mapping of
                   names to Statefuls, such as pipeline stages; or a mapping of names to tensors, which a load
@@ -479,9 +480,7 @@ class DistributedCheckpoint:
         logger          None: the logger "ckpt"
         """
         if coordinator is not None and not hasattr(coordinator, "all_gather"):
-            how = (
-                "give a path as storage=, options as options=, and a process group as TorchCoordinator(group)"
-            )
+            how = "give a path as storage=, options as options=, a process group as TorchCoordinator(group)"
             raise ValueError(f"coordinator is a {type(coordinator).__name__}: {how}")
         self._given_coordinator = coordinator
         self._made = weakref.WeakKeyDictionary[dist.ProcessGroup, Future[TorchCoordinator]]()
@@ -492,7 +491,7 @@ class DistributedCheckpoint:
         self.default_timeout = CheckpointOptions.default_timeout
         self.keep_last: int | None = None
         self.retain: Retain | None = None
-        self._warned = set[tuple[str, ...]]()  # names of past warnings, see `CheckpointCoordinator`
+        self._warned = set[tuple[str, ...]]()  # past warnings: names kept per rank, or ("WORLD_SIZE",)
         self._staging: st.Bytes = np.empty(0, np.uint8)  # memory for `save_async`, kept from one to the next
         self._pending = PendingSave()  # the last save in the background
         self._pending.set_result("")
@@ -529,7 +528,8 @@ class DistributedCheckpoint:
     ) -> PendingSave:
         """Copy the state to host memory, and save the copy in the background. Collective.
 
-        Waits for the save before it, so that one is in flight at a time.
+        Waits for the save before it, so that one is in flight at a time. TIMEOUT if that one does not end.
+        What `save` would raise, for a misuse too, `result()` of what this returns raises.
 
         With staging="eager" the copy is complete on return. With "overlapped", parameters and optimizer state
         are copied while forward and backward run, and the optimizer's next step waits for the copy. If
@@ -564,8 +564,11 @@ class DistributedCheckpoint:
                 self.logger.error("background save failed: %s", error)
                 pending.set_exception(error)
 
-        # Not a daemon: the interpreter waits for it when it exits.
-        threading.Thread(target=save, name="ckpt-save").start()
+        try:
+            # Not a daemon: the interpreter waits for it when it exits.
+            threading.Thread(target=save, name="ckpt-save").start()
+        except RuntimeError:  # no thread left: else the other ranks, and the optimizer's step, would wait
+            save()
         self._pending = pending
         if interrupt is not None:
             pending.asked = True
@@ -664,8 +667,7 @@ class DistributedCheckpoint:
         """
         if self._given_coordinator is not None:
             return self._given_coordinator
-        group = dist.group.WORLD if dist.is_available() else None
-        if group is None:
+        if (group := dist.group.WORLD) is None:
             return LocalCoordinator()
         # The keys of a coordinator contain its number, so every rank must make as many.
         if group not in self._made:
@@ -774,9 +776,7 @@ class DistributedCheckpoint:
             optimizer = OptimizerState(given.optimizer, model.parameters())
             optimizer.collect(into)
             if outside := optimizer.outside:
-                message = (
-                    "%d parameter(s) of the optimizer are not in this model; kept by position, first %s: %s"
-                )
+                message = "%d optimizer parameter(s) are not in this model; kept by position, first %s: %s"
                 self.logger.warning(message, len(outside), outside[0], _OUTSIDE)
         for key, value in given.extra_state.items():
             into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
@@ -853,12 +853,10 @@ class DistributedCheckpoint:
         loader = CheckpointLoader(given.coordinator, self.storage)
 
         def body(begin: Callable[[], coord.Operation]) -> Restore:
-            restore = Restore(
-                given, op := begin(), self.validator, isinstance(given.coordinator, LocalCoordinator)
-            )
+            restore = Restore(given, op := begin(), self.validator)
             restore.warnings += warnings
             steps = restore.validate, restore.match, restore.apply
-            loader.coordinate_load(op, restore.claim, *steps, open_reader)
+            loader.coordinate_load(op, restore.request, *steps, open_reader)
             return restore
 
         restored = self._run(given, "load", body)
@@ -910,10 +908,9 @@ class DistributedCheckpointFactory:
         if not isinstance(options, CheckpointOptions):
             raise ValueError(f"options must be CheckpointOptions, not {type(options)}")
         _check_timeout(options.default_timeout or 0)
-        if options.keep_last is not None and (options.keep_last < 1 or options.retain):
-            raise ValueError(
-                f"keep_last={options.keep_last}: must be at least 1, and not be given with retain"
-            )
+        keep = options.keep_last
+        if keep is not None and (not isinstance(keep, int) or keep < 1 or options.retain):
+            raise ValueError(f"keep_last={keep!r}: must be an int of at least 1, and not given with retain")
         storage = StorageFactory.create(options.storage)
         made = DistributedCheckpoint(
             coordinator,
@@ -998,6 +995,9 @@ def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
 # State: a load collects it exactly as a save does, then matches it by name
 
 
+_OF_MODEL = ("model/", "model-values/")  # how the stored names of the model's entries begin
+
+
 class Collecting:
     """S2 and L3: the tensors and values of this rank under their stored names."""
 
@@ -1039,7 +1039,7 @@ class Collecting:
         return self.data
 
 
-def _torchs(module: str, name: str) -> tuple[type, ...]:
+def _torch_class(module: str, name: str) -> tuple[type, ...]:
     """A class of torch, for `isinstance`. Imports nothing: a class not yet imported has no instances."""
     kind = getattr(sys.modules.get(module), name, None)
     return (kind,) if isinstance(kind, type) else ()
@@ -1057,7 +1057,7 @@ _WRAPPERS = {  # class -> the attribute that holds the wrapped module
 
 def _wrapped(module: object) -> str | None:
     """The attribute in which a wrapper has its module. None if `module` is not a wrapper."""
-    return next((name for path, name in _WRAPPERS.items() if isinstance(module, _torchs(*path))), None)
+    return next((name for path, name in _WRAPPERS.items() if isinstance(module, _torch_class(*path))), None)
 
 
 def _walk(
@@ -1098,7 +1098,7 @@ class ModelState:
         self._states: list[dict[str, object]] = []
         self._entries: list[tuple[str, dict[str, object], str]] = []  # stored name, state dict, key in it
         self._versions: list[tuple[dict[str, object], dict[str, str]]] = []  # state dict, live -> canonical
-        fsdp1 = _torchs("torch.distributed.fsdp", "FullyShardedDataParallel")
+        fsdp1 = _torch_class("torch.distributed.fsdp", "FullyShardedDataParallel")
         for part_name, part in model.items():
             while (attribute := _wrapped(part)) is not None:
                 part = getattr(part, attribute)
@@ -1238,7 +1238,7 @@ _OUTSIDE = "make the optimizer after whatever replaces the model's parameters (f
 
 
 def _defaults(optimizer: Stateful) -> list[str]:
-    """The names of an optimizer's options, which tell its kind. None where it does not say."""
+    """The names of an optimizer's options, which tell its kind; [] where it does not say."""
     defaults = getattr(optimizer, "defaults", None)
     return sorted(map(str, defaults)) if isinstance(defaults, Mapping) else []
 
@@ -1254,7 +1254,7 @@ class OptimizerState:
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
-        zero = _torchs("torch.distributed.optim", "ZeroRedundancyOptimizer")
+        zero = _torch_class("torch.distributed.optim", "ZeroRedundancyOptimizer")
         if any(isinstance(part, zero) for part in optimizer.values()):
             raise CheckpointException(
                 "optimizer: a ZeroRedundancyOptimizer gathers its state on one rank at a time, but all ranks "
@@ -1407,9 +1407,8 @@ def _other_kind(part: Stateful, part_name: str, names: Iterable[str], saved: Sav
     Options that one side alone adds decide nothing: another version of torch may have them.
     """
     live = set(_defaults(part))
-    for saved_part in {saved.parameters[name].part for name in names if name in saved.parameters} or {
-        part_name
-    }:
+    parts = {saved.parameters[name].part for name in names if name in saved.parameters}
+    for saved_part in parts or {part_name}:
         defaults = saved.defaults.get(saved_part)
         stored = set(map(str, defaults)) if isinstance(defaults, list) else set[str]()
         if (lacking := sorted(stored - live)) and (added := sorted(live - stored)):
@@ -1478,31 +1477,27 @@ class Restore:
     result: CheckpointLoadResult  # from L5 on
 
     def __init__(
-        self, given: Given[LoadOptions], op: coord.Operation, validator: CheckpointValidator, local: bool
+        self, given: Given[LoadOptions], op: coord.Operation, validator: CheckpointValidator
     ) -> None:
         self.given, self.op, self._validator = given, op, validator
         # With a LocalCoordinator in a job of several ranks, each of them probably loads the same.
-        local = local and dist.is_available() and dist.is_initialized()
+        local = isinstance(given.coordinator, LocalCoordinator) and dist.is_initialized()
         self._only_rank = op.world_size == 1 and not (local and dist.get_world_size() > 1)
         self.targets: dict[tuple[object, ...], coord.Target] = {}  # by the `identity` of the memory
         self.problems: list[str] = []  # errors in strict mode, else warnings
         self.errors: list[str] = []  # errors in any mode
         self.warnings: list[str] = []
-        self.lent: dict[
-            int, set[str]
-        ] = {}  # saved rank -> names whose copy this rank takes, for want of its own
+        self.lent: dict[int, set[str]] = {}  # saved rank -> names of its copies that this rank gets
         self._taken: set[int] = set()  # indices of the copies that this rank takes, of tensors kept per rank
-        self.unexpected: set[str] = set()  # stored names that nothing has claimed yet
+        self.unexpected: set[str] = set()  # stored names to which nothing of this rank has been matched
         self.plain: set[str] = set()  # tensors of the state of a DTensor that are none themselves
-        self._made: dict[
-            tuple[object, ...], torch.Tensor
-        ] = {}  # copies of a live tensor that has two stored ones
+        self._made: dict[tuple[object, ...], torch.Tensor] = {}  # for a live tensor with two stored ones
         self._collected, self._model, self._optimizer = Collecting(), ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
         self._rng: object = None
 
-    def claim(self) -> dict[str, object]:
-        """L1: what all ranks must request alike."""
+    def request(self) -> dict[str, object]:
+        """L1: what must be the same on all ranks."""
         self.given.check()
         options = self.given.options
         with_optimizer = options.load_optimizer and self.given.optimizer is not None
@@ -1551,7 +1546,7 @@ class Restore:
                 into.value(f"extra/{key}", live.state_dict())
         into.finish()
         self.unexpected = {t.name for t in reader.metadata.tensors if t.name.startswith("model/")}
-        self.unexpected |= set(filter(coord.in_model, values))
+        self.unexpected |= {name for name in values if name.startswith(_OF_MODEL)}
         self._model.fill(self, tensors)
         if given.optimizer is not None and with_optimizer:
             self._optimizer.fill(self)
@@ -1666,21 +1661,17 @@ class Restore:
 
     def _target(self, index: int, local: coord.LocalTensor) -> None:
         """Have this rank's pieces of a tensor filled. The last of several tied names wins, as in torch."""
-        alone = self._only_rank or (len(local.mesh) == self.op.world_size and not local.replicated)
+        exclusive = self._only_rank or (len(local.mesh) == self.op.world_size and not local.replicated)
         for box, view in local.pieces:
             if 0 in view.stride() and not view.is_contiguous():
-                self.errors.append(
-                    f"{local.name}: is expanded, so that its elements share memory: clone() it"
-                )
+                self.errors.append(f"{local.name}: is expanded: its elements share memory; clone() it")
             before = self.targets.get(place := coord.identity(view))
             # CONSOLIDATED, and an export, have a copy for each tied name.
             copied = self.reader.metadata.format in ("consolidated", "safetensors")
             if before is not None and before.tensor != index and not copied:
                 lost = self.reader.metadata.tensors[before.tensor].name
-                self.warnings.append(
-                    f"{lost}: is one tensor here with {local.name}, whose stored value it gets"
-                )
-            self.targets[place] = coord.Target(index, box, view, alone)
+                self.warnings.append(f"{lost}: is one tensor with {local.name}, whose stored value it gets")
+            self.targets[place] = coord.Target(index, box, view, exclusive)
 
     def decode(self, node: object, param: torch.Tensor | None = None) -> object:
         """An encoded value with its tensors, which L4 fills.
@@ -1710,7 +1701,7 @@ class Restore:
         return st.decode_value(node, tensor)
 
     def _decide(self) -> None:
-        """Raise for misfits, or warn of them in loose mode. A name that no rank claims is unexpected."""
+        """Raise for misfits, or warn of them in loose mode. A name that no rank has is unexpected."""
         taken = np.array(sorted(self._taken), np.int64)  # consecutive ones, where ranks have the same layout
         rows = self.op.gather_at_0((sorted(self.unexpected), len(taken), st.pack_ints(taken)))
         agreed = None
@@ -1724,9 +1715,7 @@ class Restore:
         for longer, shorter in ((missing, unwanted), (unwanted, missing)):
             if any("model/" + name.partition("/")[2].partition(".")[2] in shorter for name in longer):
                 how = "the module inside it, or the one around it; load_safetensors has rename="
-                self.problems.insert(
-                    0, f"names differ by a first part, as in net.weight and weight: load {how}"
-                )
+                self.problems.insert(0, f"names differ by a first part (net.weight, weight): load {how}")
         if self.given.options.strict_mode:
             self.errors += self.problems
         else:
@@ -1777,8 +1766,7 @@ class Restore:
 
 def _tensor_to_text(path: str, tensor: torch.Tensor) -> str:
     """A tensor as text, for other ranks."""
-    memory = st.byte_view(tensor)
-    data = base64.b64encode(b"" if memory is None else memory.tobytes())
+    data = base64.b64encode(_bytes_of(tensor).tobytes())
     return json.dumps([st.CODES[tensor.dtype], list(tensor.shape), data.decode()])
 
 
@@ -1786,8 +1774,7 @@ def _tensor_from_text(text: str) -> torch.Tensor:
     """Inverse of `_tensor_to_text`."""
     code, shape, data = json.loads(text)
     out = torch.empty(shape, dtype=st.DTYPES[code], device="cpu")
-    if (memory := st.byte_view(out)) is not None:
-        memory[:] = np.frombuffer(base64.b64decode(data), np.uint8)
+    _bytes_of(out)[:] = np.frombuffer(base64.b64decode(data), np.uint8)
     return out
 
 
@@ -1865,7 +1852,7 @@ class ChecksumIntegrityChecker:
         reader.check_header(shard)
         blocks = range(0, info.length - info.header_bytes, st.BLOCK_BYTES)
 
-        def check(low: int, buffer: st.Bytes, gate: st.Gate) -> None:
+        def check(low: int, buffer: st.Bytes) -> None:
             found.errors.extend(reader.check_block(shard, low, buffer))
             reader.meter.add(min(st.BLOCK_BYTES, blocks.stop - low))
 
@@ -1936,7 +1923,7 @@ class CheckpointValidator:
         return result
 
     def validate_metadata(self, metadata: CheckpointMetadata | str) -> ValidationResult:
-        """Run the compatibility checkers on a record, or on that of a prefix."""
+        """Run the compatibility checkers on a record, or on that of a prefix: see `read_committed`."""
         record = st.read_committed(self.storage, metadata) if isinstance(metadata, str) else metadata
         result = ValidationResult()
         for checker in self.compatibility_checkers:
@@ -1969,8 +1956,6 @@ def _findings(name: str, check: Callable[[], ValidationResult]) -> ValidationRes
     """What a checker returns, or its exception as an error, unless that ends the whole operation."""
     try:
         return check()
-    except coord.OperationFailed:
-        raise
     except CheckpointException as error:
         if error.type in (ExceptionType.CANCELLED, ExceptionType.TIMEOUT):
             raise
@@ -2021,7 +2006,7 @@ def export_checkpoint(
     name gets a copy. Without `model_only` the other tensors follow, named as stored. `dtype` casts the
     model's floats of 16 bits and more. An older export to `out` is replaced.
 
-    ValueError for a misuse; CheckpointException for damage or a failing disk. Then no file of the export is
+    ValueError for a misuse; CheckpointException for no checkpoint, damage or a failing disk. Then no file is
     left, unless the disk failed while files got their final names or while an older export was removed.
     """
     storage = StorageFactory.create(storage)
@@ -2072,7 +2057,7 @@ def _read_in_parts(
     total = sum(math.prod(box.size) * st.itemsize(metas[index].dtype) for index, _, box, _ in parts)
     meter = coord.Meter("export", total, progress)
 
-    def read(part: tuple[int, int, st.Box, R], buffer: st.Bytes, gate: st.Gate) -> None:
+    def read(part: tuple[int, int, st.Box, R], buffer: st.Bytes) -> None:
         index, start, box, item = part
         if not hasattr(own, "memory"):  # one for each thread: malloc would keep several times as much
             own.memory = torch.from_numpy(st.aligned_buffer(st.BLOCK_BYTES))
@@ -2101,18 +2086,18 @@ def _select(meta: CheckpointMetadata, model_only: bool, dtype: torch.dtype | Non
     lowest, notes = st.lowest_ranks(meta.tensors), defaultdict[str, list[str]](list)
     chosen = list[_Exported]()
     for index, t in enumerate(meta.tensors):
-        in_model, name, code = t.name.startswith("model/"), st.entry_name(t, st.whole_box(t.shape)), t.dtype
+        is_model, name, code = t.name.startswith("model/"), st.entry_name(t, st.whole_box(t.shape)), t.dtype
         if code == "JSON":
-            if coord.in_model(t.name) or not (model_only or t.name.startswith("model")):
+            if t.name.startswith(_OF_MODEL) or not (model_only or t.name.startswith("model")):
                 notes["left out, being no tensors"].append(name)
             continue
-        if in_model and t.rank == lowest[t.name]:
+        if is_model and t.rank == lowest[t.name]:
             name = t.name.removeprefix("model/")
             if t.rank is not None:
                 notes["kept per rank, exported as the lowest rank has it"].append(name)
         elif model_only:
             continue
-        if in_model and dtype is not None and code in _FLOATS:
+        if is_model and dtype is not None and code in _FLOATS:
             code = st.CODES[dtype]
         form, shape = st.stored_form(code, t.shape)
         if form != code:
@@ -2528,7 +2513,7 @@ def diff_checkpoints(storage: st.AnyStorage, a: str, b: str, *, values: bool = F
 
     [] if every tensor and value has the same bits. Reads and checks both sides where dtypes and shapes are
     equal. `values` finds the largest absolute change of each tensor, also between dtypes.
-    CheckpointException for damage.
+    CheckpointException for a missing or damaged checkpoint.
     """
     storage, changes = StorageFactory.create(storage), dict[str, list[float]]()
     with _typed(f"{a}, {b}"), _open_checkpoint(storage, a) as old, _open_checkpoint(storage, b) as new:
@@ -2603,11 +2588,11 @@ class _Warnings(logging.Handler):
 
 
 def _cell(key: str, value: object) -> str:
-    """A value on one line: bytes in units, shapes as 3x5, nothing for None."""
+    """A value on one line: bytes in units, shapes as [3, 5], nothing for None."""
     if isinstance(value, int) and "bytes" in key:
         return _human(value)
     if isinstance(value, tuple):
-        return "x".join(map(str, value)) or "scalar"
+        return str([*value])
     return "" if value is None else st.escaped(f"{value:.3g}" if isinstance(value, float) else str(value))
 
 
@@ -2770,6 +2755,14 @@ _COMMANDS: dict[str, Callable[[CheckpointStorage, argparse.Namespace], _Result]]
     "rm dir prefix": _rm,
     "gc dir": _gc,
 }
+_ARGUMENTS = {
+    "dir": "the directory that holds the checkpoints",
+    "prefix": "the name of a checkpoint",
+    "out": "the file to write; ends in .safetensors",
+    "source": "a file, an index of files, or a directory",
+    "a": "the checkpoint to compare with",
+    "b": "the checkpoint that may differ",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2782,19 +2775,15 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
         for argument in arguments:
-            command.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None)
+            name, count = argument.strip("[]"), "?" if argument.startswith("[") else None
+            command.add_argument(name, nargs=count, help=_ARGUMENTS[name])
         command.add_argument("--json", action="store_true", help="print JSON")
     export, diff, gc = (commands.choices[name].add_argument for name in ("export", "diff", "gc"))
     export("--model-only", action="store_true", help="leave out optimizer and extra state")
     export("--dtype", choices=[code.lower() for code in _FLOATS], help="cast the model's floating tensors")
     export("--max-shard-size", type=_byte_count, default="5GB", help="of each file; default 5GB")
     diff("--values", action="store_true", help="show the largest change of each tensor")
-    gc(
-        "--min-age",
-        type=float,
-        default=24.0,
-        help="hours until an unfinished save counts as dead; default 24",
-    )
+    gc("--min-age", type=float, default=24.0, help="hours until an unfinished save is dead; default 24")
     return parser
 
 

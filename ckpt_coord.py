@@ -133,7 +133,7 @@ GRACE_S = 1.0  # after a deadline: in it the remaining ranks answer, so that onl
 STORE_BYTES = 4 << 20  # the most in one value: over twice that, a TCPStore drops the connection
 SPLIT_BYTES = 1 << 20  # replicas are shared out in parts of at least this
 SMALL_BYTES = 64 << 10  # smaller pieces lie together: every rank wants some, and would read a unit for each
-ROUND_BLOCKS = 4  # of each rank, in a round of exchanges
+ROUND_BLOCKS = 4  # of each rank in a round of a save; a round of a load has twice as many for all ranks
 T = TypeVar("T")
 
 # ----------------------------------------------------------------------------------------------------------
@@ -156,6 +156,8 @@ Message = dict[str, Any]
 # What a rank reports in S5. Of the whole file: the CRC32s of units, by the number of their block. Of its own
 # file: the row of the record, and the lengths of compressed pieces.
 Report = tuple[dict[str, list[int]], tuple[tuple[str, int, int, int], Ints | None] | None]
+# What a rank needs of the plan, see `pack_shares`; and which rank gives which boxes to the whole file.
+Share = tuple[CheckpointMetadata, Pieces]
 
 
 @dataclass
@@ -172,8 +174,9 @@ class CheckpointCoordinator:
 
     # Of the last save:
     op: Operation = field(init=False)
+    request: Message = field(init=False)
     warnings: list[str] = field(init=False, default_factory=list)
-    bytes_written = 0  # by this rank
+    bytes_written = 0  # by this rank, before compression
     size_bytes = 0  # of the checkpoint, on rank 0
 
     def coordinate_save(
@@ -194,8 +197,8 @@ class CheckpointCoordinator:
         try:
             ticket = self.agree(op, request)  # S1: the record, its tables empty
             data = self.collect(op, collect)  # S2
-            plan, sources = self.plan(op, ticket, data)  # S3
-            written = self.write(op, plan, sources, data)  # S4
+            plan, share = self.plan(op, ticket, data)  # S3
+            written = self.write(op, share, data)  # S4
             record = self.report(op, plan, written)  # S5
             superseded = self.commit(op, record)  # S6
             self.announce(op)  # S7
@@ -227,15 +230,17 @@ class CheckpointCoordinator:
         taken = st.recorded_prefixes(self.storage, self.warnings.append)
         for other in taken:
             with nullcontext() if other == prefix else st.skipping(other, self.warnings.append):
-                # A record that cannot be read now may have a higher number: it may count as newer later.
-                if head := st.record_head(self.storage, other):
-                    sequence = max(sequence, head.sequence)
+                try:
+                    head = st.record_head(self.storage, other)
+                except OSError:  # perhaps it passes. A record that cannot be read may count as newer later.
+                    head = st.record_head(self.storage, other)
+                sequence = max(sequence, head.sequence if head else 0)
         if prefix is None:
             name = now.strftime("checkpoint_%Y%m%d_%H%M%S")
             names = [name, *(f"{name}_{count}" for count in range(1, len(taken) + 2))]
             prefix = next(name for name in names if name not in taken)
         elif prefix in taken and not self.request["overwrite"]:
-            raise CheckpointException(f"checkpoint {prefix!r} exists, and overwrite=False", prefix)
+            raise _existing(prefix)
         return prefix, secrets.token_hex(4), min(sequence + 1, st.MOST), now.isoformat()
 
     # S2
@@ -251,17 +256,16 @@ class CheckpointCoordinator:
     # S3
     def plan(
         self, op: Operation, ticket: CheckpointMetadata, data: ShardData
-    ) -> tuple[CheckpointMetadata, Pieces]:
+    ) -> tuple[CheckpointMetadata, Share]:
         """Make the table on rank 0, then the fence, then the whole file; no file exists before its fence.
 
-        Return the plan, and which rank gives which boxes to the whole file. Ranks other than 0 get only the
-        rows that they need.
+        Return the plan, which ranks other than 0 do not get, and this rank's share of it.
         """
         with op.step("S3 plan"):
             holdings = gather_holdings(op, data)
             self._compare_replicas(op, data, holdings)
             if not holdings:
-                return unpack_plan(op.broadcast(None), ticket, op.rank)
+                return ticket, unpack_share(op.broadcast(None), op.scatter(), ticket)
             plan, sources = lay_out(holdings, ticket, CheckpointFormat(ticket.format))
             self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
             if (whole := plan.shards[0]).header_bytes:
@@ -269,8 +273,8 @@ class CheckpointCoordinator:
                     file.resize(whole.length)
                 if plan.compression != "none":
                     self.warnings.append(f"{whole.file} is not compressed: other readers could not read it")
-            op.broadcast({**st.encode_tables(plan), "sources": st.pack_pieces(sources)})
-            return plan, sources
+            shares = pack_shares(plan, sources)
+            return plan, unpack_share(op.broadcast(next(shares)), op.scatter(shares), ticket)
 
     def _compare_replicas(self, op: Operation, data: ShardData, holdings: Holdings | None) -> None:
         """Compare what several ranks hold by checksums. Copies that differ are then kept per rank or mesh."""
@@ -282,7 +286,7 @@ class CheckpointCoordinator:
             requests += [
                 pack_columns(*part) for part in np.split(np.stack((rows.begin, on_device)), ends, axis=1)
             ]
-        numbers, devices = unpack_columns(op.broadcast(requests)[op.rank])
+        numbers, devices = unpack_columns(op.scatter(requests))
         views = [view for t in data.tensors for _, view in t.pieces]
         sums = checksums([views[n] for n in numbers.tolist()], devices.tolist(), Meter(poll=op.poll))
         answers = op.gather_at_0(sums)
@@ -292,11 +296,12 @@ class CheckpointCoordinator:
             holdings.check_steps()
 
     # S4
-    def write(self, op: Operation, plan: CheckpointMetadata, sources: Pieces, data: ShardData) -> Report:
-        """Write this rank's blocks of the whole file, which is the plan's first file, and its own file."""
+    def write(self, op: Operation, share: Share, data: ShardData) -> Report:
+        """Write this rank's blocks of the whole file, and its own file: the first and last of its share."""
         with op.step("S4 write"):
+            plan, sources = share
             views, level = views_by_index(op, plan, data), st.CompressionLevel(plan.compression)
-            own = -1 if plan.format == "single_file" else len(plan.shards) - op.world_size + op.rank
+            own = -1 if plan.format == "single_file" else len(plan.shards) - 1
             whole = WholeFile(op, plan, sources, views) if plan.shards[0].header_bytes else None
             rows = plan.pieces.take(plan.pieces.file == own)
             if level is st.CompressionLevel.NONE:
@@ -359,9 +364,7 @@ class CheckpointCoordinator:
             self.storage.sync_directory(f"{prefix}/x")  # I2: the names of the files
             for index, shard in enumerate(record.shards):
                 if self.storage.length(path := record.shard_path(index)) != shard.length:
-                    problem = (
-                        "rank 0 does not find this file as it was written: do all ranks share one storage?"
-                    )
+                    problem = "rank 0 does not find it as it was written: do all ranks share one storage?"
                     raise CheckpointException(f"{path}: {problem}", path, ExceptionType.STORAGE_ERROR)
             with closing(self.storage.open(fence, write=True)) as file:
                 file.write(0, memoryview(st.encode_record(record)))
@@ -373,9 +376,7 @@ class CheckpointCoordinator:
             except OSError as error:  # a rename that reports an error may have happened: the record tells
                 if not self._is_recorded(record):
                     if isinstance(error, FileExistsError):
-                        raise CheckpointException(
-                            f"checkpoint {prefix!r} exists, and overwrite=False", prefix
-                        ) from error
+                        raise _existing(prefix) from error
                     raise
                 with suppress(OSError):
                     self.storage.delete(fence)  # where a link has reported the error
@@ -435,7 +436,7 @@ class CheckpointCoordinator:
                 return True
             self._delete_files(ticket.prefix, ticket.save_id)
         except (OSError, CheckpointException) as error:
-            # The failure that led to this one matters more; `gc` finds the rest.
+            # The failure that led to this one matters more; `collect_garbage` finds the rest.
             log.warning("%s: could not clean up after the failed save: %s", ticket.prefix, error)
         return False
 
@@ -452,6 +453,11 @@ class CheckpointCoordinator:
             message = f"{ticket.prefix!r} may have been committed: its record cannot be read: {error}"
             raise OSError(message) from error
         return head is not None and head.save_id == ticket.save_id
+
+
+def _existing(prefix: str) -> CheckpointException:
+    message = f"checkpoint {prefix!r} exists: delete it first, or save with overwrite=True"
+    return CheckpointException(message, prefix)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -515,8 +521,8 @@ class CheckpointLoader:
                 else:
                     for rank in range(op.world_size) if strategy == "sequential" else [op.rank]:
                         if rank == op.rank:
-                            run = functools.partial(reader.run, meter=meter)
-                            st.in_parallel(reads, run, meter.tick, len(reads))
+                            run = functools.partial(reader.run, gate=(gate := st.Gate()), meter=meter)
+                            st.in_parallel(reads, run, meter.tick, len(reads), gate)
                         if strategy == "sequential":
                             op.gather_at_0(None)
                 meter.tick()
@@ -573,7 +579,7 @@ class Operation:
 
     committed = False  # on rank 0: what follows may not fail
     step_name = ""
-    _doubt = 0  # 1: an error of this rank may follow from another rank's error; 2: it does
+    _doubt = 0  # does an error of this rank follow from another's? 0: no, 1: perhaps, 2: yes; the least wins
 
     def __post_init__(self) -> None:
         self.rank, self.world_size = self.coordinator.rank, self.coordinator.world_size
@@ -610,7 +616,8 @@ class Operation:
         try:
             if not name.startswith("S7"):  # a commit is announced, however late
                 self.poll()
-            with no_garbage_collection():
+            # The other steps wait for disks and ranks, maybe in the background of a training that needs it.
+            with no_garbage_collection() if name[:2] in ("S2", "S3", "L1", "L3") else nullcontext():
                 yield
         except OperationFailed:
             raise
@@ -679,26 +686,32 @@ class Operation:
     def own_ranks(self, mesh: Shape) -> Shape:
         """Return the ranks of a mesh as ranks of this operation, without those that take no part in it."""
         if mesh not in self._meshes:  # computed once: thousands of tensors have the same mesh
-            self._meshes[mesh] = tuple(
-                sorted(self._own_rank[rank] for rank in mesh if rank in self._own_rank)
-            )
+            own = (self._own_rank[rank] for rank in mesh if rank in self._own_rank)
+            self._meshes[mesh] = tuple(sorted(own))
         return self._meshes[mesh]
 
     def _remaining(self) -> float:
         """Return the seconds until waits for other ranks end, at the deadline and the grace."""
         return max(0.05, self._deadline + GRACE_S - time.monotonic())
 
-    def gather(self, value: T, shown: slice | None = None, failure: Message | None = None) -> list[T]:
+    def gather(
+        self,
+        value: T,
+        shown: slice | None = None,
+        failure: Message | None = None,
+        parts: Iterable[object] = (),
+    ) -> list[T]:
         """Return all ranks' values, or raise the most certain failure.
 
         All ranks run the same program, so all values have one type. `shown`: the ranks whose values ranks
-        other than 0 need, so that thousands of ranks do not each read thousands of values.
+        other than 0 need, so that thousands of ranks do not each read thousands of values. `parts`, on rank
+        0: a value for each rank, for `scatter`.
         """
         row = {"value": value} if failure is None else {"failure": failure}
         rows = list[Any]()
         try:
             if self._torch:
-                rows += self._torch.all_gather(row, self._remaining(), shown, self._poll_cancel)
+                rows += self._torch.all_gather(row, self._remaining(), shown, self._poll_cancel, parts)
             else:
                 rows += self.coordinator.all_gather(row, timeout=self._remaining())
         except Exception as error:
@@ -718,6 +731,14 @@ class Operation:
         values: list[Any] = self.gather(value if self.rank == 0 else None, slice(1))
         value_of_0: T = values[0]
         return value_of_0
+
+    def scatter(self, parts: Iterable[T] = ()) -> T:
+        """Return this rank's one of the values that rank 0 gives, one for each rank."""
+        if not self._torch:
+            return self.broadcast(list(parts))[self.rank]
+        self.gather(None, slice(0), parts=parts)
+        part: T = self._torch.part()
+        return part
 
     def agree(self, request: Message) -> None:
         """Check on rank 0 that all have the same request. ValueError that names the first difference."""
@@ -751,7 +772,7 @@ class Operation:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Pause garbage collection. Steps make many objects and no cycles; it would double the time of a plan."""
+    """Pause the process's garbage collection. It would double the time of a plan, which makes no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -778,7 +799,7 @@ class RetryPolicy:
 
     def delay(self, attempt: int) -> float:
         """Return the seconds to wait after failed attempt number `attempt` (from 0)."""
-        base = min(self.max_delay, self.initial_delay * self.backoff_factor**attempt)
+        base = min(self.max_delay, self.initial_delay * self.backoff_factor ** min(attempt, 30))
         return base * (1 + random.uniform(-self.jitter, self.jitter))
 
 
@@ -844,7 +865,7 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, name="ckpt-beside", daemon=True).start()
+    threading.Thread(target=run, name="ckpt-helper", daemon=True).start()
     return result
 
 
@@ -946,11 +967,12 @@ class TorchCoordinator(DistributedCoordinator):
         timeout: float = 600.0,
         shown: slice | None = None,
         poll: Callable[[], None] = lambda: None,
+        parts: Iterable[object] = (),
     ) -> list[Any]:
         """Return all ranks' values, in two hops: every rank posts its own, rank 0 collects and posts all.
 
         `shown`: ranks other than 0 get the values of these ranks, and failures. `poll` runs in waits, and may
-        raise.
+        raise. `parts`, on rank 0: a value for each rank, which `part` returns there afterwards.
         """
         self._step += 1
         step, before = f"{self._operation}/{self._step}", len(self._posted)
@@ -958,6 +980,8 @@ class TorchCoordinator(DistributedCoordinator):
         self._post(posts[self.rank], value)
         if self.rank == 0:
             values = self._await(posts, posts, timeout, poll)
+            for rank, part in enumerate(parts):
+                self._post(f"{step}/for/{rank}", part)
             rows = values if shown is None else values[shown] + [row for row in values if "failure" in row]
             self._post(f"{step}/all", rows)
         else:
@@ -967,6 +991,11 @@ class TorchCoordinator(DistributedCoordinator):
         for key in retired:
             self._call(self._store.delete_key, key)
         return values
+
+    def part(self) -> Any:
+        """Return this rank's part, once the gather that gives it is over."""
+        key = f"{self._operation}/{self._step}/for/{self.rank}"
+        return self._get(key, self._call(self._store.get, key))
 
     def leave(self, row: Message) -> None:
         """Post a row for the gather under way and for the next one, and raise the flag, without any wait."""
@@ -1066,7 +1095,7 @@ class LocalTensor(NamedTuple):
     name: str
     dtype: str
     shape: Shape  # global
-    pieces: list[tuple[Box, torch.Tensor]]  # none where the rank's shard is empty
+    pieces: list[tuple[Box, torch.Tensor]]  # none where this rank has no elements
     mesh: Shape = ()  # a DTensor: the global ranks of its mesh, sorted
     replicated: bool = True  # whether a placement declares equal copies, or nothing tells
     alias_of: str | None = None  # the tensor that it is tied to; its own name: this rank cannot tell
@@ -1127,18 +1156,14 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Pl
     elif tensor.numel() and not tensor.data_ptr():
         problem = "has no memory: its storage was freed, or never made; save while it is there"
     elif any(placement.is_partial() for placement in placements):
-        problem = (
-            "has a Partial() placement, a sum not yet taken: redistribute it to Replicate() or Shard() first"
-        )
+        problem = "has a Partial() placement, a sum not yet taken: redistribute it to Replicate() or Shard()"
     elif unknown := {type(p).__name__ for p in placements} - {"Shard", "_StridedShard", "Replicate"}:
-        problem = (
-            f"has placements {sorted(unknown)}, whose layout is not known here: redistribute it to Shard()"
-        )
+        problem = f"has placements {sorted(unknown)}, whose layout is unknown: redistribute it to Shard()"
     if problem:
         raise CheckpointException(f"{name} {problem}")  # of the type that fits the call
 
 
-Cut = tuple[int, int, int, int]  # dimension, number of shards, which of them, split factor
+Cut = tuple[int, int, int, int]  # dimension, number of parts, which of them, split factor
 
 
 def shard_boxes(name: str, tensor: DTensor, local_shape: Shape) -> list[tuple[Box, Box]]:
@@ -1177,7 +1202,7 @@ def shard_boxes(name: str, tensor: DTensor, local_shape: Shape) -> list[tuple[Bo
 def _cuts(tensor: DTensor, coordinate: Sequence[int]) -> Iterator[list[Cut]]:
     """The cuts that placements stand for, in order: as torch applies them, and as FSDP2 has applied them.
 
-    FSDP2 cuts what tensor parallelism has left, but its placement comes first, with the number of shards that
+    FSDP2 cuts what tensor parallelism has left, but its placement comes first, with the number of parts that
     it found as split factor. Torch cuts by such a placement group by group, with another result where sizes
     do not divide.
     """
@@ -1197,10 +1222,10 @@ def _cuts(tensor: DTensor, coordinate: Sequence[int]) -> Iterator[list[Cut]]:
 
 
 def _cut_runs(runs: list[range], ways: int, index: int, split_factor: int) -> list[range]:
-    """Cut the elements of `runs` into `split_factor` groups, each into `ways` shards; shard `index` of each.
+    """Cut the elements of `runs` into `split_factor` groups, each into `ways` parts; part `index` of each.
 
-    Runs are parts of one dimension, which lie one behind the other in the local tensor. Of 8 elements, cut
-    into 2 groups and 2 ways, shard 0 has 0-1 and 4-5.
+    Runs are ranges of one dimension, which lie one behind the other in the local tensor. Of 8 elements, cut
+    into 2 groups and 2 ways, part 0 has 0-1 and 4-5.
     """
 
     def chunk(whole: range, count: int, number: int) -> range:  # as torch.chunk
@@ -1258,11 +1283,6 @@ def views_by_index(
     index = {(t.name, t.rank): number for number, t in enumerate(meta.tensors)}
     owners = ((t, (None, min(t.mesh, default=op.rank))) for t in data.tensors)
     return {index[t.name, r]: t.pieces for t, ranks in owners for r in ranks if (t.name, r) in index}
-
-
-def in_model(name: str) -> bool:
-    """Whether a stored name is that of an entry of the model's state."""
-    return name.startswith(("model/", "model-values/"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1364,7 +1384,7 @@ class Holdings:
 
     A *copy* of a tensor is a plain tensor on one rank, or a DTensor on one mesh. Its owner is that rank, or
     the lowest rank of the mesh. Copies of one name are one tensor if their dtypes, shapes, boxes and bytes
-    are equal. Otherwise the name is in `apart`, and each copy is a tensor of its own.
+    are equal. Otherwise the name is in `unequal`, and each copy is a tensor of its own.
 
     `name`, `owner` and `kind` are columns of the copies, sorted by name and owner; they index `names`, ranks
     and `kinds`. `rows` are the pieces of all ranks, sorted by name, box, owner and rank, so that equal pieces
@@ -1414,7 +1434,7 @@ class Holdings:
         for kind in self.kinds:
             by_name.setdefault(kind.name, []).append(kind)
         self.names = sorted(by_name, key=lambda name: not name.startswith("model"))
-        self.apart, self.tied = set[str](), dict[str, str]()
+        self.unequal, self.tied = set[str](), dict[str, str]()
         for name, same in by_name.items():
             on_rank = dict[int, Described]()
             for kind in same:
@@ -1430,7 +1450,7 @@ class Holdings:
                 one = f"a plain tensor on rank(s) {st.some(ranks[np.isin(kinds, plain)].tolist())}"
                 raise _disagreement(name, one, f"a DTensor on {sorted(on_rank)}")
             if len({kind[1:3] for kind in same}) > 1 or any(kind.per_rank for kind in same):
-                self.apart.add(name)
+                self.unequal.add(name)
             ties = {kind.alias_of for kind in same} - {name}
             if len(ties) == 1 and "" not in ties:
                 self.tied[name] = ties.pop()
@@ -1455,27 +1475,28 @@ class Holdings:
         return order, on_device[order]
 
     def keep_differing(self, compared: Ints, sums: npt.NDArray[np.uint64], warnings: list[str]) -> None:
-        """Keep apart the names whose copies have different boxes, or different bytes.
+        """Add to `unequal` the names whose copies have different boxes, or different bytes.
 
         `sums` are the checksums of the rows `compared`. Where replicas within a copy differ, the lowest
         rank's stays, with a warning.
 
         Two ranks have the same box of `w`, with checksums 5 and 7. If `w` is a plain tensor, these are two
-        copies, and `w` is kept apart. If it is a DTensor with Replicate(), they are one copy of one mesh:
+        copies, and `w` is `unequal`. If it is a DTensor with Replicate(), they are one copy of one mesh:
         the row of rank 1 goes, with a warning.
         """
         name, found = self.name[self.rows.tensor], np.zeros(len(self.rows.tensor), np.uint64)
         found[compared] = sums
         first_of_copy = self.first_of_box | starts(self.rows.tensor)
         copies = np.bincount(np.cumsum(self.first_of_box) - 1, first_of_copy)  # that have a box
+        # For each row: the checksum of the first row of its box, and of the first one of its copy there.
         of_box, of_copy = (
             found[np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))]
             for first in (self.first_of_box, first_of_copy)
         )
         unlike = name[self.first_of_box][copies != np.bincount(self.name)[name[self.first_of_box]]]
-        apart = np.unique(np.append(unlike, name[of_box != of_copy])).tolist()
-        self.apart |= {self.names[index] for index in apart} - self.tied.keys()
-        self.apart |= {tied for tied, origin in self.tied.items() if origin in self.apart}
+        unequal = np.unique(np.append(unlike, name[of_box != of_copy])).tolist()
+        self.unequal |= {self.names[index] for index in unequal} - self.tied.keys()
+        self.unequal |= {tied for tied, origin in self.tied.items() if origin in self.unequal}
         differs = found != of_copy
         for index in np.unique(name[differs]).tolist():
             if step := _STEP.fullmatch(self.names[index]):
@@ -1488,13 +1509,13 @@ class Holdings:
         self.rows = self.rows.take(~differs)
 
     def check_steps(self) -> None:
-        """Check that ranks have the same optimizer step of each parameter that is not itself kept apart."""
-        first, differing = dict[str, float](), {m[1] for name in self.apart if (m := _STEP.fullmatch(name))}
+        """Check that ranks have the same optimizer step of each parameter that is not itself unequal."""
+        first, differing = dict[str, float](), {m[1] for name in self.unequal if (m := _STEP.fullmatch(name))}
         for steps in self.steps:
             differing |= {name for name, step in steps.items() if first.setdefault(name, step) != step}
         # A parameter that several optimizers hold is named <optimizer>/<parameter>.
         wrong = sorted(
-            p for p in differing if not {f"model/{p}", f"model/{p.partition('/')[2]}"} & self.apart
+            p for p in differing if not {f"model/{p}", f"model/{p.partition('/')[2]}"} & self.unequal
         )
         if wrong:
             raise CheckpointException(
@@ -1504,14 +1525,14 @@ class Holdings:
 
     def tensors(self) -> tuple[list[TensorMetadata], Pieces]:
         """The tensors as the record names them, and all pieces of them, those of tied ones too."""
-        apart = np.array([name in self.apart for name in self.names], bool)[self.name]
-        first = apart | starts(self.name)
+        unequal = np.array([name in self.unequal for name in self.names], bool)[self.name]
+        first = unequal | starts(self.name)
         rows = self.rows._replace(tensor=(np.cumsum(first) - 1)[self.rows.tensor])
         lengths = np.zeros(len(self.name), np.int64)
         lengths[rows.tensor] = rows.box[:, 1, 0]
         found = []
         for copy, length in zip(np.flatnonzero(first).tolist(), lengths.tolist()):
-            kind, owner = self.kinds[self.kind[copy]], int(self.owner[copy]) if apart[copy] else None
+            kind, owner = self.kinds[self.kind[copy]], int(self.owner[copy]) if unequal[copy] else None
             shape = (length,) if kind.dtype == "JSON" else kind.shape
             found.append(TensorMetadata(kind.name, kind.dtype, shape, owner))
         index = {(t.name, t.rank): number for number, t in enumerate(found)}
@@ -1637,16 +1658,41 @@ def cut_up(rows: Pieces, itemsizes: Ints) -> Pieces:
     return rows
 
 
-def unpack_plan(packed: Message, ticket: CheckpointMetadata, rank: int) -> tuple[CheckpointMetadata, Pieces]:
-    """The plan, with the rows of whole files and of this rank's own; and who gives which box to them."""
-    files = packed["files"]
-    shards = tuple(st.ShardMetadata(name, size, header, int(crc, 16)) for name, size, header, crc in files)
-    own = len(shards) - ticket.world_size + rank
-    wanted = [n for n, shard in enumerate(shards) if shard.header_bytes or n == own]
-    pieces, sources = st.unpack_pieces(st.Fields(packed["pieces"]), wanted), st.Fields(packed["sources"])
-    tensors = st.decode_tensors(packed["tensors"])
+def pack_shares(plan: CheckpointMetadata, sources: Pieces) -> Iterator[str]:
+    """What ranks need of the plan, as JSON: first `sources`, then for each rank its files and their rows.
+
+    At 4,096 ranks of 1,000 tensors each, the whole plan for every rank would be 6 GB.
+    """
+    files, order = plan.pieces.file, np.argsort(plan.pieces.file, kind="stable")
+    ends = np.searchsorted(files[order], np.arange(len(plan.shards) + 1))
+    whole = [0] if plan.shards[0].header_bytes else []
+    tensors = [t._replace(alias_of=None) for t in plan.tensors]
+    yield st.dump_json(
+        st.pack_pieces(sources._replace(tensor=np.unique(sources.tensor, return_inverse=True)[1]))
+    ).decode()
+    for rank in range(plan.world_size):
+        own = [len(plan.shards) - plan.world_size + rank] if plan.format != "single_file" else []
+        numbers = whole + own
+        rows = plan.pieces.take(np.concatenate([order[ends[n] : ends[n + 1]] for n in numbers]))
+        # By their first rows: the tensors of the whole file come first, as `sources` counts them.
+        index = {tensor: number for number, tensor in enumerate(dict.fromkeys(rows.tensor.tolist()))}
+        tensor = np.array([index[tensor] for tensor in rows.tensor.tolist()], np.int64)
+        part = dataclasses.replace(
+            plan,
+            shards=tuple(plan.shards[n] for n in numbers),
+            tensors=tuple(tensors[n] for n in index),
+            pieces=rows._replace(tensor=tensor, file=np.searchsorted(numbers, rows.file)),
+        )
+        yield st.dump_json(st.encode_tables(part)).decode()
+
+
+def unpack_share(sources: str, text: str, ticket: CheckpointMetadata) -> Share:
+    """Inverse of `pack_shares`, for one rank."""
+    share = json.loads(text)
+    shards = tuple(st.ShardMetadata(name, size, header, 0) for name, size, header, _ in share["files"])
+    tensors, pieces = st.decode_tensors(share["tensors"]), st.unpack_pieces(st.Fields(share["pieces"]))
     plan = dataclasses.replace(ticket, shards=shards, tensors=tensors, pieces=pieces)
-    return plan, st.unpack_pieces(sources)
+    return plan, st.unpack_pieces(st.Fields(json.loads(sources)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1673,7 +1719,7 @@ class Meter:
     report: Callable[[Progress], None] | None = None
     poll: Callable[[], None] = lambda: None
     done: int = 0
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, count: int) -> None:
         """Count bytes. Any thread may call it."""
@@ -1697,7 +1743,7 @@ def checksums(views: Sequence[torch.Tensor], on_device: Sequence[int], meter: Me
     ]
     crcs: dict[tuple[int, int], int] = {}
 
-    def checksum(place: tuple[int, int], buffer: Bytes, gate: st.Gate) -> None:
+    def checksum(place: tuple[int, int], buffer: Bytes) -> None:
         index, start = place
         stop = min(start + st.BLOCK_BYTES, views[index].nbytes)
         if (flat := st.byte_view(views[index])) is None:
@@ -1719,7 +1765,7 @@ def checksums(views: Sequence[torch.Tensor], on_device: Sequence[int], meter: Me
 
 Views = Mapping[int, Sequence[tuple[Box, torch.Tensor]]]  # the boxes that a rank holds of each tensor
 
-FEW = 8  # A block with at most so many pieces is processed in steps that stay in the processor's cache.
+FEW = 8  # pieces of a block, or of a tensor: up to so many take the simpler path
 MOST_OPEN = 16  # files of a checkpoint that stay open; a process may have 1,024, and a checkpoint more
 STEP_UNITS = 4  # so many units at a time: of 1 MiB, a warm load ran at 6.2 GB/s, of 256 KiB at 4.2
 
@@ -1749,8 +1795,8 @@ def write_own_file(
 ) -> tuple[tuple[str, int, int, int], Ints | None]:
     """Write this rank's own file, except for its sync.
 
-    Returns its name, length, header bytes and header CRC32, and for a compressed file the packed lengths of
-    its pieces.
+    Returns its row of the record (name, length, header bytes, header CRC32), and of a compressed file the
+    lengths of its frames.
     """
     rows = plan.pieces.take(plan.pieces.file == index)
     lengths = None if level is st.CompressionLevel.NONE else rows.nbytes(st.itemsizes(plan.tensors))
@@ -1788,7 +1834,7 @@ def write_raw(
     ends, flats = [begin + view.nbytes for begin, view in zip(begins, views)], list(map(st.byte_view, views))
     data_bytes, crcs = max(ends, default=0), dict[int, list[int]]()
 
-    def write_block(low: int, buffer: Bytes, gate: st.Gate) -> None:
+    def write_block(low: int, buffer: Bytes) -> None:
         data = buffer[: min(st.BLOCK_BYTES, data_bytes - low)]
         inside = range(bisect.bisect_right(ends, low), bisect.bisect_left(begins, low + len(data)))
         # A copy from a device, or of strided memory, takes as long for a unit as for a block: by units, six
@@ -1828,18 +1874,18 @@ def write_packed(
     Returns the CRC32 of each unit and the length of each frame. A few threads compress; each holds one frame
     until all frames before it are in the file.
     """
-    lengths, crcs, pending, turn = list[int](), list[int](), bytearray(), threading.Condition()
+    lengths, crcs, pending, written = list[int](), list[int](), bytearray(), threading.Condition()
 
-    def write_frame(number: int, buffer: Bytes, gate: st.Gate) -> None:
+    def write_frame(number: int, buffer: Bytes) -> None:
         view, frame = views[number], b""
         try:
             st.copy_out(view, 0, raw := buffer[: view.nbytes])
             frame = st.compress_frame(raw, view.dtype.itemsize, level)
             meter.add(len(raw))
-        finally:  # Without its turn, after an error too, the other threads would wait forever.
-            with turn:
-                turn.wait_for(lambda: len(lengths) == number)
-                turn.notify_all()
+        finally:  # After an error too: else the threads with later frames would wait forever.
+            with written:
+                written.wait_for(lambda: len(lengths) == number)
+                written.notify_all()
                 lengths.append(len(frame))
                 pending.extend(frame)
                 while len(pending) >= st.BLOCK_BYTES or (pending and len(lengths) == len(views)):
@@ -1910,7 +1956,7 @@ class WholeFile:
         """
         crcs: dict[str, list[int]] = {}
 
-        def write_block(block: tuple[int, list[Part]], buffer: Bytes, gate: st.Gate) -> None:
+        def write_block(block: tuple[int, list[Part]], buffer: Bytes) -> None:
             low, parts = block
             data = buffer[: min(st.BLOCK_BYTES, self._data_bytes - low)]
             data[:] = 0  # gaps between entries
@@ -1974,7 +2020,7 @@ class Target(NamedTuple):
     tensor: int
     box: Box
     view: torch.Tensor
-    alone: bool = False  # no other rank needs these bytes
+    exclusive: bool = False  # no other rank needs these bytes
 
 
 class Fill(NamedTuple):
@@ -1989,7 +2035,7 @@ class Fill(NamedTuple):
     frame_bytes: int  # the length of a compressed piece when expanded; 0 for a raw one
     target: Target
     flat: Bytes | None  # the target's memory, if the piece is copied there as it is
-    alone: float  # how much of these bytes this rank needs and no other: from 0 to 1
+    exclusive: float  # how much of these bytes this rank needs and no other: from 0 to 1
 
 
 class Read(NamedTuple):
@@ -2004,9 +2050,9 @@ class Read(NamedTuple):
     def nbytes(self) -> int:
         return self.high - self.low
 
-    def alone(self) -> bool:
+    def is_exclusive(self) -> bool:
         """Whether at least three quarters of these bytes are for this rank alone."""
-        return 4 * sum(fill.alone * (fill.high - fill.low) for fill in self.fills) >= 3 * self.nbytes
+        return 4 * sum(fill.exclusive * (fill.high - fill.low) for fill in self.fills) >= 3 * self.nbytes
 
 
 class Superseded(CheckpointException):
@@ -2014,7 +2060,10 @@ class Superseded(CheckpointException):
 
 
 class CheckpointReader:
-    """Verified reads of one committed checkpoint: every byte that it returns has passed its unit's CRC32."""
+    """Verified reads of one committed checkpoint: every byte that it returns has passed its unit's CRC32.
+
+    CORRUPTED_CHECKPOINT for damage; `Superseded` if a save replaces the checkpoint meanwhile.
+    """
 
     def __init__(self, storage: st.CheckpointStorage, metadata: CheckpointMetadata) -> None:
         self.storage, self.metadata = storage, metadata
@@ -2116,7 +2165,7 @@ class CheckpointReader:
         return self.read(tensor, box)
 
     def read_values(self, tensors: Iterable[int]) -> None:
-        """Read what `read_value` will be asked for at once, since hundreds of values lie in one unit."""
+        """Read ahead, all at once, what `read_value` will return: hundreds of values lie in one unit."""
         found = {index: self._empty(index) for index in tensors}
         self.fill(found.values())
         self._values |= {index: target.view for index, target in found.items()}
@@ -2161,11 +2210,11 @@ class CheckpointReader:
                 low, high, frame_bytes, cuts = begin, begin + length, raw_bytes, range(0)
             elif begin % width:  # raw, behind frames: a cut would part an element
                 cuts = range(0)
-            alone = target.alone * math.prod(common.size) * width / (frame_bytes or high - low)
+            exclusive = target.exclusive * math.prod(common.size) * width / (frame_bytes or high - low)
             exact = piece == want and target.view.dtype == dtype
             flat = st.byte_view(target.view) if exact else None
             for start, stop in itertools.pairwise([low, *cuts, high]):
-                yield Fill(file, start, stop, begin, piece, dtype, frame_bytes, target, flat, alone)
+                yield Fill(file, start, stop, begin, piece, dtype, frame_bytes, target, flat, exclusive)
 
     def plan(self, targets: Iterable[Target]) -> list[Read]:
         """L3: return which units to read, and what each is for. In the order of the files and their bytes.
@@ -2205,8 +2254,8 @@ class CheckpointReader:
             fetch = file.read
             if (
                 isinstance(file, st.LocalFile)
-                and read.alone()
-                and file.is_cold(start + read.low, read.nbytes)
+                and read.is_exclusive()
+                and file.is_cold(start + read.low, step)
             ):
                 fetch = file.read_directly
             elif len(read.fills) <= FEW and all(f.flat is not None and not f.frame_bytes for f in read.fills):
@@ -2222,8 +2271,8 @@ class CheckpointReader:
 
         CORRUPTED_CHECKPOINT if one is damaged; then nothing of `data` is copied.
         """
-        for problem in self.damage(read.file, low, data):
-            raise st.corrupted(problem, self.metadata.shard_path(read.file))
+        if problems := self.damage(read.file, low, data):
+            raise st.corrupted(problems[0], self.metadata.shard_path(read.file))
         with gate:
             for fill in read.fills:
                 first, last = max(0, fill.low - low), fill.high - low
@@ -2261,8 +2310,8 @@ class CheckpointReader:
 def read_once(op: Operation, reader: CheckpointReader, reads: Sequence[Read], meter: Meter) -> None:
     """L4 where each unit is read by one of the ranks that need it, and sent to the others. Collective.
 
-    The reads of all ranks are cut where another read begins or ends. The ranks that need a part take turns in
-    reading it. A round moves a few blocks.
+    The reads of all ranks are cut where another read begins or ends. The ranks that need a part read it in
+    rotation. A round moves a few blocks, each to all ranks that need it: the sender has two copies for each.
     """
     spans = np.array([read[:3] for read in reads], np.int64).reshape(-1, 3).T
     wanted = [list(unpack_columns(packed)) for packed in op.gather(pack_columns(*spans))]
@@ -2278,7 +2327,7 @@ def read_once(op: Operation, reader: CheckpointReader, reads: Sequence[Read], me
             ranks.setdefault(part, []).append(rank)
     order, found, placed = sorted(ranks), dict[tuple[int, int], Bytes](), 0
 
-    def fetch(part: tuple[int, int], buffer: Bytes, gate: st.Gate) -> None:
+    def fetch(part: tuple[int, int], buffer: Bytes) -> None:
         (index, low), data = part, np.empty(stops[part] - part[1], np.uint8)
         with reader.file(index) as file:
             file.read(reader.metadata.shards[index].header_bytes + low, data.data)
