@@ -1636,12 +1636,22 @@ class Point:
     x: int = 0
 
 
-@pytest.mark.parametrize("thing", [ExceptionType.UNKNOWN, Point(), lambda: 0, io.StringIO()], ids=type)
-def test_an_object_that_is_not_data_is_refused_by_path_and_type_before_anything_is_written(tmp_path, thing):
-    save = functools.partial(opened(tmp_path).save, small()[0], None, to())
-    words = "outer", "inner", type(thing).__name__
-    refusal(lambda: save(extra_state={"outer": [{"inner": thing}]}), Exception, *words)
-    assert listing(tmp_path) == {}
+HALF = "a\ud800"  # of a surrogate pair: UTF-8 cannot encode it
+THINGS = [ExceptionType.UNKNOWN, Point(), lambda: 0, io.StringIO()]
+REFUSED = [  # what is said of it; model and extra state
+    *((f"extra/outer.0.inner .{type(it).__name__};", {}, {"outer": [{"inner": it}]}) for it in THINGS),
+    (r"model/a\ud800", Bag(**{HALF: torch.ones(1)}), None),
+    (r"model-values/a\ud800", Bag(**{HALF: 5}), None),
+    (r"model/a\ud800.w", {HALF: Bag(w=torch.ones(1))}, None),
+    (r"extra/a\ud800", {}, {HALF: 1}),
+    (r"extra/k.a\ud800", {}, {"k": {HALF: torch.ones(1)}}),
+]
+
+
+@pytest.mark.parametrize("words, model, extra", REFUSED)
+def test_what_is_no_data_or_no_utf_8_is_refused_by_path_before_any_write(tmp_path, words, model, extra):
+    save = functools.partial(opened(tmp_path).save, model, None, to(), extra_state=extra)
+    assert refusal(save, "SAVE_FAILED", *words.split()).isascii() and listing(tmp_path) == {}
 
 
 class Wrapped(torch.Tensor):
@@ -6258,22 +6268,6 @@ def test_what_is_stored_reaches_a_terminal_escaped_and_json_is_exact(tmp_path, c
         assert "a\\" in printed(line, 1), "it names what is damaged"
     for line in ("gc {}", "rm {} q"):
         printed(line, 0)
-
-
-REFUSED_NAMES = {
-    "model/a\ud800": lambda c, name: c.save(Bag(**{name: torch.ones(1)}), None, to()),
-    "model-values/a\ud800": lambda c, name: c.save(Bag(**{name: 5}), None, to()),
-    "model/a\ud800.w": lambda c, name: c.save({name: Bag(w=torch.ones(1))}, None, to()),
-    "extra/a\ud800": lambda c, name: c.save(Bag(), None, to(), extra_state={name: 1}),
-    "extra/k.a\ud800": lambda c, name: c.save(Bag(), None, to(), extra_state={"k": {name: torch.ones(1)}}),
-}
-
-
-@pytest.mark.parametrize("path", REFUSED_NAMES, ids=ascii)
-def test_a_name_that_utf_8_cannot_encode_is_refused_at_save_with_its_path(tmp_path, path):
-    message = refusal(lambda: REFUSED_NAMES[path](opened(tmp_path), "a\ud800"), "SAVE_FAILED")
-    assert path.encode("ascii", "backslashreplace").decode() in message and message.isascii()
-    assert listing(tmp_path) == {}
 
 
 # Row 36: something else than a file as the source of an import
