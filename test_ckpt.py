@@ -228,8 +228,9 @@ def on_ranks(world_size, counts=None, limit_s=HANG_S, group=True):
             with directory(in_memory=place.name == "ram") as tmp:
                 return run(size, _body_of_test, tmp, body.__name__, values, **how)
 
-        def test(request, **_):
-            tried, *_ = EARLY[request.node.nodeid].result()
+        def test(request, **values):
+            future = EARLY[request.node.nodeid]
+            tried, *_ = early(values) if future.cancel() else future.result()  # at the latest it begins now
             COUNTS.update({counts: tried} if counts else {})
 
         request = inspect.Parameter("request", inspect.Parameter.KEYWORD_ONLY)
@@ -252,8 +253,10 @@ def _tests_in_processes_of_their_own_begin_before_their_turn(request):
                 EARLY[item.nodeid] = pool.submit(early, values)
         yield
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.kill()  # of a test that nobody waits for any more
+        while not all(future.done() for future in EARLY.values()):  # a test that nobody waits for any more
+            for process in multiprocessing.active_children():
+                process.kill()
+            time.sleep(0.1)
 
 
 def _body_of_test(*given):
@@ -5674,7 +5677,6 @@ def test_each_bit_and_each_length_is_missed_by_no_validation_and_no_load(ram, da
     keys["not_covered_once"] = lambda tensors, *ints: (*tensors, *map(bytes, ints))
     for name, key in keys.items():
         setattr(st, name, remembered(getattr(st, name), key))
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # on one core, where its threads take turns
     files, count = specimen(ram / "s", form, level), 0
     assert load_specimen(files) == "exact" and over(Memory(files)).validate_checkpoint("p").is_valid
     for context, broken in damage(files):
