@@ -911,7 +911,8 @@ _in_flight: list[tuple[dist.Work, object]] = []
 
 def _own_connection(store: Store) -> Store:
     """A second connection: a thread that waits for a key blocks the connection that it uses."""
-    return store.clone() if hasattr(store, "clone") else store
+    own: Store = getattr(store, "clone")()  # missing in torch's type stubs
+    return own
 
 
 class TorchCoordinator(DistributedCoordinator):

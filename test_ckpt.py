@@ -7738,7 +7738,8 @@ def settle(tmp, steps, state, gc=None):
     latest, kept = checkpoint.latest_checkpoint(), stored(steps, state)
     assert (latest and latest.prefix) == (found[-1][0] if found else None), f"the latest is {latest}"
     for prefix, number in model.items():
-        files = {name: zlib.crc32((tmp / name).read_bytes()) for name in own_files(tmp, prefix)}
+        present = names.intersection(own_files(tmp, prefix))  # a damaged record may name others
+        files = {name: zlib.crc32((tmp / name).read_bytes()) for name in present}
         if number not in state["files"] and not damage.get(number):
             step, target = steps[number], Job(steps[number]["shapes"], steps[number])
             options = at(prefix, load_rng_state=False, load_optimizer=step["optimizer"])
