@@ -1801,6 +1801,30 @@ def await_file(path):
         time.sleep(0.01)
 
 
+def test_the_file_operations_of_an_overwrite_and_a_delete_come_in_the_documented_order(tmp_path):
+    def in_order(*steps):
+        rest = iter(files.log)
+        return all(any(op.call == call and op.path.endswith(end) for op in rest) for call, end in steps)
+
+    files = Seam()
+    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files))
+    checkpoint.save(*small(), "p")
+    (old,) = (path.name for path in shards(tmp_path))
+    files.log.clear()
+    checkpoint.save(*small("second"), "p")
+    (new,) = (path.name for path in shards(tmp_path))
+    record, synced, renamed, gone = ("create", ".tmp"), ("fsync_dir", ""), ("rename", ".tmp"), ("unlink", old)
+    assert in_order(record, ("pwrite", new), ("fsync", new), synced, renamed, synced, gone)
+    assert in_order(record, ("pwrite", ".tmp"), ("fsync", ".tmp"), renamed)
+    for path in (new, ".tmp"):
+        assert not in_order(("fsync", path), ("pwrite", path))
+    assert not in_order(renamed, renamed) and not in_order(gone, gone), "there is one of each"
+    files.log.clear()
+    checkpoint.delete_checkpoint("p")
+    assert in_order(("unlink", "p.metadata.json"), synced, ("unlink", new))
+    assert not in_order(("unlink", new), ("unlink", new))
+
+
 ODD = [
     (to("other"), "disagree about prefix"),
     (to(format="single_file"), "disagree about format"),
