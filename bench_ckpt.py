@@ -23,11 +23,11 @@ figure from this run. The peers are torch.distributed.checkpoint (DCP), and torc
 they fit. A list below the tables says what each line does and does not do (`DOES`).
 
 Why it is fair.
-    - All lines of a row take turns in the same processes: a slow minute of the disk affects all of them.
+    - All lines of a row take turns, in another order each round: a slow minute of the disk affects all alike.
     - A warm-up round runs every setting of every line. The two fastest settings of each line are measured in
       `--rounds` rounds. The better one is shown: median, minimum, maximum. Ratios are ratios of medians.
     - Time runs from a barrier of all ranks to the next one. A save ends when its bytes are durable (fsync).
-    - "Cold" files were fsynced and dropped from the page cache; caches below the operating system stay.
+    - "Cold" files were read and dropped from the page cache; caches below the operating system stay.
       "Warm" files were just read. Loads fill existing tensors, as a restart after a fault does.
     - Every value is a function of its place in its tensor. Before a load is timed, all tensors are wiped and
       loaded, and each rank compares every bit with that function. Wrong bits of ours end the run with code 1.
@@ -52,6 +52,7 @@ import logging
 import math
 import os
 import platform
+import random
 import shutil
 import signal
 import statistics
@@ -368,7 +369,7 @@ def measure(bench: Bench, world: World, row: Row, state: State | None, found: li
         times: dict[int, list[float]] = {i: [] for family in first_s.values() for _, i in sorted(family)[:2]}
         for turn in range(bench.settings.rounds):
             bench.progress(f"{row.name}: round {turn + 1} of {bench.settings.rounds}")
-            for index in [*times][turn % len(times) :] + [*times][: turn % len(times)]:
+            for index in random.Random(turn).sample([*times], len(times)):  # the same on all ranks
                 times[index].append(world.measure(found[index]))
         for index in sorted(times, key=lambda index: statistics.median(times[index])):
             if row.line(found[index].family) is None:
@@ -451,21 +452,22 @@ def raw_io(bench: Bench, world: World, nbytes: int, cold: bool | None = None) ->
 
 
 def prepare(files: Sequence[Path], cold: bool) -> None:
-    """Drop files from the page cache, which only clean pages leave; or read them once."""
-    sync(files if cold else ())
+    """Read files once; then, if `cold`, drop them from the page cache."""
+    # A virtual machine may have given free memory back to its host: to get it anew costs more than the disk.
     for path in files:
-        with open(path, "rb") as file:
-            if cold:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while not cold and file.read(4 * MIB):
+        with open(path, "rb", buffering=0) as file:
+            while file.read(4 * MIB):
                 pass
+    sync(files if cold else (), drop=True)
 
 
-def sync(files: Sequence[Path]) -> None:
-    """Fsync files."""
+def sync(files: Sequence[Path], drop: bool = False) -> None:
+    """Fsync files; `drop` them from the page cache, which only clean pages leave."""
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+            if drop:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def library(bench: Bench, world: World) -> ckpt.DistributedCheckpoint:
@@ -657,8 +659,7 @@ class Simulation(ckpt.LocalCoordinator):
         given, started = json.dumps(value), time.perf_counter()
         texts = [self._text_of(1)]
         broadcast = '"value": null' in texts[0]  # then no other rank gives anything
-        others = range(2, self.world_size)
-        texts += texts * len(others) if broadcast else map(self._text_of, others)
+        texts += texts * (self.world_size - 2) if broadcast else map(self._text_of, range(2, self.world_size))
         self.others_s += time.perf_counter() - started
         copies = 1 if given.startswith('{"value": [') else self.world_size - 1  # 1: a part for each rank
         self.exchanged_bytes += len(given) * copies if broadcast else sum(map(len, texts))
@@ -1153,8 +1154,7 @@ def parse(argv: Sequence[str]) -> Settings:
     add("--nproc", type=int, default=2, help="ranks on a machine without GPUs (default: 2)")
     given = parser.parse_args(argv)
     if given.rows == "list":
-        print("\n".join(f"{name:16} {what}" for name, what in ROWS.items()))
-        raise SystemExit(0)
+        parser.exit(0, "".join(f"{name:16} {what}\n" for name, what in ROWS.items()))
     given.rows = given.rows.split(",") if given.rows else QUICK_ROWS if given.quick else list(ROWS)
     given.rounds = (3 if given.quick else 5) if given.rounds is None else given.rounds
     given.size = (1_493_000_000 if given.quick else 3_600_000_000) if given.size is None else given.size
