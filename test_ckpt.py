@@ -5595,6 +5595,61 @@ def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_
     assert lacked.hit and (past >= {"pread", "pwrite"} or "page cache" not in what)
 
 
+IMAGE = "truncate -s 320M {tmp}/image && {} && mount -o loop {tmp}/image {at}"
+MOUNTS = {  # how to make a file system at {at}
+    "tmpfs": "mount -t tmpfs -o size=96m tmpfs {at}",
+    "ext4": IMAGE.replace("{}", "mkfs.ext4 -q {tmp}/image"),
+    "xfs": IMAGE.replace("{}", "mkfs.xfs -q {tmp}/image"),
+    "btrfs": IMAGE.replace("{}", "mkfs.btrfs -q {tmp}/image"),
+    "vfat": IMAGE.replace("{}", "mkfs.vfat {tmp}/image"),
+    "overlay": "cd {tmp} && mkdir a b c && mount -t overlay -o lowerdir=a,upperdir=b,workdir=c overlay {at}",
+    "bindfs": "mkdir {tmp}/a && bindfs {tmp}/a {at}",
+}
+
+
+def shell(command):
+    return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=HANG_S)
+
+
+@pytest.fixture
+def mounted(tmp_path, request):
+    """A new file system of a kind; skips with the system's reason where none can be made."""
+    places = {"tmp": tmp_path, "at": tmp_path / "at"}
+    places["at"].mkdir()
+    made = shell(MOUNTS[request.param].format(**places))
+    if made.returncode:
+        pytest.skip(f"no {request.param}: {made.stderr.strip()}")
+    yield places["at"]
+    assert shell(f"umount -l {places['at']}").returncode == 0
+
+
+@pytest.mark.parametrize("mounted", MOUNTS, indirect=True)
+def test_all_goes_well_on_a_file_system_until_it_is_full_or_read_only(mounted):
+    base, large = mounted / "base", [Bag(w=torch.randn(3 * MiB)) for _ in range(2)]
+    for form, level in itertools.product(FORMATS, ("none", "fast")):
+        options = {"format": form, "compression_level": level, "include_rng_state": False}
+        for bag in large:  # with direct I/O, where the file system has it; the second one replaces the first
+            over(base).save(bag, None, to(**options))
+        for path in shards(base):
+            is_in_memory(path)  # drops it from the page cache
+        found = Bag(w=torch.zeros(3 * MiB))
+        over(base).load(found, None, at())
+        assert identical(found.state, large[1].state) and set(listing(base)) == named_files(base)
+    kind, _, message = told(lambda: put(base, "old", "once", overwrite=False))
+    assert kind == "returned" or "hard links" in message
+    assert put(base, "old") == "p" and over(base).save_async(value("new"), None, "q").result(HANG_S) == "q"
+    over(base).delete_checkpoint("q")
+    assert st.collect_garbage(base, 0.0) == [] and over(base).validate_checkpoint("p").is_valid
+    before = listing(base)
+    huge = Bag(w=torch.zeros(120 * MiB))
+    if os.statvfs(base).f_bavail * os.statvfs(base).f_frsize < huge.state["w"].nbytes:
+        refusal(lambda: over(base).save(huge, None, to()), "STORAGE_ERROR", "No space left")
+        assert listing(base) == before and seen(base) == "old"
+    if shell(f"mount -o remount,ro {mounted}").returncode == 0:
+        refusal(lambda: put(base, "new"), "STORAGE_ERROR", "Read-only file system")
+        assert listing(base) == before and seen(base) == "old"
+
+
 # Row 13, 14: damage to any bit, any length, any file out of place
 
 RECORD = "p.metadata.json"
