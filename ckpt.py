@@ -57,7 +57,7 @@ from concurrent.futures import Future
 from copy import copy as shallow_copy
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TextIO, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TextIO, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -141,6 +141,11 @@ class Stateful(Protocol):
 
 Model = Stateful | Mapping[str, Stateful] | Mapping[str, torch.Tensor]
 Optimizers = Stateful | Mapping[str, Stateful] | Sequence[Stateful]
+
+
+def _is_stateful(value: object) -> TypeGuard[Stateful]:
+    """As `isinstance`, which from Python 3.12 on overlooks methods that `__getattr__` gives."""
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
 
 
 def _check_member(value: object, allowed: Iterable[object], what: str) -> None:
@@ -263,7 +268,7 @@ def _parts(what: str, given: object) -> Parts:
     for name, part in named.items():
         # What a module keeps under such a key may change its shape, so it cannot be filled in place.
         is_value = not isinstance(name, str) or name.endswith("_extra_state")
-        if not of_tensors and isinstance(part, Stateful):
+        if not of_tensors and _is_stateful(part):
             parts[name] = part
         elif is_value or not (of_tensors and isinstance(part, torch.Tensor)):
             must = "must have state_dict() and load_state_dict(), or be a mapping to such, or"
@@ -779,7 +784,7 @@ class DistributedCheckpoint:
                 message = "%d optimizer parameter(s) are not in this model; kept by position, first %s: %s"
                 self.logger.warning(message, len(outside), outside[0], _OUTSIDE)
         for key, value in given.extra_state.items():
-            into.value(f"extra/{key}", value.state_dict() if isinstance(value, Stateful) else value)
+            into.value(f"extra/{key}", value.state_dict() if _is_stateful(value) else value)
         if given.options.include_rng_state:
             into.value("rng/state", rng_state(), per_rank=True)
         return into.finish()
@@ -1542,7 +1547,7 @@ class Restore:
             self._optimizer = OptimizerState(given.optimizer, self._model.parameters())
             self._optimizer.collect(into)
         for key, live in given.extra_state.items():
-            if isinstance(live, Stateful):
+            if _is_stateful(live):
                 into.value(f"extra/{key}", live.state_dict())
         into.finish()
         self.unexpected = {t.name for t in reader.metadata.tensors if t.name.startswith("model/")}
@@ -1745,7 +1750,7 @@ class Restore:
         model_state = self._model.apply(self.given.options.strict_mode)
         optimizer_state = self._optimizer.apply()
         for key, value in self._extra.items():
-            if isinstance(live := self.given.extra_state.get(key), Stateful):
+            if _is_stateful(live := self.given.extra_state.get(key)):
                 getattr(live, "load_state_dict")(value)  # a state may be something else than a dict
         if isinstance(self._rng, dict):
             set_rng_state(self._rng)

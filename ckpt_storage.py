@@ -565,9 +565,10 @@ class StorageFactory:
         """
         if isinstance(options, (str, os.PathLike)):
             options = StorageOptions(connection_settings={"base_path": os.fspath(options)})
-        if isinstance(options, CheckpointStorage):
-            return options
         if not isinstance(options, StorageOptions):
+            # Not `isinstance`: from Python 3.12 on it overlooks methods that `__getattr__` gives.
+            if all(hasattr(options, name) for name in vars(CheckpointStorage) if name[0] != "_"):
+                return options
             must = "must be a path, StorageOptions, or have all methods of CheckpointStorage"
             raise ValueError(f"storage {must}, not {type(options)}")
         if (factory := StorageFactory._providers.get(options.provider)) is None:

@@ -925,6 +925,13 @@ def test_a_registered_provider_is_used_and_what_is_no_storage_is_a_value_error_t
     opened(tmp_path / "no", storage=ckpt.StorageOptions("mine", {"bucket": "b"})).save(small()[0], None, to())
     assert settings == [{"bucket": "b"}] and (tmp_path / "p.metadata.json").exists()
     create, options = ckpt.StorageFactory.create, ckpt.StorageOptions
+
+    class Forwarding:
+        def __getattr__(self, name):
+            return getattr(storage, name)
+
+    storage = ckpt.LocalStorage(tmp_path)
+    assert prefixes(ckpt.DistributedCheckpoint(storage=Forwarding())) == ["p"]
     refusal(lambda: create(options("nowhere")), ValueError, "nowhere", "local")
     typo = options(connection_settings={"basepath": "x"})
     refusal(lambda: create(typo), ValueError, "basepath", "base_path")
