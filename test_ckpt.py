@@ -215,7 +215,7 @@ def _counts_are_printed_at_the_end(request):
 
 
 def on_ranks(world_size, counts=None, limit_s=HANG_S, group=True):
-    """A test whose body is run by so many processes (or by a parameter), as `test(rank, tmp_path or ram, ...)`.
+    """A test whose body is run by so many processes (or a parameter), as `test(rank, tmp_path or ram, ...)`.
 
     Without a `group`, as `test(tmp_path or ram, ...)`. What rank 0 returns is how many of `counts` it tried.
     """
@@ -1370,7 +1370,7 @@ def failing(base_path, code, call, pattern):
 
 @pytest.mark.parametrize("call, pattern", [("close", "good/.*"), ("stat", r"/bad\.metadata\.json$")])
 def test_neither_an_error_that_does_not_matter_nor_an_odd_record_stops_anything(ram, caplog, call, pattern):
-    """Such as the close of a file that was only read. One record cannot be looked at, or is huge, or no file."""
+    """Such as the close of a file that was only read. One record cannot be looked at, is huge, or no file."""
     put(ckpt.LocalStorage(ram), "old", "good")
     (ram / "bad.metadata.json").write_text("{}")
     os.mkfifo(ram / "odd.metadata.json")
@@ -7642,7 +7642,7 @@ class Player:
         job = Job(step["shapes"], step, self.meshes[step["ranks"]][step["mesh"]]).fill(salt, rank)
         checkpoint.keep_last = None if keep == "even" else keep
         if keep == "even":
-            even = lambda infos: [i.prefix for i in infos if i.custom_metadata["number"] % 2 == 0]  # noqa: E731
+            even = lambda infos: [i.prefix for i in infos if not i.custom_metadata["number"] % 2]  # noqa: E731
             checkpoint.retain = even
         options = to(step["prefix"], **step["options"], include_rng_state=step["rng"])
         options.staging, options.custom_metadata = step["staging"] or "eager", {"number": number}
