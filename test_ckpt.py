@@ -7642,8 +7642,7 @@ class Player:
         job = Job(step["shapes"], step, self.meshes[step["ranks"]][step["mesh"]]).fill(salt, rank)
         checkpoint.keep_last = None if keep == "even" else keep
         if keep == "even":
-            even = lambda infos: [x.prefix for x in infos if not x.custom_metadata["number"] % 2]  # noqa: E731
-            checkpoint.retain = even
+            checkpoint.retain = lambda infos: [x.prefix for x in infos if not x.custom_metadata["number"] % 2]
         options = to(step["prefix"], **step["options"], include_rng_state=step["rng"])
         options.staging, options.custom_metadata = step["staging"] or "eager", {"number": number}
         torch.manual_seed(100 * salt + self.rank)
