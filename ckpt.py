@@ -534,7 +534,7 @@ class DistributedCheckpoint:
         """Copy the state to host memory, and save the copy in the background. Collective.
 
         Waits for the save before it, so that one is in flight at a time. TIMEOUT if that one does not end.
-        What `save` would raise, for a misuse too, `result()` of what this returns raises.
+        `result()` of what this returns raises the errors of `save`, a misuse too.
 
         With staging="eager" the copy is complete on return. With "overlapped", parameters and optimizer state
         are copied while forward and backward run, and the optimizer's next step waits for the copy. If
@@ -2765,8 +2765,8 @@ _ARGUMENTS = {
     "prefix": "the name of a checkpoint",
     "out": "the file to write; ends in .safetensors",
     "source": "a file, an index of files, or a directory",
-    "a": "the checkpoint to compare with",
-    "b": "the checkpoint that may differ",
+    "a": "the earlier checkpoint",
+    "b": "the later checkpoint",
 }
 
 

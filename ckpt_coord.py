@@ -156,7 +156,7 @@ Message = dict[str, Any]
 # What a rank reports in S5. Of the whole file: the CRC32s of units, by the number of their block. Of its own
 # file: the row of the record, and the lengths of compressed pieces.
 Report = tuple[dict[str, list[int]], tuple[tuple[str, int, int, int], Ints | None] | None]
-# What a rank needs of the plan, see `pack_shares`; and which rank gives which boxes to the whole file.
+# What a rank needs of the plan; and which rank gives which boxes to the whole file.
 Share = tuple[CheckpointMetadata, Pieces]
 
 
@@ -264,17 +264,24 @@ class CheckpointCoordinator:
         with op.step("S3 plan"):
             holdings = gather_holdings(op, data)
             self._compare_replicas(op, data, holdings)
-            if not holdings:
-                return ticket, unpack_share(op.broadcast(None), op.scatter(), ticket)
-            plan, sources = lay_out(holdings, ticket, CheckpointFormat(ticket.format))
-            self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
-            if (whole := plan.shards[0]).header_bytes:
-                with closing(self.storage.create(plan.shard_path(0))) as file:
-                    file.resize(whole.length)
-                if plan.compression != "none":
-                    self.warnings.append(f"{whole.file} is not compressed: other readers could not read it")
-            shares = pack_shares(plan, sources)
-            return plan, unpack_share(op.broadcast(next(shares)), op.scatter(shares), ticket)
+            plan, sources = ticket, NO_PIECES
+            shares: Iterator[str] = iter(())
+            if holdings:
+                plan, sources = lay_out(holdings, ticket, CheckpointFormat(ticket.format))
+                self._create_files(plan)
+                shares = pack_shares(plan)
+            if ticket.format != "multi_shard":  # all ranks compute the schedule of the whole file
+                sources = st.unpack_pieces(st.Fields(op.broadcast(st.pack_pieces(sources))))
+            return plan, (unpack_share(op.scatter(shares), ticket), sources)
+
+    def _create_files(self, plan: CheckpointMetadata) -> None:
+        """Create the fence, then the whole file."""
+        self.storage.create(st.fence_name(plan.prefix, plan.save_id)).close()
+        if (whole := plan.shards[0]).header_bytes:
+            with closing(self.storage.create(plan.shard_path(0))) as file:
+                file.resize(whole.length)
+            if plan.compression != "none":
+                self.warnings.append(f"{whole.file} is not compressed: other readers could not read it")
 
     def _compare_replicas(self, op: Operation, data: ShardData, holdings: Holdings | None) -> None:
         """Compare what several ranks hold by checksums. Copies that differ are then kept per rank or mesh."""
@@ -521,7 +528,8 @@ class CheckpointLoader:
                 else:
                     for rank in range(op.world_size) if strategy == "sequential" else [op.rank]:
                         if rank == op.rank:
-                            run = functools.partial(reader.run, gate=(gate := st.Gate()), meter=meter)
+                            gate = st.Gate()
+                            run = functools.partial(reader.run, gate=gate, meter=meter)
                             st.in_parallel(reads, run, meter.tick, len(reads), gate)
                         if strategy == "sequential":
                             op.gather_at_0(None)
@@ -616,7 +624,7 @@ class Operation:
         try:
             if not name.startswith("S7"):  # a commit is announced, however late
                 self.poll()
-            # The other steps wait for disks and ranks, maybe in the background of a training that needs it.
+            # The other steps wait for disks and ranks, while training beside them needs its collections.
             with no_garbage_collection() if name[:2] in ("S2", "S3", "L1", "L3") else nullcontext():
                 yield
         except OperationFailed:
@@ -799,7 +807,10 @@ class RetryPolicy:
 
     def delay(self, attempt: int) -> float:
         """Return the seconds to wait after failed attempt number `attempt` (from 0)."""
-        base = min(self.max_delay, self.initial_delay * self.backoff_factor ** min(attempt, 30))
+        try:
+            base = min(self.max_delay, self.initial_delay * self.backoff_factor**attempt)
+        except OverflowError:
+            base = self.max_delay if self.initial_delay else 0.0
         return base * (1 + random.uniform(-self.jitter, self.jitter))
 
 
@@ -980,10 +991,13 @@ class TorchCoordinator(DistributedCoordinator):
         posts = [f"{step}/{rank}" for rank in range(self.world_size)]
         self._post(posts[self.rank], value)
         if self.rank == 0:
-            values = self._await(posts, posts, timeout, poll)
-            for rank, part in enumerate(parts):
-                self._post(f"{step}/for/{rank}", part)
-            rows = values if shown is None else values[shown] + [row for row in values if "failure" in row]
+            rows = values = self._await(posts, posts, timeout, poll)
+            if shown is not None:
+                failures = [row for row in values if "failure" in row]
+                rows = values[shown] + failures
+                for rank, part in enumerate(() if failures else parts):
+                    poll()
+                    self._post(f"{step}/for/{rank}", part)
             self._post(f"{step}/all", rows)
         else:
             (values,) = self._await([f"{step}/all"], posts, timeout, poll)
@@ -1587,7 +1601,7 @@ def lay_out(
 ) -> tuple[CheckpointMetadata, Pieces]:
     """The plan, which is the record without lengths and CRCs; and who gives which boxes to a whole file.
 
-    In the latter `file` is the rank.
+    In the latter `file` is the rank, and `tensor` counts the tensors of the whole file.
     """
     tensors, rows = holdings.tensors()
     itemsizes = st.itemsizes(tensors)
@@ -1607,6 +1621,7 @@ def lay_out(
     rows = rows._replace(begin=rows.tensor * 0, length=rows.tensor * 0)
     inside = np.isin(rows.tensor, whole)
     sources, rows = rows.take(inside), rows.take(~inside)
+    sources = sources._replace(tensor=np.unique(sources.tensor, return_inverse=True)[1])
     rows = rows._replace(file=rows.file + len(files))
     if form is not CheckpointFormat.SINGLE_FILE:
         numbers = range(ticket.world_size)
@@ -1659,8 +1674,8 @@ def cut_up(rows: Pieces, itemsizes: Ints) -> Pieces:
     return rows
 
 
-def pack_shares(plan: CheckpointMetadata, sources: Pieces) -> Iterator[str]:
-    """What ranks need of the plan, as JSON: first `sources`, then for each rank its files and their rows.
+def pack_shares(plan: CheckpointMetadata) -> Iterator[str]:
+    """What each rank needs of the plan, as JSON: the whole file, its own file, and the rows in them.
 
     At 4,096 ranks of 1,000 tensors each, the whole plan for every rank would be 6 GB.
     """
@@ -1668,32 +1683,28 @@ def pack_shares(plan: CheckpointMetadata, sources: Pieces) -> Iterator[str]:
     ends = np.searchsorted(files[order], np.arange(len(plan.shards) + 1))
     whole = [0] if plan.shards[0].header_bytes else []
     tensors = [t._replace(alias_of=None) for t in plan.tensors]
-    yield st.dump_json(
-        st.pack_pieces(sources._replace(tensor=np.unique(sources.tensor, return_inverse=True)[1]))
-    ).decode()
     for rank in range(plan.world_size):
         own = [len(plan.shards) - plan.world_size + rank] if plan.format != "single_file" else []
         numbers = whole + own
         rows = plan.pieces.take(np.concatenate([order[ends[n] : ends[n + 1]] for n in numbers]))
-        # By their first rows: the tensors of the whole file come first, as `sources` counts them.
+        # Numbered as their rows come: those of the whole file first, as in `lay_out`'s sources.
         index = {tensor: number for number, tensor in enumerate(dict.fromkeys(rows.tensor.tolist()))}
         tensor = np.array([index[tensor] for tensor in rows.tensor.tolist()], np.int64)
-        part = dataclasses.replace(
+        share = dataclasses.replace(
             plan,
             shards=tuple(plan.shards[n] for n in numbers),
             tensors=tuple(tensors[n] for n in index),
             pieces=rows._replace(tensor=tensor, file=np.searchsorted(numbers, rows.file)),
         )
-        yield st.dump_json(st.encode_tables(part)).decode()
+        yield st.dump_json(st.encode_tables(share)).decode()
 
 
-def unpack_share(sources: str, text: str, ticket: CheckpointMetadata) -> Share:
+def unpack_share(text: str, ticket: CheckpointMetadata) -> CheckpointMetadata:
     """Inverse of `pack_shares`, for one rank."""
     share = json.loads(text)
     shards = tuple(st.ShardMetadata(name, size, header, 0) for name, size, header, _ in share["files"])
     tensors, pieces = st.decode_tensors(share["tensors"]), st.unpack_pieces(st.Fields(share["pieces"]))
-    plan = dataclasses.replace(ticket, shards=shards, tensors=tensors, pieces=pieces)
-    return plan, st.unpack_pieces(st.Fields(json.loads(sources)))
+    return dataclasses.replace(ticket, shards=shards, tensors=tensors, pieces=pieces)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1766,7 +1777,7 @@ def checksums(views: Sequence[torch.Tensor], on_device: Sequence[int], meter: Me
 
 Views = Mapping[int, Sequence[tuple[Box, torch.Tensor]]]  # the boxes that a rank holds of each tensor
 
-FEW = 8  # pieces of a block, or of a tensor: up to so many take the simpler path
+FEW = 8  # pieces of a block that is processed in steps, and of a tensor that is searched without numpy
 MOST_OPEN = 16  # files of a checkpoint that stay open; a process may have 1,024, and a checkpoint more
 STEP_UNITS = 4  # so many units at a time: of 1 MiB, a warm load ran at 6.2 GB/s, of 256 KiB at 4.2
 

@@ -6,8 +6,8 @@ Words, in this file and in the other two:
 
     tensor   a whole tensor, known by its name, however many ranks hold parts of it
     box      a rectangular part of a tensor: its offset and its size in each dimension
-    file     or shard: a tensor file, of one rank; or a *whole file*: of whole tensors, from all ranks
-    piece    a box with its place in a file: one row of the record; as stored, if compressed: a *frame*
+    file     a tensor file, or shard: of one rank; a *whole file* holds whole tensors, from all ranks
+    piece    a box with its place in a file: one row of the record; compressed, it is one *frame*
     unit     256 KiB of a file's data, under one CRC32: the least that is read
     block    up to 4 MiB of a file's data: what one write moves, and one read at most
     record   the metadata file; the checkpoint exists if and only if its record does
@@ -985,9 +985,9 @@ class CompressionLevel(enum.Enum):
     MAXIMUM = "maximum"
 
 
-# Module, depth (zlib's level), strategy; the last way also compresses the sample.
-# Entropy coding is fast, and gives all that can be had from the exponents of
-# weights. ISA-L, which knows no strategies, looks for matches too, and still takes half the time of zlib.
+# Module, depth (zlib's level), strategy; the last way also compresses the sample. Entropy coding is fast, and
+# gives all that can be had from the exponents of weights. ISA-L, which knows no strategies, looks for matches
+# too, and still takes half the time of zlib.
 _ENTROPY_ONLY = (zlib, 1, zlib.Z_HUFFMAN_ONLY)
 _FAST = (_FAST_ZLIB, 1, zlib.Z_DEFAULT_STRATEGY if CRC_PROVIDER == "isal" else zlib.Z_HUFFMAN_ONLY)
 _WAYS = {

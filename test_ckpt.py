@@ -253,7 +253,9 @@ def _tests_in_processes_of_their_own_begin_before_their_turn(request):
                 EARLY[item.nodeid] = pool.submit(early, values)
         yield
         pool.shutdown(wait=False, cancel_futures=True)
-        while not all(future.done() for future in EARLY.values()):  # a test that nobody waits for any more
+        deadline = time.monotonic() + HANG_S
+        # A test that nobody waits for any more.
+        while not all(future.done() for future in EARLY.values()) and time.monotonic() < deadline:
             for process in multiprocessing.active_children():
                 process.kill()
             time.sleep(0.1)
@@ -1017,6 +1019,8 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
     assert patient.execute_with_retry(fails_as_long_as_there_are_errors, asked, until) == "done"
     assert len(waits) == 1 and 0.0 <= waits[0] <= 5.0, "the deadline ends a delay"
     assert ckpt.RetryPolicy(max_delay=1.0, jitter=0.0).delay(5000) == 1.0
+    slow = ckpt.RetryPolicy(initial_delay=1.0, backoff_factor=1.01, jitter=0.0)
+    assert slow.delay(100) == 1.01**100 and dataclasses.replace(slow, initial_delay=0.0).delay(10**6) == 0.0
     refusal(lambda: handler.execute_with_timeout(lambda: never.wait(HANG_S), 0.1), "TIMEOUT")
     never.set()
     assert handler.execute_with_timeout(lambda: 7, HANG_S) == 7
