@@ -266,7 +266,7 @@ def _body_of_test(*given):
     return globals()[name].__wrapped__(*place[:1], tmp, **fixtures)
 
 
-apart = functools.partial(on_ranks, 1, group=False)  # in a fresh process without threads, so that it may fork
+isolated = functools.partial(on_ranks, 1, group=False)  # in a fresh process with no threads: it may fork
 
 
 def gathered(value):
@@ -309,7 +309,7 @@ def at(prefix="p", **options):
     return LoadOptions(checkpoint_prefix=prefix, **options)
 
 
-def told(call):
+def outcome_of(call):
     """The exception of `call()` as plain values (type, rank, message), or ("returned", None, value)."""
     try:
         return "returned", None, call()
@@ -370,7 +370,7 @@ def raw(tensor):
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-def here(tensor):
+def local_part(tensor):
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -673,7 +673,7 @@ for _kind in (Storage, SeamedFile):
             setattr(_kind, _name, _within(_method))
 
 
-@apart()
+@isolated()
 def test_every_file_call_of_the_library_goes_through_the_seam(tmp_path):
     """An audit hook hears of all that the interpreter is asked to do with files."""
     audited, st.os = Counter(), Seam()
@@ -826,7 +826,7 @@ def test_an_optimizer_is_saved_and_loaded_unless_left_out_and_to_forget_it_is_a_
 
 
 @pytest.mark.parametrize("generator", [np.random.MT19937, np.random.PCG64])
-@apart()
+@isolated()
 def test_rng_states_come_back_if_saved_and_asked_for(tmp_path, generator):
     def draws():
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
@@ -987,7 +987,7 @@ def test_the_retry_policy_decides_how_often_an_error_is_tried_again(tmp_path, ma
     files, policy = hiccups(times=2), Policy(max_retries=attempts, initial_delay=1.0, jitter=0.0)
     ckpt.StorageFactory.register("hiccups", lambda settings: Storage(tmp_path, files))
     checkpoint = opened(tmp_path, storage=ckpt.StorageOptions("hiccups"), retry_policy=policy)
-    kind, _, message = told(lambda: checkpoint.save(*small(), to(timeout=limit_s)))
+    kind, _, message = outcome_of(lambda: checkpoint.save(*small(), to(timeout=limit_s)))
     assert kind == ("TIMEOUT" if limit_s < 1.0 else "STORAGE_ERROR" if attempts < 3 else "returned"), message
     if kind == "returned":
         checkpoint.load(*small(), at())
@@ -1118,7 +1118,7 @@ def test_a_coordinator_of_five_methods_stops_waiting_for_a_silent_rank_at_the_de
 
     deserted = {"barrier": functools.partial(silent, None), "all_gather": silent, "broadcast": None}
     coordinator = types.SimpleNamespace(rank=0, world_size=2, **deserted)
-    answer = told(lambda: save_word(over(tmp_path, coordinator), "new", timeout=100.0))
+    answer = outcome_of(lambda: save_word(over(tmp_path, coordinator), "new", timeout=100.0))
     assert answer[:2] == ("TIMEOUT", 1) and 100 <= manual_time.now < 105
 
 
@@ -1332,7 +1332,9 @@ def test_wide_elements_that_other_ranks_send_are_copied_whatever_their_place(ran
 
 
 def test_a_save_to_storages_that_ranks_do_not_share_fails(ram):
-    outcomes = together(2, lambda c: told(lambda: opened(ram / str(c.rank), c).save(small()[0], None, "p")))
+    outcomes = together(
+        2, lambda c: outcome_of(lambda: opened(ram / str(c.rank), c).save(small()[0], None, "p"))
+    )
     assert {kind for kind, _, _ in outcomes} == {"STORAGE_ERROR"} and "share" in outcomes[0][2]
     assert opened(ram / "0").list_checkpoints() == []
 
@@ -1391,7 +1393,7 @@ def test_the_parent_of_the_base_path_may_be_closed_to_this_user(tmp_path):
     assert save_word(checkpoint, "new") == "p" and checkpoint.storage.seam.before.hit
 
 
-@apart()
+@isolated()
 def test_a_reader_of_many_files_keeps_few_open(ram):
     together(40, lambda c: opened(ram, c).save(small()[0], None, "p"))
     highest = max(map(int, os.listdir("/proc/self/fd")))
@@ -1612,7 +1614,7 @@ ALIKE = [  # a tensor inside a value never takes the name of another value
 ]
 
 
-@apart()
+@isolated()
 def test_extra_state_comes_back_exactly_and_no_pickle_is_ever_loaded(tmp_path):
     events, (model, optimizer), checkpoint = [], small(), opened(tmp_path)
     cases = [*({key: value} for key, value in EXTRA.items()), EXTRA, *ALIKE]
@@ -1760,7 +1762,7 @@ def test_partial_placements_and_fsdp1_at_any_depth_are_refused_with_the_ways_out
         ("save", "p", deep, ways),
         ("load", "plain", deep, ways),
     ):
-        kind, _, message = told(lambda: getattr(checkpoint, verb)(given, None, prefix))
+        kind, _, message = outcome_of(lambda: getattr(checkpoint, verb)(given, None, prefix))
         assert kind == f"{verb.upper()}_FAILED" and all(word in message for word in words), (kind, message)
     assert listing(tmp_path) == before and identical(state_of(model[0]), kept)
 
@@ -1784,7 +1786,7 @@ def test_coordinators_gather_and_broadcast_values_of_any_size_and_name_who_is_la
     assert dist.distributed_c10d._get_default_store().num_keys() <= 20
     for other in (0, 2) if rank == 1 else ():
         await_file(tmp_path / f"gave-up-{other}")
-    late = told(lambda: coordinator.barrier(timeout=1.0))
+    late = outcome_of(lambda: coordinator.barrier(timeout=1.0))
     (tmp_path / f"gave-up-{rank}").touch()
     # It names who is silent, and on a busy machine who came late to this wait.
     assert rank == 1 or (late[0] == "TIMEOUT" and re.search(names, late[2])), late
@@ -1863,7 +1865,7 @@ def test_what_one_rank_alone_gets_wrong_or_cancels_is_an_error_on_all_and_nothin
     for odd, words in ODD:
         calls, even = saves if isinstance(odd, (SaveOptions, dict)) else ((checkpoint.load,), at())
         for call in calls:
-            kind, _, message = told(lambda: call(*small(), odd if rank else even))
+            kind, _, message = outcome_of(lambda: call(*small(), odd if rank else even))
             assert kind == "ValueError" and words in message and listing(tmp_path) == before, message
     bag.state["w"].zero_()
     if rank == 1:
@@ -1875,7 +1877,7 @@ def test_what_one_rank_alone_gets_wrong_or_cancels_is_an_error_on_all_and_nothin
         ("SAVE_FAILED", "boom", lambda: checkpoint.save(parts[0], None, "good")),
         ("LOAD_FAILED", "KeyError: 'boom'", lambda: checkpoint.load(parts[1], None, "good")),
     ):
-        *found, message = told(call)
+        *found, message = outcome_of(call)
         assert found == [kind, 1] and words in message and listing(tmp_path) == before, message
         assert ("undefined" in message) == (kind == "LOAD_FAILED"), message
     assert rank == 1 or bag.state["w"].tolist() == [3.0, 3.0], "it failed after its bytes were there"
@@ -1902,7 +1904,7 @@ def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective_as_
         checkpoint.save(model, None, to(prefix, timeout=600.0))
     if rank == 1:
         await_file(tmp_path / "gave-up")
-    answers = {name: told(functools.partial(call, model, None, "p")) for name, call in calls.items()}
+    answers = {name: outcome_of(functools.partial(call, model, None, "p")) for name, call in calls.items()}
     for name, answer in answers.items():
         hint = f"{'load' if name == 'load' else 'save'} is collective: every rank must call it"
         assert answer[:2] == ("TIMEOUT", 1) and hint in answer[2], answer
@@ -2200,7 +2202,7 @@ def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_
         (source, strided), (target, target_strided) = (random_layout(rng, meshes, shape) for _ in range(2))
         level, place, is_damaged = LEVELS[case // 2 % 4], rng.random(), rng.random() < 0.3
         options = to(format=FORMATS[case % 3], compression_level=level, include_rng_state=False)
-        kind, _, message = told(lambda: opened(path).save(Bag(w=source(truth)), None, options))
+        kind, _, message = outcome_of(lambda: opened(path).save(Bag(w=source(truth)), None, options))
         if kind != "returned":
             assert strided and not listing(path), (case, kind, message)
             outcomes.append("refused")
@@ -2210,7 +2212,7 @@ def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_
         dist.barrier()
         if rank == 0:
             out = f"{path}/w.safetensors"
-            kind = told(lambda: ckpt.export_checkpoint(path, "p", out))[0]
+            kind = outcome_of(lambda: ckpt.export_checkpoint(path, "p", out))[0]
             right = is_damaged if kind == "CORRUPTED_CHECKPOINT" else contents(out) == as_stored({"w": truth})
             assert right, (case, kind)
         options = at(resharding_strategy=STRATEGIES[case // 3 % 3])
@@ -2218,7 +2220,7 @@ def test_every_layout_of_a_tensor_is_saved_and_loaded_exactly_or_refused_before_
             (torch.zeros(shape, dtype=dtype), truth, False),
             (target(torch.zeros(shape, dtype=dtype)), target(truth), target_strided),
         ):
-            kind, _, message = told(lambda: opened(path).load(Bag(w=found), None, options))
+            kind, _, message = outcome_of(lambda: opened(path).load(Bag(w=found), None, options))
             if kind == "returned":
                 assert identical(found, exact), case
             else:
@@ -2635,7 +2637,7 @@ def test_a_partial_read_verifies_its_units_and_copies_no_damaged_one(tmp_path, l
     with ckpt.CheckpointReader(storage, st.read_committed(storage, "p")) as reader:
         (index,) = reader.stored["model/weight"].values()
         target = coord.Target(index, st.Box((low, 0), tuple(view.shape)), view)
-        kind, _, message = told(lambda: reader.fill([target]))
+        kind, _, message = outcome_of(lambda: reader.fill([target]))
     if high <= 64 or low >= 128:
         assert kind == "returned" and torch.equal(view, weight[low:high, :columns])
     else:
@@ -2643,7 +2645,7 @@ def test_a_partial_read_verifies_its_units_and_copies_no_damaged_one(tmp_path, l
         assert (view[max(0, 64 - low) : 128 - low] == -1.0).all(), "not one element of that unit"
 
 
-@apart()
+@isolated()
 def test_a_load_leaves_half_of_the_file_descriptors_to_files_that_are_not_open_yet(tmp_path):
     free = os.open(tmp_path, os.O_RDONLY)
     os.close(free)
@@ -2729,7 +2731,7 @@ def test_a_name_on_disjoint_meshes_is_one_tensor_if_equal_else_each_gets_its_own
                 tensor = distribute_tensor(tensor, meshes[ranks], [placement], src_data_rank=None)
             return tensor
 
-        answer = told(lambda: checkpoint.save({"w": laid(value)}, None, to(format=form)))
+        answer = outcome_of(lambda: checkpoint.save({"w": laid(value)}, None, to(format=form)))
         if isinstance(expected, str):
             kind, _, message = answer
             assert kind == "VALIDATION_FAILED" and "model/w" in message and re.search(expected, message), case
@@ -2758,7 +2760,7 @@ def test_ranks_at_different_optimizer_steps_cannot_save(rank, tmp_path, kind, co
         for parameter in model.parameters() if counted else ():
             step = DTensor.from_local(torch.tensor(float(steps)), mesh, [Replicate()], run_check=False)
             optimizer.state[parameter]["step"] = step if counted == "replicated" else counted(steps)
-        answer = told(lambda: checkpoint.save(model, optimizer, to(replicas=replicas)))
+        answer = outcome_of(lambda: checkpoint.save(model, optimizer, to(replicas=replicas)))
         if gathered(steps) == [2, 1] and (kind is ADAMW or counted):
             assert answer[0] == "SAVE_FAILED" and "different optimizer steps" in answer[2], answer
         else:  # of SGD without a count nothing tells
@@ -3275,7 +3277,7 @@ def test_export_tells_what_is_complex_per_rank_or_no_tensor(ram, capsys):
 
 
 @pytest.mark.parametrize("size", [64, 256])
-@apart()
+@isolated()
 def test_an_export_or_import_takes_the_memory_of_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path, size):
     def memory(field):
         return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -3310,7 +3312,7 @@ def test_an_export_of_a_damaged_checkpoint_exits_1_and_leaves_what_was_there(tmp
         assert contents(out / "model.safetensors") == before
 
 
-@apart()
+@isolated()
 def test_an_export_that_the_disk_cannot_take_or_that_cannot_replace_a_link_leaves_what_was_there(tmp_path):
     opened(tmp_path).save(Bag(v=torch.ones(MiB), w=torch.ones(MiB)), None, to())
     out = tmp_path / "m.safetensors"
@@ -3611,7 +3613,7 @@ def test_load_safetensors_refuses_what_does_not_fit_and_changes_nothing_or_warns
     ]
     for why, model, options in bad:
         before = copy.deepcopy(model)
-        kind, _, message = told(lambda: ckpt.load_safetensors(model, path, **options))
+        kind, _, message = outcome_of(lambda: ckpt.load_safetensors(model, path, **options))
         assert kind in ("VALIDATION_FAILED", "ValueError") and why in message, (kind, message)
         assert identical(model, before)
     loose = {"w": zeros.bfloat16(), "x": torch.ones(1)}
@@ -3655,7 +3657,7 @@ def test_load_safetensors_raises_on_all_ranks_what_fails_on_one(rank, tmp_path):
         if rank:
             st.os = seam
             part.write_bytes(content)
-        answer = told(lambda: ckpt.load_safetensors(model, source))
+        answer = outcome_of(lambda: ckpt.load_safetensors(model, source))
         assert answer[:2] == end and words in answer[2] and gathered(answer) == [answer] * 2
     part.write_bytes(data)
     ckpt.load_safetensors(model, source)
@@ -4461,13 +4463,13 @@ def test_a_coordinator_of_the_five_documented_methods_is_enough_also_where_one_r
         source, target = Bag(w=truth, own=truth + coordinator.rank), Bag(w=0 * truth, own=0 * truth)
         how = {"load_rng_state": False, "resharding_strategy": "broadcast"}
         spoilt = {"progress": (lambda _: 1 / 0) if coordinator.rank else None}
-        failed = [told(lambda: checkpoint.save(fails, None, "q"))]
-        failed.append(told(lambda: checkpoint.save(source, None, to("q", format=form, **spoilt))))
+        failed = [outcome_of(lambda: checkpoint.save(fails, None, "q"))]
+        failed.append(outcome_of(lambda: checkpoint.save(source, None, to("q", format=form, **spoilt))))
         coordinator.barrier()
         assert listing(ram) == {}
         coordinator.barrier()
         checkpoint.save(source, None, to(format=form))
-        failed.append(told(lambda: checkpoint.load(target, None, at(**how, **spoilt))))
+        failed.append(outcome_of(lambda: checkpoint.load(target, None, at(**how, **spoilt))))
         checkpoint.load(target, None, at(**how))
         assert identical(target.state, source.state)
         return failed
@@ -4729,7 +4731,7 @@ def at_each_operation(tmp, before, main, act, when=lambda op: True, until=None):
         shutil.copytree(base, left)
         files = Seam(Strike(k, lambda op: act(op, ckpt.LocalStorage(left)), when, until))
         try:
-            outcome = told(lambda: main(Storage(left, files)))
+            outcome = outcome_of(lambda: main(Storage(left, files)))
         except OSError as error:
             outcome = "OSError", None, str(error)
         yield outcome, left, files
@@ -4772,14 +4774,14 @@ def crash_everywhere(tmp, before, act, strike=lambda *_: os._exit(CRASHED), ends
 
 CLEANERS = {
     "gc": st.collect_garbage,
-    "delete": lambda s: told(lambda: drop(s)),
+    "delete": lambda s: outcome_of(lambda: drop(s)),
     "retention": putting("other", "z", keep_last=1),
 }
 CRASHES = [*itertools.product(SCENES, [None]), *itertools.product(["overwrite"], CLEANERS)]
 
 
 @pytest.mark.parametrize("name, cleaner", CRASHES)
-@apart("crash points", 3 * HANG_S)
+@isolated("crash points", 3 * HANG_S)
 def test_a_process_that_ends_at_any_operation_leaves_old_or_new_whole(ram, name, cleaner):
     """With a `cleaner`, which runs after a crash, its process ends at any operation, too."""
     scene, points, known = SCENES[name], 0, set()
@@ -4862,7 +4864,7 @@ def test_a_disk_that_is_full_from_byte_n_on_stops_all_ranks_after_bounded_attemp
         tmp, files = ram / str(room), Full()
         put(tmp, "old")
         before, files.left, storage = set(listing(tmp)), room, Storage(tmp, files)
-        outcomes = together(2, lambda c: told(lambda: put(storage, "new", coordinator=c, **how)))
+        outcomes = together(2, lambda c: outcome_of(lambda: put(storage, "new", coordinator=c, **how)))
         assert {kind for kind, _, _ in outcomes} == {"STORAGE_ERROR"}, outcomes
         assert seen(tmp) == "old" and set(listing(tmp)) == before
         assert sum(map(is_new_shard, files.log)) <= attempts * sum(map(is_new_shard, unlimited.seam.log))
@@ -5174,7 +5176,7 @@ def test_short_reads_and_writes_or_another_kind_of_storage_change_nothing(ram, c
     assert storage.names() == []
 
 
-@apart()
+@isolated()
 def test_signals_that_interrupt_system_calls_change_nothing(tmp_path):
     interrupts, checkpoint = [], opened(tmp_path)
     bag, other = (Bag(w=torch.arange(start, start + 4 * MiB, dtype=torch.int32)) for start in (0, 1))
@@ -5207,7 +5209,7 @@ def test_a_read_or_write_of_more_than_the_kernel_takes_at_once_goes_on_where_it_
 
 def test_a_write_that_takes_nothing_is_an_error_not_a_hang(ram):
     files = Seam(Strike(1000, lambda op: 1 / 0, until=FOREVER), cap=0)
-    kind, _, message = told(lambda: put(Storage(ram, files), "new"))
+    kind, _, message = outcome_of(lambda: put(Storage(ram, files), "new"))
     assert kind == "STORAGE_ERROR" and "takes nothing more" in message and not files.before.hit, message
 
 
@@ -5233,7 +5235,7 @@ def test_an_error_in_any_thread_fails_the_save_and_publishes_nothing(ram, tiny_b
     options = to(compression_level=level, include_rng_state=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(st, real.__name__, work)
-        kind, _, message = told(lambda: over(ram).save(numbered(0), None, options))
+        kind, _, message = outcome_of(lambda: over(ram).save(numbered(0), None, options))
     assert failed and kind in ("STORAGE_ERROR", "SAVE_FAILED"), (kind, message)
     assert f"{type(error).__name__}: {error}" in message
     assert listing(ram) == before and seen(ram) == "old"
@@ -5473,7 +5475,7 @@ def test_two_jobs_in_lockstep_on_one_prefix_one_wins_whole(ram, overwrite):
         tmp = ram / str(number)
 
         def save(word, hook):
-            return told(lambda: put(Storage(tmp, Seam(hook)), word, attempts=3, overwrite=overwrite))
+            return outcome_of(lambda: put(Storage(tmp, Seam(hook)), word, attempts=3, overwrite=overwrite))
 
         outcomes = interleaved(rng, [functools.partial(save, word) for word in words])
         winners = [word for word, (kind, _, _) in zip(words, outcomes) if kind == "returned"]
@@ -5597,7 +5599,7 @@ def test_a_file_system_without_something_will_do_or_the_one_error_names_what_it_
         over(storage).save(bag, None, to(include_rng_state=False))
     st.collect_garbage(storage)
     whole = listing(ram)
-    kind, _, message = told(lambda: over(storage).save(bags[2], None, to("q", overwrite=False)))
+    kind, _, message = outcome_of(lambda: over(storage).save(bags[2], None, to("q", overwrite=False)))
     if what == "hard links":
         assert kind == "STORAGE_ERROR" and "hard links" in message and "overwrite=False" in message
         assert listing(ram) == whole
@@ -5650,7 +5652,7 @@ def test_all_goes_well_on_a_file_system_until_it_is_full_or_read_only(mounted):
         found = Bag(w=torch.zeros(3 * MiB))
         over(base).load(found, None, at())
         assert identical(found.state, large[1].state) and set(listing(base)) == named_files(base)
-    kind, _, message = told(lambda: put(base, "old", "once", overwrite=False))
+    kind, _, message = outcome_of(lambda: put(base, "old", "once", overwrite=False))
     assert kind == "returned" or "hard links" in message
     assert put(base, "old") == "p" and over(base).save_async(value("new"), None, "q").result(HANG_S) == "q"
     over(base).delete_checkpoint("q")
@@ -5692,7 +5694,7 @@ def specimen(tmp, form=CheckpointFormat.MULTI_SHARD, level="none", world_size=1,
 def load_specimen(files):
     """What a load of these files gives: "exact", "other", or (type, message) of its refusal."""
     target = Bag(**{name: torch.zeros_like(tensor) for name, tensor in specimen_state().items()})
-    kind, _, result = told(lambda: over(Memory(files)).load(target, None, at(load_rng_state=False)))
+    kind, _, result = outcome_of(lambda: over(Memory(files)).load(target, None, at(load_rng_state=False)))
     if kind != "returned":
         return kind, result
     found = target.state, dict(result.extra_state)
@@ -5763,7 +5765,7 @@ def remembered(function, key):
 
 @pytest.mark.parametrize("form, level", SPECIMENS)
 @pytest.mark.parametrize("damage", [flipped, of_other_lengths])
-@apart("bits and lengths", 6 * HANG_S)
+@isolated("bits and lengths", 6 * HANG_S)
 def test_each_bit_and_each_length_is_missed_by_no_validation_and_no_load(ram, damage, form, level):
     st.BLOCK_BYTES, st.UNIT_BYTES = 320, 64  # a file of so few bytes that each bit can be tried has several
     # Most damages are not the record's: what follows from it, and from lengths of files, is worked out once.
@@ -5938,7 +5940,7 @@ def fuzzed_header(rng, files):
 
 
 @for_each(form=FORMATS, what=["record", "header", "import"])
-@apart("fuzz cases", HANG_S * ROUNDS)
+@isolated("fuzz cases", HANG_S * ROUNDS)
 def test_fuzz_of_headers_and_records_raises_only_what_is_documented(ram, form, what):
     """And takes little time and memory."""
     outcomes, count, taken = Counter(), 1700 * ROUNDS, 0
@@ -5953,7 +5955,7 @@ def test_fuzz_of_headers_and_records_raises_only_what_is_documented(ram, form, w
         if what == "import":
             (ram / "m.safetensors").write_bytes(files[shard_of(files)[0]])
             started = time.process_time()
-            outcome = told(lambda: ckpt.import_checkpoint(ram / "m.safetensors", Memory({}), "p"))
+            outcome = outcome_of(lambda: ckpt.import_checkpoint(ram / "m.safetensors", Memory({}), "p"))
             assert outcome[0] in ("returned", "ValueError", *REFUSALS), (context, outcome)
             assert time.process_time() - started < 1.0, context
         else:
@@ -6070,7 +6072,7 @@ def traced(call):
 
 
 @pytest.mark.parametrize("level", ["none", "fast"])
-@apart("lies")
+@isolated("lies")
 def test_a_well_formed_lie_is_refused_before_memory_is_taken_for_it(ram, level):
     """At last in a process without address space for it, where whoever tries to take it fails."""
     honest = specimen(ram / "s", level=level)
@@ -6125,7 +6127,7 @@ def test_a_decompression_bomb_stops_at_its_declared_size(ram):
         tree["model/b"] = {"dtype": "U8", "shape": [len(frame)], "data_offsets": [first, len(body)]}
         files = edited(with_shard(listing(ram), name, tree, body), {"pieces/length/1": len(frame)})
         load = functools.partial(over(Memory(files)).load, live, None, options)
-        (kind, _, message), taken = traced(lambda: told(load))
+        (kind, _, message), taken = traced(lambda: outcome_of(load))
         assert kind == "CORRUPTED_CHECKPOINT" and "frame is damaged" in message, message
         assert taken < 2 * sum(map(len, files.values())) + 64 * MiB
 
@@ -6164,9 +6166,9 @@ def test_a_bad_name_in_a_record_is_refused_and_nothing_outside_is_touched(ram, n
     assert not any(op.call == "pread" and not op.path.endswith(".metadata.json") for op in files.log), name
     st.collect_garbage(checkpoint.storage)
     assert others() == before, name
-    told(lambda: put(checkpoint.storage, "new", "q"))
-    told(lambda: checkpoint.delete_checkpoint("p"))
-    told(lambda: put(checkpoint.storage, "new"))
+    outcome_of(lambda: put(checkpoint.storage, "new", "q"))
+    outcome_of(lambda: checkpoint.delete_checkpoint("p"))
+    outcome_of(lambda: put(checkpoint.storage, "new"))
     del before[str(path.relative_to(ram))]
     if "/" in name or name in ("..", ".", "", "\0"):  # which the storage itself refuses, too
         calls = ("open", "create", "delete", "length", "sync_directory", "names", "age_s")
@@ -6218,15 +6220,15 @@ IMPOSED = {
     "list": lambda s: str(over(s).list_checkpoints()),
     "validate": lambda s: over(s).validate_checkpoint("p").is_valid,
     "gc": lambda s: str(st.collect_garbage(s)),
-    "save elsewhere": lambda s: told(lambda: put(s, "other", "q")),
-    "save": lambda s: told(lambda: put(s, "new")),
-    "save, overwrite=False": lambda s: told(lambda: put(s, "new", overwrite=False)),
-    "delete": lambda s: told(lambda: over(s).delete_checkpoint("p")),
+    "save elsewhere": lambda s: outcome_of(lambda: put(s, "other", "q")),
+    "save": lambda s: outcome_of(lambda: put(s, "new")),
+    "save, overwrite=False": lambda s: outcome_of(lambda: put(s, "new", overwrite=False)),
+    "delete": lambda s: outcome_of(lambda: over(s).delete_checkpoint("p")),
 }
 
 
 @for_each(kind=IMPOSTORS, victim=VICTIMS)
-@apart("impostors")
+@isolated("impostors")
 def test_what_replaces_a_file_or_directory_of_ours_is_not_followed_and_holds_up_nobody(ram, victim, kind):
     """Each call in turn, on a fresh copy: it comes back, and nothing outside has changed."""
     outcomes = {}
@@ -6271,7 +6273,7 @@ def plant_pickles(files, payload):
             yield with_shard(files, name, tree, data[:first] + planted + data[last:])
 
 
-@apart("pickles")
+@isolated("pickles")
 def test_a_pickle_in_any_file_is_never_run(ram):
     bag, events, count = Bag(**specimen_state(), room="x" * 500), [], 0
     options = to(include_rng_state=False, custom_metadata={"epoch": 1})
@@ -6282,7 +6284,7 @@ def test_a_pickle_in_any_file_is_never_run(ram):
     for planted in plant_pickles(files, payload % bytes(ram)):
         count += 1
         storage = Memory(planted)
-        told(lambda: over(storage).load(copy.deepcopy(bag), None, at(load_rng_state=False)))
+        outcome_of(lambda: over(storage).load(copy.deepcopy(bag), None, at(load_rng_state=False)))
         over(storage).validate_checkpoint("p")
         over(storage).list_checkpoints()
     assert events == [] and count > 50 and not (ram / "pickle_was_run").exists()
@@ -6379,7 +6381,7 @@ IMPORTS = {  # a file to replace, and what is imported then
 
 
 @pytest.mark.parametrize("kind", ["a FIFO", "a device", "a socket", "a directory"])
-@apart("sources of imports")
+@isolated("sources of imports")
 def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram, kind):
     state, whole = {"a": torch.ones(1), "b": torch.ones(2)}, ram / "whole"
     for name in ("folder", "index"):
@@ -6396,7 +6398,7 @@ def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram
             socket.socket(socket.AF_UNIX).bind(str(path))
         else:
             IMPOSTORS[kind](path, here)
-        told_kind, _, message = told(lambda: ckpt.import_checkpoint(here / source, str(ram / "c"), "p"))
+        told_kind, _, message = outcome_of(lambda: ckpt.import_checkpoint(here / source, str(ram / "c"), "p"))
         if kind == "a directory" and (source == victim or source == "dcp"):
             assert told_kind in ("ValueError", "LOAD_FAILED"), (path, told_kind, message)
         else:
@@ -6468,7 +6470,7 @@ def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, capsys, caplog, c
     assert seen(storage, "s", fallback=True) == "new" and "skipped theirs" in caplog.text
     writes = [lambda: put(storage, "new", "theirs/q"), lambda: drop(storage, "theirs/q")]
     for write in () if call == "scandir" else writes[: 1 if code else 2]:
-        kind, _, message = told(write)
+        kind, _, message = outcome_of(write)
         assert says in message if kind == "STORAGE_ERROR" else (kind == "returned" and not code)
     assert (listing(place) or place.read_bytes()) == theirs
     if code:
@@ -6863,7 +6865,7 @@ def meet_faults(rank, world_size, tmp, faults):
         del warned[:]
         with entering(fault.place, first, seam):
             try:
-                answer = told(lambda: operate(checkpoint, fault, cancel))
+                answer = outcome_of(lambda: operate(checkpoint, fault, cancel))
             except KeyboardInterrupt:
                 answer = "interrupted"
         assert acted or not is_victim, (fault, answer, "this place was not reached")
@@ -6958,7 +6960,7 @@ def save_after_the_store(rank, world_size, tmp):
     with pytest.raises(RuntimeError):
         while not store.check(["nothing"]):
             time.sleep(0.01)
-    return told(lambda: checkpoint.save(small()[0], None, "p"))
+    return outcome_of(lambda: checkpoint.save(small()[0], None, "p"))
 
 
 # Row 24: a signal at any operation
@@ -6968,7 +6970,7 @@ INTERRUPTED = 130
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("name", ["overwrite", "overwrite a single file", "delete"])
-@apart("signals", 3 * HANG_S)
+@isolated("signals", 3 * HANG_S)
 def test_a_signal_at_any_operation_ends_the_process_at_once_and_leaves_old_or_new(ram, number, name):
     def interrupted(storage):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -7021,7 +7023,7 @@ def test_a_failure_or_cancel_stops_the_writes_of_all_ranks_long_before_they_are_
                 await_file(ram / f"{how}-{writer}")
             if rank == 1 and rank in writers:
                 assert pending.cancel()
-            answer = told(pending.result)
+            answer = outcome_of(pending.result)
         dist.barrier()
         assert not pending.cancel() and listing(base) == {}
         assert answer[:2] == ("SAVE_FAILED" if how == "raise" else "CANCELLED", 1), answer
@@ -7034,7 +7036,7 @@ def test_a_cancel_on_one_rank_between_two_attempts_stops_all_ranks(rank, ram):
     checkpoint, cancel = broken(ram, ckpt.TorchCoordinator(), until=FOREVER, attempts=3), threading.Event()
     if rank == 1:
         cancel.wait = lambda timeout: cancel.set()  # as it does between two attempts
-    answer = told(lambda: checkpoint.save(value("new"), None, to(), cancel=cancel))
+    answer = outcome_of(lambda: checkpoint.save(value("new"), None, to(), cancel=cancel))
     assert answer[:2] == ("CANCELLED", 1), answer
     dist.barrier()
     checkpoint.storage.seam = Seam()
@@ -7193,7 +7195,7 @@ def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_and_is
         with torch.no_grad():
             (weight if what == "weight" else optimizer.state[weight]["exp_avg"]).mul_(2)
     gate.opened.set()
-    kind, where, message = told(lambda: pending.result(HANG_S))
+    kind, where, message = outcome_of(lambda: pending.result(HANG_S))
     assert (kind, where) == ("SAVE_FAILED", 1) and name in message and "changed" in message, message
     dist.barrier()
     assert listing(ram) == files and seen(ram) == "old"
@@ -7202,7 +7204,7 @@ def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_and_is
     checkpoint.save(model, optimizer, to())
 
 
-@apart()
+@isolated()
 def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_not(ram):
     checkpoint, (model, optimizer), gate = over(ram), normed("truth"), Gate().before_the_copy()
     truth = state_of(model, optimizer)
@@ -7255,12 +7257,12 @@ def test_a_failed_pending_save_raises_once_at_result_or_the_next_call(rank, ram,
     assert not concurrent.futures.wait([pending], HANG_S).not_done
     if rank in asked:
         assert pending.exception().type is ExceptionType.STORAGE_ERROR
-        assert told(pending.result)[0] == "STORAGE_ERROR"
+        assert outcome_of(pending.result)[0] == "STORAGE_ERROR"
     checkpoint.storage.seam = Seam()  # the disk is whole again
     checkpoint.load(target, None, at())  # no concern of a load
     assert identical(target.state, value("old").state)
     dist.barrier()
-    kind, _, message = answer = told(lambda: NEXT_CALLS[call](checkpoint))
+    kind, _, message = answer = outcome_of(lambda: NEXT_CALLS[call](checkpoint))
     if asked == (0, 1) or (call in ("close", "with") and rank in asked):
         assert kind == "returned", answer
     else:
@@ -7299,7 +7301,7 @@ def test_cancel_does_not_wait_for_an_fsync(ram):
     gate, cancel = Gate("fsync"), threading.Event()
     checkpoint = over(Storage(ram, Seam(gate)))
     with ThreadPoolExecutor(1) as pool:
-        saved = pool.submit(told, lambda: checkpoint.save(value("old"), None, to(), cancel=cancel))
+        saved = pool.submit(outcome_of, lambda: checkpoint.save(value("old"), None, to(), cancel=cancel))
         assert gate.reached.wait(HANG_S)
         cancel.set()
         assert saved.result(HANG_S)[0] == "CANCELLED" and not gate.opened.is_set()
@@ -7351,7 +7353,7 @@ def test_training_goes_on_during_two_hundred_background_saves_as_without_and_eac
                 options = to(f"p{len(truths)}", staging=STAGINGS[len(truths) % 2])
                 truths.append(state_of(model, optimizer))
                 pending = checkpoint.save_async(model, optimizer, options)
-        return (losses, [raw(here(p)) for p in model.parameters()]), truths, overlapped
+        return (losses, [raw(local_part(p)) for p in model.parameters()]), truths, overlapped
 
     alone, checkpoint, other = train()[0], opened(ram), start("other")
     disturbed, truths, overlapped = train(checkpoint)
@@ -7590,14 +7592,14 @@ class Job:
             whole = torch.tensor(float(salt)) if name.endswith("/step") else whole
             if isinstance(tensor, DTensor):
                 whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            here(tensor).copy_(here(whole))
+            local_part(tensor).copy_(local_part(whole))
         self.model.value = {"salt": salt, "odd": (-0.0, float("nan"), b"\0")}
         self.optimizer.param_groups[0]["lr"] = salt / 7
         return self
 
     def state(self):
         """All that a load may change, as plain values."""
-        found = {name: raw(here(tensor)) for name, tensor in self.tensors().items()}
+        found = {name: raw(local_part(tensor)) for name, tensor in self.tensors().items()}
         return found | {"model/value": self.model.value, "optimizer/lr": self.optimizer.param_groups[0]["lr"]}
 
 
@@ -7657,11 +7659,11 @@ class Player:
         given = job.model, job.optimizer if step["optimizer"] else None, options
         rest = {"extra_state": extra_of(salt, rank), "cancel": cancel}
         if step["staging"] is None:
-            return told(lambda: checkpoint.save(*given, **rest))
+            return outcome_of(lambda: checkpoint.save(*given, **rest))
         pending = checkpoint.save_async(*given, **rest)
         pending.wait_staged()
         job.fill(salt + 1)  # must not change what is saved
-        return told(pending.result)
+        return outcome_of(pending.result)
 
     def load(self, step, checkpoint, kept, number, cancel):
         mesh, source = self.meshes[step["ranks"]][step["mesh"]], kept.get(step["prefix"], step)
@@ -7670,7 +7672,7 @@ class Player:
         options = at(step["prefix"], **step["options"], load_rng_state=step["rng"])
         options.load_optimizer = step["optimizer"]
         given = job.model, job.optimizer if step["optimizer"] else None, options
-        kind, _, result = answer = told(lambda: checkpoint.load(*given, cancel=cancel))
+        kind, _, result = answer = outcome_of(lambda: checkpoint.load(*given, cancel=cancel))
         after = job.state()
         if kind != "returned":
             changed = [name for name in before | after if not identical(before.get(name), after.get(name))]
@@ -7708,7 +7710,7 @@ class Player:
         return kind, None, removed
 
     def delete(self, step, checkpoint, kept, number, cancel):
-        return told(lambda: checkpoint.delete_checkpoint(step["prefix"]))
+        return outcome_of(lambda: checkpoint.delete_checkpoint(step["prefix"]))
 
     def damage(self, step, checkpoint, kept, number, cancel):
         """Flip a bit of a file, or cut it. Tell whether the record still looks committed."""
@@ -7729,7 +7731,7 @@ class Player:
 
     def export(self, step, checkpoint, kept, number, cancel):
         out, place = self.tmp.parent / "out" / "m.safetensors", (checkpoint.storage, step["prefix"])
-        kind, *rest = told(lambda: ckpt.export_checkpoint(*place, out, model_only=True))
+        kind, *rest = outcome_of(lambda: ckpt.export_checkpoint(*place, out, model_only=True))
         if kind == "returned":
             tensors = truth_of(kept[step["prefix"]]).tensors().items()
             state = {k.removeprefix("model/"): v for k, v in tensors if k.startswith("model/")}
@@ -7738,7 +7740,7 @@ class Player:
 
     def diff(self, step, checkpoint, kept, number, cancel):
         pair = step["prefix"], step["other"]
-        kind, _, found = told(lambda: ckpt.diff_checkpoints(checkpoint.storage, *pair))
+        kind, _, found = outcome_of(lambda: ckpt.diff_checkpoints(checkpoint.storage, *pair))
         if kind == "returned":
             states = (truth_of(kept[prefix]).tensors().items() for prefix in pair)
             a, b = ({name: (v.shape, v.dtype, raw(v)) for name, v in tensors} for tensors in states)
@@ -7784,7 +7786,7 @@ def right_kinds(step, kept, dirty):
     return found | {"CORRUPTED_CHECKPOINT"}
 
 
-def judge(steps, number, outcomes, state):
+def check_outcomes(steps, number, outcomes, state):
     """Check how a step ended on the ranks that live. Note in `state` what may be on disk now."""
     step, model, kept = steps[number], state["models"][0], stored(steps, state)
     prefix, fault, outcomes = step["prefix"], step["fault"], [outcome for outcome in outcomes if outcome]
@@ -7872,7 +7874,7 @@ def perform(rank, world_size, tmp, steps, numbers, state):
                 return outcome
             outcomes = gathered(outcome)
             if rank == 0:
-                judge(steps, number, outcomes, state)
+                check_outcomes(steps, number, outcomes, state)
                 done = step["verb"] == "gc" and outcomes[0][0] == "returned" and not outcomes[0][3]
                 settle(tmp, steps, state, gc=(0.0 if step["old"] else step["age"]) if done else None)
     except Exception as error:
@@ -7890,7 +7892,7 @@ def play(base, steps):
         ends = run(ALL_RANKS, perform, tmp, steps, [number], state, dies=range(ALL_RANKS))
         victim, first = steps[number]["fault"]["rank"], number + 1
         assert "died" not in ends or ends[victim] == "died", f"step {number}: another than {victim}: {ends}"
-        judge(steps, number, [end for end in ends if end != "died"], state)
+        check_outcomes(steps, number, [end for end in ends if end != "died"], state)
     run(ALL_RANKS, perform, tmp, steps, range(first, len(steps)), state)
 
 
@@ -8033,7 +8035,7 @@ def train_by_the_readme(rank, world_size, tmp, plan=None):
         return "the other rank is dead"
     moments = names["optimizer"].state_dict()["state"].values()
     tensors = [t for part in (names["model"].state_dict(), *moments) for t in part.values()]
-    bits = [raw(here(t)) for t in tensors]
+    bits = [raw(local_part(t)) for t in tensors]
     return names["step"], bits, names["scheduler"].state_dict(), raw(torch.get_rng_state())
 
 
