@@ -624,7 +624,8 @@ class Operation:
         try:
             if not name.startswith("S7"):  # a commit is announced, however late
                 self.poll()
-            # The other steps wait for disks and ranks, while training beside them needs its collections.
+            # The other steps wait for disks and ranks, while training beside them needs its collections; S4
+            # pauses them only for the lists that it makes before it writes.
             with no_garbage_collection() if name[:2] in ("S2", "S3", "L1", "L3") else nullcontext():
                 yield
         except OperationFailed:
@@ -1291,6 +1292,7 @@ def local_value(name: str, text: bytes, per_rank: bool = False) -> LocalTensor:
     return LocalTensor(name, "JSON", (len(text),), [(whole_box((len(text),)), view)], per_rank=per_rank)
 
 
+@no_garbage_collection()
 def views_by_index(
     op: Operation, meta: CheckpointMetadata, data: ShardData
 ) -> dict[int, list[tuple[Box, torch.Tensor]]]:
@@ -1821,8 +1823,9 @@ def write_own_file(
     if lengths is not None:  # the header with the raw lengths is the longest: reserve space for it
         rows = rows._replace(begin=np.cumsum(lengths) - lengths, length=lengths)
     rows = rows.take(np.argsort(rows.begin, kind="stable"))
-    held = [held_view(views, tensor, box) for tensor, _, _, box in rows.boxes(plan.tensors)]
-    header, data_bytes = header_of()
+    with no_garbage_collection():
+        held = [held_view(views, tensor, box) for tensor, _, _, box in rows.boxes(plan.tensors)]
+        header, data_bytes = header_of()
     if lengths is None:
         file.resize(len(header) + data_bytes)
         crcs = write_raw(file, len(header), rows.begin.tolist(), held, meter)
@@ -1843,7 +1846,8 @@ def write_raw(
 
     The bytes of `views[n]` go to byte `begins[n]` of the data. `begins` is sorted.
     """
-    ends, flats = [begin + view.nbytes for begin, view in zip(begins, views)], list(map(st.byte_view, views))
+    with no_garbage_collection():
+        ends, flats = [begin + v.nbytes for begin, v in zip(begins, views)], list(map(st.byte_view, views))
     data_bytes, crcs = max(ends, default=0), dict[int, list[int]]()
 
     def write_block(low: int, buffer: Bytes) -> None:
