@@ -68,7 +68,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy
 import torch
@@ -1085,8 +1085,8 @@ def report(bench: Bench) -> None:
     print(f"\n{sentence}" if sentence else "", flush=True)
 
 
-def work(settings: Settings) -> int:
-    """One rank of the benchmark, or of a job in fresh processes; its exit code."""
+def work(settings: Settings) -> NoReturn:
+    """One rank of the benchmark, or of a job in fresh processes; ends the process."""
     warnings.simplefilter("ignore")  # the peers' deprecation notes would hide the tables
     logging.disable(logging.WARNING)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
@@ -1104,8 +1104,8 @@ def work(settings: Settings) -> int:
     finally:
         if not given and dist.get_rank() == 0:
             shutil.rmtree(scratch[0], ignore_errors=True)
-    dist.destroy_process_group()
-    return 0
+    sys.stdout.flush()
+    os._exit(0)  # a regular exit may abort after gloo collectives
 
 
 def launch(ranks: int, argv: Sequence[str], extra: Mapping[str, str], errors: int | None = None) -> int:
@@ -1178,7 +1178,7 @@ def main(argv: Sequence[str]) -> int:
     if "RANK" in os.environ:  # a rank, started by `launch` or by torchrun
         if "CKPT_BENCH_DIR" not in os.environ or "CKPT_BENCH_JOB" in os.environ or torch.cuda.is_available():
             settings.nproc = 0  # no rank has been started only to load
-        return work(settings)
+        work(settings)
     # A checkpoint of ours and one of DCP to load, and some space to work.
     free, needed = shutil.disk_usage(settings.dir).free / GIB, 2.1 * settings.size / GIB + 1.5
     if free < needed:
