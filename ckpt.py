@@ -506,6 +506,7 @@ class DistributedCheckpoint:
         """What a collective call would use now. Unless it was given, every rank must read it alike."""
         return self._look_up(self.default_timeout)
 
+    @coord.no_garbage_collection()
     def save(
         self,
         model: Model,
@@ -580,6 +581,7 @@ class DistributedCheckpoint:
             raise interrupt
         return pending
 
+    @coord.no_garbage_collection()
     def save_model_only(
         self, model: Model, options: SaveOptions | str | None = None, *, cancel: threading.Event | None = None
     ) -> str:
@@ -588,6 +590,7 @@ class DistributedCheckpoint:
         given.options.include_rng_state = False
         return self._save(given)
 
+    @coord.no_garbage_collection()
     def load(
         self,
         model: Model,

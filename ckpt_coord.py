@@ -61,6 +61,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import random
 import re
 import secrets
@@ -624,9 +625,9 @@ class Operation:
         try:
             if not name.startswith("S7"):  # a commit is announced, however late
                 self.poll()
-            # The other steps wait for disks and ranks, while training beside them needs its collections; S4
-            # pauses them only for the lists that it makes before it writes.
-            with no_garbage_collection() if name[:2] in ("S2", "S3", "L1", "L3") else nullcontext():
+            # A save in the background lets training beside it collect garbage, but for the plan and the lists
+            # that S4 makes before it writes.
+            with no_garbage_collection() if name.startswith("S3") else nullcontext():
                 yield
         except OperationFailed:
             raise
@@ -1134,12 +1135,13 @@ def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     placements = () if sharded is None else sharded.placements
     _refuse_unsupported(name, local, placements)
     code, shape, local = st.CODES[local.dtype], tuple(tensor.shape), local.detach()
-    whole, boxes = whole_box(tuple(local.shape)), list[tuple[Box, Box]]()
-    if local.numel():
-        boxes = [(whole, whole)] if sharded is None else shard_boxes(name, sharded, whole.size)
+    if sharded is None:
+        return LocalTensor(name, code, shape, [(whole_box(shape), local)] if local.numel() else [])
+    whole = whole_box(tuple(local.shape))
+    boxes = shard_boxes(name, sharded, whole.size) if local.numel() else []
     pieces = [(box, local if part == whole else local[part.within(whole)]) for box, part in boxes]
-    replicated = sharded is None or any(placement.is_replicate() for placement in placements)
-    return LocalTensor(name, code, shape, pieces, mesh_ranks(tensor), replicated)
+    replicated = any(placement.is_replicate() for placement in placements)
+    return LocalTensor(name, code, shape, pieces, mesh_ranks(sharded), replicated)
 
 
 def mesh_ranks(tensor: object) -> Shape:
@@ -1152,13 +1154,13 @@ def mesh_ranks(tensor: object) -> Shape:
 
 
 def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Placement]) -> None:
-    problem = ""
-    if type(tensor).__name__ == "ShardedTensor":
+    problem, is_plain = "", type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    if not is_plain and type(tensor).__name__ == "ShardedTensor":
         problem = "is an FSDP1 ShardedTensor; use fully_shard, or FSDP(..., device_mesh=mesh), for DTensors"
-    elif torch.nn.parameter.is_lazy(tensor):
+    elif not is_plain and torch.nn.parameter.is_lazy(tensor):
         problem = "is not initialised: run its lazy module on a batch first, which makes it"
     # A subclass over plain memory is a plain tensor once it is detached, as nn.Parameter is.
-    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter) and type(tensor.detach()) is not torch.Tensor:
+    elif not is_plain and type(tensor.detach()) is not torch.Tensor:
         what = "a tensor subclass without a known layout; convert it to a plain tensor"
         problem = f"is a {type(tensor).__name__}, {what}"
     elif tensor.is_nested:
@@ -2050,7 +2052,7 @@ class Fill(NamedTuple):
     dtype: torch.dtype
     frame_bytes: int  # the length of a compressed piece when expanded; 0 for a raw one
     target: Target
-    flat: Bytes | None  # the target's memory, if the piece is copied there as it is
+    flat: Bytes | None  # the target's memory from where they go, if they go there as they are
     exclusive: float  # how much of these bytes this rank needs and no other: from 0 to 1
 
 
@@ -2217,19 +2219,19 @@ class CheckpointReader:
         for file, (_, begin, length, piece) in zip(rows.file.tolist(), rows.boxes(tensors)):
             if (common := want if piece == want else piece.intersect(want)) is None:
                 continue
-            first, last = 0, 0  # needed elements, in the piece's row-major order
-            for at, size, start, count in zip(*piece, *common):
-                first, last = first * size + start - at, last * size + start - at + count - 1
-            low, high, frame_bytes = begin + first * width, begin + (last + 1) * width, 0
+            raw_bytes, nbytes = math.prod(piece.size) * width, math.prod(common.size) * width
+            (first, last), (into, until) = common.span(piece), common.span(want)
+            low, high, frame_bytes = begin + first * width, begin + last * width, 0
             cuts = range((low // st.BLOCK_BYTES + 1) * st.BLOCK_BYTES, high, st.BLOCK_BYTES)
-            if length < (raw_bytes := math.prod(piece.size) * width):
+            if length < raw_bytes:
                 low, high, frame_bytes, cuts = begin, begin + length, raw_bytes, range(0)
             elif begin % width:  # raw, behind frames: a cut would part an element
                 cuts = range(0)
-            exclusive = target.exclusive * math.prod(common.size) * width / (frame_bytes or high - low)
-            exact = piece == want and target.view.dtype == dtype
-            flat = st.byte_view(target.view) if exact else None
+            exclusive = target.exclusive * nbytes / (frame_bytes or high - low)
+            in_one_run = nbytes == (frame_bytes or high - low) == (until - into) * width
+            memory = st.byte_view(target.view) if in_one_run and target.view.dtype == dtype else None
             for start, stop in itertools.pairwise([low, *cuts, high]):
+                flat = memory[into * width + start - low :] if memory is not None else None
                 yield Fill(file, start, stop, begin, piece, dtype, frame_bytes, target, flat, exclusive)
 
     def plan(self, targets: Iterable[Target]) -> list[Read]:
@@ -2238,7 +2240,7 @@ class CheckpointReader:
         A read begins and ends in one block; only a piece of a compressed file may reach into the next one.
         """
         reads, fills = list[Read](), [fill for target in targets for fill in self._fills(target)]
-        for fill in sorted(fills, key=lambda fill: fill[:3]):
+        for fill in sorted(fills, key=operator.itemgetter(0, 1, 2)):
             info = self.metadata.shards[fill.file]
             low = fill.low // st.UNIT_BYTES * st.UNIT_BYTES
             high = min(st.unit_count(fill.high) * st.UNIT_BYTES, info.length - info.header_bytes)
@@ -2294,13 +2296,14 @@ class CheckpointReader:
                 first, last = max(0, fill.low - low), fill.high - low
                 if last <= 0 or first >= len(data):
                     continue
-                part, at = data[first:last], low + first - fill.begin
+                part, at = data[first:last], low + first - fill.low
                 if fill.frame_bytes:
                     part, at = st.expand_frame(part.tobytes(), fill.frame_bytes, fill.dtype.itemsize), 0
-                if fill.flat is None:
-                    st.copy_in(part, at, fill.dtype, fill.piece, fill.target.box, fill.target.view)
-                else:
+                if fill.flat is not None:
                     fill.flat[at : at + len(part)] = part
+                    continue
+                at += fill.low - fill.begin
+                st.copy_in(part, at, fill.dtype, fill.piece, fill.target.box, fill.target.view)
 
     def check_block(self, index: int, low: int, buffer: Bytes) -> list[str]:
         """Read the block that begins at byte `low` of a file's data. Return what is wrong with each unit."""
@@ -2312,15 +2315,18 @@ class CheckpointReader:
 
     def damage(self, index: int, low: int, data: Bytes) -> list[str]:
         """Return what is wrong with units of a file, which begin at byte `low` of its data."""
-        expected, found, meta = self.unit_crcs(index), list[str](), self.metadata
-        for unit, crc in enumerate(crcs_of(data), low // st.UNIT_BYTES):
-            if crc != expected[unit]:
+        first, crcs, meta, problems = low // st.UNIT_BYTES, crcs_of(data), self.metadata, list[str]()
+        expected = self.unit_crcs(index)[first : first + len(crcs)]
+        if crcs == expected:
+            return []
+        for unit, (crc, right) in enumerate(zip(crcs, expected), first):
+            if crc != right:
                 begin, rows = unit * st.UNIT_BYTES, meta.pieces.take(meta.pieces.file == index)
                 inside = (rows.begin < begin + st.UNIT_BYTES) & (rows.begin + rows.length > begin)
                 names = [meta.tensors[tensor].name for tensor in np.unique(rows.tensor[inside]).tolist()]
-                what = f"unit {unit} has CRC32 {crc:08x}, expected {expected[unit]:08x}"
-                found.append(f"{meta.shard_path(index)}: {what}; it holds {st.some(names)}")
-        return found
+                what = f"unit {unit} has CRC32 {crc:08x}, expected {right:08x}"
+                problems.append(f"{meta.shard_path(index)}: {what}; it holds {st.some(names)}")
+        return problems
 
 
 def read_once(op: Operation, reader: CheckpointReader, reads: Sequence[Read], meter: Meter) -> None:

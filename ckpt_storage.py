@@ -849,6 +849,13 @@ class Box(NamedTuple):
         """Index of this box in an array that holds `outer`."""
         return tuple(slice(o - p, o - p + s) for o, s, p in zip(self.offset, self.size, outer.offset))
 
+    def span(self, outer: Box) -> tuple[int, int]:
+        """Where its elements begin and end in the row-major elements of `outer`, with others between them."""
+        first, last = 0, 0
+        for at, size, start, count in zip(*outer, *self):
+            first, last = first * size + start - at, last * size + start - at + count - 1
+        return first, last + 1
+
 
 def whole_box(shape: Shape) -> Box:
     """All of a tensor."""
@@ -1130,7 +1137,8 @@ class Gate:
     def __exit__(self, *exc: object) -> None:
         with self._changed:
             self._inside -= 1
-            self._changed.notify_all()
+            if not self.is_open:
+                self._changed.notify_all()
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Refuse to let threads in, and wait for those inside; False if some remain after `timeout_s`."""
@@ -1316,7 +1324,7 @@ class Pieces(NamedTuple):
 
     def take(self, index: Ints | npt.NDArray[np.bool_] | slice) -> Pieces:
         """The rows at `index`."""
-        return Pieces(*(column[index] for column in self))
+        return Pieces(*[column[index] for column in self])
 
     def nbytes(self, itemsizes: Ints) -> Ints:
         """Bytes of each row's box."""

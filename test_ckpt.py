@@ -1300,16 +1300,24 @@ def test_training_collects_garbage_while_a_save_in_the_background_writes(checkpo
     assert seen and all(seen)
 
 
-def test_a_save_of_many_tensors_does_not_have_its_own_lists_searched_for_garbage(checkpoint):
+@pytest.mark.parametrize("verb", ["save", "save in the background", "load"])
+def test_the_lists_of_many_tensors_are_not_searched_for_garbage(checkpoint, verb):
     state, runs = {f"w{number}": torch.ones(2) for number in range(5000)}, []
     count = lambda phase, _: runs.append(phase)  # noqa: E731
-    checkpoint.save(state, None, "warm")
+    act = {
+        "save": lambda: checkpoint.save(state, None, "p"),
+        "save in the background": lambda: checkpoint.save_async(state, None, "p").result(HANG_S),
+        "load": lambda: checkpoint.load(state, None, "p"),
+    }[verb]
+    checkpoint.save(state, None, "p")
     gc.callbacks.append(count)
     try:
-        checkpoint.save(state, None, "p")
+        act()
     finally:
         gc.callbacks.remove(count)
-    assert runs.count("start") < 50, runs.count("start")  # 118 without pauses in S4, 11 with them
+    # Without pauses over a hundred; the one that is due comes when the call returns.
+    most = 50 if verb == "save in the background" else 5
+    assert runs.count("start") < most and gc.isenabled(), runs.count("start")
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
