@@ -83,6 +83,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
 
 if TYPE_CHECKING or __package__:
@@ -1150,7 +1151,12 @@ def mesh_ranks(tensor: object) -> Shape:
     () for a plain tensor.
     """
     sharded = as_dtensor(tensor)
-    return () if sharded is None else tuple(sorted(sharded.device_mesh.mesh.flatten().tolist()))
+    return () if sharded is None else _ranks_of(sharded.device_mesh)
+
+
+@functools.lru_cache(64)  # a mesh takes as long to list its ranks as a tensor takes for all the rest
+def _ranks_of(mesh: DeviceMesh) -> Shape:
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
 
 
 def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Placement]) -> None:
