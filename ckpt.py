@@ -518,6 +518,8 @@ class DistributedCheckpoint:
     ) -> str:
         """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
 
+        Python's garbage collection pauses meanwhile, as in a load.
+
         ValueError for a misuse, CheckpointException for a failure, on every rank alike. Then nothing was
         committed, an older checkpoint of this prefix is untouched, and this save's files are gone.
         """

@@ -783,7 +783,10 @@ class Operation:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Pause the process's garbage collection. It would double the time of a plan, which makes no cycles."""
+    """Pause the process's garbage collection: to search what a plan makes takes as long as to make it.
+
+    None of that is a cycle. What is gone before the pause ends is never searched.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -2058,7 +2061,7 @@ class Fill(NamedTuple):
     dtype: torch.dtype
     frame_bytes: int  # the length of a compressed piece when expanded; 0 for a raw one
     target: Target
-    flat: Bytes | None  # the target's memory from where they go, if they go there as they are
+    flat: Bytes | None  # the target's memory from where they go, if they go there in one run and uncast
     exclusive: float  # how much of these bytes this rank needs and no other: from 0 to 1
 
 
@@ -2234,6 +2237,7 @@ class CheckpointReader:
             elif begin % width:  # raw, behind frames: a cut would part an element
                 cuts = range(0)
             exclusive = target.exclusive * nbytes / (frame_bytes or high - low)
+            # In the piece and in the target; then the bytes are copied as they are.
             in_one_run = nbytes == (frame_bytes or high - low) == (until - into) * width
             memory = st.byte_view(target.view) if in_one_run and target.view.dtype == dtype else None
             for start, stop in itertools.pairwise([low, *cuts, high]):
