@@ -2646,6 +2646,38 @@ def test_a_read_is_for_one_rank_alone_if_three_quarters_of_it_are(tmp_path, low,
     assert torch.equal(view, weight[low:high, :width])
 
 
+@pytest.mark.parametrize(
+    "offset, size, in_one_run", [((3, 0), (5, 8), True), ((4, 1), (1, 6), True), ((0, 2), (10, 3), False)]
+)
+def test_elements_in_one_run_are_copied_as_bytes_out_of_a_larger_piece_too(
+    tmp_path, monkeypatch, offset, size, in_one_run
+):
+    weight, storage, copied, copy_in = (
+        torch.arange(80.0).view(10, 8),
+        ckpt.LocalStorage(tmp_path),
+        [],
+        st.copy_in,
+    )
+    opened(tmp_path).save(Bag(weight=weight), None, to())
+    monkeypatch.setattr(st, "copy_in", lambda *words: copied.append(copy_in(*words)))
+    with ckpt.CheckpointReader(storage, st.read_committed(storage, "p")) as reader:
+        (index,) = reader.stored["model/weight"].values()
+        found = reader.read(index, box := st.Box(offset, size))
+    assert torch.equal(found, weight[box.within(st.whole_box((10, 8)))]) and bool(copied) != in_one_run
+
+
+@on_ranks(2)
+def test_the_ranks_of_a_mesh_are_listed_once_for_all_its_tensors(rank, tmp_path):
+    if not isinstance(real := vars(DeviceMesh).get("mesh"), property):
+        return  # torch up to 2.9 keeps the table
+    mesh, listed = init_device_mesh("cpu", (2,)), []
+    state = {f"w{n}": distribute_tensor(torch.ones(4), mesh, [ShardDim(0)]) for n in range(50)}
+    DeviceMesh.mesh = property(lambda mesh: listed.append(mesh) or real.fget(mesh))
+    opened(tmp_path).save(state, None, to())
+    opened(tmp_path).load(state, None, at())
+    assert 0 < len(listed) < 10, len(listed)
+
+
 @pytest.mark.parametrize("low, high", [(0, 64), (128, 1024), (0, 65), (100, 101), (127, 129), (60, 1000)])
 @pytest.mark.parametrize("columns", [1024, 512])
 def test_a_partial_read_verifies_its_units_and_copies_no_damaged_one(tmp_path, low, high, columns):
