@@ -626,8 +626,7 @@ class Operation:
         try:
             if not name.startswith("S7"):  # a commit is announced, however late
                 self.poll()
-            # A save in the background lets training beside it collect garbage, but for the plan and the lists
-            # that S4 makes before it writes.
+            # In a background save only this step and the lists of S4 pause it: training goes on beside it.
             with no_garbage_collection() if name.startswith("S3") else nullcontext():
                 yield
         except OperationFailed:
@@ -1145,7 +1144,7 @@ def local_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
     boxes = shard_boxes(name, sharded, whole.size) if local.numel() else []
     pieces = [(box, local if part == whole else local[part.within(whole)]) for box, part in boxes]
     replicated = any(placement.is_replicate() for placement in placements)
-    return LocalTensor(name, code, shape, pieces, mesh_ranks(sharded), replicated)
+    return LocalTensor(name, code, shape, pieces, _ranks_of(sharded.device_mesh), replicated)
 
 
 def mesh_ranks(tensor: object) -> Shape:
@@ -1157,7 +1156,7 @@ def mesh_ranks(tensor: object) -> Shape:
     return () if sharded is None else _ranks_of(sharded.device_mesh)
 
 
-@functools.lru_cache(64)  # a mesh takes as long to list its ranks as a tensor takes for all the rest
+@functools.lru_cache(64)  # torch computes a mesh's table each time that it is asked, in 60 us
 def _ranks_of(mesh: DeviceMesh) -> Shape:
     return tuple(sorted(mesh.mesh.flatten().tolist()))
 
@@ -1387,7 +1386,7 @@ def describe(data: ShardData) -> Message:
         for t in data.tensors
     ]
     return {
-        "tensors": st.dump_json(rows).decode(),  # a text, which the gather need not look into
+        "tensors": st.dump_json(rows).decode(),  # a gather encodes one text faster than 20,000 rows
         "meshes": [pack_columns(np.array(mesh, np.int64)) for mesh in meshes],
         "pieces": st.pack_pieces(Pieces(tensor, tensor * 0, np.arange(len(held)), on_device, boxes)),
         "steps": dict(data.steps),
@@ -2061,7 +2060,7 @@ class Fill(NamedTuple):
     dtype: torch.dtype
     frame_bytes: int  # the length of a compressed piece when expanded; 0 for a raw one
     target: Target
-    flat: Bytes | None  # the target's memory from where they go, if they go there in one run and uncast
+    flat: Bytes | None  # where they go in the target's memory, if in one run and not cast
     exclusive: float  # how much of these bytes this rank needs and no other: from 0 to 1
 
 
@@ -2237,7 +2236,7 @@ class CheckpointReader:
             elif begin % width:  # raw, behind frames: a cut would part an element
                 cuts = range(0)
             exclusive = target.exclusive * nbytes / (frame_bytes or high - low)
-            # In the piece and in the target; then the bytes are copied as they are.
+            # What is one run of bytes in the piece and in the target is copied as it is.
             in_one_run = nbytes == (frame_bytes or high - low) == (until - into) * width
             memory = st.byte_view(target.view) if in_one_run and target.view.dtype == dtype else None
             for start, stop in itertools.pairwise([low, *cuts, high]):
@@ -2309,11 +2308,11 @@ class CheckpointReader:
                 part, at = data[first:last], low + first - fill.low
                 if fill.frame_bytes:
                     part, at = st.expand_frame(part.tobytes(), fill.frame_bytes, fill.dtype.itemsize), 0
-                if fill.flat is not None:
+                if fill.flat is None:
+                    at += fill.low - fill.begin
+                    st.copy_in(part, at, fill.dtype, fill.piece, fill.target.box, fill.target.view)
+                else:
                     fill.flat[at : at + len(part)] = part
-                    continue
-                at += fill.low - fill.begin
-                st.copy_in(part, at, fill.dtype, fill.piece, fill.target.box, fill.target.view)
 
     def check_block(self, index: int, low: int, buffer: Bytes) -> list[str]:
         """Read the block that begins at byte `low` of a file's data. Return what is wrong with each unit."""
@@ -2325,18 +2324,15 @@ class CheckpointReader:
 
     def damage(self, index: int, low: int, data: Bytes) -> list[str]:
         """Return what is wrong with units of a file, which begin at byte `low` of its data."""
-        first, crcs, meta, problems = low // st.UNIT_BYTES, crcs_of(data), self.metadata, list[str]()
-        expected = self.unit_crcs(index)[first : first + len(crcs)]
-        if crcs == expected:
-            return []
-        for unit, (crc, right) in enumerate(zip(crcs, expected), first):
-            if crc != right:
+        expected, found, meta = self.unit_crcs(index), list[str](), self.metadata
+        for unit, crc in enumerate(crcs_of(data), low // st.UNIT_BYTES):
+            if crc != expected[unit]:
                 begin, rows = unit * st.UNIT_BYTES, meta.pieces.take(meta.pieces.file == index)
                 inside = (rows.begin < begin + st.UNIT_BYTES) & (rows.begin + rows.length > begin)
                 names = [meta.tensors[tensor].name for tensor in np.unique(rows.tensor[inside]).tolist()]
-                what = f"unit {unit} has CRC32 {crc:08x}, expected {right:08x}"
-                problems.append(f"{meta.shard_path(index)}: {what}; it holds {st.some(names)}")
-        return problems
+                what = f"unit {unit} has CRC32 {crc:08x}, expected {expected[unit]:08x}"
+                found.append(f"{meta.shard_path(index)}: {what}; it holds {st.some(names)}")
+        return found
 
 
 def read_once(op: Operation, reader: CheckpointReader, reads: Sequence[Read], meter: Meter) -> None:

@@ -850,7 +850,7 @@ class Box(NamedTuple):
         return tuple(slice(o - p, o - p + s) for o, s, p in zip(self.offset, self.size, outer.offset))
 
     def span(self, outer: Box) -> tuple[int, int]:
-        """Where its elements begin and end in the row-major elements of `outer`, with others between them."""
+        """Positions of its first element, and behind its last one, in the row-major elements of `outer`."""
         first, last = 0, 0
         for at, size, start, count in zip(*outer, *self):
             first, last = first * size + start - at, last * size + start - at + count - 1
