@@ -6036,6 +6036,7 @@ LIES |= {f"the shape {shape}": of_shape(shape) for shape in ([12], [HUGE], [2] *
 VALUES = [{"$float": "00"}, {"$dict": [[[], 1]]}, {"$ndarray": ["|O", [1], "gASVAA=="]}, {"$eval": "1"}]
 VALUES += [{"$ndarray": ["<f4", [HUGE], ""]}, {"$dtype": "nn"}]
 LIES |= {f"the value {value}": {EPOCH: value} for value in VALUES}
+# What is odd, and may be true.
 TRUE = {"10^9 ranks": {"world_size": 10**9}, "a sequence at the limit": {"sequence": (1 << 62) - 1}}
 TRUE["a number of a million digits"] = {EPOCH: {"$int": "f" * 1_000_000}}
 
@@ -6342,7 +6343,9 @@ def test_what_is_unreadable_or_a_link_is_named_or_skipped(ram, caplog, call, pat
     put(base, "other", "theirs/q")
     if code:
         place, says = base / "theirs", os.strerror(code)
-        (place / "q" / "0badf00d-00000-of-00001.safetensors").touch()  # an orphan, perhaps
+        (
+            place / "q" / "0badf00d-00000-of-00001.safetensors"
+        ).touch()  # which nobody can tell now to be an orphan
         failing = Strike(0, fail(code), lambda op: op.call == call and op.path == f"{base}/{path}", FOREVER)
     else:
         (path,) = base.glob(path)
