@@ -5751,7 +5751,7 @@ def load_specimen(files):
 
 
 def check_bad_input(files, context="", seconds=1.0, write=False):
-    """Bad files are refused by type, soon: what a load and a validation say. `write`: saves go on beside them."""
+    """What a load and a validation say: typed refusals at most, soon. `write`: saves go on beside bad ones."""
     started, storage = time.process_time(), Memory(files)
     outcome, checkpoint = load_specimen(files), over(storage, keep_last=3)
     assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
@@ -5859,7 +5859,7 @@ def edited(files, changes):
 
 
 def with_shard(files, name, header, data):
-    """The files with another tensor file, known to the record. A header that is a dict gets the right CRCs."""
+    """The files with another tensor file, known to the record. A header given as a dict gets right CRCs."""
     if isinstance(header, dict):
         units = [data[start : start + UNIT] for start in range(0, len(data), UNIT)]
         crcs = "".join(f"{zlib.crc32(unit):08x}" for unit in units)
@@ -6304,7 +6304,8 @@ IMPORTS += ["dcp/__0_0.distcp", "dcp/.metadata"]
 def test_what_is_no_regular_file_is_refused_at_once_as_a_source_of_an_import(ram, kind):
     state, whole = {"a": torch.ones(1), "b": torch.ones(2)}, ram / "whole"
     (whole / "index").mkdir(parents=True)
-    as_file(whole, state), as_torch(whole, state), as_index(whole / "index", state)
+    for make, folder in ((as_file, whole), (as_torch, whole), (as_index, whole / "index")):
+        make(folder, state)
     dcp.save(dict(state), checkpoint_id=whole / "dcp", no_dist=True)
     # Another directory is a source itself.
     victims = [victim for victim in IMPORTS if kind != "a directory" or victim.startswith("index")]
@@ -6399,6 +6400,7 @@ def after_the_commit(calls, pattern):
             late.append(op)
         elif op.call == "rename":
             seam.done += late
+            late.clear()
         return result
 
     return Seam, "_do", do_late
