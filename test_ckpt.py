@@ -5751,7 +5751,7 @@ def load_specimen(files):
 
 
 def check_bad_input(files, context="", seconds=1.0, write=False):
-    """What a load and a validation say: typed refusals at most, soon. `write`: saves go on beside bad ones."""
+    """What a load and a validation say: typed refusals at most, soon. `write`: a save goes on beside them."""
     started, storage = time.process_time(), Memory(files)
     outcome, checkpoint = load_specimen(files), over(storage, keep_last=3)
     assert outcome in ("exact", "other") or outcome[0] in REFUSALS, (outcome, context)
