@@ -3801,25 +3801,20 @@ def test_long_commands_show_rate_and_time_left_on_a_terminal_alone(tmp_path, nam
 class Stranger:
     """A checkpoint as read by somebody who has the README's section "On disk", Python and numpy alone."""
 
-    CODES: ClassVar = {1: "BOOL U8 I8 JSON", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32 C32", 16: "C128"}
-    CODES[8] = "U64 I64 F64 C64"
-    SIZES: ClassVar = {code: size for size, codes in CODES.items() for code in codes.split()}
+    SIZES: ClassVar = Shard.ITEM | {"JSON": 1, "C32": 4, "C128": 16}
 
     def __init__(self, directory, prefix):
-        with open(f"{directory}/{prefix}.metadata.json", "rb") as file:
-            text = file.read()
-        assert text[-21:-11] == b',"crc32":"' and text[-3:] == b'"}\n'
-        assert int(text[-11:-3], 16) == zlib.crc32(text[:-21])
-        self.record = json.loads(text)
-        self.files = []  # of each: its data, and where entries begin and end
+        text = (directory / f"{prefix}.metadata.json").read_bytes()
+        assert text[-21:] == b',"crc32":"%08x"}\n' % zlib.crc32(text[:-21])
+        self.record = expanded(json.loads(text))
+        self.files = []
         assert self.record["format_version"] == 2
         for name, length, header_bytes, crc in self.record["files"]:
-            file = Shard(f"{directory}/{prefix}/{name}")  # which asserts the rules of a file alone
+            file = Shard(directory / prefix / name)  # which asserts the rules of a file alone
             assert (len(file.bytes), file.data_at) == (length, header_bytes)
             assert f"{zlib.crc32(file.bytes[:header_bytes]):08x}" == crc
             assert name.startswith(self.record["save_id"])
-            places = {key: tuple(entry["data_offsets"]) for key, entry in file.header.items()}
-            self.files.append((file.bytes[header_bytes:], places))
+            self.files.append(file)
 
     @staticmethod
     def expand(stored, size, length):
@@ -3827,8 +3822,8 @@ class Stranger:
         if len(stored) == length:
             return stored
         planes, plain = stored[0], bytearray(length)
-        lengths, begin = struct.unpack(f"<{planes}I", stored[1 : 1 + 4 * planes]), 1 + 4 * planes
-        for plane, stored_length in enumerate(lengths):
+        begin = 1 + 4 * planes
+        for plane, stored_length in enumerate(struct.unpack(f"<{planes}I", stored[1:begin])):
             chunk = stored[begin : begin + stored_length]
             plain[plane::planes] = chunk if stored_length == length // planes else zlib.decompress(chunk)
             begin += stored_length
@@ -3838,35 +3833,42 @@ class Stranger:
     def tensors(self):
         """(name, rank or None) -> (dtype, shape, row-major bytes) of every tensor, whole."""
         rows, pieces = self.record["tensors"], self.record["pieces"]
-        whole = [np.zeros((*shape, self.SIZES[code]), np.uint8) for _, code, shape, _, _ in rows]
         assert list(pieces) == ["count", "tensor", "file", "begin", "length", "offset", "size"]
-        which, file, begin, length = (column_of(text) for text in list(pieces.values())[1:5])
-        offset, size = ([column_of(text) for text in pieces[key]] for key in ("offset", "size"))
-        assert which == sorted(which) and len(which) == pieces["count"]
-        self.compressed = []  # the stored lengths of compressed pieces, and the lengths of their boxes
-        for row, index in enumerate(which):
+        count, which, *columns, offsets, sizes = pieces.values()
+        assert which == sorted(which) and len(which) == count
+        self.compressed = []  # the lengths of the boxes of compressed pieces
+        whole = [np.zeros((*shape, self.SIZES[code]), np.uint8) for _, code, shape, _, _ in rows]
+        for index, number, begin, length, low, size in zip(which, *columns, zip(*offsets), zip(*sizes)):
             name, code, shape, rank, tied = rows[index]
-            item, ndim, end = self.SIZES[code], len(shape), begin[row] + length[row]
-            low, count = ([column[row] for column in columns] for columns in (offset, size))
-            assert not any(low[ndim:]) and set(count[ndim:]) <= {1} and tied is None
-            low, count = low[:ndim], count[:ndim]
-            if self.record["files"][file[row]][0].endswith(".model.safetensors"):
+            item, ndim, file = self.SIZES[code], len(shape), self.files[number]
+            assert not any(low[ndim:]) and set(size[ndim:]) <= {1} and tied is None
+            low, size = low[:ndim], list(size[:ndim])
+            if file.path.name.endswith(".model.safetensors"):
                 entry = name.removeprefix("model/")
             else:
                 entry = name.replace("~", "~0").replace("@", "~1")
-                entry += "" if count == shape else "@" + ",".join(map(str, low))
+                entry += "" if size == shape else "@" + ",".join(map(str, low))
                 entry += "" if rank is None else f"~r{rank}"
-            data, entries = self.files[file[row]]
-            assert entries[entry] == (begin[row], end)
-            plain = self.expand(data[begin[row] : end], item, math.prod(count) * item)
-            if length[row] < len(plain):
-                self.compressed.append((length[row], len(plain)))
-            box = tuple(slice(first, first + extent) for first, extent in zip(low, count))
-            whole[index][box] = np.frombuffer(plain, np.uint8).reshape(*count, item)
+            assert file.header[entry]["data_offsets"] == [begin, begin + length]
+            plain = self.expand(file.data(entry), item, math.prod(size) * item)
+            if length < len(plain):
+                self.compressed.append(len(plain))
+            box = tuple(slice(first, first + extent) for first, extent in zip(low, size))
+            whole[index][box] = np.frombuffer(plain, np.uint8).reshape(*size, item)
         return {
             (name, rank): (code, shape, whole[row if tied is None else tied].tobytes())
             for row, (name, code, shape, rank, tied) in enumerate(rows)
         }
+
+    READERS: ClassVar = {"$dict": dict, "$OrderedDict": dict, "$Counter": dict, "$bytes": base64.b64decode}
+    READERS |= {"$tuple": tuple, "$Size": tuple, "$set": set, "$frozenset": frozenset}
+    READERS |= {
+        "$int": lambda digits: int(digits, 16),
+        "$float": lambda digits: struct.unpack(">d", bytes.fromhex(digits))[0],
+        "$str": lambda text: base64.b64decode(text).decode("utf-8", "surrogatepass"),
+        "$ndarray": lambda body: (*body[:2], base64.b64decode(body[2])),
+        "$scalar": lambda body: (*body[:2], base64.b64decode(body[2])),
+    }
 
     def value(self, node):
         """A value, with what its own language has for each kind."""
@@ -3874,35 +3876,20 @@ class Stranger:
             return [self.value(item) for item in node]
         if not isinstance(node, dict):
             return node
+        node = {key: self.value(item) for key, item in node.items()}
         if not any(key.startswith("$") for key in node):
-            return {key: self.value(item) for key, item in node.items()}
-        (kind, body), *metadata = node.items()
-        assert not metadata or metadata[0][0] == "metadata"
-        if kind in ("$dict", "$OrderedDict", "$Counter"):
-            return {self.value(key): self.value(item) for key, item in body}
-        readers = {
-            "$tuple": lambda: tuple(self.value(body)),
-            "$Size": lambda: tuple(body),
-            "$set": lambda: set(self.value(body)),
-            "$frozenset": lambda: frozenset(self.value(body)),
-            "$int": lambda: int(body, 16),
-            "$float": lambda: struct.unpack(">d", bytes.fromhex(body))[0],
-            "$bytes": lambda: base64.b64decode(body),
-            "$str": lambda: base64.b64decode(body).decode("utf-8", "surrogatepass"),
-            "$ndarray": lambda: (*body[:2], base64.b64decode(body[2])),
-            "$scalar": lambda: (*body[:2], base64.b64decode(body[2])),
-        }
-        return readers[kind]() if kind in readers else (kind, body)  # tensor, dtype, device, datetime: a name
+            return node
+        kind, *rest = node
+        assert rest in ([], ["metadata"])
+        return self.READERS.get(kind, lambda body: (kind, body))(node[kind])  # or a name
 
 
 def documented_state(rank):
     """Every kind of thing that the README's tables name, as `rank` has it before anything is sharded."""
-    tied, noise = torch.arange(6).view(2, 3), torch.Generator().manual_seed(1)
-    randn = functools.partial(torch.randn, generator=noise)
+    tied, noise = torch.arange(6).view(2, 3), torch.randn(40_000, generator=torch.Generator().manual_seed(1))
     tensors = dict(tied=tied, again=tied, empty=torch.zeros(0, 3), strided=torch.arange(24.0).view(4, 6).T)
-    tensors |= dict(big=torch.arange(2.6e6).view(1300, 2000), noise=randn(40_000))
-    tensors |= dict(half=randn(7, 3).bfloat16(), complex=randn(3, 2, dtype=torch.complex128))
-    tensors |= dict(scalar=torch.tensor(2.5).double())
+    tensors |= dict(big=torch.arange(2.6e6).view(1300, 2000), noise=noise, scalar=torch.tensor(2.5).double())
+    tensors |= dict(half=noise[:21].view(7, 3).bfloat16(), complex=noise[:6].view(3, 2).double() * (1 - 2j))
     tensors |= dict(flag=torch.tensor([True, False, True]), apart=torch.full((2, 2), float(rank)))
     tensors["own~@name"] = torch.ones(1, 1, 1, 2)
     values = dict(plain=[1, -2.5, "x", None, True], tuple=(1, (2,)), large=-(2**70), bytes=b"\0\xff")
@@ -3913,9 +3900,6 @@ def documented_state(rank):
     return tensors, values
 
 
-CONFIG = {"depth": 3, "name": "ü", 5: (1.5, None)}  # a value in a model's state
-
-
 @for_each(level=[LEVELS[0], LEVELS[1], LEVELS[3]], form=FORMATS)
 @on_ranks(2)
 def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(rank, ram, form, level):
@@ -3924,43 +3908,43 @@ def test_a_reader_written_from_the_readme_alone_reads_every_format_bit_for_bit(r
     fully_shard(layers)
     torch.manual_seed(rank)
     random.seed(rank)
-    options = to(format=form, compression_level=level, custom_metadata={"note": [1, 2]})
-    model = {"layers": layers, "bag": Bag(**tensors, config=CONFIG)}
+    note, config = {"note": [1, 2]}, {"depth": 3, "name": "ü", 5: (1.5, None)}  # a value in a model's state
+    model = {"layers": layers, "bag": Bag(**tensors, config=config)}
+    options = to(format=form, compression_level=level, custom_metadata=note)
     opened(ram).save(model, stepped(layers), options, extra_state=values)
     found = Stranger(ram, "p")
-    assert found.record["custom_metadata"] == {"note": [1, 2]} and found.record["format"] == form.value
+    assert found.record["custom_metadata"] == note and found.record["format"] == form.value
     stored = found.tensors()
     values = {key: found.value(json.loads(data)) for key, (code, _, data) in stored.items() if code == "JSON"}
-    assert max((plain for _, plain in found.compressed), default=0) <= 4194304
+    assert all(length <= BLOCK for length in found.compressed)
     compressible = level is not LEVELS[0] and form is not CheckpointFormat.SINGLE_FILE
     assert bool(found.compressed) == compressible
     whole_file = {"single_file": "model/bag.empty", "consolidated": "bag.empty"}.get(form.value)
-    assert whole_file is None or whole_file in found.files[0][1], "an empty tensor has an entry there"
+    assert whole_file is None or whole_file in found.files[0].header, "an empty tensor has an entry there"
     layers = small()[0]
-    optimizer = stepped(layers)
-    expected = {(f"model/layers.{name}", None): tensor for name, tensor in layers.state_dict().items()}
-    for (name, _), state in zip(layers.named_parameters(), optimizer.state_dict()["state"].values()):
-        expected |= {(f"optimizer/layers.{name}/{key}", None): tensor for key, tensor in state.items()}
+    states, names = stepped(layers).state_dict()["state"], [f"layers.{key}" for key in layers.state_dict()]
+    expected = {f"model/layers.{key}": tensor for key, tensor in layers.state_dict().items()}
+    for number, name in enumerate(names):
+        expected |= {f"optimizer/{name}/{key}": tensor for key, tensor in states[number].items()}
     for number in (0, 1):
         tensors, extra = documented_state(number)
-        expected["model/bag.apart", number] = tensors.pop("apart")
-        expected |= {(f"model/bag.{key}", None): tensor for key, tensor in tensors.items()}
-        expected["extra/nested.deep.0", None] = extra["nested"]["deep"][0]
+        apart = tensors.pop("apart")
+        assert stored.pop(("model/bag.apart", number)) == ("F32", [2, 2], raw(apart))
         rng = values["rng/state", number]
         assert rng["torch"] == torch.Generator().manual_seed(number).get_state().numpy().tobytes()
         assert rng["random"] == random.Random(number).getstate()
-        assert values["extra/place", number] == extra["place"]
-    expected = {key: (code_of(t.dtype), list(t.shape), raw(t)) for key, t in expected.items()}
+        assert values["extra/place", number] == extra.pop("place")
+    expected |= {f"model/bag.{key}": tensor for key, tensor in tensors.items()}
+    expected["extra/nested.deep.0"] = extra["nested"]["deep"][0]
+    expected = {(key, None): (code_of(t.dtype), list(t.shape), raw(t)) for key, t in expected.items()}
     assert {key: found for key, found in stored.items() if found[0] != "JSON"} == expected
-    assert values["model-values/bag.config", None] == CONFIG
     group = values["optimizer/state", None]["groups"][0]
-    assert group["params"] == [f"layers.{name}" for name, _ in layers.named_parameters()]
-    assert group["options"]["betas"] == (0.9, 0.999)
+    assert group["params"] == names and group["options"]["betas"] == (0.9, 0.999)
     extra |= {"counter": dict(extra["counter"]), "size": (2, 3), "dtype": ("$dtype", "bfloat16")}
-    extra["array"], extra["number"] = (">i2", [3], b"\0\0\0\1\0\2"), ("<f4", [], b"\xcd\xcc\xcc\x3d")
+    extra |= {"array": (">i2", [3], b"\0\0\0\1\0\2"), "number": ("<f4", [], b"\xcd\xcc\xcc\x3d")}
     extra["nested"] = {"deep": [("$tensor", "extra/nested.deep.0")]}
-    for key in extra.keys() - {"place"}:
-        assert identical(values[f"extra/{key}", None], extra[key]), key
+    expected = {f"extra/{key}": value for key, value in extra.items()} | {"model-values/bag.config": config}
+    assert all(identical(values[key, None], value) for key, value in expected.items())
 
 
 def test_the_worked_examples_of_the_readme_are_what_is_written(tmp_path):
@@ -3972,7 +3956,7 @@ def test_the_worked_examples_of_the_readme_are_what_is_written(tmp_path):
     assert all(content[int(place, 16) :].startswith(bytes.fromhex(digits)) for place, digits in dump)
     assert f"CRC32 {zlib.crc32(content[4096:]):08x}" in README
     (example,) = re.findall(r"^```json\n(\{\"format_version.*\n)```", README, re.MULTILINE)
-    assert example.endswith(f',"crc32":"{zlib.crc32(example[:-21].encode()):08x}"}}\n')
+    assert example.encode() == sealed(json.loads(example))
     text = (tmp_path / "p.metadata.json").read_text()
     written, shown = expanded(json.loads(text)), expanded(json.loads(example))
     assert list(written) == list(shown)
