@@ -4332,11 +4332,11 @@ def resume_with_lightning(rank, world_size, tmp):
 
     def fit(directory, epochs=4):
         torch.manual_seed(0)
-        data = torch.arange(320.0).view(40, 8) / 320
+        data = torch.utils.data.DataLoader(torch.arange(320.0).view(40, 8) / 320, batch_size=4, shuffle=True)
         callback = lightning_callback()(ckpt.DistributedCheckpoint(storage=directory))
         strategy, module = "auto" if world_size == 1 else ModelParallelStrategy(world_size, 1), Module()
         trainer = lightning.Trainer(callbacks=[callback], strategy=strategy, max_epochs=epochs, **how)
-        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4, shuffle=True))
+        trainer.fit(module, data)
         rates = [config.scheduler.get_last_lr() for config in trainer.lr_scheduler_configs]
         weights = [whole(tensor) for tensor in module.state_dict().values()]
         return module.losses, (weights, moments(trainer.optimizers[0]), rates)
@@ -4366,7 +4366,6 @@ def bucket(request, tmp_path, monkeypatch):
 
 
 def test_the_object_store_of_the_readme_saves_loads_lists_validates_collects_and_deletes(bucket):
-    assert isinstance(bucket, ckpt.CheckpointStorage)
     large = Bag(w=torch.arange(3 * MiB, dtype=torch.int32))  # several blocks: written by several threads
     alone, options = over(bucket), to("deep/large", include_rng_state=False)
     put(bucket, "old")
@@ -7825,9 +7824,8 @@ def train_by_the_readme(rank, world_size, tmp, plan=None):
         if plan is None or plan.kill is signal.SIGTERM:
             raise
         return "the other rank is dead"
-    moments = names["optimizer"].state_dict()["state"].values()
-    tensors = [t for part in (names["model"].state_dict(), *moments) for t in part.values()]
-    bits = [raw(local_part(t)) for t in tensors]
+    parts = names["model"].state_dict(), *names["optimizer"].state_dict()["state"].values()
+    bits = [raw(local_part(t)) for part in parts for t in part.values()]
     return names["step"], bits, names["scheduler"].state_dict(), raw(torch.get_rng_state())
 
 
