@@ -4328,7 +4328,7 @@ def resume_with_lightning(rank, world_size, tmp):
 
         def configure_optimizers(self):
             optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
-            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3)]
 
     def fit(directory, epochs=4):
         torch.manual_seed(0)
