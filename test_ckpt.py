@@ -2962,28 +2962,11 @@ def train_zero(model, optimizer):
 
 # ---- bad input: refused clearly, and nothing changes -------------------------------------------------------
 
+MODULE, ONES = nn.Linear(1, 1), torch.ones(2)
 BAD_PREFIXES = ["", "/abs", "..", "../x", "a/../b", "a//b", "a/", "./a", "a/.", "a b", "a\\b", "a\0b", "ü"]
 BAD_PREFIXES += ["a" * 201, "a.metadata.json", "a.metadata.json/b", "a\n"]
-MODULE = nn.Linear(1, 1)
-
-
-@pytest.mark.parametrize("prefix", BAD_PREFIXES, ids=repr)
-def test_a_bad_prefix_is_refused_before_any_file_is_touched(tmp_path, prefix):
-    checkpoint = opened(tmp_path / "inner" / "base")
-    for call in (
-        lambda: checkpoint.save(MODULE, None, to(prefix)),
-        lambda: checkpoint.save_async(MODULE, None, to(prefix)).result(),
-        lambda: checkpoint.load(MODULE, None, at(prefix)),
-        lambda: checkpoint.delete_checkpoint(prefix),
-        lambda: checkpoint.validate_checkpoint(prefix),
-    ):
-        refusal(call, ValueError, "prefix")
-    concurrent.futures.wait([checkpoint.save_async(MODULE, None, to(prefix))], HANG_S)
-    refusal(lambda: checkpoint.save(MODULE, None, "next"), "SAVE_FAILED", "in the background")
-    assert listing(tmp_path) == {}
-
-
 MISUSES = [  # model, optimizer, options, and words of the message
+    *((MODULE, None, options(prefix), "prefix") for prefix in BAD_PREFIXES for options in (to, at)),
     (MODULE, None, to(format="ZIP"), "format 'multi_shard' 'single_file' 'consolidated'"),
     (MODULE, None, to(compression_level="ULTRA"), "compression_level 'none' 'fast' 'balanced' 'maximum'"),
     (MODULE, None, to(staging="lazy"), "staging eager overlapped"),
@@ -2993,29 +2976,35 @@ MISUSES = [  # model, optimizer, options, and words of the message
     (MODULE, None, to(progress=3), "progress function 3"),
     (MODULE, None, at(resharding_strategy="psychic"), "resharding_strategy parallel sequential broad"),
     (MODULE, None, LoadOptions(), "checkpoint_prefix"),
-    ({"layer": MODULE, "w": torch.ones(2)}, None, "p", "layer"),
-    ({"w": torch.ones(2), "step": 3}, None, "p", "step"),
-    ({7: torch.ones(2)}, None, "p", "7"),
-    ({"x._extra_state": torch.ones(2)}, None, "p", "x._extra_state"),
+    ({"layer": MODULE, "w": ONES}, None, "p", "layer"),
+    ({"w": ONES, "step": 3}, None, "p", "step"),
+    ({7: ONES}, None, "p", "7"),
+    ({"x._extra_state": ONES}, None, "p", "x._extra_state"),
     ([MODULE], None, "p", "list"),
-    (torch.ones(2), None, "p", "Tensor"),
-    (MODULE, [torch.ones(2)], "p", "optimizer"),
-    (MODULE, {"w": torch.ones(2)}, "p", "'w'"),
+    (ONES, None, "p", "Tensor"),
+    (MODULE, [ONES], "p", "optimizer"),
+    (MODULE, {"w": ONES}, "p", "'w'"),
     (MODULE, "step_1", "p", "'step_1' third"),  # a prefix goes there
 ]
 
 
 @pytest.mark.parametrize("model, optimizer, options, words", MISUSES)
-def test_a_misuse_is_a_value_error_that_says_what_is_allowed(checkpoint, model, optimizer, options, words):
+def test_a_misuse_is_a_value_error_that_says_what_is_allowed(tmp_path, model, optimizer, options, words):
+    checkpoint = opened(tmp_path / "inner" / "base")
     calls = [checkpoint.load, checkpoint.save, lambda *a, **k: checkpoint.save_async(*a, **k).result(20.0)]
     for call in {LoadOptions: calls[:1], SaveOptions: calls[1:]}.get(type(options), calls):
         refusal(lambda: call(model, optimizer, options), ValueError, *words.split())
         refusal(lambda: call(MODULE, None, "p", cancel=True), ValueError, "cancel", "True")
-    assert checkpoint.storage.names() == []
+    for prefix in BAD_PREFIXES:
+        refusal(lambda: checkpoint.delete_checkpoint(prefix), ValueError, "prefix")
+        refusal(lambda: checkpoint.validate_checkpoint(prefix), ValueError, "prefix")
+    concurrent.futures.wait([checkpoint.save_async(model, optimizer, "/")], HANG_S)
+    refusal(lambda: checkpoint.save(MODULE, None, "p"), "SAVE_FAILED", "in the background", "prefix")
+    assert listing(tmp_path) == {}
 
 
-def test_all_names_that_do_not_fit_are_counted_and_those_of_an_inner_module_explained(checkpoint):
-    checkpoint.save(Bag(**{f"old{i}": torch.ones(1) for i in range(30)}, both=torch.ones(2)), None, to())
+def test_all_names_that_do_not_fit_are_counted_and_the_first_twenty_listed(checkpoint):
+    checkpoint.save(Bag(**{f"old{i}": torch.ones(1) for i in range(30)}, both=ONES), None, to())
     target, said = Bag(new=torch.zeros(1), both=torch.zeros(2)), overheard(checkpoint)
     words = "new", "old0", "31 problem", "11 more"
     refusal(lambda: checkpoint.load(target, None, at()), "VALIDATION_FAILED", *words)
@@ -3023,22 +3012,13 @@ def test_all_names_that_do_not_fit_are_counted_and_those_of_an_inner_module_expl
     assert all(name in text for name in ("new", "old0", "old29"))
     assert len(said) == 21 and said[-1] == "p: and 11 more warnings"
     assert target.state["both"].all() and not target.state["new"].any()
-    two = torch.ones(2)
-    checkpoint.save({"module.w": two, "b": two.clone()}, None, to())
-    for model, has_hint in (
-        ({"w": two, "b": two.clone().half()}, True),
-        ({"module.w": two, "net.b": two.clone()}, True),
-        ({"module.w": two}, False),
-    ):
-        message = refusal(lambda: checkpoint.load(model, None, at()), "VALIDATION_FAILED")
-        assert ("first part" in message) == has_hint and ("cast if not strict" in message) == ("w" in model)
 
 
 @pytest.mark.parametrize("source", ["a checkpoint", "safetensors"])
 def test_what_does_not_fit_changes_nothing_or_if_not_strict_is_cast_with_a_warning(tmp_path, source):
-    state, zeros = {"w": torch.randn(3, 5), "b": torch.arange(4)}, torch.zeros(3, 5)
+    state, w, b = {"w": torch.randn(3, 5), "net.b": torch.arange(4)}, torch.zeros(3, 5), torch.zeros(4).long()
     opened(tmp_path).save(state, None, to())
-    foreign, fits = as_file(tmp_path, state), {"w": zeros, "b": torch.zeros_like(state["b"])}
+    foreign = as_file(tmp_path, state)
 
     def load(model, strict=True):
         if source == "safetensors":
@@ -3046,19 +3026,23 @@ def test_what_does_not_fit_changes_nothing_or_if_not_strict_is_cast_with_a_warni
         return opened(tmp_path).load(model, None, at(strict_mode=strict))
 
     for words, model, *strict in (
-        ("model/x: missing", {**fits, "x": torch.zeros(1)}),
-        ("model/b: in the checkpoint, but not here", {"w": zeros}),
-        ("model/w: dtype F32 in the checkpoint, BF16 here", {**fits, "w": zeros.bfloat16()}),
-        ("model/w: shape [3, 5] in the checkpoint, [5, 3] here", {**fits, "w": torch.zeros(5, 3)}),
-        ("model/w: shape [3, 5] in the checkpoint, [5, 3] here", {**fits, "w": torch.zeros(5, 3)}, False),
+        ("model/x: missing", {"w": w, "net.b": b, "x": torch.zeros(1)}),
+        ("model/net.b: in the checkpoint, but not here", {"w": w}),
+        ("names differ by a first part", {"w": w, "b": b}),
+        ("names differ by a first part", {"net.w": w, "net.b": b}),
+        ("model/w: dtype F32 in the checkpoint, BF16 here; cast if not", {"w": w.bfloat16(), "net.b": b}),
+        ("model/w: shape [3, 5] in the checkpoint, [5, 3] here", {"w": w.reshape(5, 3), "net.b": b}),
+        ("model/w: shape [3, 5] in the checkpoint, [5, 3] here", {"w": w.reshape(5, 3), "net.b": b}, False),
     ):
         before = copy.deepcopy(model)
-        refusal(lambda: load(model, *strict), "VALIDATION_FAILED", words)
-        assert identical(model, before)
-    loose = {"w": zeros.bfloat16(), "x": torch.ones(1)}
+        message = refusal(lambda: load(model, *strict), "VALIDATION_FAILED", words)
+        assert ("first part" in message) == ("first part" in words) and identical(model, before)
+    loose = {"w": w.bfloat16(), "x": torch.ones(1)}
     warnings = " ".join(load(loose, strict=False).warnings)
     assert identical(loose, {"w": state["w"].bfloat16(), "x": torch.ones(1)})
-    assert all(words in warnings for words in ("model/x: missing", "model/b: in the", "model/w: dtype F32"))
+    assert all(
+        words in warnings for words in ("model/x: missing", "model/net.b: in the", "model/w: dtype F32")
+    )
 
 
 def test_an_optimizer_goes_on_after_a_load_into_another_dtype(checkpoint):
@@ -3073,6 +3057,8 @@ def test_an_optimizer_goes_on_after_a_load_into_another_dtype(checkpoint):
 def test_another_version_is_refused_kept_by_gc_overwritten_and_deleted(tmp_path, checkpoint, version, caplog):
     def save_in_that_version():
         checkpoint.save(MODULE, None, "p")
+        for path in shards(tmp_path):
+            path.write_bytes(path.read_bytes().replace(b'"ckpt_version":"2"', b'"ckpt_version":"1"'))
         reseal(tmp_path / RECORD, lambda fields: fields.update(format_version=version))
         (tmp_path / "p" / f"{save_id(tmp_path)}.rest.safetensors").touch()
         return listing(tmp_path)
@@ -3088,8 +3074,6 @@ def test_another_version_is_refused_kept_by_gc_overwritten_and_deleted(tmp_path,
     assert load().metadata.torch_version == torch.__version__
     for crashed in (False, True):  # an earlier removal may have crashed after the record
         save_in_that_version()
-        for path in shards(tmp_path):
-            path.write_bytes(path.read_bytes().replace(b'"ckpt_version":"2"', b'"ckpt_version":"1"'))
         if crashed:
             (tmp_path / RECORD).unlink()
         checkpoint.delete_checkpoint("p")
@@ -3100,10 +3084,14 @@ def test_another_version_is_refused_kept_by_gc_overwritten_and_deleted(tmp_path,
 
 
 @pytest.fixture
-def two_checkpoints(tmp_path, checkpoint):
+def checkpoints(tmp_path, checkpoint):
+    """Two that are whole, one with a damaged tensor, one with a damaged record."""
     model, optimizer = small()
     checkpoint.save(model, optimizer, to("runs/one", custom_metadata={"epoch": 3}))
-    checkpoint.save_model_only(model, to("two"))
+    for prefix in ("two", "torn", "lost"):
+        checkpoint.save_model_only(model, to(prefix))
+    flip(shards(tmp_path, "torn")[0], -1)
+    flip(tmp_path / "lost.metadata.json", 30)
     return tmp_path
 
 
@@ -3118,7 +3106,10 @@ COMMANDS = r"""
 0 ls {}                                                 (?s)runs/one.*multi_shard.*two
 0 show {} runs/one                                      (?m)^model/0\.weight +F32 +\[5, 3\] +1 +60 B$
 0 show {} runs/one                                      (?s)torch_version +\d.*epoch.*1\.safetensors.*exp_avg
-0 verify {}                                             (?s)runs/one: ok.*two: ok
+1 verify {}                                             (?s)^lost: DAM.*runs/one: ok.*torn: DAMAGED.*two: ok
+0 verify {} two                                         two: ok
+1 verify {} torn                                        torn: DAMAGED\n +torn/.*1.safetensors: .*model/1.weight
+1 verify {} torn --json                                 ^{"torn": {"valid": false, "errors": \["torn/.*holds
 1 show {} gone                                          gone
 1 verify {} gone                                        gone
 1 verify {}/runs/one                                    there are no checkpoints below it
@@ -3141,24 +3132,24 @@ COMMANDS = r"""
 
 
 @pytest.mark.parametrize("line", COMMANDS.strip().splitlines())
-def test_a_command_says_what_is_there_or_exits_1_or_2_and_why(two_checkpoints, line, capsys):
-    wanted, *words = line[:56].format(*[two_checkpoints] * 2).split()
-    before = listing(two_checkpoints)
+def test_a_command_says_what_is_there_or_exits_1_or_2_and_why(checkpoints, line, capsys):
+    wanted, *words = line[:56].format(*[checkpoints] * 2).split()
+    before = listing(checkpoints)
     try:
         code = ckpt.main(words)
     except SystemExit as exit:
         code = exit.code
     said = "".join(capsys.readouterr())
     assert code == int(wanted) and re.search(line[56:], said), said
-    assert not re.search("Traceback|\x1b", said) and listing(two_checkpoints) == before
+    assert not re.search("Traceback|\x1b", said) and listing(checkpoints) == before
 
 
-def test_the_json_of_ls_and_show_is_as_documented(two_checkpoints, capsys):
-    (path,) = shards(two_checkpoints, "runs/one")
-    one, two = json.loads(command(capsys, "ls", two_checkpoints, "--json")[2])
+def test_the_json_of_ls_and_show_is_as_documented(checkpoints, capsys):
+    (path,) = shards(checkpoints, "runs/one")
+    one, two, *_ = json.loads(command(capsys, "ls", checkpoints, "--json")[2])
     assert (one["prefix"], two["prefix"], one["world_size"]) == ("runs/one", "two", 1)
     assert one["size_bytes"] > two["size_bytes"] > 0
-    shown = json.loads(command(capsys, "show", two_checkpoints, "runs/one", "--json")[2])
+    shown = json.loads(command(capsys, "show", checkpoints, "runs/one", "--json")[2])
     keys = "prefix save_id sequence version timestamp world_size format compression torch_version size_bytes"
     assert list(shown) == [*keys.split(), "custom_metadata", "shards", "tensors"]
     assert shown["shards"] == [{"file": path.name, "bytes": path.stat().st_size}]
@@ -3168,43 +3159,27 @@ def test_the_json_of_ls_and_show_is_as_documented(two_checkpoints, capsys):
     assert all(f"`{key}`" in README for key in [*shown, *shown["shards"][0], *weight])
 
 
-def test_verify_checks_every_byte_and_exits_1_naming_checkpoint_tensor_and_file(two_checkpoints, capsys):
-    (path,) = shards(two_checkpoints, "runs/one")
-    flip(path, (shard := Shard(path)).place(shard.find("model/1.weight"))[0])
-    for words in ([], ["runs/one"], ["runs/one", "--json"]):
-        code, text, printed = command(capsys, "verify", two_checkpoints, *words)
-        assert code == 1 and all(part in text for part in ("1.weight", path.name, "runs/one"))
-    assert json.loads(printed)["runs/one"]["valid"] is False
-    assert command(capsys, "verify", two_checkpoints, "two")[0] == 0
-    flip(two_checkpoints / "two.metadata.json", 30)
-    text = command(capsys, "verify", two_checkpoints)[1]
-    assert "two: DAMAGED" in text and "runs/one: DAMAGED" in text
-
-
-def test_gc_and_rm_remove_nothing_that_a_record_names_or_that_is_not_ours(two_checkpoints, capsys):
-    folder, orphan = two_checkpoints / "two", "0badf00d-00000-of-00001.safetensors"
-    unclear = two_checkpoints / "runs/one" / orphan  # under a record that gc cannot read
-    for path in (folder / orphan, folder / "notes.txt", unclear):
-        path.write_bytes(bytes(9999))  # as a save that crashed leaves it
-    exported(capsys, two_checkpoints, "two", out="exports/20261126.safetensors")
-    flip(two_checkpoints / "runs/one.metadata.json", 30)
-    before = set(listing(two_checkpoints))
+def test_gc_and_rm_remove_nothing_that_a_record_names_or_that_is_not_ours(checkpoints, capsys):
+    orphan = "0badf00d-00000-of-00001.safetensors"
+    for name in (f"two/{orphan}", "two/notes.txt", f"lost/{orphan}"):  # whose record gc cannot read
+        (checkpoints / name).write_bytes(bytes(9999))  # as a save that crashed leaves it
+    exported(capsys, checkpoints, "two", out="exports/20261126.safetensors")
+    before = set(listing(checkpoints))
     for words, is_named in (((), True), (("--json",), False)):  # the second time there is nothing
-        code, text, _ = command(capsys, "gc", two_checkpoints, *words)
+        code, text, _ = command(capsys, "gc", checkpoints, *words)
         assert code == 0 and (orphan in text) == is_named
-        assert before - set(listing(two_checkpoints)) == {f"two/{orphan}"}
-    assert command(capsys, "rm", two_checkpoints, "two")[0] == 0
-    assert {name for name in listing(two_checkpoints) if name.startswith("two")} == {"two/notes.txt"}
+        assert before - set(listing(checkpoints)) == {f"two/{orphan}"}
+    assert command(capsys, "rm", checkpoints, "two")[0] == 0
+    assert {name for name in listing(checkpoints) if name.startswith("two")} == {"two/notes.txt"}
 
 
-def test_python_ckpt_py_is_the_command_whose_reader_may_stop_early(two_checkpoints):
-    shards(two_checkpoints, "two")[0].unlink()
-    words, pipe = (["verify", two_checkpoints], ["show", two_checkpoints, "runs/one"]), subprocess.PIPE
+def test_python_ckpt_py_is_the_command_whose_reader_may_stop_early(checkpoints):
+    words, pipe = (["verify", checkpoints], ["show", checkpoints, "runs/one"]), subprocess.PIPE
     lines = ([sys.executable, HERE / "ckpt.py", *arguments] for arguments in words)
     verify, show = (subprocess.Popen(line, stdout=pipe, stderr=pipe) for line in lines)
     show.stdout.close()
     assert (show.stderr.read(), show.wait(HANG_S)) == (b"", 0)
-    assert b"two: DAMAGED" in verify.communicate(timeout=HANG_S)[0] and verify.returncode == 1
+    assert b"torn: DAMAGED" in verify.communicate(timeout=HANG_S)[0] and verify.returncode == 1
 
 
 @pytest.mark.parametrize("name, last", [("verify", "p: ok"), ("export", "m.safetensors")])
@@ -3221,8 +3196,8 @@ def test_long_commands_show_rate_and_time_left_on_a_terminal_alone(tmp_path, nam
     bar = rf"\r{name} p +\d+ %  [\d.]+ \wB of 134\.\d\d MB  [\d.]+ \wB/s  \d+:\d\d left  \[#* *\] *\r"
     text = terminal.getvalue()
     assert re.search(bar, text) and re.search(r"\r {99}\r$", text), text  # it is gone in the end
-    code, text, _ = command(capsys, *words)
-    assert code == 0 and text.endswith(f"{last}\n") and "B/s" not in text and "\r" not in text
+    code, text, printed = command(capsys, *words)
+    assert code == 0 and printed.endswith(f"{last}\n") and "B/s" not in text and "\r" not in text
 
 
 # Out: safetensors files, as Hugging Face's libraries expect them
@@ -3258,7 +3233,8 @@ def differing(capsys, tmp, *words):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_export_from_any_layout_and_format_is_the_truth_and_a_diff_finds_nothing(saved, layout, capsys):
     base, truth, files = saved(layout), as_stored(filled(Net(), "truth").state_dict()), set()
-    moments = {}
+    # What is a DTensor elsewhere is listed there as a plain one.
+    moments, plain_steps = {}, ["optimizer/state"] * (layout in ("plain", "ddp2", "tp2"))
     for slot in ("exp_avg", "exp_avg_sq"):
         state = as_stored(dict(filled(Net(), f"truth{slot}").named_parameters()))
         moments |= {f"optimizer/{name}/{slot}": stored for name, stored in state.items()}
@@ -3270,9 +3246,7 @@ def test_an_export_from_any_layout_and_format_is_the_truth_and_a_diff_finds_noth
         assert exported(capsys, base, prefix, "--model-only") == truth
         files.add((base / "out/model.safetensors").read_bytes())
         _, found = differing(capsys, saved("fsdp3"), "fsdp3/MULTI_SHARD", prefix)
-        assert [name for name in found if not name.startswith(("rng/state~r", "optimizer/state"))] == [], (
-            prefix
-        )
+        assert all(name.startswith("rng/state~r") or name in plain_steps for name in found), found
     assert len(files) == 1 and not list(base.rglob("*.tmp"))
 
 
@@ -3303,9 +3277,7 @@ def test_an_export_over_the_size_limit_is_cut_into_files_with_an_index(tmp_path,
     assert index["metadata"] == {"total_size": sum(t.nbytes for t in truth.values())}
     found = {path.name: contents(path) for path in folder.iterdir() if path.name != index_name}
     many = len(found)  # the single file of before is gone
-    assert many > 3 and found.keys() == {
-        f"model-{n:05d}-of-{many:05d}.safetensors" for n in range(1, many + 1)
-    }
+    assert many > 3 and set(found) == {f"model-{n + 1:05d}-of-{many:05d}.safetensors" for n in range(many)}
     for part in found.values():
         assert len(part) == 1 or sum(len(data) for *_, data in part.values()) <= 8000
     assert {name: found[part][name] for name, part in index["weight_map"].items()} == as_stored(truth)
@@ -3415,7 +3387,7 @@ def test_a_transformers_model_goes_from_fsdp2_to_from_pretrained_and_back(rank, 
             fully_shard(block)
         return fully_shard(model)
 
-    tokens, truth, theirs = torch.arange(12).view(2, 6), dict(model().state_dict()), tmp_path / "theirs"
+    tokens, theirs = torch.arange(12).view(2, 6), tmp_path / "theirs"
     opened(tmp_path).save(sharded(model()), None, to())
     if rank == 0:
         for words in ([], ["--max-shard-size", "20kB"]):
@@ -3427,14 +3399,10 @@ def test_a_transformers_model_goes_from_fsdp2_to_from_pretrained_and_back(rank, 
             assert found.lm_head.weight is found.get_input_embeddings().weight
         model().save_pretrained(theirs, max_shard_size="8kB")
         assert (theirs / "model.safetensors.index.json").exists()
-        ckpt.import_checkpoint(theirs, tmp_path, "imported")
-        opened(tmp_path, ckpt.LocalCoordinator()).load(other := model("other"), None, at("imported"))
-        assert identical(dict(other.state_dict()), truth) and len(truth) > 20
     dist.barrier()
     result = ckpt.load_safetensors(live := sharded(model("other")), theirs)
     assert (result.source_world_size, result.target_world_size) == (1, 2)
-    assert [line for line in result.warnings if "nothing was verified" not in line] == []
-    assert identical({name: t.full_tensor().detach() for name, t in live.state_dict().items()}, truth)
+    assert all(whole(tensor) == raw(model().state_dict()[name]) for name, tensor in live.state_dict().items())
 
 
 # In: what others have saved
@@ -3453,13 +3421,12 @@ def as_file(tmp, state, pad=0):
     return safetensors_file(tmp / "m.safetensors", state, pad)
 
 
-def as_index(tmp, state, stale=False):
-    """The same in two files with an index; if `stale`, each has other values for the tensors of the other."""
+def as_index(tmp, state):
+    """The same in two files with an index; each has other values too for the tensors of the other."""
     weights = {name: f"m-{number % 2}.safetensors" for number, name in enumerate(state)}
     for part in sorted(set(weights.values())):
-        own = {name: state[name] for name in state if weights[name] == part}
-        others = {name: torch.zeros_like(state[name]) for name in state if stale} | own
-        safetensors_file(tmp / part, others)
+        own = {name: t if weights[name] == part else torch.zeros_like(t) for name, t in state.items()}
+        safetensors_file(tmp / part, own)
     (tmp / "m.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     return tmp / "m.safetensors.index.json"
 
@@ -3489,13 +3456,10 @@ def save_dcp(rank, world_size, tmp, state):
     dcp.save({"model": state | sharded, **BESIDE}, checkpoint_id=tmp / "dcp")
 
 
-def by_module(state):
+def nested(state):
     """A dict of dicts, as `{"up": {"weight": ...}, "tiny": ...}`."""
-    tree = {}
-    for name, tensor in state.items():
-        module, _, last = name.rpartition(".")
-        (tree.setdefault(module, {}) if module else tree)[last] = tensor
-    return tree
+    up = {name.removeprefix("up."): tensor for name, tensor in state.items() if name.startswith("up.")}
+    return {name: tensor for name, tensor in state.items() if name[:3] != "up."} | {"up": up}
 
 
 BESIDE = {"epoch": 3, "optimizer": {"m": torch.ones(2)}}
@@ -3508,11 +3472,10 @@ SOURCES = {
     ),
     "safetensors, in a directory": lambda tmp, state: as_file(tmp, state).parent,
     "index, in a directory": lambda tmp, state: as_index(tmp, state).parent,
-    "index, of files with further tensors": lambda tmp, state: as_index(tmp, state, stale=True),
     "index, of links": as_links,
     "torch": as_torch,
     "torch, of before zip": lambda tmp, state: as_torch(tmp, state, _use_new_zipfile_serialization=False),
-    "torch, of dicts of dicts": lambda tmp, state: as_torch(tmp, by_module(state)),
+    "torch, of dicts of dicts": lambda tmp, state: as_torch(tmp, nested(state)),
     "torch, nested": lambda tmp, state: as_torch(tmp, {"model": state, **BESIDE, "optimizer": {0: {"m": 1}}}),
     "torch, nested, of Lightning": lambda tmp, state: as_torch(tmp, {"state_dict": state, **BESIDE}),
     "DCP, nested": as_dcp,
@@ -3560,8 +3523,8 @@ def bad_sources(tmp):
     index = as_index(tmp, {"a": ones, "b": ones})
     first, second = ({path.name: path.read_bytes()} for path in sorted(tmp.glob("m-*")))
     text = index.read_bytes()
-    threes = bytearray(pickled({"w": torch.full((4096,), 3.0)}))
-    threes[threes.index(struct.pack("<f", 3.0) * 9) + 2] ^= 1
+    three, four = (struct.pack("<f", number) * 9 for number in (3.0, 4.0))
+    damaged = pickled({"w": torch.full((4096,), 3.0)}).replace(three, four, 1)
 
     def header(old, new):
         changed = good[8:-12].replace(old, new)
@@ -3586,7 +3549,6 @@ def bad_sources(tmp):
         ("length.safetensors", struct.pack("<Q", 1 << 63) + good[8:], 1, "header of 9223372036854775808"),
         ("dtype.safetensors", header(b"F32", b"F31"), 1, "F31"),
         ("ours.safetensors", header(b"F32", b"C32"), 1, "C32"),
-        ("overlap.safetensors", header(b"[0, 12]", b"[4, 12]"), 1, "overlap.safetensors"),
         ("hole.safetensors", header(b"[0, 12]", b"[4, 16]") + bytes(4), 1, "hole or overlap at byte 0"),
         ("shape.safetensors", header(b"[3]", b"[4]"), 1, "'w': F32 of shape [4] in 12"),
         ("full.safetensors", Path(full).read_bytes(), 2, "model_only"),
@@ -3594,7 +3556,7 @@ def bad_sources(tmp):
         ("sparse.pt", pickled({"w": ones, "x": {"w": ones.to_sparse()}}), 1, "x.w"),
         ("names.pt", pickled({"a.b": ones, "a": {"b": ones}}), 2, "a.b"),
         ("one_name.pt", pickled({1: ones, "1": ones}), 2, "one name"),
-        ("bit.pt", bytes(threes), 1, "fails its CRC32"),
+        ("bit.pt", damaged, 1, "fails its CRC32"),
     ]
 
 
@@ -3612,23 +3574,22 @@ def test_an_import_of_what_is_damaged_or_unclear_says_why_and_saves_nothing(tmp_
 
 def test_an_import_of_what_torch_refuses_says_why_without_advice_to_turn_checks_off(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ones, linear = torch.ones(2), nn.Linear(2, 2)
     with tarfile.open("tar", mode="w") as archive:
         list(map(archive.addfile, map(tarfile.TarInfo, ("storages", "tensors", "pickle"))))
     for why, data in (
         ("it holds posix.mkdir", pickled({"w": Bomb()})),
         ("it holds posix.mkdir", pickled({"w": Bomb()}, _use_new_zipfile_serialization=False)),
-        ("it holds test_ckpt.Point", pickled({"w": ones, "x": Point()})),
-        ("it is cut short or damaged", pickled({"w": ones})[:-50]),
+        ("it holds test_ckpt.Point", pickled({"w": ONES, "x": Point()})),
+        ("it is cut short or damaged", pickled({"w": ONES})[:-50]),
         ("KeyError", b"hello"),
-        ("TorchScript", pickled(torch.jit.script(linear), torch.jit.save)),
+        ("TorchScript", pickled(torch.jit.script(MODULE), torch.jit.save)),
         (".tar format", Path("tar").read_bytes()),
     ):
         Path("bad.pt").write_bytes(data)
-        text = refusal(lambda: ckpt.import_checkpoint("bad.pt", "c", "p"), "LOAD_FAILED", why)
         with pytest.raises(CheckpointException) as caught:
             ckpt.import_checkpoint("bad.pt", "c", "p")
         shown, text = "".join(traceback.format_exception(caught.value)), str(caught.value)
+        assert caught.value.type is ExceptionType.LOAD_FAILED and why in text, text
         assert "torch.load(weights_only=True) refuses it" in text and "save these alone" in text
         assert not re.search("False|trust", text) and not re.search("safe_globals|likely succeed", shown)
         assert not Path("exploded").exists() and not listing("c"), why
@@ -3658,41 +3619,21 @@ def test_load_safetensors_renames_and_takes_tensors_of_any_size_at_any_place(tmp
 
 @on_ranks(2)
 def test_load_safetensors_raises_on_all_ranks_what_fails_on_one(rank, tmp_path):
-    """A disk that fails in L4, a file cut short, and another file, on rank 1."""
+    """A file cut short, and another file, on rank 1."""
     mesh, source = init_device_mesh("cpu", (2,)), tmp_path / str(rank)
     source.mkdir()
-    as_index(source, {name: torch.randn(8, 4) for name in ("a", "b")})
-    model = {name: distribute_tensor(torch.zeros(8, 4), mesh, [ShardDim(0)]) for name in ("a", "b")}
-    part, broken = source / "m-1.safetensors", lambda op: op.call == "pread" and op.offset > 8
-    files, data = Seam(Strike(0, fail(errno.EIO), broken, until=FOREVER)), part.read_bytes()
-    other = safetensors_file(source / "other", {"b": torch.randn(4, 8)}).read_bytes()
-    for seam, content, end, words in (
-        (files, data, ("STORAGE_ERROR", 1), "tensors being loaded are undefined"),
-        (os, data[:-1], ("CORRUPTED_CHECKPOINT", 1), "m-1.safetensors"),
-        (os, other, ("ValueError", None), "disagree about the headers"),
+    path, model = as_file(source, {"w": torch.randn(8, 4)}), torch.zeros(8, 4)
+    model, data = {"w": distribute_tensor(model, mesh, [ShardDim(0)])}, path.read_bytes()
+    other = safetensors_file(source / "other", {"w": torch.randn(4, 8)}).read_bytes()
+    for content, end, words in (
+        (data[:-1], ("CORRUPTED_CHECKPOINT", 1), "m.safetensors"),
+        (other, ("ValueError", None), "disagree about the headers"),
     ):
-        if rank:
-            st.os = seam
-            part.write_bytes(content)
-        answer = outcome_of(lambda: ckpt.load_safetensors(model, source))
+        rank == 0 or path.write_bytes(content)
+        answer = outcome_of(lambda: ckpt.load_safetensors(model, path))
         assert answer[:2] == end and words in answer[2] and gathered(answer) == [answer] * 2
-    part.write_bytes(data)
-    ckpt.load_safetensors(model, source)
-
-
-@on_ranks(2)
-def test_a_rank_that_is_stopped_in_a_checker_does_not_hide_what_failed_on_the_other(rank, tmp_path):
-    def check(reader, shard):
-        while rank == 0:
-            time.sleep(0.01)
-            reader.meter.tick()
-        return ckpt.ValidationResult(["bad on rank 1"])
-
-    checker = types.SimpleNamespace(name="checker", check_integrity=check)
-    checkpoint = opened(tmp_path, integrity_checkers=[checker], default_timeout=20.0)
-    state = {"w": distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [ShardDim(0)])}
-    checkpoint.save(state, None, "p")
-    refusal(lambda: checkpoint.load(state, None, "p"), "VALIDATION_FAILED", "bad on rank 1")
+    path.write_bytes(data)
+    ckpt.load_safetensors(model, path)
 
 
 # What differs between two checkpoints
@@ -3710,10 +3651,10 @@ def test_diff_names_what_was_added_removed_and_changed_and_by_how_much(tmp_path,
         ("z", tensor([3 + 4j]), tensor([0j]), "changed", "value", 5.0),
         ("far", torch.ones(2), tensor([1.0, math.inf]), "changed", "value", "inf"),
     ]
-    for prefix, side, extra in (("a", 1, {"step": 1, "day": 1}), ("b", 2, {"step": 20, "day": 2})):
+    for side, prefix in enumerate("ab", 1):
         state = Bag(**{row[0]: row[side] for row in rows if row[side] is not None})
-        options = to(prefix, include_rng_state=False)
-        opened(tmp_path).save(state, None, options, extra_state={**extra, "lr": 0.5})
+        extra = {"step": 9 * side, "day": side, "lr": 0.5}  # a step of one digit, then of two
+        opened(tmp_path).save(state, None, to(prefix, include_rng_state=False), extra_state=extra)
     wanted = {f"model/{name}": tuple(change) for name, _, _, *change in rows if change[0]}
     wanted |= dict.fromkeys(("extra/step", "extra/day"), ("changed", "value", None))
     assert differing(capsys, tmp_path, "a", "b", "--values") == (1, wanted)
