@@ -3040,9 +3040,8 @@ def test_what_does_not_fit_changes_nothing_or_if_not_strict_is_cast_with_a_warni
     loose = {"w": w.bfloat16(), "x": torch.ones(1)}
     warnings = " ".join(load(loose, strict=False).warnings)
     assert identical(loose, {"w": state["w"].bfloat16(), "x": torch.ones(1)})
-    assert all(
-        words in warnings for words in ("model/x: missing", "model/net.b: in the", "model/w: dtype F32")
-    )
+    for words in ("model/x: missing", "model/net.b: in the", "model/w: dtype F32"):
+        assert words in warnings
 
 
 def test_an_optimizer_goes_on_after_a_load_into_another_dtype(checkpoint):
@@ -3071,7 +3070,7 @@ def test_another_version_is_refused_kept_by_gc_overwritten_and_deleted(tmp_path,
     checkpoint.save(MODULE, None, "p")
     after = set(listing(tmp_path))
     assert after == named_files(tmp_path) and after & set(before) == {RECORD}
-    assert load().metadata.torch_version == torch.__version__
+    load()
     for crashed in (False, True):  # an earlier removal may have crashed after the record
         save_in_that_version()
         if crashed:
@@ -3250,40 +3249,33 @@ def test_an_export_from_any_layout_and_format_is_the_truth_and_a_diff_finds_noth
     assert len(files) == 1 and not list(base.rglob("*.tmp"))
 
 
-def test_an_export_is_what_was_saved_or_imported_byte_for_byte_as_safetensors_writes_it(tmp_path, capsys):
+def test_an_export_is_as_safetensors_writes_it_and_over_a_limit_cut_into_files_with_an_index(
+    tmp_path, capsys
+):
     state = {f"{number}/~@é\n.{dtype}": pattern(dtype, number) for number, dtype in enumerate(DTYPES)}
     state = {name: tensor for name, tensor in state.items() if tensor.dtype != torch.complex128}
     state |= {"empty": torch.zeros(2, 0), "scalar": torch.tensor(-0.0), "big": torch.randn(3 * MiB + 5)}
     state |= {"z": torch.ones(3, 5), "a": torch.zeros(()), "none": torch.zeros(0)}
     opened(tmp_path).save(Bag(**state), None, to("saved"))
-    source, files = safetensors_file(tmp_path / "m.safetensors", state), set()
+    source, out, files = safetensors_file(tmp_path / "m.safetensors", state), tmp_path / "out", set()
     assert command(capsys, "import", source, tmp_path, "imported")[0] == 0
     for words in (["saved"], ["imported"], ["imported", "--model-only"]):
         assert exported(capsys, tmp_path, *words) == as_stored(state)
-        files.add((tmp_path / "out/model.safetensors").read_bytes())
-    pytest.importorskip("safetensors.torch").save_file(state, source, metadata={"format": "pt"})
-    assert files == {source.read_bytes()}
-
-
-def test_an_export_over_the_size_limit_is_cut_into_files_with_an_index(tmp_path, capsys):
-    truth = {f"h.{n}": torch.full((1000, 1 + n % 3), n, dtype=torch.int16) for n in range(10)}
-    truth["big"] = torch.ones(9000)
-    opened(tmp_path).save(Bag(**truth), None, to())
-    exported(capsys, tmp_path, "p")
-    folder, index_name = tmp_path / "out", "model.safetensors.index.json"
-    words = ("export", tmp_path, "p", folder / "model.safetensors", "--max-shard-size", "8kB")
-    assert command(capsys, *words)[0] == 0
-    index = json.loads((folder / index_name).read_text())
-    assert index["metadata"] == {"total_size": sum(t.nbytes for t in truth.values())}
-    found = {path.name: contents(path) for path in folder.iterdir() if path.name != index_name}
+        files.add((out / "model.safetensors").read_bytes())
+    ckpt.main(["export", str(tmp_path), "saved", f"{out}/model.safetensors", "--max-shard-size", "1kB"])
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in state.values())}
+    found = {path.name: contents(path) for path in out.iterdir() if path.suffix != ".json"}
     many = len(found)  # the single file of before is gone
     assert many > 3 and set(found) == {f"model-{n + 1:05d}-of-{many:05d}.safetensors" for n in range(many)}
     for part in found.values():
-        assert len(part) == 1 or sum(len(data) for *_, data in part.values()) <= 8000
-    assert {name: found[part][name] for name, part in index["weight_map"].items()} == as_stored(truth)
-    assert sum(map(len, found.values())) == len(truth) and list(index["weight_map"]) == sorted(truth)
-    exported(capsys, tmp_path, "p")
-    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]  # without the index of before
+        assert len(part) == 1 or sum(len(data) for *_, data in part.values()) <= 1000
+    assert {name: found[part][name] for name, part in index["weight_map"].items()} == as_stored(state)
+    assert sum(map(len, found.values())) == len(state) and list(index["weight_map"]) == sorted(state)
+    exported(capsys, tmp_path, "saved")
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]  # without the index of before
+    pytest.importorskip("safetensors.torch").save_file(state, source, metadata={"format": "pt"})
+    assert files == {source.read_bytes()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=code_of)
