@@ -1199,15 +1199,9 @@ def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
 
 
 class Odd(torch.optim.SGD):
-    """Keeps a list, a counter that belongs to no parameter, and a further entry of its state dict."""
+    """Keeps a further entry in its state dict."""
 
     version = 1
-
-    def step(self, closure=None):
-        for p in self.param_groups[0]["params"]:
-            thirds = [torch.full((2,), 1 / 3)], torch.full_like(p, 1 / 3).float()
-            self.state[p] = dict(zip(("factors", "sum"), thirds))
-        self.state["calls"] = self.state.get("calls", 0) + 1
 
     def state_dict(self):
         return {**super().state_dict(), "version": self.version}
@@ -1217,25 +1211,30 @@ class Odd(torch.optim.SGD):
         super().load_state_dict(state)
 
 
-def test_state_of_an_optimizer_that_is_nested_or_belongs_to_no_parameter_comes_back_bit_for_bit(checkpoint):
-    model = filled(nn.Linear(2, 2), "truth").bfloat16()
+def test_state_that_is_nested_belongs_to_no_parameter_or_is_no_dict_comes_back_bit_for_bit(checkpoint):
+    model, found = filled(nn.Linear(2, 2), "truth").bfloat16(), []
     optimizer = Odd(model.parameters(), lr=0.1)
-    optimizer.step()
-    optimizer.version, before = 7, copy.deepcopy(optimizer.state_dict()["state"])
-    for staging in ("eager", "overlapped"):
-        checkpoint.save_async(model, optimizer, to(staging, staging=staging)).result(HANG_S)
+    for p in model.parameters():
+        optimizer.state[p] = {"factors": [torch.full((2,), 1 / 3)], "sum": torch.full_like(p, 1 / 3).float()}
+    optimizer.state["calls"], optimizer.version = 1, 7
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    extra = {"sampler": types.SimpleNamespace(state_dict=lambda: 7, load_state_dict=found.append)}
+    for staging in STAGINGS:
+        checkpoint.save_async(model, optimizer, to(staging, staging=staging), extra_state=extra).result(
+            HANG_S
+        )
         fresh = Odd(reversed(list(model.parameters())), lr=0.2)
-        assert checkpoint.load(model, fresh, staging).warnings == [] and fresh.version == 7
+        assert checkpoint.load(model, fresh, staging, extra_state=extra).warnings == [] and fresh.version == 7
         assert identical(fresh.state_dict()["state"], {0: before[1], 1: before[0], "calls": 1})
+    assert found == [7, 7]
 
 
 def test_a_tensor_among_a_groups_options_follows_its_parameters_to_another_rank(ram):
     def swap(coordinator):
         """Save a stage of a pipeline; load the other, whose learning rate, a tensor, is another one."""
-        stages = [nn.ModuleDict({f"stage{number}": nn.Linear(2, 2)}) for number in range(2)]
-        mine, other = stages[coordinator.rank], stages[1 - coordinator.rank]
-        checkpoint, rate = opened(ram, coordinator), torch.tensor([0.5, 0.25][coordinator.rank])
-        said = overheard(checkpoint)
+        rank, checkpoint = coordinator.rank, opened(ram, coordinator)
+        mine, other = (nn.ModuleDict({f"stage{n}": nn.Linear(2, 2)}) for n in (rank, 1 - rank))
+        said, rate = overheard(checkpoint), torch.tensor([0.5, 0.25][rank])
         checkpoint.save(mine, torch.optim.AdamW(mine.parameters(), lr=rate), "p")
         optimizer = torch.optim.AdamW(other.parameters(), lr=torch.tensor(1.0))
         result = checkpoint.load(other, optimizer, at(load_rng_state=False))
@@ -1256,29 +1255,6 @@ def test_plain_state_of_a_sharded_parameter_stays_that_of_its_rank(rank, ram):
     assert identical(dict(fresh.state[model["w"]]), state)
 
 
-def test_a_stateful_whose_state_is_no_dict_is_restored(checkpoint):
-    found = []
-    sampler = types.SimpleNamespace(state_dict=lambda: 7, load_state_dict=found.append)
-    checkpoint.save({}, None, "p", extra_state={"sampler": sampler})
-    checkpoint.load({}, None, "p", extra_state={"sampler": sampler})
-    assert found == [7]
-
-
-def test_loose_mode_keeps_state_that_the_checkpoint_lacks_and_asks_no_module_for_strict(checkpoint):
-    class Own(nn.Linear):
-        def load_state_dict(self, state_dict):
-            return super().load_state_dict(state_dict)
-
-    model = filled(nn.Sequential(Own(2, 2), nn.Linear(2, 2)), "truth")
-    checkpoint.save({"0.weight": model[0].weight, "0.bias": model[0].bias}, None, "p")
-    assert checkpoint.load(model[0], None, at(strict_mode=False)).warnings
-    checkpoint.save(nn.Sequential(model[0]), stepped(nn.Sequential(model[0])), "p")
-    optimizer = stepped(model)
-    before = copy.deepcopy(optimizer.state[model[1].weight])
-    checkpoint.load(model, optimizer, at(strict_mode=False))
-    assert identical(optimizer.state[model[1].weight], before)
-
-
 def test_a_background_save_for_which_there_is_no_thread_is_done_at_once(checkpoint, monkeypatch):
     def start(thread, real=threading.Thread.start):
         if thread.name == "ckpt-save":
@@ -1293,31 +1269,22 @@ def test_a_background_save_for_which_there_is_no_thread_is_done_at_once(checkpoi
     assert identical(state_of(model, optimizer), state_of(*small()))
 
 
-def test_training_collects_garbage_while_a_save_in_the_background_writes(checkpoint):
-    seen = []
-    progress = lambda _: seen.append(gc.isenabled())  # noqa: E731
-    checkpoint.save_async(*small(), to(progress=progress)).result(HANG_S)
-    assert seen and all(seen)
-
-
-@pytest.mark.parametrize("verb", ["save", "save in the background", "load"])
-def test_the_lists_of_many_tensors_are_not_searched_for_garbage(checkpoint, verb):
-    state, runs = {f"w{number}": torch.ones(2) for number in range(5000)}, []
-    count = lambda phase, _: runs.append(phase)  # noqa: E731
-    act = {
-        "save": lambda: checkpoint.save(state, None, "p"),
-        "save in the background": lambda: checkpoint.save_async(state, None, "p").result(HANG_S),
-        "load": lambda: checkpoint.load(state, None, "p"),
-    }[verb]
-    checkpoint.save(state, None, "p")
-    gc.callbacks.append(count)
+def test_the_lists_of_many_tensors_are_not_searched_for_garbage_but_training_beside_a_save_is(checkpoint):
+    state, writing, runs = {f"w{number}": torch.ones(2) for number in range(5000)}, [], []
+    progress = to(progress=lambda _: writing.append(gc.isenabled()))
+    gc.callbacks.append(count := lambda phase, _: runs.append(phase))
     try:
-        act()
+        for call, most in (  # without pauses there are 80 to 200; one is due when the call returns
+            (lambda: checkpoint.save(state, None, "p"), 5),
+            (lambda: checkpoint.save_async(state, None, progress).result(HANG_S), 50),
+            (lambda: checkpoint.load(state, None, "p"), 5),
+        ):
+            runs.clear()
+            call()
+            assert runs.count("start") < most and gc.isenabled(), (most, runs.count("start"))
     finally:
         gc.callbacks.remove(count)
-    # Without pauses there are 80 to 200. One is due when the call returns.
-    most = 50 if verb == "save in the background" else 5
-    assert runs.count("start") < most and gc.isenabled(), runs.count("start")
+    assert writing and all(writing)
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
@@ -1325,19 +1292,11 @@ def test_a_load_under_another_default_leaves_the_saved_tensors_and_they_can_be_t
     (model, optimizer), (other, _) = small(), small("other")
     fresh, extra = torch.optim.AdamW(other.parameters()), {"t": torch.ones(2)}
     with context():
-        pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"), extra_state=extra)
-        pending.result(HANG_S)
+        checkpoint.save_async(model, optimizer, to(staging="overlapped"), extra_state=extra).result(HANG_S)
         assert identical(checkpoint.load(other, fresh, "p").extra_state, extra)
     assert identical(state_of(other, fresh), state_of(model, optimizer))
     other(torch.ones(3)).sum().backward()
     fresh.step()
-
-
-def test_an_expanded_tensor_is_refused_by_a_load_before_anything_changes(checkpoint):
-    checkpoint.save(Bag(mask=torch.ones(1, 3).expand(4, 3), w=torch.ones(2)), None, "p")
-    live = Bag(mask=torch.zeros(1, 3).expand(4, 3), w=torch.zeros(2))
-    refusal(lambda: checkpoint.load(live, None, "p"), "VALIDATION_FAILED", "model/mask", "clone()")
-    assert not live.state["w"].any()
 
 
 @on_ranks(3)
@@ -1346,71 +1305,51 @@ def test_wide_elements_that_other_ranks_send_are_copied_whatever_their_place(ran
     truth = {"a": torch.ones(301, dtype=torch.uint8), "z": torch.full((33,), 1 + 2j, dtype=torch.complex128)}
     state = {name: distribute_tensor(tensor, mesh, [ShardDim(0)]) for name, tensor in truth.items()}
     opened(ram).save(state, None, to(format="single_file"))
-    found = blank(truth)
-    opened(ram).load(found, None, at(load_rng_state=False))
+    opened(ram).load(found := blank(truth), None, at(load_rng_state=False))
     assert identical(found, truth)
 
 
 def test_a_save_to_storages_that_ranks_do_not_share_fails(ram):
-    outcomes = together(
-        2, lambda c: outcome_of(lambda: opened(ram / str(c.rank), c).save(small()[0], None, "p"))
-    )
+    outcomes = together(2, lambda c: outcome_of(lambda: put(ram / str(c.rank), "new", coordinator=c)))
     assert {kind for kind, _, _ in outcomes} == {"STORAGE_ERROR"} and "share" in outcomes[0][2]
-    assert opened(ram / "0").list_checkpoints() == []
+    assert prefixes(opened(ram / "0")) == []
 
 
-@pytest.mark.parametrize("crashed", ["save", "delete"])
-def test_nothing_that_a_rename_or_removal_replaced_goes_before_that_is_durable(ram, crashed):
-    """A save crashed between its rename and the sync of the directory, or a removal before its sync."""
-    put(ckpt.LocalStorage(ram), "old")
-    (old,) = shards(ram)
-    data, files = old.read_bytes(), Seam()
-    if crashed == "save":
-        put(ckpt.LocalStorage(ram), "new")
-        old.write_bytes(data)
-        assert ckpt.collect_garbage(Storage(ram, files), 0.0) == [f"p/{old.name}"]
-    else:
-        (ram / "p.metadata.json").unlink()
-        over(Storage(ram, files)).delete_checkpoint("p")
-    calls = [op.call for op in files.log if op.call == "fsync_dir" or op[:2] == ("unlink", str(old))]
-    assert calls[0] == "fsync_dir" and calls.count("unlink") == 1, calls
+def test_no_file_goes_before_the_removal_of_its_record_is_durable(ram):
+    """A deletion, or a save that has replaced the record, may have crashed before its sync."""
+    for clean_up in (st.collect_garbage, drop):
+        put(ram, "old")
+        (old,), files = shards(ram), Seam()
+        (ram / RECORD).unlink()
+        clean_up(Storage(ram, files))
+        calls = [op.call for op in files.log if op.call == "fsync_dir" or op[:2] == ("unlink", str(old))]
+        assert calls[0] == "fsync_dir" and calls.count("unlink") == 1, calls
 
 
 def test_retention_keeps_all_where_the_commit_may_not_be_durable(ram):
-    class Unsynced(ckpt.LocalStorage):
-        def sync_directory(self, name):
-            if name.endswith(".json"):
-                raise OSError(errno.EIO, "not synced")
-            super().sync_directory(name)
-
-    put(ckpt.LocalStorage(ram), "old", "a")
-    put(Unsynced(ram), "new", "b", keep_last=1)
-    assert prefixes(opened(ram)) == ["a", "b"]
+    put(ram, "old", "a")
+    committed = lambda op: op.call == "fsync_dir" and (ram / "b.metadata.json").exists()  # noqa: E731
+    put(Storage(ram, Seam(unsynced := Strike(0, fail(errno.EIO), committed))), "new", "b", keep_last=1)
+    assert unsynced.hit and prefixes(opened(ram)) == ["a", "b"]
 
 
-def failing(base_path, code, call, pattern):
-    """The library on a disk where a file call fails for paths of a pattern."""
-    strike = Strike(0, fail(code), lambda op: op.call == call and re.search(pattern, op.path), FOREVER)
-    return over(Storage(base_path, Seam(strike)))
-
-
-@pytest.mark.parametrize("call, pattern", [("close", "good/.*"), ("stat", r"/bad\.metadata\.json$")])
+@pytest.mark.parametrize("call, pattern", [("close", "/good/"), ("stat", "/bad.meta"), ("open", "/above$")])
 def test_neither_an_error_that_does_not_matter_nor_an_odd_record_stops_anything(ram, caplog, call, pattern):
-    """Such as the close of a file that was only read. One record cannot be looked at, is huge, or no file."""
-    put(ckpt.LocalStorage(ram), "old", "good")
-    (ram / "bad.metadata.json").write_text("{}")
-    os.mkfifo(ram / "odd.metadata.json")
-    with open(ram / "huge.metadata.json", "wb") as file:
+    """The close of a file that was only read; a look at one record; the directory above, another user's.
+
+    Beside them, one record is huge, and one no file.
+    """
+    put(base := ram / "above" / "base", "old", "good")
+    (base / "bad.metadata.json").write_text("{}")
+    os.mkfifo(base / "odd.metadata.json")
+    with open(base / "huge.metadata.json", "wb") as file:
         file.truncate(1 << 40)
-    checkpoint = failing(ram, errno.EUCLEAN, call, pattern)
-    assert seen(checkpoint.storage, "good") == "old" and save_word(checkpoint, "new", "next") == "next"
+    fault = fail(errno.EACCES if call == "open" else errno.EUCLEAN)
+    strike = Strike(0, fault, lambda op: op.call == call and re.search(pattern, op.path), FOREVER)
+    checkpoint = over(storage := Storage(base, Seam(strike)))
+    assert seen(storage, "good") == "old" and save_word(checkpoint, "new", "next") == "next"
     assert prefixes(checkpoint) == ["good", "next"] and "skipped odd" in caplog.text
-    assert ckpt.collect_garbage(checkpoint.storage, 0.0) == [] and checkpoint.storage.seam.before.hit
-
-
-def test_the_parent_of_the_base_path_may_be_closed_to_this_user(tmp_path):
-    checkpoint = failing(tmp_path / "base", errno.EACCES, "open", f"{re.escape(str(tmp_path))}$")
-    assert save_word(checkpoint, "new") == "p" and checkpoint.storage.seam.before.hit
+    assert ckpt.collect_garbage(storage, 0.0) == [] and strike.hit
 
 
 @isolated()
@@ -1425,47 +1364,43 @@ def test_a_reader_of_many_files_keeps_few_open(ram):
 
 def test_a_load_that_falls_back_still_says_that_an_attempt_has_touched_tensors(tmp_path, checkpoint):
     checkpoint.save({"other": torch.ones(4)}, None, "old")
-    checkpoint.save({"a": torch.ones(MiB), "b": torch.ones(MiB)}, None, "new")
+    checkpoint.save(live := {"a": torch.ones(MiB), "b": torch.ones(MiB)}, None, "new")
     flip(path := shards(tmp_path, "new")[0], path.stat().st_size // 2)
-    live = {"a": torch.zeros(MiB), "b": torch.zeros(MiB)}
     load = functools.partial(checkpoint.load, live, None, at("new", fallback=True))
     refusal(load, "VALIDATION_FAILED", "missing from the checkpoint", "undefined")
 
 
 # ---- bytes: the tensor file, the record, what may be in them -----------------------------------------------
 
-DTYPE_NAMES = """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64
-    complex64 complex128 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu
-    float4_e2m1fn_x2"""
-DTYPES = [getattr(torch, name) for name in DTYPE_NAMES.split() if hasattr(torch, name)]
+CODE_NAMES = """bool=BOOL uint8=U8 uint16=U16 uint32=U32 uint64=U64 int8=I8 int16=I16 int32=I32 int64=I64
+    float16=F16 bfloat16=BF16 float32=F32 float64=F64 complex64=C64 complex128=C128 float8_e4m3fn=F8_E4M3
+    float8_e5m2=F8_E5M2 float8_e4m3fnuz=F8_E4M3FNUZ float8_e5m2fnuz=F8_E5M2FNUZ float8_e8m0fnu=F8_E8M0
+    float4_e2m1fn_x2=F4"""
+PAIRS = (pair.split("=") for pair in CODE_NAMES.split())
+CODES = {getattr(torch, name): code for name, code in PAIRS if hasattr(torch, name)}
+DTYPES = list(CODES)
 try:
     torch.zeros(1, dtype=torch.uint8).view(DTYPES[-1]).clone()
 except NotImplementedError:  # in torch 2.9, which cannot copy float4
     DTYPES.pop()
 
 
-def code_of(dtype):
-    """What safetensors calls a dtype: bfloat16 BF16, float8_e4m3fn F8_E4M3, complex64 C64."""
-    name = str(dtype).removeprefix("torch.").removesuffix("fnu").upper().replace("UINT", "U")
-    name = re.sub("^FLOAT4.*", "F4", re.sub("^FLOAT8_(E...)(FN$)?", r"F8_\1", name))
-    return re.sub("^(B?)(INT|FLOAT|COMPLEX)", lambda kind: kind[1] + kind[2][0], name)
+code_of = CODES.get  # what safetensors calls a dtype
 
 
 def pattern(dtype, salt=0):
     """96 bytes of every kind of bit pattern, seen as `dtype`: NaN payloads, infinities, -0.0, denormals."""
     special = struct.pack("<4d4f", math.nan, -math.inf, -0.0, 5e-324, math.nan, -math.inf, -0.0, 1e-45)
-    bits = special + bytes((37 * i + salt) % 256 for i in range(48 - len(special) % 48))
-    bits += struct.pack("<QQ", 0x7FF4DEADBEEF0001, 0xFFF8000000000123)  # NaNs that carry a payload
-    tensor = torch.frombuffer(bytearray((bits + bytes(range(96)))[:96]), dtype=torch.uint8)
+    payloads = struct.pack("<QQ", 0x7FF4DEADBEEF0001, 0xFFF8000000000123)  # of NaNs
+    bits = special + payloads + bytes((37 * i + salt) % 256 for i in range(32))
+    tensor = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
     return (tensor % 2 if dtype == torch.bool else tensor).view(dtype)
 
 
 def blank(state):
     """Dense tensors of zero bits, like those of `state`."""
-    blanks = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in state.items()}
-    for tensor in blanks.values():
-        tensor.untyped_storage().fill_(0)
-    return blanks
+    zeros = {name: torch.zeros(tensor.nbytes, dtype=torch.uint8) for name, tensor in state.items()}
+    return {name: zeros[name].view(tensor.dtype).view(tensor.shape) for name, tensor in state.items()}
 
 
 @for_each(level=["none", "fast"], form=["multi_shard", "single_file", "consolidated"])
@@ -1475,7 +1410,6 @@ def test_tensors_of_every_dtype_shape_and_stride_come_back_in_place_bit_by_bit(t
 
     base, shared, empty = torch.arange(60.0).reshape(3, 4, 5), torch.arange(600.0), torch.zeros(0, 3)
     words = torch.randint(-(1 << 31), 1 << 31, (MiB * 2,)).int()
-    numbers = torch.randn(9999, dtype=torch.complex128)
     pairs = torch.arange(1, 7, dtype=torch.uint8).view(DTYPES[-1])  # float4 has two elements a byte
     buffer = torch.zeros(1024, 2560, dtype=torch.int32)
     truth = {
@@ -1485,7 +1419,7 @@ def test_tensors_of_every_dtype_shape_and_stride_come_back_in_place_bit_by_bit(t
         "empties": {"a": empty, "b": torch.zeros(2, 0, 5, dtype=torch.int16)},
         "empties-and-more": {"a": empty, "b": torch.zeros(2, 0), "c": torch.ones(3)},
         "nothing": {},
-        "raw-pieces": {"a": torch.zeros(12345), "b": words, "z": numbers},
+        "raw-pieces": {"a": torch.zeros(12345), "b": words, "z": torch.randn(9999, dtype=torch.complex128)},
         "tied": {"first": shared, "second": shared, "half": shared[300:]},
         "strides": {"turned": base.permute(2, 0, 1), "every": base[:, ::2, 1::3]},
         "expanded": {"wide": torch.tensor([[7.0], [8.0]]).expand(2, 9), "real": (base + 1j).conj().real},
@@ -1494,61 +1428,62 @@ def test_tensors_of_every_dtype_shape_and_stride_come_back_in_place_bit_by_bit(t
     targets = {prefix: blank(state) for prefix, state in truth.items()}
     targets["views"] = views(buffer.t()[::2], torch.zeros(6, dtype=torch.complex64))
     assert targets["views"]["conj"].is_conj() and targets["views"]["neg"].is_neg()
+    checkpoint = opened(tmp_path)
     for prefix, state in truth.items():
         options = to(prefix, format=form, compression_level=level, include_rng_state=False)
-        opened(tmp_path).save(Bag(**state), None, options)
-        opened(tmp_path).load(Bag(**targets[prefix]), None, at(prefix))
-        assert opened(tmp_path).validate_checkpoint(prefix).is_valid
+        checkpoint.save(Bag(**state), None, options)
+        checkpoint.load(Bag(**targets[prefix]), None, at(prefix))
+        assert checkpoint.validate_checkpoint(prefix).is_valid
         for name, tensor in state.items():
             found, expected = (t.resolve_conj().resolve_neg() for t in (targets[prefix][name], tensor))
             assert identical(found, expected), (prefix, name)
-        entries = [name for path in shards(tmp_path, prefix) for name in Shard(path).header]
-        if prefix == "tied":  # safetensors knows no shared offsets
-            assert sum("half" not in name for name in entries) == (2 if form == "consolidated" else 1)
+    # The consolidated file has a copy for each tied name: safetensors knows no shared offsets.
+    entries = [name for path in shards(tmp_path, "tied") for name in Shard(path).header]
+    assert sum("half" not in name for name in entries) == (2 if form == "consolidated" else 1)
     assert not buffer.t()[1::2].any(), "what lies between the rows of a view stays as it is"
     assert ("safetensors is not compressed" in caplog.text) == (level == "fast" and form != "multi_shard")
 
 
-def test_a_header_with_room_for_more_units_than_compression_left_is_read(tmp_path):
-    target, options = Bag(w=torch.ones(96 * MiB, dtype=torch.uint8)), to(compression_level="balanced")
-    opened(tmp_path).save(Bag(w=torch.zeros(96 * MiB, dtype=torch.uint8)), None, options)
+def test_a_header_with_room_for_more_units_than_compression_left_is_read(checkpoint, tmp_path):
+    zeros = {"w": torch.zeros(96 * MiB, dtype=torch.uint8)}
+    checkpoint.save(zeros, None, to(compression_level="balanced"))
     shard = Shard(shards(tmp_path)[0])
     assert shard.data_at == 2 * PAGE and not shard.bytes[PAGE : shard.data_at].strip(b" ")
     assert len(shard.metadata["crc32"]) == 8 * math.ceil((len(shard.bytes) - shard.data_at) / UNIT) < 200
-    assert opened(tmp_path).validate_checkpoint("p").is_valid
-    opened(tmp_path).load(target, None, at())
-    assert not target.state["w"].any()
+    assert checkpoint.validate_checkpoint("p").is_valid
+    checkpoint.load(found := {"w": zeros["w"] + 1}, None, at())
+    assert not found["w"].any()
 
 
-@pytest.mark.parametrize(
-    "shape, dtype",
-    [((5 * MiB,), torch.float32), ((1001, 3), torch.bfloat16), ((), torch.int64), ((7, 2), torch.bool)],
-)
+SHAPES = [((5 * MiB,), torch.float32), ((1001, 3), torch.bfloat16), ((), torch.int64), ((7, 2), torch.bool)]
+
+
+@pytest.mark.parametrize("shape, dtype", SHAPES)
 @for_each(on_device=[0, 1], device=["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_copies_have_equal_checksums_exactly_if_their_bytes_are_equal(device, on_device, shape, dtype):
     whole = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
     other = whole.t().contiguous().t() if len(shape) == 2 else whole.clone()
     flipped, swapped = whole.clone(), whole.clone()
-    flipped.view(-1)[-1] = 1 - int(flipped.view(-1)[-1])
     first, last = int(whole.view(-1)[0]), int(whole.view(-1)[-1])
+    flipped.view(-1)[-1] = 1 - last
     swapped.view(-1)[0], swapped.view(-1)[-1] = last, first
     sums = coord.checksums([whole, other, flipped, swapped], [on_device] * 4, coord.Meter())
     assert sums[0] == sums[1] != sums[2] and (sums[0] == sums[3]) == (first == last)
 
 
-def test_what_safetensors_cannot_name_goes_beside_the_consolidated_file_or_is_refused_by_name(tmp_path):
+def test_what_safetensors_cannot_name_goes_beside_the_consolidated_file_or_is_refused(checkpoint, tmp_path):
     def state(number):
         z = torch.full((2,), number, dtype=torch.complex128)
         return Bag(w=torch.full((3,), number), z=z, _extra_state={"calls": number}, unset=[None, 5][number])
 
-    checkpoint, reserved = opened(tmp_path), Bag(__metadata__=torch.ones(3), w=torch.zeros(2))
+    reserved = {"__metadata__": torch.ones(3), "w": torch.ones(2)}
     save = functools.partial(checkpoint.save, reserved, None)
     refusal(lambda: save(to(format="consolidated")), "SAVE_FAILED", "'__metadata__'", "MULTI_SHARD")
     assert listing(tmp_path) == {}
     for form in ("multi_shard", "single_file"):
         save(to(format=form))
-        checkpoint.load(target := Bag(__metadata__=torch.zeros(3), w=torch.ones(2)), None, at())
-        assert identical(target.state, reserved.state)
+        checkpoint.load(found := blank(reserved), None, at())
+        assert identical(found, reserved)
     export = functools.partial(ckpt.export_checkpoint, checkpoint.storage, "p", tmp_path / "m.safetensors")
     refusal(export, ValueError, "one name: __metadata__; rename one")
     checkpoint.save(state(0), None, to(format="consolidated"))
@@ -1562,18 +1497,17 @@ def test_what_safetensors_cannot_name_goes_beside_the_consolidated_file_or_is_re
 @pytest.mark.parametrize("form", ["single_file", "consolidated"])
 def test_a_header_that_other_readers_refuse_is_refused_before_any_write(tmp_path, monkeypatch, form):
     monkeypatch.setattr(st, "MAX_HEADER_BYTES", 2 * PAGE)  # of 100,000,000
-    files, bag = Seam(), Bag(**{f"layer.{n}": torch.ones(2) for n in range(150)})
-    message = refusal(lambda: over(Storage(tmp_path, files)).save(bag, None, to(format=form)))
-    assert "a tensor file's header would take" in message and "MULTI_SHARD" in message
+    files, state = Seam(), {f"layer.{n}": torch.ones(2) for n in range(150)}
+    save = functools.partial(over(Storage(tmp_path, files)).save, state, None, to(format=form))
+    refusal(save, None, "a tensor file's header would take", "MULTI_SHARD")
     assert not listing(tmp_path) and not any(map(is_change, files.done))
 
 
-@pytest.mark.parametrize("shape", [(4 * MiB,), (3, MiB + MiB // 3), (5, 1, MiB)])
+@pytest.mark.parametrize("shape", [(3, MiB + MiB // 3), (5, 1, MiB)])
 @on_ranks(2)
 def test_a_replicated_tensor_is_written_once_and_its_bytes_are_balanced(rank, tmp_path, shape):
-    opened(tmp_path).save(Bag(w=torch.arange(math.prod(shape), dtype=torch.int32).view(shape)), None, to())
-    sizes = [path.stat().st_size for path in shards(tmp_path)]
-    nbytes = 4 * math.prod(shape)
+    opened(tmp_path).save({"w": torch.arange(math.prod(shape), dtype=torch.int32).view(shape)}, None, to())
+    sizes, nbytes = [path.stat().st_size for path in shards(tmp_path)], 4 * math.prod(shape)
     assert nbytes <= sum(sizes) < 1.03 * nbytes and max(sizes) < 0.53 * sum(sizes)
 
 
@@ -1610,64 +1544,59 @@ def test_twenty_thousand_small_tensors_and_hundreds_of_values_cost_what_their_by
 EXTRA = {
     "none": None,
     "numbers": [True, -(10**60), 1 / 3, -0.0, math.inf, -math.inf, math.nan],
-    "text": "ünï\ud7ff\u0000\n",
-    "bytes": bytes(range(256)),
-    "list": [1, [2.0, ("three", [])], ()],
-    "set": {1, "a", (2,)},
+    "text": ["ünï\ud7ff\u0000\n", "\ud800", "\ud83d\ude00", "\udc00\ud800", bytes(range(256))],
+    "lists": [[1, [2.0, ("three", [])], ()], {1, "a", (2,)}, {}, [], (), set(), "", b""],
     "keys": {1: "int", "1": "str", False: "no", 2.5: "float", (1, "a"): "tuple", None: "none", b"b": "bytes"},
-    "empty": [{}, [], (), set(), "", b""],
+    "surrogate keys": {"\ud83d\ude00": 1, "\U0001f600": 2, "\udfff": 3},
     "torch": [torch.bfloat16, torch.device("cpu"), torch.Size([2, 0])],
     "numpy": [np.arange(6, dtype=">i2").reshape(2, 3), np.float32(1.1), np.array(["a", "bc"])],
     "naive date": datetime.datetime(2024, 2, 29, 1, 2, 3, 4),
     "date": datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc),
     "tensor": torch.arange(5.0),
     "nested": {"deep": [torch.ones(2, dtype=torch.float64), {"x": torch.tensor(3)}]},
-    "surrogates": ["\ud800", "\ud83d\ude00", "\udc00\ud800"],
-    "surrogate keys": {"\ud83d\ude00": 1, "\U0001f600": 2, "\udfff": 3},
     "like a tag": {"$tensor": "x", "$": {}, "@": [], "a/b": {"$int": "0x1"}},
 }
 ALIKE = [  # a tensor inside a value never takes the name of another value
     {"a": {"b": torch.ones(1)}, "a.b": 5},
     {"w": torch.ones(1), "w#1": 5},
-    {"ema": {"decay": torch.ones(4)}, "ema.decay": 1000},
     {"a": [torch.ones(2), torch.zeros(2)], "a.0": torch.full((3,), 7.0)},
 ]
 
 
 @isolated()
 def test_extra_state_comes_back_exactly_and_no_pickle_is_ever_loaded(tmp_path):
-    events, (model, optimizer), checkpoint = [], small(), opened(tmp_path)
+    events, checkpoint, found = [], opened(tmp_path), []
     cases = [*({key: value} for key, value in EXTRA.items()), EXTRA, *ALIKE]
     for number, extra in enumerate(cases):
-        checkpoint.save(model, optimizer, f"case-{number}", extra_state=extra)
+        checkpoint.save({}, None, f"case-{number}", extra_state=extra)
     watched = ("pickle.find_class", "marshal.loads", "exec", "compile")
     sys.addaudithook(lambda name, args: events.append((name, str(args))) if name in watched else None)
     for number, extra in enumerate(cases):
-        found = checkpoint.load(model, optimizer, f"case-{number}").extra_state
+        found = checkpoint.load({}, None, f"case-{number}").extra_state
         assert identical(found, extra), found
     assert [event for event in events if event[0] != "exec" or "ckpt" in event[1]] == []
 
 
-def test_tensors_whose_places_read_alike_or_are_one_tensor_here_come_back_each_to_its_own(tmp_path):
+def test_tensors_whose_places_read_alike_or_are_one_tensor_here_come_back_each_to_its_own(checkpoint):
     a, b, c, d, weight, average = (torch.full((4,), float(number)) for number in range(6))
-    truth = Bag(**{"a": {"b": a}, "a.b": b, "c": {1: (c,)}, "d": d, "tied": d})
+    truth = {"a": {"b": a}, "a.b": b, "c": {1: (c,)}, "d": d, "tied": d}
     model = Bag(weight=weight, _extra_state={"average": average})
-    opened(tmp_path).save(model, None, to(), extra_state={"x": truth})
+    checkpoint.save(model, None, to(), extra_state={"x": Bag(**truth)})
     live, places = torch.full((4,), 7.0), torch.zeros(3, 4).unbind()
-    target = Bag(d=live, tied=live.detach())
+    target = Bag(**{"a": {"b": places[0]}, "a.b": places[1], "c": {1: (places[2],)}, "d": live})
+    target.state["tied"] = live.detach()
     model = Bag(weight=live, _extra_state={"average": live})  # as an average is before the first step
-    target.state |= {"a": {"b": places[0]}, "a.b": places[1], "c": {1: (places[2],)}}
-    opened(tmp_path).load(model, None, at(), extra_state={"x": target})
+    checkpoint.load(model, None, at(), extra_state={"x": target})
     assert identical(live, weight) and identical(model.state["_extra_state"], {"average": average})
     assert identical(places, (a, b, c)), "filled in place"
-    assert identical(target.state, truth.state)
+    assert identical(target.state, truth)
 
 
-def test_of_stored_tensors_that_are_one_parameter_here_the_last_is_loaded_with_a_warning(tmp_path):
+def test_of_stored_tensors_that_are_one_parameter_here_the_last_is_loaded_with_a_warning(checkpoint):
     first, last, tied = (torch.full((MiB,), number) for number in (1.0, 2.0, 0.0))
-    opened(tmp_path).save(Bag(first=first, last=last), None, to())
+    checkpoint.save({"first": first, "last": last}, None, to())
     for _ in range(5):
-        (warning,) = opened(tmp_path).load(Bag(first=tied.zero_(), last=tied), None, at()).warnings
+        (warning,) = checkpoint.load({"first": tied.zero_(), "last": tied}, None, at()).warnings
         assert "model/first" in warning and "model/last" in warning and identical(tied, last)
 
 
@@ -1677,13 +1606,11 @@ class Point:
 
 
 HALF = "a\ud800"  # of a surrogate pair: UTF-8 cannot encode it
-THINGS = [ExceptionType.UNKNOWN, Point(), lambda: 0, io.StringIO()]
 REFUSED = [  # what is said of it; model and extra state
-    *((f"extra/outer.0.inner .{type(it).__name__};", {}, {"outer": [{"inner": it}]}) for it in THINGS),
+    ("extra/outer.0.inner .ExceptionType;", {}, {"outer": [{"inner": ExceptionType.UNKNOWN}]}),
+    ("extra/outer.0.inner .Point;", {}, {"outer": [{"inner": Point()}]}),
     (r"model/a\ud800", Bag(**{HALF: torch.ones(1)}), None),
     (r"model-values/a\ud800", Bag(**{HALF: 5}), None),
-    (r"model/a\ud800.w", {HALF: Bag(w=torch.ones(1))}, None),
-    (r"extra/a\ud800", {}, {HALF: 1}),
     (r"extra/k.a\ud800", {}, {"k": {HALF: torch.ones(1)}}),
 ]
 
@@ -1705,7 +1632,6 @@ def freed():
 
 
 UNSUITED = {
-    "sparse_coo": lambda: torch.eye(3).to_sparse(),
     "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
     "dtype torch.qint8": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "meta device": lambda: torch.empty(3, device="meta"),
@@ -1716,14 +1642,20 @@ UNSUITED = {
 
 
 @pytest.mark.parametrize("problem", UNSUITED)
-def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_and_nothing_changes(tmp_path, problem):
-    checkpoint, bag = opened(tmp_path), Bag(good=torch.ones(3), **{"layer.odd": UNSUITED[problem]()})
-    message = refusal(lambda: checkpoint.save(bag, None, to()), "SAVE_FAILED")
-    assert "layer.odd" in message and problem in message and listing(tmp_path) == {}
-    checkpoint.save(Bag(good=torch.zeros(3), **{"layer.odd": torch.zeros(3)}), None, to())
-    message = refusal(lambda: checkpoint.load(bag, None, at()), "LOAD_FAILED")
-    assert "layer.odd" in message and problem in message and "undefined" not in message
-    assert identical(bag.state["good"], torch.ones(3))
+def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_and_nothing_changes(checkpoint, problem):
+    state = {"good": torch.ones(3), "layer.odd": UNSUITED[problem]()}
+    refusal(lambda: checkpoint.save(state, None, to()), "SAVE_FAILED", "layer.odd", problem)
+    assert checkpoint.storage.names() == []
+    checkpoint.save({"good": torch.zeros(3), "layer.odd": torch.zeros(3)}, None, to())
+    message = refusal(lambda: checkpoint.load(state, None, at()), "LOAD_FAILED", "layer.odd", problem)
+    assert "undefined" not in message and identical(state["good"], torch.ones(3))
+
+
+def test_an_expanded_tensor_is_refused_by_a_load_before_anything_changes(checkpoint):
+    checkpoint.save({"mask": torch.ones(1, 3).expand(4, 3), "w": torch.ones(2)}, None, "p")
+    live = {"mask": torch.zeros(1, 3).expand(4, 3), "w": torch.zeros(2)}
+    refusal(lambda: checkpoint.load(live, None, "p"), "VALIDATION_FAILED", "model/mask", "clone()")
+    assert not live["w"].any()
 
 
 class Scale(nn.Parameter):
@@ -1744,7 +1676,7 @@ class Unusual(nn.Linear):
         return super().load_state_dict(state)
 
 
-def test_what_a_save_accepts_a_load_of_the_same_objects_accepts(tmp_path):
+def test_what_a_save_accepts_a_load_of_the_same_objects_accepts(checkpoint):
     def start(number, steps):
         def bag():
             return Bag(a=Scale(torch.full((2,), number)), b=torch.ones(2, requires_grad=True) * number)
@@ -1757,11 +1689,23 @@ def test_what_a_save_accepts_a_load_of_the_same_objects_accepts(tmp_path):
     def values(*parts):
         return [dict(part.state_dict()) for named in parts for _, part in sorted(named.items())]
 
-    truth, other = start(0.5, 2), start(0.25, 0)
-    assert not any(map(identical, values(*other), values(*truth)))
-    opened(tmp_path).save(*truth[:2], to(), extra_state=truth[2])
-    opened(tmp_path).load(other[0], dict(reversed(other[1].items())), at(), extra_state=other[2])
-    assert identical(values(*other), values(*truth))
+    (model, optimizers, extra), other = start(0.5, 2), start(0.25, 0)
+    truth = values(model, optimizers, extra)
+    assert not any(map(identical, values(*other), truth))
+    checkpoint.save(model, optimizers, to(), extra_state=extra)
+    checkpoint.load(other[0], dict(reversed(other[1].items())), at(), extra_state=other[2])
+    assert identical(values(*other), truth)
+
+
+def test_loose_mode_keeps_state_that_the_checkpoint_lacks_and_asks_no_module_for_strict(checkpoint):
+    own, model = Unusual(), filled(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "truth")
+    checkpoint.save({"weight": own.weight}, None, "p")
+    assert checkpoint.load(own, None, at(strict_mode=False)).warnings
+    checkpoint.save(model[:1], stepped(model[:1]), "p")
+    optimizer = stepped(model)
+    before = copy.deepcopy(optimizer.state[model[1].weight])
+    checkpoint.load(model, optimizer, at(strict_mode=False))
+    assert identical(optimizer.state[model[1].weight], before)
 
 
 @on_ranks(2)
@@ -1770,7 +1714,7 @@ def test_partial_placements_and_fsdp1_at_any_depth_are_refused_with_the_ways_out
     checkpoint, mesh = opened(tmp_path), init_device_mesh("cpu", (2,))
     checkpoint.save({"part": plain}, None, "plain")
     before = listing(tmp_path)
-    partial = Bag(grad_sum=DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    partial = {"grad_sum": DTensor.from_local(torch.ones(3), mesh, [Partial()])}
     old = FullyShardedDataParallel(nn.Linear(5, 7), device_id=torch.device("cpu"))
     FullyShardedDataParallel.set_state_dict_type(old, StateDictType.SHARDED_STATE_DICT)
     model[1]["inner"] = FullyShardedDataParallel(model[1]["inner"], device_id=torch.device("cpu"))
@@ -1782,8 +1726,7 @@ def test_partial_placements_and_fsdp1_at_any_depth_are_refused_with_the_ways_out
         ("save", "p", deep, ways),
         ("load", "plain", deep, ways),
     ):
-        kind, _, message = outcome_of(lambda: getattr(checkpoint, verb)(given, None, prefix))
-        assert kind == f"{verb.upper()}_FAILED" and all(word in message for word in words), (kind, message)
+        refusal(lambda: getattr(checkpoint, verb)(given, None, prefix), f"{verb.upper()}_FAILED", *words)
     assert listing(tmp_path) == before and identical(state_of(model[0]), kept)
 
 
@@ -1793,7 +1736,7 @@ SIZES = [1 << 22, (1 << 22) - 2, 30_000_000]  # with its two quotes the second f
 
 
 @on_ranks(3)
-def test_coordinators_gather_and_broadcast_values_of_any_size_and_name_who_is_late(rank, tmp_path):
+def test_coordinators_of_all_or_some_ranks_exchange_values_of_any_size_and_name_who_is_late(rank, tmp_path):
     local, coordinator = ckpt.LocalCoordinator(), ckpt.TorchCoordinator()
     assert (local.rank, local.world_size) == (0, 1)
     assert all(isinstance(kind, ckpt.DistributedCoordinator) for kind in (local, coordinator))
@@ -1812,6 +1755,13 @@ def test_coordinators_gather_and_broadcast_values_of_any_size_and_name_who_is_la
     assert rank == 1 or (late[0] == "TIMEOUT" and re.search(names, late[2])), late
     ckpt.TorchCoordinator().barrier()
     assert ckpt.TorchCoordinator().all_gather(rank) == [0, 1, 2]
+    group, base, truth, other = dist.new_group([1, 2]), tmp_path / "c", small(), small("other")
+    if rank:
+        some = ckpt.TorchCoordinator(process_group=group)
+        opened(base, some).save(*truth, "p")
+        opened(base, some).load(*other, "p")
+        assert identical(state_of(*other), state_of(*truth)) and len(shards(base)) == 2
+        assert (some.rank, some.world_size) == (rank - 1, 2)
 
 
 @on_ranks(3)
@@ -1838,78 +1788,51 @@ def await_file(path):
         time.sleep(0.01)
 
 
-def test_the_file_operations_of_an_overwrite_and_a_delete_come_in_the_documented_order(tmp_path):
-    def in_order(*steps):
-        rest = iter(files.log)
-        return all(any(op.call == call and op.path.endswith(end) for op in rest) for call, end in steps)
-
-    files = Seam()
-    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files))
-    checkpoint.save(*small(), "p")
-    (old,) = (path.name for path in shards(tmp_path))
-    files.log.clear()
-    checkpoint.save(*small("second"), "p")
-    (new,) = (path.name for path in shards(tmp_path))
-    record, synced, renamed, gone = ("create", ".tmp"), ("fsync_dir", ""), ("rename", ".tmp"), ("unlink", old)
-    assert in_order(record, ("pwrite", new), ("fsync", new), synced, renamed, synced, gone)
-    assert in_order(record, ("pwrite", ".tmp"), ("fsync", ".tmp"), renamed)
-    for path in (new, ".tmp"):
-        assert not in_order(("fsync", path), ("pwrite", path))
-    assert not in_order(renamed, renamed) and not in_order(gone, gone), "there is one of each"
-    files.log.clear()
-    checkpoint.delete_checkpoint("p")
-    assert in_order(("unlink", "p.metadata.json"), synced, ("unlink", new))
-    assert not in_order(("unlink", new), ("unlink", new))
-
-
 ODD = [
     (to("other"), "disagree about prefix"),
     (to(format="single_file"), "disagree about format"),
     (to(compression_level="fast"), "disagree about compression"),
     (to(include_optimizer=False), "disagree about contents: rank 0 has ('optimizer', 'rng'), rank 1 has"),
-    (to("../x"), "'../x'"),
     ({"x": 1}, "options must be SaveOptions, or the prefix as a string, not <class 'dict'>"),
-    (at(resharding_strategy="psychic"), "psychic"),
-    (LoadOptions(), "is required"),
     (7, "options must be LoadOptions, or the prefix as a string, not <class 'int'>"),
 ]
 
 
 @on_ranks(2)
-def test_what_one_rank_alone_gets_wrong_or_cancels_is_an_error_on_all_and_nothing_changes(rank, tmp_path):
-    checkpoint, bag, cancel = opened(tmp_path), Bag(w=torch.full((2,), 3.0)), threading.Event()
+def test_what_one_rank_alone_gets_wrong_is_an_error_on_all_and_nothing_changes(rank, tmp_path):
+    checkpoint, bag = opened(tmp_path), Bag(w=torch.full((2,), 3.0))
     checkpoint.save(*small(), to(format="multi_shard" if rank else CheckpointFormat.MULTI_SHARD))  # the same
     checkpoint.save(bag, None, "good")
-    before, parts = listing(tmp_path), [bag, bag]
-    saves = (checkpoint.save, lambda *given: checkpoint.save_async(*given).result(HANG_S)), to()
+    before, saves = (
+        listing(tmp_path),
+        (checkpoint.save, lambda *it: checkpoint.save_async(*it).result(HANG_S)),
+    )
     for odd, words in ODD:
-        calls, even = saves if isinstance(odd, (SaveOptions, dict)) else ((checkpoint.load,), at())
+        calls, even = ((checkpoint.load,), at()) if odd == 7 else (saves, to())
         for call in calls:
             kind, _, message = outcome_of(lambda: call(*small(), odd if rank else even))
             assert kind == "ValueError" and words in message and listing(tmp_path) == before, message
     bag.state["w"].zero_()
-    if rank == 1:
-        cancel.set()
-        odd = Doomed(CheckpointException("boom", type=ExceptionType.LOAD_FAILED))  # a type that fits no save
-        parts = [odd, Doomed(KeyError("boom"), can_save=True)]  # the second one in L5
-    for kind, words, call in (
-        ("CANCELLED", "cancel", lambda: checkpoint.save(*small(), to(), cancel=cancel)),
-        ("SAVE_FAILED", "boom", lambda: checkpoint.save(parts[0], None, "good")),
-        ("LOAD_FAILED", "KeyError: 'boom'", lambda: checkpoint.load(parts[1], None, "good")),
-    ):
-        *found, message = outcome_of(call)
-        assert found == [kind, 1] and words in message and listing(tmp_path) == before, message
-        assert ("undefined" in message) == (kind == "LOAD_FAILED"), message
-    assert rank == 1 or bag.state["w"].tolist() == [3.0, 3.0], "it failed after its bytes were there"
-    names, keys = [], []
+    # A failure of a type that fits no save; and one of a load, which fails when its bytes are there.
+    saved = Doomed(CheckpointException("boom", type=ExceptionType.LOAD_FAILED)) if rank else bag
+    found = Doomed(KeyError("boom"), can_save=True) if rank else bag
+    for verb, given, words in (("save", saved, "boom"), ("load", found, "KeyError: 'boom'")):
+        *answer, message = outcome_of(lambda: getattr(checkpoint, verb)(given, None, "good"))
+        assert answer == [f"{verb.upper()}_FAILED", 1] and words in message, message
+        assert ("undefined" in message) == (verb == "load") and listing(tmp_path) == before, message
+    assert rank == 1 or bag.state["w"].tolist() == [3.0, 3.0]
+
+
+@on_ranks(2)
+def test_default_prefixes_are_new_and_alike_and_saves_and_loads_leave_no_keys_in_the_store(rank, tmp_path):
+    checkpoint, bag, names, keys = opened(tmp_path), Bag(w=torch.zeros(2)), [], []
     for _ in range(15):
-        names.append(checkpoint.save(Bag(w=torch.zeros(2))))
-        checkpoint.load(Bag(w=torch.zeros(2)), None, names[-1])
+        names.append(checkpoint.save(bag))
+        checkpoint.load(bag, None, names[-1])
         dist.barrier()
         keys.append(dist.distributed_c10d._get_default_store().num_keys())
         dist.barrier()
-    assert gathered(names) == [names] * 2 and len(set(names)) == 15, "default prefixes are new, and alike"
-    assert keys[-1] - keys[2] <= 10, "keys of the store, after 12 more saves and loads"
+    assert gathered(names) == [names] * 2 and len(set(names)) == 15 and keys[-1] - keys[2] <= 10, keys
 
 
 @on_ranks(2)
@@ -1938,17 +1861,6 @@ def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective_as_
     checkpoint.load(model, None, at("again", timeout=600.0))
     assert gathered(answers) == [answers] * 2
     assert prefixes(checkpoint) == ["q", "again"], "the late rank has committed nothing"
-
-
-@on_ranks(3)
-def test_a_process_group_of_some_ranks_saves_without_the_others(rank, tmp_path):
-    group = dist.new_group([1, 2])
-    if rank:
-        coordinator, truth, other = ckpt.TorchCoordinator(process_group=group), small(), small("other")
-        opened(tmp_path, coordinator).save(*truth, "p")
-        opened(tmp_path, coordinator).load(*other, "p")
-        assert identical(state_of(*other), state_of(*truth)) and len(shards(tmp_path)) == 2
-        assert (coordinator.rank, coordinator.world_size) == (rank - 1, 2)
 
 
 @on_ranks(2)
@@ -1981,17 +1893,6 @@ def test_a_save_by_one_process_of_several_warns_once(tmp_path, monkeypatch, capl
         save(small()[0], None, "p")
     checkpoint.close()
     assert caplog.text.count("WORLD_SIZE is 2: call init_process_group") == times
-
-
-@on_ranks(2)
-def test_a_transient_error_on_one_rank_is_retried_by_all(rank, tmp_path):
-    files = hiccups(times=rank)
-    checkpoint = over(Storage(tmp_path, files), ckpt.TorchCoordinator(), attempts=2)
-    assert checkpoint.save(*small(), to()) == "p"
-    # Rank 0 may hear of the first failure before it makes a file.
-    assert sum(map(is_new_shard, files.log)) in ((1, 2) if rank == 0 else (2,))
-    dist.barrier()
-    assert len(listing(tmp_path)) == 3
 
 
 # ---- resharding: from every layout to every layout, bit for bit --------------------------------------------
