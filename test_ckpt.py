@@ -1198,35 +1198,28 @@ def test_importing_ckpt_imports_no_part_of_torch_that_torch_itself_does_not():
 # ---- API, out of the ordinary: odd optimizers and states, damaged records, disks that fail -----------------
 
 
-class Odd(torch.optim.SGD):
-    """Keeps a further entry in its state dict."""
-
-    version = 1
-
-    def state_dict(self):
-        return {**super().state_dict(), "version": self.version}
-
-    def load_state_dict(self, state):
-        self.version = state.pop("version")
-        super().load_state_dict(state)
-
-
 def test_state_that_is_nested_belongs_to_no_parameter_or_is_no_dict_comes_back_bit_for_bit(checkpoint):
+    def start(version, parameters):
+        """An optimizer with a further entry in its state dict."""
+        optimizer = SGD(parameters, lr=0.1)
+        optimizer.register_state_dict_post_hook(lambda _, state: {**state, "version": version})
+        optimizer.register_load_state_dict_pre_hook(lambda _, state: found.append(state["version"]))
+        return optimizer
+
     model, found = filled(nn.Linear(2, 2), "truth").bfloat16(), []
-    optimizer = Odd(model.parameters(), lr=0.1)
+    optimizer = start(7, model.parameters())
     for p in model.parameters():
         optimizer.state[p] = {"factors": [torch.full((2,), 1 / 3)], "sum": torch.full_like(p, 1 / 3).float()}
-    optimizer.state["calls"], optimizer.version = 1, 7
+    optimizer.state["calls"] = 1
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    extra = {"sampler": types.SimpleNamespace(state_dict=lambda: 7, load_state_dict=found.append)}
+    extra = {"sampler": types.SimpleNamespace(state_dict=lambda: 5, load_state_dict=found.append)}
     for staging in STAGINGS:
-        checkpoint.save_async(model, optimizer, to(staging, staging=staging), extra_state=extra).result(
-            HANG_S
-        )
-        fresh = Odd(reversed(list(model.parameters())), lr=0.2)
-        assert checkpoint.load(model, fresh, staging, extra_state=extra).warnings == [] and fresh.version == 7
+        pending = checkpoint.save_async(model, optimizer, to(staging, staging=staging), extra_state=extra)
+        pending.result(HANG_S)
+        fresh = start(1, reversed(list(model.parameters())))
+        assert checkpoint.load(model, fresh, staging, extra_state=extra).warnings == []
         assert identical(fresh.state_dict()["state"], {0: before[1], 1: before[0], "calls": 1})
-    assert found == [7, 7]
+    assert found == [7, 5] * 2
 
 
 def test_a_tensor_among_a_groups_options_follows_its_parameters_to_another_rank(ram):
@@ -1235,8 +1228,8 @@ def test_a_tensor_among_a_groups_options_follows_its_parameters_to_another_rank(
         rank, checkpoint = coordinator.rank, opened(ram, coordinator)
         mine, other = (nn.ModuleDict({f"stage{n}": nn.Linear(2, 2)}) for n in (rank, 1 - rank))
         said, rate = overheard(checkpoint), torch.tensor([0.5, 0.25][rank])
-        checkpoint.save(mine, torch.optim.AdamW(mine.parameters(), lr=rate), "p")
-        optimizer = torch.optim.AdamW(other.parameters(), lr=torch.tensor(1.0))
+        checkpoint.save(mine, ADAMW(mine.parameters(), lr=rate), "p")
+        optimizer = ADAMW(other.parameters(), lr=torch.tensor(1.0))
         result = checkpoint.load(other, optimizer, at(load_rng_state=False))
         return float(optimizer.param_groups[0]["lr"]), result.warnings, said
 
@@ -1247,7 +1240,7 @@ def test_a_tensor_among_a_groups_options_follows_its_parameters_to_another_rank(
 def test_plain_state_of_a_sharded_parameter_stays_that_of_its_rank(rank, ram):
     checkpoint, mesh = opened(ram), init_device_mesh("cpu", (2,))
     model = nn.ParameterDict({"w": distribute_tensor(torch.ones(4, 2), mesh, [ShardDim(0)])})
-    optimizer, fresh = (torch.optim.SGD(model.parameters()) for _ in range(2))
+    optimizer, fresh = (SGD(model.parameters()) for _ in range(2))
     own = torch.full((2, 2), float(rank))
     optimizer.state[model["w"]] = state = {"norm": own.norm(), "local": own, "same": torch.ones(1)}
     checkpoint.save(model, optimizer, "p")
@@ -1290,7 +1283,7 @@ def test_the_lists_of_many_tensors_are_not_searched_for_garbage_but_training_bes
 @pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta")])
 def test_a_load_under_another_default_leaves_the_saved_tensors_and_they_can_be_trained(checkpoint, context):
     (model, optimizer), (other, _) = small(), small("other")
-    fresh, extra = torch.optim.AdamW(other.parameters()), {"t": torch.ones(2)}
+    fresh, extra = ADAMW(other.parameters()), {"t": torch.ones(2)}
     with context():
         checkpoint.save_async(model, optimizer, to(staging="overlapped"), extra_state=extra).result(HANG_S)
         assert identical(checkpoint.load(other, fresh, "p").extra_state, extra)
@@ -1385,7 +1378,7 @@ except NotImplementedError:  # in torch 2.9, which cannot copy float4
     DTYPES.pop()
 
 
-code_of = CODES.get  # what safetensors calls a dtype
+code_of = CODES.__getitem__  # what safetensors calls a dtype
 
 
 def pattern(dtype, salt=0):
@@ -1399,8 +1392,7 @@ def pattern(dtype, salt=0):
 
 def blank(state):
     """Dense tensors of zero bits, like those of `state`."""
-    zeros = {name: torch.zeros(tensor.nbytes, dtype=torch.uint8) for name, tensor in state.items()}
-    return {name: zeros[name].view(tensor.dtype).view(tensor.shape) for name, tensor in state.items()}
+    return {name: torch.zeros(t.nbytes).byte().view(t.dtype).view(t.shape) for name, t in state.items()}
 
 
 @for_each(level=["none", "fast"], form=["multi_shard", "single_file", "consolidated"])
@@ -1605,13 +1597,12 @@ class Point:
     x: int = 0
 
 
-HALF = "a\ud800"  # of a surrogate pair: UTF-8 cannot encode it
-REFUSED = [  # what is said of it; model and extra state
+REFUSED = [  # what is said of it; model and extra state. UTF-8 cannot encode half of a surrogate pair
     ("extra/outer.0.inner .ExceptionType;", {}, {"outer": [{"inner": ExceptionType.UNKNOWN}]}),
     ("extra/outer.0.inner .Point;", {}, {"outer": [{"inner": Point()}]}),
-    (r"model/a\ud800", Bag(**{HALF: torch.ones(1)}), None),
-    (r"model-values/a\ud800", Bag(**{HALF: 5}), None),
-    (r"extra/k.a\ud800", {}, {"k": {HALF: torch.ones(1)}}),
+    (r"model/a\ud800", Bag(**{"a\ud800": torch.ones(1)}), None),
+    (r"model-values/a\ud800", Bag(**{"a\ud800": 5}), None),
+    (r"extra/k.a\ud800", {}, {"k": {"a\ud800": torch.ones(1)}}),
 ]
 
 
@@ -1737,9 +1728,8 @@ SIZES = [1 << 22, (1 << 22) - 2, 30_000_000]  # with its two quotes the second f
 
 @on_ranks(3)
 def test_coordinators_of_all_or_some_ranks_exchange_values_of_any_size_and_name_who_is_late(rank, tmp_path):
-    local, coordinator = ckpt.LocalCoordinator(), ckpt.TorchCoordinator()
-    assert (local.rank, local.world_size) == (0, 1)
-    assert all(isinstance(kind, ckpt.DistributedCoordinator) for kind in (local, coordinator))
+    coordinator = ckpt.TorchCoordinator()
+    assert all(isinstance(c, ckpt.DistributedCoordinator) for c in (coordinator, ckpt.LocalCoordinator()))
     texts, names = [str(rank) * size for rank, size in enumerate(SIZES)], r"rank\(s\) ([02], )?1(, [02])? of"
     assert coordinator.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
     assert coordinator.all_gather(texts[rank]) == texts
@@ -1821,18 +1811,8 @@ def test_what_one_rank_alone_gets_wrong_is_an_error_on_all_and_nothing_changes(r
         assert answer == [f"{verb.upper()}_FAILED", 1] and words in message, message
         assert ("undefined" in message) == (verb == "load") and listing(tmp_path) == before, message
     assert rank == 1 or bag.state["w"].tolist() == [3.0, 3.0]
-
-
-@on_ranks(2)
-def test_default_prefixes_are_new_and_alike_and_saves_and_loads_leave_no_keys_in_the_store(rank, tmp_path):
-    checkpoint, bag, names, keys = opened(tmp_path), Bag(w=torch.zeros(2)), [], []
-    for _ in range(15):
-        names.append(checkpoint.save(bag))
-        checkpoint.load(bag, None, names[-1])
-        dist.barrier()
-        keys.append(dist.distributed_c10d._get_default_store().num_keys())
-        dist.barrier()
-    assert gathered(names) == [names] * 2 and len(set(names)) == 15 and keys[-1] - keys[2] <= 10, keys
+    names = [checkpoint.save(bag) for _ in range(3)]
+    assert gathered(names) == [names] * 2 and len(set(names)) == 3, "default prefixes are new, and alike"
 
 
 @on_ranks(2)
