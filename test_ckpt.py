@@ -1557,7 +1557,7 @@ ALIKE = [  # a tensor inside a value never takes the name of another value
 
 @isolated()
 def test_extra_state_comes_back_exactly_and_no_pickle_is_ever_loaded(tmp_path):
-    events, checkpoint, found = [], opened(tmp_path), []
+    events, checkpoint = [], opened(tmp_path)
     cases = [*({key: value} for key, value in EXTRA.items()), EXTRA, *ALIKE]
     for number, extra in enumerate(cases):
         checkpoint.save({}, None, f"case-{number}", extra_state=extra)
@@ -1723,14 +1723,13 @@ def test_partial_placements_and_fsdp1_at_any_depth_are_refused_with_the_ways_out
 
 # ---- protocol: S1 to S7, L1 to L5, over real ranks ---------------------------------------------------------
 
-SIZES = [1 << 22, (1 << 22) - 2, 30_000_000]  # with its two quotes the second fills a value of the store
-
 
 @on_ranks(3)
 def test_coordinators_of_all_or_some_ranks_exchange_values_of_any_size_and_name_who_is_late(rank, tmp_path):
     coordinator = ckpt.TorchCoordinator()
     assert all(isinstance(c, ckpt.DistributedCoordinator) for c in (coordinator, ckpt.LocalCoordinator()))
-    texts, names = [str(rank) * size for rank, size in enumerate(SIZES)], r"rank\(s\) ([02], )?1(, [02])? of"
+    sizes = (1 << 22, (1 << 22) - 2, 30_000_000)  # with its two quotes the second fills a value of the store
+    texts, names = [str(rank) * size for rank, size in enumerate(sizes)], r"rank\(s\) ([02], )?1(, [02])? of"
     assert coordinator.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
     assert coordinator.all_gather(texts[rank]) == texts
     assert [coordinator.broadcast(texts[rank], src=src) for src in (1, 2)] == texts[1:]
@@ -1793,12 +1792,9 @@ def test_what_one_rank_alone_gets_wrong_is_an_error_on_all_and_nothing_changes(r
     checkpoint, bag = opened(tmp_path), Bag(w=torch.full((2,), 3.0))
     checkpoint.save(*small(), to(format="multi_shard" if rank else CheckpointFormat.MULTI_SHARD))  # the same
     checkpoint.save(bag, None, "good")
-    before, saves = (
-        listing(tmp_path),
-        (checkpoint.save, lambda *it: checkpoint.save_async(*it).result(HANG_S)),
-    )
+    before, in_background = listing(tmp_path), lambda *given: checkpoint.save_async(*given).result(HANG_S)
     for odd, words in ODD:
-        calls, even = ((checkpoint.load,), at()) if odd == 7 else (saves, to())
+        calls, even = ([checkpoint.load], at()) if odd == 7 else ([checkpoint.save, in_background], to())
         for call in calls:
             kind, _, message = outcome_of(lambda: call(*small(), odd if rank else even))
             assert kind == "ValueError" and words in message and listing(tmp_path) == before, message
@@ -1820,17 +1816,15 @@ def test_a_call_on_one_rank_alone_says_at_the_deadline_that_it_is_collective_as_
     if rank == 0:
         assert prefixes(opened(tmp_path)) == []  # nor does the making of an object wait
     checkpoint, model = opened(tmp_path, default_timeout=600.0 if rank else 0.2), small()[0]
-    calls = {"save": checkpoint.save, "load": checkpoint.load}
-    calls["save_async"] = lambda *given: checkpoint.save_async(*given).result(20.0)
-    calls["save_model_only"] = lambda model, _, prefix: checkpoint.save_model_only(model, prefix)
+    calls = checkpoint.save, lambda *given: checkpoint.save_async(*given).result(20.0), checkpoint.load
     for prefix in "pq":
         checkpoint.save(model, None, to(prefix, timeout=600.0))
     if rank == 1:
         await_file(tmp_path / "gave-up")
-    answers = {name: outcome_of(functools.partial(call, model, None, "p")) for name, call in calls.items()}
-    for name, answer in answers.items():
-        hint = f"{'load' if name == 'load' else 'save'} is collective: every rank must call it"
-        assert answer[:2] == ("TIMEOUT", 1) and hint in answer[2], answer
+    answers = [outcome_of(lambda: call(model, None, "p")) for call in calls]
+    for verb, (*answer, message) in zip(("save", "save", "load"), answers):
+        hint = f"{verb} is collective: every rank must call it"
+        assert answer == ["TIMEOUT", 1] and hint in message, message
     if rank == 0:  # neither queries nor a deletion wait for the late rank
         assert prefixes(checkpoint) == ["p", "q"] and checkpoint.latest_checkpoint().prefix == "q"
         assert checkpoint.validate_checkpoint("p").is_valid
