@@ -50,7 +50,6 @@ import dataclasses
 import datetime
 import enum
 import errno
-import fcntl
 import functools
 import gc
 import importlib.util
@@ -63,7 +62,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import pty
 import random
 import re
 import resource
@@ -75,7 +73,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import termios
 import threading
 import time
 import traceback
@@ -1775,6 +1772,30 @@ def await_file(path):
     """Wait until another rank has made `path`: a gate, not a sleep."""
     while not path.exists():
         time.sleep(0.01)
+
+
+def test_the_file_operations_of_an_overwrite_and_a_delete_come_in_the_documented_order(tmp_path):
+    def in_order(*steps):
+        rest = iter(files.log)
+        return all(any(op.call == call and op.path.endswith(end) for op in rest) for call, end in steps)
+
+    files = Seam()
+    checkpoint = ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files))
+    checkpoint.save(*small(), "p")
+    (old,) = (path.name for path in shards(tmp_path))
+    files.log.clear()
+    checkpoint.save(*small("second"), "p")
+    (new,) = (path.name for path in shards(tmp_path))
+    record, synced, renamed, gone = ("create", ".tmp"), ("fsync_dir", ""), ("rename", ".tmp"), ("unlink", old)
+    assert in_order(record, ("pwrite", new), ("fsync", new), synced, renamed, synced, gone)
+    assert in_order(record, ("pwrite", ".tmp"), ("fsync", ".tmp"), renamed)
+    for path in (new, ".tmp"):
+        assert not in_order(("fsync", path), ("pwrite", path))
+    assert not in_order(renamed, renamed) and not in_order(gone, gone), "there is one of each"
+    files.log.clear()
+    checkpoint.delete_checkpoint("p")
+    assert in_order(("unlink", "p.metadata.json"), synced, ("unlink", new))
+    assert not in_order(("unlink", new), ("unlink", new))
 
 
 ODD = [
