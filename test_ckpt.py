@@ -1621,6 +1621,7 @@ def freed():
 
 UNSUITED = {
     "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     "dtype torch.qint8": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "meta device": lambda: torch.empty(3, device="meta"),
     "a Wrapped, a tensor subclass": lambda: torch.ones(3).as_subclass(Wrapped),
@@ -1637,6 +1638,19 @@ def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_and_nothing_chang
     checkpoint.save({"good": torch.zeros(3), "layer.odd": torch.zeros(3)}, None, to())
     message = refusal(lambda: checkpoint.load(state, None, at()), "LOAD_FAILED", "layer.odd", problem)
     assert "undefined" not in message and identical(state["good"], torch.ones(3))
+
+
+@on_ranks(2)
+def test_parts_that_do_not_make_up_a_tensor_are_refused_before_any_write(rank, tmp_path):
+    """A part of another size than its placement says; and one of two ranks of a mesh, which saves alone."""
+    mesh, sizes = init_device_mesh("cpu", (2,)), {"shape": torch.Size((4, 2)), "stride": (2, 1)}
+    for coordinator, rows, kind, words in (
+        (None, 3, "SAVE_FAILED", "do not fit its shape [4, 2] and local shape [3, 2]"),
+        (ckpt.LocalCoordinator(), 2, "VALIDATION_FAILED", "together hold 4 elements of its 8"),
+    ):
+        w = DTensor.from_local(torch.ones(rows, 2), mesh, [ShardDim(0)], run_check=False, **sizes)
+        refusal(lambda: opened(tmp_path, coordinator).save({"w": w}, None, "p"), kind, "model/w", words)
+        assert listing(tmp_path) == {}
 
 
 def test_an_expanded_tensor_is_refused_by_a_load_before_anything_changes(checkpoint):
@@ -1742,7 +1756,11 @@ def test_coordinators_of_all_or_some_ranks_exchange_values_of_any_size_and_name_
     ckpt.TorchCoordinator().barrier()
     assert ckpt.TorchCoordinator().all_gather(rank) == [0, 1, 2]
     group, base, truth, other = dist.new_group([1, 2]), tmp_path / "c", small(), small("other")
-    if rank:
+    if rank == 0:
+        refusal(lambda: ckpt.TorchCoordinator(group), ValueError, "rank 0 is not in", "[1, 2]")
+        dist.destroy_process_group()
+        refusal(ckpt.TorchCoordinator, ValueError, "call init_process_group")
+    else:
         some = ckpt.TorchCoordinator(process_group=group)
         opened(base, some).save(*truth, "p")
         opened(base, some).load(*other, "p")
@@ -2870,6 +2888,7 @@ MISUSES = [  # model, optimizer, options, and words of the message
     (MODULE, None, to(timeout=-1.0), "timeout"),
     (MODULE, None, at(timeout=math.inf), "timeout"),
     (MODULE, None, to(progress=3), "progress function 3"),
+    (MODULE, None, to(custom_metadata=[1]), "custom_metadata mapping [1]"),
     (MODULE, None, at(resharding_strategy="psychic"), "resharding_strategy parallel sequential broad"),
     (MODULE, None, LoadOptions(), "checkpoint_prefix"),
     ({"layer": MODULE, "w": ONES}, None, "p", "layer"),
@@ -2878,6 +2897,7 @@ MISUSES = [  # model, optimizer, options, and words of the message
     ({"x._extra_state": ONES}, None, "p", "x._extra_state"),
     ([MODULE], None, "p", "list"),
     (ONES, None, "p", "Tensor"),
+    (torch.optim.SGD([nn.Parameter(ONES)]), None, "p", "optimizer second"),
     (MODULE, [ONES], "p", "optimizer"),
     (MODULE, {"w": ONES}, "p", "'w'"),
     (MODULE, "step_1", "p", "'step_1' third"),  # a prefix goes there
@@ -2891,10 +2911,11 @@ def test_a_misuse_is_a_value_error_that_says_what_is_allowed(tmp_path, model, op
     for call in {LoadOptions: calls[:1], SaveOptions: calls[1:]}.get(type(options), calls):
         refusal(lambda: call(model, optimizer, options), ValueError, *words.split())
         refusal(lambda: call(MODULE, None, "p", cancel=True), ValueError, "cancel", "True")
+        refusal(lambda: call(MODULE, None, "p", extra_state=[1]), ValueError, "extra_state must be a mapping")
     for prefix in BAD_PREFIXES:
         refusal(lambda: checkpoint.delete_checkpoint(prefix), ValueError, "prefix")
         refusal(lambda: checkpoint.validate_checkpoint(prefix), ValueError, "prefix")
-    concurrent.futures.wait([checkpoint.save_async(model, optimizer, "/")], HANG_S)
+    concurrent.futures.wait([checkpoint.save_async(MODULE, None, "/")], HANG_S)
     refusal(lambda: checkpoint.save(MODULE, None, "p"), "SAVE_FAILED", "in the background", "prefix")
     assert listing(tmp_path) == {}
 
@@ -2938,6 +2959,15 @@ def test_what_does_not_fit_changes_nothing_or_if_not_strict_is_cast_with_a_warni
     assert identical(loose, {"w": state["w"].bfloat16(), "x": torch.ones(1)})
     for words in ("model/x: missing", "model/net.b: in the", "model/w: dtype F32"):
         assert words in warnings
+
+
+def test_an_optimizer_or_extra_state_that_the_checkpoint_lacks_is_named_and_if_not_strict_kept(checkpoint):
+    (model, optimizer), own = small(), Bag(x=1)
+    checkpoint.save(model, {"a": optimizer}, "p")
+    load = functools.partial(checkpoint.load, model, {"a": optimizer, "b": own}, extra_state={"gone": 0})
+    missing = "missing from the checkpoint"
+    refusal(lambda: load("p"), "VALIDATION_FAILED", f"optimizer b: {missing}", f"extra/gone: {missing}")
+    assert len(load(at(strict_mode=False)).warnings) == 2 and own.state == {"x": 1}
 
 
 def test_an_optimizer_goes_on_after_a_load_into_another_dtype(checkpoint):
@@ -3496,6 +3526,7 @@ def test_load_safetensors_renames_and_takes_tensors_of_any_size_at_any_place(tmp
     for words, rename, model in (
         ("the name 'z', one of them from 'z'", {"big": "z"}, {}),
         ("no such layer", lambda name: [].index("no such layer"), {}),
+        ("rename must give names, not 3", lambda name: 3, {}),
         ("model must have state_dict()", None, [1]),
     ):
         refusal(lambda: ckpt.load_safetensors(model, path, rename=rename), ValueError, words)
