@@ -6208,18 +6208,16 @@ DEADLINE_S = 3.0  # of operations that are to fail by it; others have the defaul
 SAVED = ("returned", None, "p")
 
 
-class TimeSinceFile:
+def time_since_file(path):
     """In the place of the module `time`: a clock that stands still until there is a file at `path`."""
+    began = []
 
-    sleep = staticmethod(time.sleep)
+    def monotonic():
+        if not began and path.exists():
+            began.append(time.monotonic())
+        return time.monotonic() - began[0] if began else 0.0
 
-    def __init__(self, path):
-        self.path, self.started = path, None
-
-    def monotonic(self):
-        if self.started is None and self.path.exists():
-            self.started = time.monotonic()
-        return 0.0 if self.started is None else time.monotonic() - self.started
+    return types.SimpleNamespace(sleep=time.sleep, monotonic=monotonic)
 
 
 class Sensor(threading.Event):
@@ -6234,25 +6232,23 @@ class Sensor(threading.Event):
         return super().is_set()
 
 
-def save_word(checkpoint, word, prefix="p", call="save", **options):
+def save_word(checkpoint, word, prefix="p", call="save", tensors=2, cancel=None, **options):
     """Save a word by an object that exists already."""
-    return getattr(checkpoint, call)(value(word), None, to(prefix, include_rng_state=False, **options))
+    options = to(prefix, include_rng_state=False, **options)
+    return getattr(checkpoint, call)(value(word, tensors), None, options, cancel=cancel)
 
 
 def overheard(checkpoint):
     """The list that this object's warnings go to from now on."""
-    said, handler = [], logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())
-    checkpoint.logger = logging.Logger("overheard")
-    checkpoint.logger.addHandler(handler)
+    said, checkpoint.logger = [], logging.Logger("overheard", logging.WARNING)
+    checkpoint.logger.addFilter(lambda record: said.append(record.getMessage()))
     return said
 
 
 @contextlib.contextmanager
 def entering(place, act, seam=None):
     """In it, `act()` runs first in this process in a step, an exchange of bytes, or a call of the seam."""
-    operation, step = ckpt.coord.Operation, ckpt.coord.Operation.step
-    coordinator, exchange, count = ckpt.TorchCoordinator, ckpt.TorchCoordinator.all_to_all, itertools.count()
+    step, exchange, count = coord.Operation.step, ckpt.TorchCoordinator.all_to_all, itertools.count()
 
     @contextlib.contextmanager
     def struck_step(self, name):
@@ -6266,13 +6262,12 @@ def entering(place, act, seam=None):
             act()
         return exchange(self, *args)
 
-    operation.step, coordinator.all_to_all = struck_step, struck_exchange
     if seam:
         seam.before = Strike(0, lambda op: act(), lambda op: op.call == place)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coord.Operation, "step", struck_step)
+        patch.setattr(ckpt.TorchCoordinator, "all_to_all", struck_exchange)
         yield
-    finally:
-        operation.step, coordinator.all_to_all = step, exchange
 
 
 FAULTS = {  # what a rank does: its signal or exception; the type and text of the failure of all ranks
@@ -6311,6 +6306,29 @@ class Fault(NamedTuple):
             return {"new"} if self.how in ("dies", "stops") else {"old", "new"}
         return {"old", "new"} if (self.how, self.place, self.victim) == ("cancels", "S5", 1) else {"old"}
 
+    def save(self, checkpoint, word, **rest):
+        return save_word(checkpoint, word, tensors=self.tensors(), format=self.form, **rest)
+
+    def load(self, checkpoint, word, cancel=None, **options):
+        target = value("other", self.tensors())
+        options = at(resharding_strategy="broadcast", load_rng_state=False, **options)
+        checkpoint.load(target, None, options, cancel=cancel)
+        assert identical(target.state, value(word, self.tensors()).state)
+
+    def operate(self, checkpoint, cancel):
+        """The operation in which the fault happens: it saves "new", or loads "old"."""
+        rest = {"timeout": DEADLINE_S} if self.how.startswith(("dies", "stops")) else {}
+        rest["cancel"] = cancel
+        if self.verb == "load":
+            return self.load(checkpoint, "old", **rest)
+        if self.verb == "save":
+            return self.save(checkpoint, "new", **rest)
+        pending = self.save(checkpoint, "new", call="save_async", **rest)
+        if self.verb == "save at exit":
+            threading._shutdown()  # what the interpreter does first when it exits: wait for its threads
+            assert pending.done()
+        return pending.result()
+
 
 def every(how, places, victims, **fields):
     return [Fault(how, place, victim, **fields) for place in places for victim in victims]
@@ -6318,22 +6336,20 @@ def every(how, places, victims, **fields):
 
 def check_together(base, size, faults):
     """Try faults one after the other in the same `size` processes."""
-    tmp = Path(tempfile.mkdtemp(dir=base))
-    is_deadly = FAULTS[faults[0].how][0] == signal.SIGKILL
+    tmp, is_deadly = Path(tempfile.mkdtemp(dir=base)), FAULTS[faults[0].how][0] == signal.SIGKILL
     by_rank = run(size, meet_faults, tmp, faults, dies={faults[0].victim} if is_deadly else ())
     for number, fault in enumerate(faults):
-        own = by_rank[fault.victim] if is_deadly else by_rank[fault.victim][number]
-        others = [found[number] for rank, found in enumerate(by_rank) if rank != fault.victim]
-        committed, context = others[0][0] == SAVED, (fault, own, others)
-        word, (_, kind, text) = "new" if committed else "old", FAULTS[fault.how]
+        others = [found if found == "died" else found[number] for found in by_rank]
+        context, own = (fault, *others), others.pop(fault.victim)
+        committed, (_, kind, text) = others[0][0] == SAVED, FAULTS[fault.how]
+        word = "new" if committed else "old"
         assert word in fault.words(), context
         for answer, warned, *_ in others:
             assert (answer == SAVED) == committed and (not warned or fault.place != "unlink"), context
             if not committed:
                 assert answer[0] in (kind, f"{fault.verb[:4].upper()}_{kind}") and text in answer[2], context
-                text_names = re.search(rf"\brank\(?s?\)?\D*{fault.victim}\b", answer[2])
-                is_named = answer[1] == fault.victim and text_names
-                assert is_named or fault.how in ("ends the store", "stops before another fails"), context
+                named = answer[1] == fault.victim and re.search(rf"\brank\(?s?\)?\D*{answer[1]}\b", answer[2])
+                assert named or fault.how in ("ends the store", "stops before another fails"), context
                 assert "undefined" in answer[2] or fault.verb != "load" or kind == "TIMEOUT", context
             elif fault.how in ("dies", "stops"):
                 (line,) = [line for line in warned if "committed, but not every rank may know" in line]
@@ -6354,32 +6370,6 @@ def check_together(base, size, faults):
     if fault.tensors() == 2:  # other checkpoints have units of another size
         assert not is_deadly or seen(tmp / "c") == word, context
         check_recovery(tmp / "c", context=faults)
-
-
-def save_a_word(checkpoint, fault, word, cancel=None, call="save", **options):
-    options = to(format=fault.form, include_rng_state=False, **options)
-    return getattr(checkpoint, call)(value(word, fault.tensors()), None, options, cancel=cancel)
-
-
-def load_a_word(checkpoint, fault, word, cancel=None, **options):
-    target = value("other", fault.tensors())
-    options = at(resharding_strategy="broadcast", load_rng_state=False, **options)
-    checkpoint.load(target, None, options, cancel=cancel)
-    assert identical(target.state, value(word, fault.tensors()).state)
-
-
-def operate(checkpoint, fault, cancel):
-    """The operation in which the fault happens: it saves "new", or loads "old"."""
-    limit = {"timeout": DEADLINE_S} if fault.how.startswith(("dies", "stops")) else {}
-    if fault.verb == "load":
-        return load_a_word(checkpoint, fault, "old", cancel, **limit)
-    if fault.verb == "save":
-        return save_a_word(checkpoint, fault, "new", cancel, **limit)
-    pending = save_a_word(checkpoint, fault, "new", cancel, "save_async", **limit)
-    if fault.verb == "save at exit":
-        threading._shutdown()  # what the interpreter does first when it exits: wait for its threads
-        assert pending.done()
-    return pending.result()
 
 
 def strike_of(fault, cancel, gone, base, acted):
@@ -6407,9 +6397,9 @@ def wake_up(fault, rank, pids, over):
     first, *_ = others = [other for other in range(len(pids)) if other != fault.victim]
     if rank in others:
         Path(f"{over}-{rank}").touch()
+    if rank == first:
         for other in others:
             await_file(Path(f"{over}-{other}"))
-    if rank == first:
         # It may be about to stop yet: a signal to go on must come after that.
         while "\nState:\tT" not in Path(f"/proc/{pids[fault.victim]}/status").read_text():
             time.sleep(0.01)
@@ -6419,7 +6409,7 @@ def wake_up(fault, rank, pids, over):
 def meet_faults(rank, world_size, tmp, faults):
     """Of each fault this rank's answer and warnings; if all live, what is seen, and what no record names."""
     if faults[0].how == "ends the store":
-        use_store_of_rank_zero(tmp, rank, world_size)
+        use_store_of_rank_zero(rank, world_size)
     if faults[0].tensors() > 2:
         st.BLOCK_BYTES, st.UNIT_BYTES = PAGE, PAGE // 2
     seam, found, base = Seam(), [], tmp / "c"
@@ -6427,8 +6417,8 @@ def meet_faults(rank, world_size, tmp, faults):
     pids, warned = checkpoint.coordinator.all_gather(os.getpid()), overheard(checkpoint)
     for number, fault in enumerate(faults):
         gone, acted, cancel, is_victim = tmp / f"gone-{number}", [], Sensor(), rank == fault.victim
-        ckpt.time = ckpt.coord.time = TimeSinceFile(gone)
-        save_a_word(checkpoint, fault, "old")
+        ckpt.time = coord.time = time_since_file(gone)
+        fault.save(checkpoint, "old")
         if rank == 0:
             assert seen(base, tensors=fault.tensors()) == "old"
             st.collect_garbage(checkpoint.storage)
@@ -6448,7 +6438,7 @@ def meet_faults(rank, world_size, tmp, faults):
         del warned[:]
         with entering(fault.place, first, seam):
             try:
-                answer = outcome_of(lambda: operate(checkpoint, fault, cancel))
+                answer = outcome_of(lambda: fault.operate(checkpoint, cancel))
             except KeyboardInterrupt:
                 answer = "interrupted"
         assert acted or not is_victim, (fault, answer, "this place was not reached")
@@ -6463,22 +6453,18 @@ def meet_faults(rank, world_size, tmp, faults):
         found.append((answer, list(warned), seen(base, tensors=fault.tensors()), left))
         dist.barrier()
         cancel.clear()
-        save_a_word(checkpoint, fault, "next")
-        load_a_word(checkpoint, fault, "next")
+        fault.save(checkpoint, "next")
+        fault.load(checkpoint, "next")
     return found
 
 
-def use_store_of_rank_zero(tmp, rank, world_size):
+def use_store_of_rank_zero(rank, world_size):
     """Make the default process group anew, on a store in the process of a rank instead of the test's."""
+    store = rank == 0 and dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port, *_ = gathered(store and store.port)
+    store = store or dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.barrier()  # who leaves a group while others still connect to it ends it for them
     dist.destroy_process_group()
-    if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        (tmp / "port.tmp").write_text(str(store.port))
-        (tmp / "port.tmp").rename(tmp / "port")
-    else:
-        await_file(tmp / "port")
-        store = dist.TCPStore("127.0.0.1", int((tmp / "port").read_text()), is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
 
 
@@ -6508,13 +6494,13 @@ for _size, _form in itertools.product((2, 3), FORMATS):
     _faults = every("raises", STEPS, range(_size), form=_form)
     TRIALS[f"raises in any step, of {_size}, {_form.value}"] = (_size, _faults)
 for _verb in ("save", "load"):
-    _options = {"verb": _verb, "form": CheckpointFormat.SINGLE_FILE}
-    _faults = every("cancels", EXCHANGES, range(2), waits=True, **_options)
+    _in_exchanges = functools.partial(every, verb=_verb, form=CheckpointFormat.SINGLE_FILE)
+    _faults = _in_exchanges("cancels", EXCHANGES, range(2), waits=True)
     for _how in ("raises", "fails in gloo", "cancels", "is interrupted"):
-        _faults += every(_how, EXCHANGES, range(2), **_options)
+        _faults += _in_exchanges(_how, EXCHANGES, range(2))
     TRIALS[f"fails in an exchange of a {_verb}"] = (2, _faults)
     for _how in ("dies", "stops"):
-        TRIALS[f"{_how} in an exchange of a {_verb}"] = (3, every(_how, EXCHANGES, range(2), **_options))
+        TRIALS[f"{_how} in an exchange of a {_verb}"] = (3, _in_exchanges(_how, EXCHANGES, range(2)))
 
 
 @pytest.mark.parametrize("trial", TRIALS)
@@ -6527,48 +6513,33 @@ def test_what_one_rank_does_ends_the_save_or_load_on_all_alike_and_old_or_new_is
     COUNTS.update(f"times that a rank {fault.how}" for fault in faults)
 
 
+@isolated()
 def test_a_store_that_died_before_the_first_save_is_told_of_at_the_deadline_of_the_save(tmp_path):
-    _, (kind, _, message) = run(2, save_after_the_store, tmp_path, dies={0})
-    assert kind == "TIMEOUT" and "store is unreachable" in message
-
-
-def save_after_the_store(rank, world_size, tmp):
-    use_store_of_rank_zero(tmp, rank, world_size)
-    if rank == 0:
-        await_file(tmp / "connected")
-        os._exit(9)
-    checkpoint = opened(tmp / "c", default_timeout=1.0)
-    store = dist.distributed_c10d._get_default_store()
-    (tmp / "connected").touch()
-    with pytest.raises(RuntimeError):
-        while not store.check(["nothing"]):
-            time.sleep(0.01)
-    return outcome_of(lambda: checkpoint.save(small()[0], None, "p"))
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", host.port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    del host
+    checkpoint = opened(tmp_path, default_timeout=1.0)
+    refusal(lambda: checkpoint.save(small()[0], None, "p"), "TIMEOUT", "store is unreachable")
 
 
 # Row 24: a signal at any operation
-
-INTERRUPTED = 130
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-@pytest.mark.parametrize("name", ["overwrite", "overwrite a single file", "delete"])
+@for_each(number=[signal.SIGTERM, signal.SIGINT], name=["overwrite", "overwrite a single file", "delete"])
 @isolated("signals", 3 * HANG_S)
 def test_a_signal_at_any_operation_ends_the_process_at_once_and_leaves_old_or_new(ram, number, name):
     def interrupted(storage):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the test may run where it is ignored
         try:
             scene.act(storage)
         except KeyboardInterrupt:
-            os._exit(INTERRUPTED)
+            os._exit(CRASHED)
         assert storage.seam.before.hit is None, "the signal changed nothing"
 
     scene, count = SCENES[name], 0
-    how = {"strike": lambda *_: os.kill(os.getpid(), number)}
-    how["ends"] = INTERRUPTED if number == signal.SIGINT else -number
-    how["when"] = is_change if number == signal.SIGTERM or name != "overwrite" else lambda op: True
-    for ended, left in crash_everywhere(ram, scene.before, interrupted, **how):
+    ends = CRASHED if number == signal.SIGINT else -number
+    when = is_change if number == signal.SIGTERM or name != "overwrite" else lambda op: True
+    strike = lambda *_: os.kill(os.getpid(), number)  # noqa: E731
+    for ended, left in crash_everywhere(ram, scene.before, interrupted, strike, ends, when):
         context = f"{name}, {number.name} at operation {count}"
         check_oracle(left, scene, not ended, context)
         check_recovery(left, PREFIXES, context)
@@ -6577,49 +6548,47 @@ def test_a_signal_at_any_operation_ends_the_process_at_once_and_leaves_old_or_ne
 
 
 # Row 25: a cancel; the interpreter exits with a save in flight
+@for_each(how=["raise", "cancel", "cancel a writer"])
 @on_ranks(3)
-def test_a_failure_or_cancel_stops_the_writes_of_all_ranks_long_before_they_are_done(rank, ram):
+def test_a_failure_or_cancel_stops_the_writes_of_all_ranks_long_before_they_are_done(rank, ram, how):
     """Rank 1 raises, or cancels, in its wait for rank 0, which alone writes; or cancels as it writes too."""
-    files, base = Seam(), ram / "c"
-    checkpoint = over(Storage(base, files), ckpt.TorchCoordinator())
-    model = Bag(**{f"{rank}_{n}": torch.full((BLOCK,), n, dtype=torch.uint8) for n in range(64)})
-    model.state["both"] = torch.zeros(BLOCK, dtype=torch.uint8)  # which two writers share
-    for how, writers in (("raise", [0]), ("cancel", [0]), ("cancel a writer", [0, 1])):
-        cancel = Sensor()
 
-        def slow(op):
-            if op.call == "pwrite":
-                (ram / f"{how}-{rank}").touch()
-                time.sleep(0.5)
+    def slow(op):
+        if op.call == "pwrite":
+            (ram / f"writing-{rank}").touch()
+            time.sleep(0.5)
 
-        def act():
-            await_file(ram / f"{how}-0")
-            if how == "raise":
-                raise ValueError("boom")
-            cancel.act = cancel.set  # in the gather
+    def act():
+        await_file(ram / "writing-0")
+        if how == "raise":
+            raise ValueError("boom")
+        cancel.act = cancel.set  # in the gather
 
-        files.before, files.log[:] = slow, []
-        mine, options = model if rank in writers else Bag(), to(include_rng_state=False)
-        with entering("S5", act if rank == 1 else lambda: None):
-            pending = checkpoint.save_async(mine, None, options, cancel=cancel)
-            for writer in writers:
-                await_file(ram / f"{how}-{writer}")
-            if rank == 1 and rank in writers:
-                assert pending.cancel()
-            answer = outcome_of(pending.result)
-        dist.barrier()
-        assert not pending.cancel() and listing(base) == {}
-        assert answer[:2] == ("SAVE_FAILED" if how == "raise" else "CANCELLED", 1), answer
-        assert sum(op.call == "pwrite" for op in files.log) < 32
-        dist.barrier()
+    files, cancel, writers = Seam(slow), Sensor(), [0, 1] if how == "cancel a writer" else [0]
+    checkpoint, tensors = over(Storage(ram / "c", files), ckpt.TorchCoordinator()), {}
+    if rank in writers:
+        tensors = {f"{rank}_{n}": torch.full((BLOCK,), n, dtype=torch.uint8) for n in range(64)}
+        tensors["both"] = torch.zeros(BLOCK, dtype=torch.uint8)  # which two writers share
+    with entering("S5", act if rank == 1 else lambda: None):
+        pending = checkpoint.save_async(tensors, None, to(include_rng_state=False), cancel=cancel)
+        for writer in writers:
+            await_file(ram / f"writing-{writer}")
+        if rank == 1 and rank in writers:
+            assert pending.cancel()
+        answer = outcome_of(pending.result)
+    dist.barrier()
+    assert not pending.cancel() and listing(ram / "c") == {}
+    assert answer[:2] == ("SAVE_FAILED" if how == "raise" else "CANCELLED", 1), answer
+    assert sum(op.call == "pwrite" for op in files.log) < 32
 
 
 @on_ranks(2)
 def test_a_cancel_on_one_rank_between_two_attempts_stops_all_ranks(rank, ram):
-    checkpoint, cancel = broken(ram, ckpt.TorchCoordinator(), until=FOREVER, attempts=3), threading.Event()
+    checkpoint = over(Storage(ram, hiccups(FOREVER)), ckpt.TorchCoordinator(), attempts=3)
+    cancel = threading.Event()
     if rank == 1:
         cancel.wait = lambda timeout: cancel.set()  # as it does between two attempts
-    answer = outcome_of(lambda: checkpoint.save(value("new"), None, to(), cancel=cancel))
+    answer = outcome_of(lambda: save_word(checkpoint, "new", cancel=cancel))
     assert answer[:2] == ("CANCELLED", 1), answer
     dist.barrier()
     checkpoint.storage.seam = Seam()
@@ -6627,39 +6596,38 @@ def test_a_cancel_on_one_rank_between_two_attempts_stops_all_ranks(rank, ram):
 
 
 SCRIPT = """
-import os, signal, sys, threading, time
-from pathlib import Path
-from test_ckpt import ckpt, over, put, value, to, Seam, Storage, Strike
+import os, pathlib, signal, sys, test_ckpt
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-for case in sys.argv[1:]:  # each in a fork of this interpreter, which exits as one does
+for case in map(pathlib.Path, sys.argv[1:]):  # each in a fork of this interpreter, which exits as one does
     if not os.fork():
-        break
-    status = os.waitstatus_to_exitcode(os.wait()[1])
-    Path(case, "code").write_text(str(status))
-else:
-    sys.exit()
-how, form = (tmp := Path(case)).name.split("-")
-for descriptor in (1, 2):
-    os.dup2(os.open(tmp / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-
-def act(op):
-    if how == "OSError":
-        raise OSError("bad disk")
-    if how in ("SIGINT", "SIGTERM"):
-        os.kill(os.getpid(), getattr(signal, how))
-    while threading.main_thread().is_alive():  # the interpreter has begun to exit: it waits for this thread
-        time.sleep(0.01)
-
-put(ckpt.LocalStorage(tmp / "c"), "old")
-checkpoint = over(Storage(tmp / "c", Seam(Strike(1, act, lambda op: op.call in ("pwrite", "fsync")))))
-pending = checkpoint.save_async(value("new"), None, to(include_rng_state=False, format=form))
-if how in ("SIGINT", "SIGTERM"):
-    pending.result()
-print("main is done", flush=True)
-sys.exit(3)
+        test_ckpt.end_with_a_save_in_flight(case)
+    (case / "code").write_text(str(os.waitstatus_to_exitcode(os.wait()[1])))
 """
 ENDINGS = {f"exit-{form.value}": ("3", "new") for form in FORMATS} | {"OSError-multi_shard": ("3", "old")}
 ENDINGS |= {"SIGTERM-multi_shard": ("-15", "old"), "SIGINT-multi_shard": ("-2", "old, new")}
+
+
+def end_with_a_save_in_flight(tmp):
+    """End this interpreter as the name of `tmp` says, once the second write or sync of a save begins."""
+    how, form = tmp.name.split("-")
+    for descriptor in (1, 2):
+        os.dup2(os.open(tmp / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+
+    def act(op):
+        if how == "OSError":
+            raise OSError("bad disk")
+        if how != "exit":
+            os.kill(os.getpid(), getattr(signal, how))
+        while threading.main_thread().is_alive():  # until the interpreter waits for this thread
+            time.sleep(0.01)
+
+    put(ckpt.LocalStorage(tmp / "c"), "old")
+    checkpoint = over(Storage(tmp / "c", Seam(Strike(1, act, lambda op: op.call in ("pwrite", "fsync")))))
+    pending = save_word(checkpoint, "new", call="save_async", format=form)
+    if how.startswith("SIG"):
+        pending.result()
+    print("main is done", flush=True)
+    sys.exit(3)
 
 
 def test_an_interpreter_that_exits_with_a_save_in_flight_ends_with_its_code(ram):
@@ -6679,16 +6647,10 @@ def test_an_interpreter_that_exits_with_a_save_in_flight_ends_with_its_code(ram)
 @pytest.mark.parametrize("form", FORMATS)
 @on_ranks(3)
 def test_a_save_in_which_one_rank_alone_holds_anything_or_a_tied_name_or_none_does(rank, ram, form):
-    def bag(number):
-        w = torch.full((5,), number)
-        return {"w": w, "tied": w, "empty": torch.zeros(0, 1, 2)}
-
-    checkpoint = over(ram, ckpt.TorchCoordinator())
-    for holder, others in itertools.product((0, 1, 2, None), ((), ("w",))):
-        names = ("w", "tied", "empty") if rank == holder else others
-        saved, target = ({name: bag(number)[name] for name in names} for number in (7.0, 0.0))
-        if rank == holder:
-            saved["tied"] = saved["w"]
+    checkpoint, w = over(ram, ckpt.TorchCoordinator()), torch.full((5,), 7.0)
+    for holder, others in itertools.product((0, 1, 2, None), ({}, {"w": w})):
+        saved = {"w": w, "tied": w, "empty": torch.zeros(0, 1, 2)} if rank == holder else others
+        target = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
         checkpoint.save(Bag(**saved), None, to(format=form, include_rng_state=False))
         checkpoint.load(target, None, at(load_rng_state=False, strict_mode=False))
         assert identical(target, saved), (holder, others)
@@ -6696,27 +6658,22 @@ def test_a_save_in_which_one_rank_alone_holds_anything_or_a_tied_name_or_none_do
 
 # Row 26 and the promises of save_async
 class Gate:
-    """A wait until it is opened: before a call, as the hook of a `Seam`, or before the background copy."""
+    """A hook of a `Seam` that waits before a call, or before any, until it is opened."""
 
-    def __init__(self, call="pwrite"):
+    def __init__(self, call=None):
         self.call, self.reached, self.opened = call, threading.Event(), threading.Event()
 
-    def __call__(self, op=None):
-        if op is None or op.call == self.call:
+    def __call__(self, op):
+        if self.call in (None, op.call):
             self.reached.set()
             assert self.opened.wait(HANG_S), "the gate was never opened"
 
-    def before_the_copy(self):
-        """The thread of a save in the background waits here before it does anything, such as to copy."""
-        run = threading.Thread.run
 
-        def gated(thread):
-            if thread.name == "ckpt-save":
-                self()
-            run(thread)
-
-        threading.Thread.run = gated
-        return self
+def hold_back_the_copy():
+    """Keep the thread of a save in the background, and so its copy, from starting until this is called."""
+    start, held = threading.Thread.start, []
+    threading.Thread.start = lambda t: held.append(t) if t.name == "ckpt-save" else start(t)
+    return lambda: start(held.pop())
 
 
 def normed(salt):
@@ -6736,8 +6693,7 @@ class Hookless(torch.optim.Optimizer):
 WAITING, NONE = (lambda optimizer: optimizer), (lambda optimizer: None)
 
 
-@pytest.mark.parametrize("kind", [WAITING, NONE, Hookless])
-@pytest.mark.parametrize("staging", STAGINGS)
+@for_each(staging=STAGINGS, kind=[WAITING, NONE, Hookless])
 def test_what_changes_after_wait_staged_does_not_change_the_snapshot(ram, staging, kind):
     """Without an optimizer whose next step could wait, overlapped staging copies before it returns."""
     gate, (model, optimizer), again = Gate(), normed("truth"), normed("other")
@@ -6746,7 +6702,7 @@ def test_what_changes_after_wait_staged_does_not_change_the_snapshot(ram, stagin
     with torch.inference_mode():
         extra["best"] = torch.arange(6.0)
     truth = state_of(*saved), copy.deepcopy(extra)
-    checkpoint = over(Storage(ram, Seam(lambda op: gate())))
+    checkpoint = over(Storage(ram, Seam(gate)))
     pending = checkpoint.save_async(*saved, options, extra_state=extra)
     pending.wait_staged(HANG_S if staging == "overlapped" and kind is WAITING else 0.0)
     moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
@@ -6765,21 +6721,20 @@ def test_what_changes_after_wait_staged_does_not_change_the_snapshot(ram, stagin
     assert result.metadata.custom_metadata == {"epoch": [1]}
 
 
-@pytest.mark.parametrize("what, name", [("weight", "0.weight"), ("moment", "exp_avg")])
+@for_each(what=["0.weight", "exp_avg"])
 @on_ranks(2)
-def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_and_is_named(rank, ram, what, name):
+def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_and_is_named(rank, ram, what):
     checkpoint, (model, optimizer) = over(ram, ckpt.TorchCoordinator()), small()
     save_word(checkpoint, "old")
     dist.barrier()
-    files, weight, gate = listing(ram), model[0].weight, Gate().before_the_copy()
+    files, weight, start = listing(ram), model[0].weight, hold_back_the_copy()
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
-    assert gate.reached.wait(HANG_S)
     if rank == 1:
         with torch.no_grad():
-            (weight if what == "weight" else optimizer.state[weight]["exp_avg"]).mul_(2)
-    gate.opened.set()
+            (weight if what == "0.weight" else optimizer.state[weight][what]).mul_(2)
+    start()
     kind, where, message = outcome_of(lambda: pending.result(HANG_S))
-    assert (kind, where) == ("SAVE_FAILED", 1) and name in message and "changed" in message, message
+    assert (kind, where) == ("SAVE_FAILED", 1) and what in message and "changed" in message, message
     dist.barrier()
     assert listing(ram) == files and seen(ram) == "old"
     optimizer.step()  # nothing waits any more
@@ -6789,13 +6744,12 @@ def test_a_tensor_changed_during_overlapped_staging_fails_the_save_on_all_and_is
 
 @isolated()
 def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_not(ram):
-    checkpoint, (model, optimizer), gate = over(ram), normed("truth"), Gate().before_the_copy()
+    checkpoint, (model, optimizer), start = over(ram), normed("truth"), hold_back_the_copy()
     truth = state_of(model, optimizer)
     stepping, entered = threading.Thread(target=optimizer.step), threading.Event()
     optimizer.register_step_pre_hook(lambda *_: entered.set())  # the last thing before the hook of the save
     hooks = len(optimizer._optimizer_step_pre_hooks)
     pending = checkpoint.save_async(model, optimizer, to(staging="overlapped"))
-    assert gate.reached.wait(HANG_S)
     refusal(lambda: pending.wait_staged(0.01), TimeoutError)
     model.train()
     model(torch.ones(4, 3)).sum().backward()  # changes the statistics of the batch norm, which were copied
@@ -6804,7 +6758,7 @@ def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_
     assert entered.wait(HANG_S)
     stepping.join(0.3)  # time enough to go on, if nothing stopped it
     assert stepping.is_alive() and identical(optimizer.state_dict()["state"], truth[1]["state"])
-    gate.opened.set()
+    start()
     stepping.join(HANG_S)
     assert not stepping.is_alive() and not identical(optimizer.state_dict()["state"], truth[1]["state"])
     assert pending.result(HANG_S) == "p" and len(optimizer._optimizer_step_pre_hooks) == hooks
@@ -6813,27 +6767,21 @@ def test_the_next_step_waits_for_overlapped_staging_but_forward_and_backward_do_
     assert identical(state_of(*again), truth)
 
 
-def broken(tmp, coordinator=None, until=1, attempts=1):
-    """A checkpoint object whose first `until` tensor files cannot be made."""
-    return over(Storage(tmp, hiccups(until)), coordinator, attempts)
-
-
 NEXT_CALLS = {
     "save": lambda checkpoint, prefix="p": save_word(checkpoint, "next", prefix),
-    "save_async": lambda checkpoint, prefix="p": save_word(checkpoint, "next", prefix, "save_async").result(),
+    "save_async": lambda checkpoint, prefix="p": save_word(checkpoint, "next", prefix, "save_async"),
     "save_model_only": lambda checkpoint: checkpoint.save_model_only(value("next"), to()),
     "close": lambda checkpoint, _=None: checkpoint.close(),
     "with": lambda checkpoint: checkpoint.__exit__(None, None, None),
 }
 
 
-@pytest.mark.parametrize("asked", [(), (0,), (0, 1)], ids="asked by {}".format)
-@pytest.mark.parametrize("call", NEXT_CALLS)
+@for_each(asked=[(), (0,), (0, 1)], call=NEXT_CALLS)
 @on_ranks(2)
 def test_a_failed_pending_save_raises_once_at_result_or_the_next_call(rank, ram, call, asked):
     """Where one rank alone has asked, the next save fails on all ranks, so that no rank waits."""
-    checkpoint, target = broken(ram, ckpt.TorchCoordinator(), until=FOREVER), value("next")
-    checkpoint.keep_last = 1  # a save that fails is none of these
+    # A save that fails is none of those that are kept.
+    checkpoint = over(Storage(ram, hiccups(FOREVER)), ckpt.TorchCoordinator(), keep_last=1)
     if rank == 0:
         put(ckpt.LocalStorage(ram), "old")
     pending = checkpoint.save_async(value("new"), None, to())
@@ -6842,14 +6790,18 @@ def test_a_failed_pending_save_raises_once_at_result_or_the_next_call(rank, ram,
         assert pending.exception().type is ExceptionType.STORAGE_ERROR
         assert outcome_of(pending.result)[0] == "STORAGE_ERROR"
     checkpoint.storage.seam = Seam()  # the disk is whole again
-    checkpoint.load(target, None, at())  # no concern of a load
+    checkpoint.load(target := value("next"), None, at())  # no concern of a load
     assert identical(target.state, value("old").state)
     dist.barrier()
     kind, _, message = answer = outcome_of(lambda: NEXT_CALLS[call](checkpoint))
+    if call == "save_async" and rank in asked:
+        # Who has not asked hears of it in the call: a loop that never asks would save nothing more.
+        kind, _, message = answer = outcome_of(message.result)
     if asked == (0, 1) or (call in ("close", "with") and rank in asked):
         assert kind == "returned", answer
     else:
-        assert kind == "STORAGE_ERROR" and (call in ("close", "with") or "'p'" in message), answer
+        why = "" if call in ("close", "with") else "the save of 'p' in the background had failed"
+        assert kind == "STORAGE_ERROR" and why in message, answer
     dist.barrier()
     assert seen(ram) == ("next" if answer == SAVED else "old")
     dist.barrier()
@@ -6857,17 +6809,6 @@ def test_a_failed_pending_save_raises_once_at_result_or_the_next_call(rank, ram,
     assert save_word(checkpoint, "next") == "p"
     dist.barrier()
     assert seen(ram) == "next" and set(listing(ram)) == named_files(ram)
-
-
-def test_a_background_save_raises_the_failure_of_the_one_before_it_in_the_call(ram):
-    """Else a loop that never asks for a result would save nothing more, without knowing."""
-    checkpoint = broken(ram)
-    concurrent.futures.wait([checkpoint.save_async(value("old"), None, to("first"))], HANG_S)
-    why = "the save of 'first' in the background had failed"
-    refusal(lambda: checkpoint.save_async(value("old"), None, to()), "STORAGE_ERROR", why)
-    checkpoint.save_async(value("old"), None, to("third"))
-    checkpoint.close()
-    assert prefixes(checkpoint) == ["third"]
 
 
 def test_a_failed_pending_save_is_not_kept_once_somebody_has_asked(tmp_path, monkeypatch):
@@ -6881,35 +6822,32 @@ def test_a_failed_pending_save_is_not_kept_once_somebody_has_asked(tmp_path, mon
 
 
 def test_cancel_does_not_wait_for_an_fsync(ram):
-    gate, cancel = Gate("fsync"), threading.Event()
-    checkpoint = over(Storage(ram, Seam(gate)))
-    with ThreadPoolExecutor(1) as pool:
-        saved = pool.submit(outcome_of, lambda: checkpoint.save(value("old"), None, to(), cancel=cancel))
-        assert gate.reached.wait(HANG_S)
-        cancel.set()
-        assert saved.result(HANG_S)[0] == "CANCELLED" and not gate.opened.is_set()
-        gate.opened.set()
+    gate = Gate("fsync")
+    pending = save_word(over(Storage(ram, Seam(gate))), "old", call="save_async")
+    assert gate.reached.wait(HANG_S) and pending.cancel()
+    refusal(lambda: pending.result(HANG_S), "CANCELLED")
+    gate.opened.set()
     assert listing(ram) == {}
 
 
-@pytest.mark.parametrize("call", ["save_async", "save", "close"])
+@for_each(call=["save_async", "save", "close"])
 def test_one_save_is_in_flight_at_a_time_and_the_next_call_waits_for_it(ram, call):
     gate = Gate()
     checkpoint = over(Storage(ram, Seam(gate)))
-    first = checkpoint.save_async(value("old"), None, to("first"))
+    first = save_word(checkpoint, "old", "first", "save_async")
     assert gate.reached.wait(HANG_S)
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(NEXT_CALLS[call], checkpoint, "second")
         refusal(lambda: second.result(0.3), concurrent.futures.TimeoutError)
         refusal(lambda: first.result(0), TimeoutError, "not done within 0 s")
-        assert not first.done()
         gate.opened.set()
         second.result(HANG_S)
     assert first.done() and first.result() == "first"
+    checkpoint.close()
     assert prefixes(checkpoint) == ["first"] + ["second"] * (call != "close")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@for_each(kind=["ddp", "fsdp2"])
 @on_ranks(2, "background saves", 3 * HANG_S)
 def test_training_goes_on_during_two_hundred_background_saves_as_without_and_each_is_right(rank, ram, kind):
     def start(salt):
@@ -6923,25 +6861,29 @@ def test_training_goes_on_during_two_hundred_background_saves_as_without_and_eac
             fully_shard(model)
         return model, torch.optim.AdamW(model.parameters(), lr=0.01)
 
-    def train(checkpoint=None):
-        (model, optimizer), losses, truths, pending, overlapped = start("truth"), [], [], None, 0
+    def train(save=lambda *_: None):
+        model, optimizer = start("truth")
         for step in range(400):
             loss = model(torch.randn(8, 16)).square().mean()
             optimizer.zero_grad()
             loss.backward()  # collectives of the training, while the save before is under way
             optimizer.step()
             losses.append(loss.item())
-            if checkpoint and step % 2:
-                overlapped += pending is not None and not pending.done()
-                options = to(f"p{len(truths)}", staging=STAGINGS[len(truths) % 2])
-                truths.append(state_of(model, optimizer))
-                pending = checkpoint.save_async(model, optimizer, options)
-        return (losses, [raw(local_part(p)) for p in model.parameters()]), truths, overlapped
+            if step % 2:
+                save(model, optimizer)
+        return state_of(model, optimizer)
 
-    alone, checkpoint, other = train()[0], opened(ram), start("other")
-    disturbed, truths, overlapped = train(checkpoint)
-    assert overlapped > 0 and disturbed == alone and len(set(alone[0])) > 200
+    def save(model, optimizer):
+        under_way.append(bool(pending) and not pending[-1].done())
+        options = to(f"p{len(truths)}", staging=STAGINGS[len(truths) % 2])
+        truths.append(state_of(model, optimizer))
+        pending.append(checkpoint.save_async(model, optimizer, options))
+
+    checkpoint, losses, truths, pending, under_way = opened(ram), [], [], [], []
+    assert identical(train(), train(save)) and any(under_way)
+    assert losses[:400] == losses[400:] and len(set(losses)) > 200
     checkpoint.close()
+    other = start("other")
     for number, truth in enumerate(truths):
         checkpoint.load(*other, at(f"p{number}", load_rng_state=False))
         assert identical(state_of(*other), truth), number
@@ -6953,68 +6895,61 @@ def test_two_hundred_background_saves_keep_memory_threads_files_groups_and_store
     # With its optimizer the model has 3 MiB, so that keeping any of it would show.
     model, made, gloo = filled(nn.Linear(512, 512), "truth"), [], dist.ProcessGroupGloo
     optimizer, counts = stepped(model, lr=0.1), []
-    most = {"resident": 8 * MiB, "threads": 2, "descriptors": 4, "groups": 0, "keys": 10, "files": 0}
     checkpoint = over(ram, ckpt.TorchCoordinator(), keep_last=2)
     dist.ProcessGroupGloo = lambda *args: made.append(args[1:]) or gloo(*args)
+    limits = {  # how far each may grow
+        "resident": (8 * MiB, lambda: int(Path("/proc/self/statm").read_text().split()[1]) * PAGE),
+        "threads": (2, lambda: len(os.listdir("/proc/self/task"))),
+        "descriptors": (4, lambda: len(os.listdir("/proc/self/fd"))),
+        "groups": (0, lambda: len(dist.distributed_c10d._world.pg_map) + len(made)),
+        "keys": (10, lambda: dist.distributed_c10d._get_default_store().num_keys()),
+        "files": (0, lambda: len(listing(ram))),
+    }
     for number in range(200):
         checkpoint.save_async(model, optimizer, to(f"p{number}", staging=STAGINGS[number % 2]))
         if number % 40 == 39:
             checkpoint.close()
             dist.barrier()
-            count = {
-                "resident": int(Path("/proc/self/statm").read_text().split()[1]) * PAGE,
-                "threads": len(os.listdir("/proc/self/task")),
-                "descriptors": len(os.listdir("/proc/self/fd")),
-                "groups": len(dist.distributed_c10d._world.pg_map) + len(made),
-                "keys": dist.distributed_c10d._get_default_store().num_keys(),
-                "files": len(listing(ram)),
-            }
-            counts.append(count)
+            counts.append({name: count() for name, (_, count) in limits.items()})
             dist.barrier()
-            assert all(count[name] - counts[0][name] <= grown for name, grown in most.items()), counts
+            grown = {name: counts[-1][name] - counts[0][name] for name in limits}
+            assert all(grown[name] <= most for name, (most, _) in limits.items()), counts
     assert prefixes(checkpoint) == ["p198", "p199"] and checkpoint.latest_checkpoint().prefix == "p199"
     return number + 1
 
 
 # What stays: `keep_last`, `retain`, and falling back together
+WRONG_RETAINS = [lambda _: 1 / 0, lambda infos: infos[1:], lambda _: "p0", lambda _: None, lambda _: ["q"]]
+
+
 @on_ranks(2)
-def test_retain_gets_all_checkpoints_on_rank_zero_after_the_commit_and_what_it_does_not_name_goes(rank, ram):
-    """But never the new one."""
+def test_retain_names_what_stays_on_rank_zero_after_the_commit_and_a_wrong_one_is_a_warning(rank, ram):
+    """The new one always stays."""
 
     def best_and_last(infos):
         asked.append(" ".join(info.prefix for info in infos))
         return [info.prefix for info in infos if info.custom_metadata["best"]] + [infos[-1].prefix]
 
-    asked, checkpoint = [], opened(ram, retain=best_and_last)
-    for number in range(5):
+    def listed_after(number):
         checkpoint.save(value("old"), None, to(f"p{number}", custom_metadata={"best": number in (1, 2)}))
-    dist.barrier()
+        dist.barrier()
+        return gathered(prefixes(checkpoint))[0]
+
+    asked, checkpoint = [], opened(ram, retain=best_and_last)
+    *_, found = [listed_after(number) for number in range(5)]
     assert asked == ([] if rank else ["p0", "p0 p1", "p1 p2", "p1 p2 p3", "p1 p2 p3 p4"])
-    assert prefixes(checkpoint) == ["p1", "p2", "p4"]
-    dist.barrier()
+    assert found == ["p1", "p2", "p4"]
+    for number, wrong in enumerate(WRONG_RETAINS, 5):
+        checkpoint.retain, warned = wrong, overheard(checkpoint)
+        assert listed_after(number) == (found := [*found, f"p{number}"])
+        why = "committed, but not all that should go is gone"
+        assert [f"p{number}: {why}" in line for line in warned] == [True] * (rank == 0), warned
     checkpoint.retain = lambda infos: []
-    checkpoint.save(value("new"), None, to("p5"))
-    dist.barrier()
-    assert prefixes(checkpoint) == ["p5"] and set(listing(ram)) == named_files(ram)
-    alone = ckpt.LocalCoordinator()
-    for wrong in ({"retain": list, "keep_last": 2}, {"keep_last": 0}, {"keep_last": "2"}, {"keep_last": 1.5}):
-        refusal(lambda: opened(ram, alone, **wrong).save({}, None, "q"), ValueError, "keep_last")
+    assert listed_after(10) == ["p10"] and set(listing(ram)) == named_files(ram)
     create = ckpt.DistributedCheckpointFactory.create
-    refusal(lambda: create(alone, "a path"), ValueError, "must be CheckpointOptions")
-
-
-WRONG_RETAINS = [lambda _: 1 / 0, lambda infos: infos[1:], lambda _: "p0", lambda _: None, lambda _: ["q"]]
-
-
-@pytest.mark.parametrize("retain", WRONG_RETAINS)
-def test_a_retain_that_fails_or_names_no_checkpoints_is_a_warning_and_nothing_goes(ram, retain):
-    checkpoint = over(ram)
-    for prefix in ("p0", "p1"):
-        save_word(checkpoint, "old", prefix)
-    checkpoint.retain, warned = retain, overheard(checkpoint)
-    assert save_word(checkpoint, "new", "p2") == "p2" and prefixes(checkpoint) == ["p0", "p1", "p2"]
-    (line,) = warned
-    assert "p2: committed, but not all that should go is gone" in line, line
+    for wrong in ({"retain": list, "keep_last": 2}, {"keep_last": 0}, {"keep_last": "2"}, {"keep_last": 1.5}):
+        refusal(lambda: create(None, ckpt.CheckpointOptions(**wrong)), ValueError, "keep_last")
+    refusal(lambda: create(None, "a path"), ValueError, "must be CheckpointOptions")
 
 
 @for_each(form=FORMATS, damaged=[0, 1])
@@ -7039,7 +6974,6 @@ def test_fallback_takes_all_ranks_to_the_newest_older_checkpoint_that_verifies(r
     said, begin, deadlines = overheard(checkpoint), coord.Operation.__post_init__, []
     coord.Operation.__post_init__ = lambda op: begin(op) or deadlines.append(op._deadline)
     result = checkpoint.load(model, None, at("two", fallback=True))
-    coord.Operation.__post_init__ = begin
     assert len(deadlines) > 2 and len(set(deadlines)) == 1, "one limit for all attempts"
     assert result.prefix == "one" and identical(state_of(model), state_of(sharded("one")))
     (line,) = (line for line in said if "falling back" in line)
