@@ -7335,11 +7335,15 @@ def what_is_wrong(checkpoint, kept, prefix):
     del state["_extra_state"]
     ckpt.export_checkpoint(storage, prefix, exported, model_only=True)
     wrong += ["its export"] * (contents(exported) != as_stored(state))
-    for other in (other for other in kept if not kept[other]["damage"]):
-        a, b = truth.tensors(), truth_of(kept[other]).tensors()
-        differ = {name for name in a | b if not identical(a.get(name), b.get(name))}
-        told = {difference.name for difference in ckpt.diff_checkpoints(storage, prefix, other)}
-        wrong += [name for name in differ ^ told if name.startswith("model/w")]
+    for other in PLACES:
+        kind, _, told = outcome_of(lambda: ckpt.diff_checkpoints(storage, prefix, other))
+        damage = other in kept and kept[other]["damage"]
+        kinds = ["returned" if other in kept else "LOAD_FAILED"] + ["CORRUPTED_CHECKPOINT"] * bool(damage)
+        wrong += [f"the difference from {other}: {kind}"] * (kind not in kinds)
+        if kind == "returned" and not damage:
+            a, b = truth.tensors(), truth_of(kept[other]).tensors()
+            differ = {name for name in a | b if not identical(a.get(name), b.get(name))}
+            wrong += [name for name in differ ^ {found.name for found in told} if name.startswith("model/w")]
     return wrong
 
 
