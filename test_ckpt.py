@@ -5067,18 +5067,21 @@ def test_a_read_that_returns_after_its_load_changes_no_tensor(ram, impatient, en
     assert identical(live, trained) and identical(other, numbered(0))
 
 
-@pytest.mark.parametrize("strategy", ["parallel", "broadcast"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @on_ranks(2)
 def test_a_read_that_returns_after_all_ranks_retried_changes_nothing(rank, tmp_path, strategy):
-    """A read of rank 0 hangs, one of rank 1 fails, both ranks retry."""
+    """A read of rank 0 hangs, one of rank 1 (or rank 0, where it reads alone) fails, both ranks retry."""
     st.BLOCK_BYTES, st.UNIT_BYTES, st.STUCK_S = 8 * PAGE, PAGE, 0.05
     truth = {f"w{n}": torch.arange(n, n + 2 * PAGE, dtype=torch.float32).view(2, -1) for n in range(8)}
     opened(tmp_path).save(truth, None, to(include_rng_state=False))
     mesh, hangs = init_device_mesh("cpu", (2,)), tmp_path / "hangs"
     live = {name: distribute_tensor(torch.zeros_like(t), mesh, [Replicate()]) for name, t in truth.items()}
-    files = Seam(fail_data(0, "pread", lambda: await_file(hangs))) if rank else Hung("pread")
+    failing = rank == (strategy != "sequential")
     if rank == 0:
-        files.reached = types.SimpleNamespace(set=hangs.touch)
+        files = Hung("pread", failing)
+        files.reached = types.SimpleNamespace(set=hangs.touch, wait=lambda _: await_file(hangs))
+    else:
+        files = Seam(fail_data(0 if failing else FOREVER, "pread", lambda: await_file(hangs)))
     checkpoint = over(Storage(tmp_path, files), coord.TorchCoordinator(), attempts=2)
     checkpoint.load(live, None, at(load_rng_state=False, resharding_strategy=strategy))
     assert all(torch.equal(t.full_tensor(), truth[name]) for name, t in live.items())
@@ -5086,7 +5089,7 @@ def test_a_read_that_returns_after_all_ranks_retried_changes_nothing(rank, tmp_p
     trained = copy.deepcopy(local)
     if rank == 0:
         files.return_late()
-    assert identical(local, trained) and (rank == 0 or files.before.hit)
+    assert identical(local, trained) and bool(files.before.hit) == failing
 
 
 @for_each(level=LEVELS[:2], form=[*FORMATS, "export"])
