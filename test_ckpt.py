@@ -2027,7 +2027,7 @@ def test_reshard_files_are_those_of_the_format_and_safetensors_reads_the_truth(s
 @pytest.mark.parametrize("how", ["parallel", "sequential", "load_safetensors"])
 @on_ranks(2)
 def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_the_model(rank, tmp_path, how):
-    """Layers of 6 MiB, of which each rank wants a half; as much of an optimizer, and in it a bit is flipped."""
+    """Each rank wants a half of each layer, of 6 MiB; none an optimizer, in which a bit is flipped."""
     layers = (nn.ModuleList(nn.Linear(1024, 1536, bias=False) for _ in range(4)) for _ in "12")
     truth, model = map(filled, layers, ("truth", "other"))
     if rank == 0:
@@ -2318,8 +2318,8 @@ def test_any_optimizer_continues_from_a_checkpoint_as_if_it_had_not_stopped(rank
         train_job(*never_stopped, 3)
         checkpoint.load(*loaded, at(f"of-{saved}"))
         for steps in (0, 2):
-            same = identical(train_job(*never_stopped, steps), train_job(*loaded, steps))
-            assert same, (size, saved, steps)
+            states = train_job(*never_stopped, steps), train_job(*loaded, steps)
+            assert identical(*states), (size, saved, steps)
 
 
 class Tenths(nn.Module):
@@ -2459,7 +2459,7 @@ THROUGH = [("in the cache", 1, "none"), ("cold", 2, "none"), ("columns", 2, "non
 @pytest.mark.parametrize("layout, size, level", PAST + THROUGH)
 @on_ranks("size")
 def test_a_cold_file_is_read_past_the_cache_if_no_other_rank_wants_it(rank, tmp_path, layout, size, level):
-    """Ranks that load rows or columns of what was saved by rows. Of columns each rank wants half of a read."""
+    """Saved by rows, loaded by rows or columns: of columns each rank wants half of what it reads."""
     model = nn.Linear(2048, 3072, bias=False)
     if layout in ("rows", "columns"):
         fully_shard(model)
