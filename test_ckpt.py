@@ -2027,13 +2027,13 @@ def test_reshard_files_are_those_of_the_format_and_safetensors_reads_the_truth(s
 @pytest.mark.parametrize("how", ["parallel", "sequential", "load_safetensors"])
 @on_ranks(2)
 def test_ranks_that_share_blocks_read_only_the_units_of_their_own_part_of_the_model(rank, tmp_path, how):
-    """Each rank wants a half of each layer, of 6 MiB; none an optimizer, in which a bit is flipped."""
-    layers = (nn.ModuleList(nn.Linear(1024, 1536, bias=False) for _ in range(4)) for _ in "12")
+    """Each rank wants a half of each layer, of 3 MiB; none an optimizer, in which a bit is flipped."""
+    layers = (nn.ModuleList(nn.Linear(1024, 768, bias=False) for _ in range(8)) for _ in "12")
     truth, model = map(filled, layers, ("truth", "other"))
     if rank == 0:
         opened(tmp_path, ckpt.LocalCoordinator()).save(truth, stepped(truth, SGD, lr=0.0, momentum=0.9), to())
         shard = Shard(shards(tmp_path)[0])
-        flip(shard.path, shard.place(shard.find("optimizer/3.weight/"))[1] - 1)
+        flip(shard.path, shard.place(shard.find("optimizer/7.weight/"))[1] - 1)
     for layer in model:
         fully_shard(layer)
     st.os = files = Seam()
