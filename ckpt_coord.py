@@ -1175,7 +1175,7 @@ def _refuse_unsupported(name: str, tensor: torch.Tensor, placements: Sequence[Pl
         problem = "is a nested tensor; store its values() and offsets(), or to_padded_tensor()"
     elif tensor.layout is not torch.strided:
         problem = f"has layout {tensor.layout}; store to_dense(), or its indices and values"
-    elif tensor.is_quantized or tensor.dtype not in st.CODES:
+    elif tensor.dtype not in st.CODES:
         problem = f"has dtype {tensor.dtype}; store dequantize(), or int_repr() with its scales"
     elif tensor.is_meta:
         problem = "is on the meta device, which holds no data; materialise it (to_empty) first"

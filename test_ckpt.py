@@ -1009,6 +1009,9 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
     errors[:] = [KeyError(), OSError()]
     refusal(lambda: handler.execute_with_retry(fails_as_long_as_there_are_errors), OSError)
     assert len(errors) == 1
+    errors[:], cancel = [KeyError()], threading.Event()
+    cancel.set()
+    refusal(lambda: handler.execute_with_retry(fails_as_long_as_there_are_errors, cancel), KeyError)
     errors[:], waits = [KeyError()], []
     asked = types.SimpleNamespace(wait=waits.append, is_set=bool)
     patient = ckpt.FaultToleranceHandler(storage, dataclasses.replace(retry, initial_delay=1000.0))
@@ -1039,6 +1042,11 @@ def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_pat
         with ckpt.CheckpointReader(storage, metadata) as reader:
             report = ckpt.CheckpointValidator(storage, checksums).validate_shards(reader)
             assert report.is_valid == (data is right)
+    old = ckpt.VersionCompatibilityChecker().check_compatibility(dataclasses.replace(metadata, version=1))
+    assert old.errors == ["format version 1; this code reads 2"]
+    raising = types.SimpleNamespace(name="mine", check_compatibility=lambda _: {}["odd"])
+    mine = ckpt.CheckpointValidator(storage, [], [raising]).validate_metadata(metadata)
+    assert mine.errors == ["checker 'mine' raised KeyError: 'odd'"]
     result = ckpt.ValidationResult(errors=["bad"], warnings=["odd"])
     assert not result.is_valid and result.has_warnings
     assert "bad" in result.get_summary() and "odd" in result.get_summary()
@@ -1643,12 +1651,12 @@ def test_a_tensor_that_is_not_dense_and_real_is_refused_by_key_and_nothing_chang
 @on_ranks(2)
 def test_parts_that_do_not_make_up_a_tensor_are_refused_before_any_write(rank, tmp_path):
     """A part of another size than its placement says; and one of two ranks of a mesh, which saves alone."""
-    mesh, sizes = init_device_mesh("cpu", (2,)), {"shape": torch.Size((4, 2)), "stride": (2, 1)}
+    mesh, sizes = init_device_mesh("cpu", (2,)), {"shape": torch.Size((4, 3)), "stride": (3, 1)}
     for coordinator, rows, kind, words in (
-        (None, 3, "SAVE_FAILED", "do not fit its shape [4, 2] and local shape [3, 2]"),
-        (ckpt.LocalCoordinator(), 2, "VALIDATION_FAILED", "together hold 4 elements of its 8"),
+        (None, 3, "SAVE_FAILED", "do not fit its shape [4, 3] and local shape [3, 3]"),
+        (ckpt.LocalCoordinator(), 2, "VALIDATION_FAILED", "together hold 6 elements of its 12"),
     ):
-        w = DTensor.from_local(torch.ones(rows, 2), mesh, [ShardDim(0)], run_check=False, **sizes)
+        w = DTensor.from_local(torch.ones(rows, 3), mesh, [ShardDim(0)], run_check=False, **sizes)
         refusal(lambda: opened(tmp_path, coordinator).save({"w": w}, None, "p"), kind, "model/w", words)
         assert listing(tmp_path) == {}
 
@@ -1841,7 +1849,8 @@ def test_what_one_rank_alone_gets_wrong_is_an_error_on_all_and_nothing_changes(r
     # A failure of a type that fits no save; and one of a load, which fails when its bytes are there.
     saved = Doomed(CheckpointException("boom", type=ExceptionType.LOAD_FAILED)) if rank else bag
     found = Doomed(KeyError("boom"), can_save=True) if rank else bag
-    for verb, given, words in (("save", saved, "boom"), ("load", found, "KeyError: 'boom'")):
+    fails = ("save", saved, "boom (rank 1, in S2 "), ("load", found, "KeyError: 'boom'; tensors being")
+    for verb, given, words in fails:
         *answer, message = outcome_of(lambda: getattr(checkpoint, verb)(given, None, "good"))
         assert answer == [f"{verb.upper()}_FAILED", 1] and words in message, message
         assert ("undefined" in message) == (verb == "load") and listing(tmp_path) == before, message
