@@ -2469,7 +2469,8 @@ THROUGH = [("in the cache", 1, "none"), ("cold", 2, "none"), ("columns", 2, "non
 @on_ranks("size")
 def test_a_cold_file_is_read_past_the_cache_if_no_other_rank_wants_it(rank, tmp_path, layout, size, level):
     """Saved by rows, loaded by rows or columns: of columns each rank wants half of what it reads."""
-    model = nn.Linear(2048, 3072, bias=False)
+    model = filled(nn.Linear(2048, 3072, bias=False), "truth")
+    truth = raw(model.weight)
     if layout in ("rows", "columns"):
         fully_shard(model)
     opened(tmp_path).save(model, None, to(compression_level=level))
@@ -2482,6 +2483,7 @@ def test_a_cold_file_is_read_past_the_cache_if_no_other_rank_wants_it(rank, tmp_
     files = Seam() if cached or layout == "dropped" else Seam(not_cached)
     ckpt.DistributedCheckpoint(storage=Storage(tmp_path, files)).load(model, None, at())
     assert any(op.call == "open_direct" for op in files.log) == ((layout, size, level) in PAST)
+    assert whole(model.state_dict()["weight"]) == truth
 
 
 @for_each(columns=[1024, 512])
