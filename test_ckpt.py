@@ -144,10 +144,8 @@ def _rank_main(pipe, port, rank, world_size, body, tmp, args):
         if port is not None:
             store = dist.TCPStore("127.0.0.1", port, is_master=False)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-            args = (rank, world_size, Path(tmp), *args)
-        else:
-            args = (Path(tmp), *args)
-        answer = (True, body(*args))
+        place = () if port is None else (rank, world_size)
+        answer = (True, body(*place, Path(tmp), *args))
     except BaseException:
         variables = str(inspect.trace()[-1].frame.f_locals)[:5000]  # of the function that raised
         answer = (False, f"{traceback.format_exc()}where {variables}")
@@ -162,7 +160,7 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
     Fails with the tracebacks of ranks that raised, died (but for those in `dies`) or run after `limit_s`.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes, pending, pipes, results, failures = [], {}, [], [None] * world_size, []
+    processes, pending, results, failures = [], {}, [None] * world_size, []
     for rank in range(world_size):
         pipe, theirs = CTX.Pipe()
         arguments = (theirs, store.port if group else None, rank, world_size, body, str(tmp), args)
@@ -170,7 +168,7 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
         processes[-1].start()
         theirs.close()
         pending[pipe] = rank
-        pipes.append(pipe)  # our ends stay open until the end
+    pipes = list(pending)  # our ends stay open until the end
     deadline = time.monotonic() + limit_s
     try:
         while pending and (ready := connection.wait(list(pending), max(0.0, deadline - time.monotonic()))):
@@ -549,9 +547,8 @@ class Op(NamedTuple):
     size: int = 0
 
 
-CALLS = "create pwrite truncate allocate fsync fsync_dir rename link unlink mkdir rmdir"
-CHANGES = CALLS.split()
 NAMING = ["create", "open", "rename", "link", "unlink", "mkdir", "rmdir", "stat", "listdir", "scandir"]
+CHANGES = ["create", "pwrite", "truncate", "allocate", "fsync", "fsync_dir", *NAMING[2:7]]
 
 
 class Seam:
@@ -678,14 +675,16 @@ def test_every_file_call_of_the_library_goes_through_the_seam(tmp_path):
     names |= {f"os.{name}": name for name in ("rename", "link", "mkdir", "rmdir", "truncate", "symlink")}
 
     def audit(event, args):
-        if event in names and str(args[0]).startswith(f"{tmp_path}/"):
-            is_map = event == "open" and args[1] is not None and "/source/" in args[0]  # of a file to import
-            audited[names[event], args[0]] += not is_map
+        is_map = event == "open" and args[1] is not None and "/source/" in str(args[0])  # of a file to import
+        if event in names and str(args[0]).startswith(f"{tmp_path}/") and not is_map:
+            audited[names[event], args[0]] += 1
 
+    (tmp_path / "base").mkdir()
+    (lost := tmp_path / f"base/lost{st.RECORD_SUFFIX}.0badf00d.tmp").touch()
+    os.utime(lost, (1e9, 1e9))
     sys.addaudithook(audit)
     storage, (model, optimizer) = ckpt.LocalStorage(tmp_path / "base"), small()
-    exported, lost = tmp_path / "source/m.safetensors", tmp_path / f"base/lost{st.RECORD_SUFFIX}.0badf00d.tmp"
-    index = f"{exported}.index.json"
+    index = f"{(exported := tmp_path / 'source/m.safetensors')}.index.json"
     with ckpt.DistributedCheckpoint(storage=storage) as checkpoint:
         for form in FORMATS:
             checkpoint.save(model, optimizer, to(f"runs/{form.value}", format=form))
@@ -699,12 +698,8 @@ def test_every_file_call_of_the_library_goes_through_the_seam(tmp_path):
         ckpt.load_safetensors(small()[0], index, strict=False)
         ckpt.diff_checkpoints(storage, "once", "again")
         checkpoint.delete_checkpoint("once")
-        lost.touch()
-        os.utime(lost, (1e9, 1e9))
         ckpt.collect_garbage(storage, 0.0)
-    expected = {"open", "unlink", "listdir", "scandir", "rename", "link", "mkdir", "rmdir"}
-    assert {call for call, _ in +audited} == expected
-    audited["open", str(lost)] -= 1
+    assert {call for call, _ in audited} == set(names.values()) - {"truncate", "symlink"}
     logged = Counter(("open" if op.call == "create" else op.call, op.path) for op in st.os.log)
     assert not audited - logged, audited - logged
 
@@ -756,11 +751,10 @@ def test_the_public_names_are_these_and_each_says_what_it_is():
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     assert all(isinstance(thing, ckpt.Stateful) for thing in (model, optimizer, scheduler, Bag()))
     assert not isinstance(object(), ckpt.Stateful)
-    for kinds, protocol in (
-        ((ckpt.ChecksumIntegrityChecker, ckpt.SizeIntegrityChecker), ckpt.IntegrityChecker),
-        ((ckpt.VersionCompatibilityChecker, ckpt.SchemaCompatibilityChecker), ckpt.CompatibilityChecker),
-    ):
-        assert all(isinstance(kind(), protocol) for kind in kinds)
+    integrity = ckpt.ChecksumIntegrityChecker(), ckpt.SizeIntegrityChecker()
+    compatibility = ckpt.VersionCompatibilityChecker(), ckpt.SchemaCompatibilityChecker()
+    assert all(isinstance(checker, ckpt.IntegrityChecker) for checker in integrity)
+    assert all(isinstance(checker, ckpt.CompatibilityChecker) for checker in compatibility)
     error = CheckpointException("m", "p/x", ExceptionType.TIMEOUT)
     assert isinstance(error, Exception) and str(error) == "m"
     assert (error.checkpoint_path, error.type, error.rank) == ("p/x", ExceptionType.TIMEOUT, None)
@@ -803,7 +797,7 @@ def test_one_object_saves_with_defaults_and_names_checkpoints_by_utc_time(tmp_pa
     assert (tmp_path / "checkpoints" / f"{first}.metadata.json").is_file()
 
 
-def test_an_optimizer_is_saved_and_loaded_unless_left_out_and_to_forget_it_is_a_warning(tmp_path, checkpoint):
+def test_an_optimizer_is_saved_and_loaded_unless_left_out_and_forgetting_it_warns(tmp_path, checkpoint):
     model, optimizer = small()
     truth, mine = state_of(model, optimizer), state_of(*small("other"))
     checkpoint.save(model, optimizer, to("both"))
@@ -854,16 +848,11 @@ def test_custom_metadata_comes_back_on_all_ranks_is_listed_and_must_be_data_of_b
     assert prefixes(checkpoint) == ["p"]
 
 
-@for_each(form=FORMATS, level=LEVELS)
-def test_every_format_and_compression_level_restores_in_place_bit_for_bit(tmp_path, checkpoint, form, level):
-    def momentum(salt, steps, lr):
-        model = filled(nn.Sequential(nn.Embedding(700, 1000), nn.Linear(1000, 3).bfloat16()), salt)
-        return model, stepped(model, torch.optim.SGD, steps, lr=lr, momentum=0.9)
-
-    (model, optimizer), (other, other_optimizer) = momentum("truth", 2, 0.1), momentum("other", 0, 0.3)
+@pytest.mark.parametrize("form, level", zip(FORMATS, LEVELS))
+def test_results_and_listings_tell_what_was_saved_how_and_when(tmp_path, checkpoint, form, level):
+    (model, optimizer), (other, other_optimizer), now = small(), small("other"), datetime.datetime.now
     options = to(format=form.value, compression_level=level.value, custom_metadata={"a": [1]}), at()
-    before, weight, now = copy.deepcopy(options), other[0].weight, datetime.datetime.now
-    began = now(datetime.timezone.utc)
+    before, weight, began = copy.deepcopy(options), other[0].weight, now(datetime.timezone.utc)
     assert checkpoint.save(model, optimizer, options[0]) == "p"
     (info,) = checkpoint.list_checkpoints()
     assert info == checkpoint.latest_checkpoint() and info.world_size == 1 and info.version
@@ -878,7 +867,6 @@ def test_every_format_and_compression_level_restores_in_place_bit_for_bit(tmp_pa
     assert (result.source_world_size, result.target_world_size, result.was_resharded) == (1, 1, False)
     assert identical(dict(result.model_state), dict(other.state_dict()))
     assert set(result.optimizer_state) >= {"state", "param_groups"}
-    assert checkpoint.validate_checkpoint("p").is_valid
     number, shard = re.fullmatch("[0-9a-f]{8}", save_id(tmp_path))[0], "-00000-of-00001"
     endings = {"multi_shard": [shard], "single_file": [""], "consolidated": [shard, ".model"]}
     assert [path.stem for path in shards(tmp_path)] == [number + ending for ending in endings[form.value]]
@@ -889,16 +877,17 @@ def test_compression_shrinks_what_it_can_and_costs_next_to_nothing_where_it_cann
     weights = torch.randn(1 << 20, generator=generator).bfloat16()  # their exponents share a plane
     noise = torch.randint(0, 256, (2 << 20,), generator=generator, dtype=torch.uint8)
     for (name, tensor), level in itertools.product({"weights": weights, "noise": noise}.items(), LEVELS):
-        checkpoint.save(Bag(w=tensor), None, to(compression_level=level))
+        checkpoint.save({"w": tensor}, None, to(compression_level=level))
+        checkpoint.load(found := {"w": torch.zeros_like(tensor)}, None, at())
+        assert identical(found["w"], tensor)
         sizes.setdefault(name, []).append(sum(path.stat().st_size for path in shards(tmp_path)))
     none, fast, balanced, maximum = sizes["weights"]
     assert maximum <= balanced <= fast < 0.85 * none
     assert max(sizes["noise"]) < 1.01 * sizes["noise"][0]
 
 
-@pytest.mark.parametrize("path", [str, Path])
-def test_a_path_means_local_storage_there_and_a_string_means_options_with_that_prefix(tmp_path, path):
-    first, second = (path(tmp_path / name) for name in "ab")
+def test_a_path_means_local_storage_there_and_a_string_means_options_with_that_prefix(tmp_path):
+    first, second = tmp_path / "a", str(tmp_path / "b")
     made = {first: ckpt.DistributedCheckpoint(storage=first)}
     made[second] = ckpt.DistributedCheckpointFactory.create(options=ckpt.CheckpointOptions(storage=second))
     for directory, checkpoint in made.items():
@@ -974,57 +963,65 @@ def hiccups(times):
     return Seam(Strike(0, fail(errno.EIO), is_new_shard, until=times))
 
 
-@pytest.mark.parametrize("attempts, limit_s", [(1, 60.0), (2, 60.0), (3, 60.0), (3, 0.5)])
-def test_the_retry_policy_decides_how_often_an_error_is_tried_again(tmp_path, manual_time, attempts, limit_s):
+@pytest.mark.parametrize(
+    "attempts, limit_s, wanted, made",
+    [
+        (1, 60.0, "STORAGE_ERROR", 1),
+        (2, 60.0, "STORAGE_ERROR", 2),
+        (3, 60.0, "returned", 3),
+        (3, 0.5, "TIMEOUT", 1),
+    ],
+)
+def test_the_retry_policy_decides_how_often_an_error_is_tried_again(
+    tmp_path, manual_time, attempts, limit_s, wanted, made
+):
     class Policy(ckpt.RetryPolicy):
         def delay(self, attempt):
             manual_time.sleep(super().delay(attempt))
             return 0.0
 
     files, policy = hiccups(times=2), Policy(max_retries=attempts, initial_delay=1.0, jitter=0.0)
-    ckpt.StorageFactory.register("hiccups", lambda settings: Storage(tmp_path, files))
-    checkpoint = opened(tmp_path, storage=ckpt.StorageOptions("hiccups"), retry_policy=policy)
+    checkpoint = opened(tmp_path, storage=Storage(tmp_path, files), retry_policy=policy)
     kind, _, message = outcome_of(lambda: checkpoint.save(*small(), to(timeout=limit_s)))
-    assert kind == ("TIMEOUT" if limit_s < 1.0 else "STORAGE_ERROR" if attempts < 3 else "returned"), message
+    assert (kind, sum(map(is_new_shard, files.log))) == (wanted, made), message
     if kind == "returned":
         checkpoint.load(*small(), at())
         assert manual_time.now == 1.0 + 2.0
     else:
         assert listing(tmp_path) == {} and (kind == "TIMEOUT" or ".safetensors" in message)
-    assert sum(map(is_new_shard, files.log)) == (attempts if limit_s > 1.0 else 1)
 
 
 def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
-    storage = ckpt.LocalStorage(tmp_path)
-    retry = ckpt.RetryPolicy(max_retries=3, initial_delay=0.01, retryable_exceptions=(KeyError,))
-    handler, never = ckpt.FaultToleranceHandler(storage, retry), threading.Event()
-    errors = [KeyError(), KeyError()]
+    storage, never, errors, waits = ckpt.LocalStorage(tmp_path), threading.Event(), [], []
+    retry = ckpt.RetryPolicy(max_retries=3, initial_delay=1000.0, retryable_exceptions=(KeyError,))
+    handler = ckpt.FaultToleranceHandler(storage, retry)
+    waiting = types.SimpleNamespace(wait=waits.append, is_set=bool)  # in the place of the event of a cancel
 
     def fails_as_long_as_there_are_errors():
         if errors:
             raise errors.pop()
         return "done"
 
-    assert handler.execute_with_retry(fails_as_long_as_there_are_errors) == "done"
-    errors[:] = [KeyError(), OSError()]
-    refusal(lambda: handler.execute_with_retry(fails_as_long_as_there_are_errors), OSError)
+    def attempt():
+        until = time.monotonic() + 5.0
+        return handler.execute_with_retry(fails_as_long_as_there_are_errors, waiting, until)
+
+    errors[:] = [KeyError(), KeyError()]
+    assert attempt() == "done" and len(waits) == 2
+    assert all(0.0 <= wait <= 5.0 for wait in waits), "the deadline ends a delay"
+    errors[:] = [KeyError(), OSError(), KeyError()]
+    refusal(attempt, OSError)
     assert len(errors) == 1
     errors[:], cancel = [KeyError()], threading.Event()
     cancel.set()
     refusal(lambda: handler.execute_with_retry(fails_as_long_as_there_are_errors, cancel), KeyError)
-    errors[:], waits = [KeyError()], []
-    asked = types.SimpleNamespace(wait=waits.append, is_set=bool)
-    patient = ckpt.FaultToleranceHandler(storage, dataclasses.replace(retry, initial_delay=1000.0))
-    until = time.monotonic() + 5.0
-    assert patient.execute_with_retry(fails_as_long_as_there_are_errors, asked, until) == "done"
-    assert len(waits) == 1 and 0.0 <= waits[0] <= 5.0, "the deadline ends a delay"
     assert ckpt.RetryPolicy(max_delay=1.0, jitter=0.0).delay(5000) == 1.0
     slow = ckpt.RetryPolicy(initial_delay=1.0, backoff_factor=1.01, jitter=0.0)
     assert slow.delay(100) == 1.01**100 and dataclasses.replace(slow, initial_delay=0.0).delay(10**6) == 0.0
     refusal(lambda: handler.execute_with_timeout(lambda: never.wait(HANG_S), 0.1), "TIMEOUT")
     never.set()
     assert handler.execute_with_timeout(lambda: 7, HANG_S) == 7
-    ckpt.DistributedCheckpoint(storage=storage).save(*small(), to())
+    put(storage, "old")
     handler.rollback("p")
     assert listing(tmp_path) == {}
 
@@ -1053,46 +1050,37 @@ def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_pat
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 5, 24, 56])
-def test_the_schema_checker_sees_every_overlap_and_hole_in_any_number_of_dimensions(checkpoint, dimensions):
-    bag = Bag(cube=torch.zeros((1,) * dimensions), flat=torch.zeros(8))
-    checkpoint.save(bag, None, to(include_rng_state=False))
-    metadata, checker = checkpoint.load(bag, None, at()).metadata, ckpt.SchemaCompatibilityChecker()
-    names = [tensor.name.removeprefix("model/") for tensor in metadata.tensors]
-    shapes = {"cube": {"shape": (2,) * dimensions}, "flat": {}}
-    other = {"alias_of": names.index("flat")}  # tensors that need no boxes
-    tensors = tuple(t._replace(**shapes.get(name, other)) for name, t in zip(names, metadata.tensors))
+def test_the_schema_checker_sees_every_overlap_and_hole_in_any_number_of_dimensions(dimensions):
+    def wrong(*pieces):
+        """The tensors that have errors, if these are the pieces: (the number of a tensor, its box)."""
+        tensor, box = map(np.array, zip(*pieces))
+        record = types.SimpleNamespace(tensors=tensors, pieces=types.SimpleNamespace(tensor=tensor, box=box))
+        errors = ckpt.SchemaCompatibilityChecker().check_compatibility(record).errors
+        return [error.partition(":")[0] for error in errors]
+
+    tied = ckpt.TensorMetadata("tied", "F32", (8,), alias_of=1)  # it needs no boxes
+    shapes = {"cube": (2,) * dimensions, "flat": (8,)}
+    tensors = [*(ckpt.TensorMetadata(name, "F32", shape) for name, shape in shapes.items()), tied]
     cube, flat = np.zeros((2, 2, dimensions), np.int64)
     cube[1], flat[1], flat[1, 0] = 2, 1, 8
+    assert wrong((0, cube), (1, flat)) == []
     for dim in range(dimensions):
         first, second, short = cube.copy(), cube.copy(), flat.copy()
         first[1, dim], second[:, dim], short[1, 0] = 1, 1, 7  # halves of the cube; a row with a hole
-        for boxes, wrong in (
-            ([("cube", cube), ("flat", flat)], set()),
-            ([("cube", first), ("cube", second), ("flat", flat)], set()),
-            ([("cube", first), ("cube", first), ("flat", flat)], {"cube"}),
-            ([("cube", first), ("flat", short)], {"cube", "flat"}),
-        ):
-            tensor, zeros = np.array([names.index(name) for name, _ in boxes]), np.zeros(len(boxes), np.int64)
-            pieces = st.Pieces(tensor, zeros, zeros, zeros, np.stack([box for _, box in boxes]))
-            record = dataclasses.replace(metadata, tensors=tensors, pieces=pieces)
-            errors = checker.check_compatibility(record).errors
-            assert {error.partition(":")[0].removeprefix("model/") for error in errors} == wrong, errors
+        assert wrong((0, first), (0, second), (1, flat)) == []
+        assert wrong((0, first), (0, first), (1, flat)) == ["cube"]
+        assert wrong((0, first), (1, short)) == ["cube", "flat"]
 
 
 def test_cancel_stops_a_validation_in_a_load_before_all_is_read_or_anything_begins(tmp_path, checkpoint):
-    class Cancel(threading.Event):
-        def is_set(self):
-            if found := super().is_set():
-                noticed.set()
-            return found
-
-    bag, cancel, noticed, read = Bag(w=torch.zeros(20 * MiB)), Cancel(), threading.Event(), []  # 20 blocks
+    bag, cancel, noticed, read = Bag(w=torch.zeros(20 * MiB)), Sensor(), threading.Event(), []  # 20 blocks
     checkpoint.save(bag, None, to())
 
     def stop(op):
         if op.call == "pread" and op.size >= BLOCK:
-            cancel.set()
             read.append(op)
+            cancel.set()
+            cancel.act = noticed.set
             noticed.wait(30.0)  # nothing more is read before the load has looked whether it is cancelled
 
     storage = Storage(tmp_path, Seam(stop))
@@ -1100,10 +1088,7 @@ def test_cancel_stops_a_validation_in_a_load_before_all_is_read_or_anything_begi
     checkpoint = ckpt.DistributedCheckpoint(storage=storage, validator=validator)
     refusal(lambda: checkpoint.load(bag, None, at(), cancel=cancel), "CANCELLED")
     assert 0 < len(read) < 15
-    before = listing(tmp_path)
-    refusal(lambda: checkpoint.save(*small(), to(), cancel=cancel), "CANCELLED")
     refused(checkpoint, at(), "CANCELLED", cancel=cancel)
-    assert listing(tmp_path) == before
 
 
 @pytest.fixture
@@ -1116,14 +1101,15 @@ def manual_time(monkeypatch):
     return clock
 
 
-def test_a_coordinator_of_five_methods_stops_waiting_for_a_silent_rank_at_the_deadline(tmp_path, manual_time):
-    def silent(value, timeout=600.0):
-        manual_time.sleep(timeout)
-        raise CheckpointException("rank 1 is silent", type=ExceptionType.TIMEOUT, rank=1)
+def test_a_save_stops_waiting_for_a_silent_rank_at_the_deadline(tmp_path, manual_time):
+    class Deserted(ckpt.DistributedCoordinator):
+        rank, world_size = 0, 2
 
-    deserted = {"barrier": functools.partial(silent, None), "all_gather": silent, "broadcast": None}
-    coordinator = types.SimpleNamespace(rank=0, world_size=2, **deserted)
-    answer = outcome_of(lambda: save_word(over(tmp_path, coordinator), "new", timeout=100.0))
+        def all_gather(self, value, timeout=600.0):
+            manual_time.sleep(timeout)
+            raise CheckpointException("rank 1 is silent", type=ExceptionType.TIMEOUT, rank=1)
+
+    answer = outcome_of(lambda: save_word(over(tmp_path, Deserted()), "new", timeout=100.0))
     assert answer[:2] == ("TIMEOUT", 1) and 100 <= manual_time.now < 105
 
 
@@ -1137,11 +1123,8 @@ def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path, manu
 
 
 def test_threads_that_get_no_memory_fail_the_save_and_publish_nothing(tmp_path, monkeypatch):
-    def refuse(length):
-        raise MemoryError("no room for a buffer")
-
-    monkeypatch.setattr(st, "aligned_buffer", refuse)
-    assert "no room for a buffer" in refusal(lambda: opened(tmp_path).save(small()[0], None, to()))
+    monkeypatch.setattr(st, "aligned_buffer", lambda length: np.empty(1 << 60))
+    assert "Unable to allocate" in refusal(lambda: opened(tmp_path).save(small()[0], None, to()))
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -1163,22 +1146,19 @@ def output_of(*arguments, **options):
     return done.stdout
 
 
-@on_ranks(2)
-def test_the_three_files_work_inside_somebodys_package(rank, tmp_path):
-    if rank == 0:
-        vendor_into(tmp_path)
-    dist.barrier()
+@isolated()
+def test_the_three_files_work_inside_somebodys_package(tmp_path):
+    vendor_into(tmp_path)
     for name in ("ckpt", "ckpt_coord", "ckpt_storage"):
         sys.modules[name] = None  # an import of the top-level name would now fail
     sys.path[:] = [str(tmp_path)] + [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
-    library, base = importlib.import_module("pkg.vendor.ckpt"), str(tmp_path / "c")
-    with library.DistributedCheckpoint(storage=library.LocalStorage(base)) as checkpoint:
+    library = importlib.import_module("pkg.vendor.ckpt")
+    with library.DistributedCheckpoint(storage=library.LocalStorage(tmp_path / "c")) as checkpoint:
         checkpoint.save(*small(), library.SaveOptions(checkpoint_prefix="p"))
         state, _ = loaded(checkpoint, library.LoadOptions(checkpoint_prefix="p"))
         assert identical(state, state_of(*small())) and prefixes(checkpoint) == ["p"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     assert "p: ok" in output_of("-m", "pkg.vendor.ckpt", "verify", "c", cwd=tmp_path, env=environment)
-    assert library.main(["verify", base]) == 0
 
 
 CHECKERS = ["mypy --strict", "ruff check --isolated --select E4,E7,E9,F"]
