@@ -160,7 +160,7 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
     Fails with the tracebacks of ranks that raised, died (but for those in `dies`) or run after `limit_s`.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes, pending, results, failures = [], {}, [None] * world_size, []
+    processes, pending, pipes, results, failures = [], {}, [], [None] * world_size, []
     for rank in range(world_size):
         pipe, theirs = CTX.Pipe()
         arguments = (theirs, store.port if group else None, rank, world_size, body, str(tmp), args)
@@ -168,7 +168,7 @@ def run(world_size, body, tmp, *args, limit_s=HANG_S, dies=(), group=True):
         processes[-1].start()
         theirs.close()
         pending[pipe] = rank
-    pipes = list(pending)  # our ends stay open until the end
+        pipes.append(pipe)  # our ends stay open until the end
     deadline = time.monotonic() + limit_s
     try:
         while pending and (ready := connection.wait(list(pending), max(0.0, deadline - time.monotonic()))):
@@ -848,7 +848,7 @@ def test_custom_metadata_comes_back_on_all_ranks_is_listed_and_must_be_data_of_b
     assert prefixes(checkpoint) == ["p"]
 
 
-@pytest.mark.parametrize("form, level", zip(FORMATS, LEVELS))
+@pytest.mark.parametrize("form, level", [*zip(FORMATS, LEVELS)])
 def test_results_and_listings_tell_what_was_saved_how_and_when(tmp_path, checkpoint, form, level):
     (model, optimizer), (other, other_optimizer), now = small(), small("other"), datetime.datetime.now
     options = to(format=form.value, compression_level=level.value, custom_metadata={"a": [1]}), at()
@@ -1123,7 +1123,7 @@ def test_a_save_that_is_late_when_a_step_begins_does_not_begin_it(tmp_path, manu
 
 
 def test_threads_that_get_no_memory_fail_the_save_and_publish_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(st, "aligned_buffer", lambda length: np.empty(1 << 60))
+    monkeypatch.setattr(st, "aligned_buffer", lambda length: np.empty(1 << 60, np.uint8))
     assert "Unable to allocate" in refusal(lambda: opened(tmp_path).save(small()[0], None, to()))
     assert not list(tmp_path.rglob("*.json"))
 
