@@ -1036,9 +1036,7 @@ def compress_frame(data: Bytes, width: int, level: CompressionLevel) -> bytes:
 
 
 def expand_frame(data: bytes, length: int, width: int) -> Bytes:
-    """Inverse of `compress_frame`; takes no more memory than the `length` bytes that the frame stands for."""
-    if len(data) == length:
-        return np.frombuffer(bytearray(data), np.uint8)
+    """Inverse of `compress_frame` for a frame that has shrunk; takes memory for `length` bytes."""
     try:
         count = data[0]
         require(count in (1, width), f"{count} planes")
