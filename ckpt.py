@@ -11,7 +11,7 @@ A checkpoint stores tensors and values under these names:
     model/<key>           a tensor of `model.state_dict()`
     model-values/<key>    an entry of it that is not a tensor
     model-metadata/...    `model.state_dict()._metadata`: the versions of modules
-    optimizer/<fqn>/...   a tensor of the optimizer's state, under the name of its parameter
+    optimizer/<name>/...  a tensor of the optimizer's state, under the name of its parameter
     optimizer/state       the rest of the optimizer
     extra/<key>...        extra_state
     rng/state             random number generators, per rank
@@ -168,7 +168,8 @@ class SaveOptions:
 
     checkpoint_prefix   the name, such as "run/step_100"; None: "checkpoint_" and the UTC time
     format              MULTI_SHARD: a file for each rank; SINGLE_FILE: one file; CONSOLIDATED: one file of
-                        the whole model under the names of its state_dict, the rest as in MULTI_SHARD
+                        the model's tensors (not complex128) under the names of its state_dict, the rest as
+                        in MULTI_SHARD
     compression_level   NONE, FAST, BALANCED or MAXIMUM; files of whole tensors are never compressed
     include_optimizer   False: leave the optimizer out, even if it is given
     include_rng_state   whether to store the random number generators of each rank
@@ -352,7 +353,7 @@ class CheckpointLoadResult:
     """What a load has restored.
 
     metadata               the record of the checkpoint
-    model_state            the model's entries by name; the tensors are the live ones
+    model_state            the model's entries by name; the tensors share the live ones' memory
     optimizer_state        the optimizer's state_dict; of several optimizers one for each name
     source_world_size      the number of ranks that saved
     target_world_size      the number of ranks that loaded
@@ -516,7 +517,7 @@ class DistributedCheckpoint:
         extra_state: Mapping[str, object] | None = None,
         cancel: threading.Event | None = None,
     ) -> str:
-        """Save a checkpoint and return its prefix. Collective; blocks until it is durable on every rank.
+        """Save a checkpoint and return its prefix. Collective; blocks until it is committed.
 
         Python's garbage collection pauses meanwhile, as in a load.
 
@@ -539,12 +540,13 @@ class DistributedCheckpoint:
         Waits for the save before it, so that one is in flight at a time. TIMEOUT if that one does not end.
         `result()` of what this returns raises the errors of `save`, a misuse too.
 
-        With staging="eager" the copy is complete on return. With "overlapped", parameters and optimizer state
-        are copied while forward and backward run, and the optimizer's next step waits for the copy. If
-        anything else changes them meanwhile (an EMA, clipping in place), the save fails and names the tensor;
-        a write through `.data` is not noticed. `wait_staged()` of what this returns waits for the copy;
-        `result()` waits for the save and raises its failure. If nobody calls that, the next call that saves,
-        which then saves nothing, or `close` raises it, or it is printed when the interpreter exits.
+        With staging="eager" the copy is complete on return, as without an optimizer of torch. With
+        "overlapped", parameters and optimizer state are copied while forward and backward run, and the
+        optimizer's next step waits for the copy. If anything else changes them meanwhile (an EMA, clipping in
+        place), the save fails and names the tensor; a write through `.data` is not noticed. `wait_staged()`
+        of what this returns waits for the copy; `result()` waits for the save and raises its failure. If
+        nobody calls that, the next call that saves, which then saves nothing, or `close` raises it, or it is
+        printed when the interpreter exits.
         """
         pending, interrupt = PendingSave(cancel), None
         given = self._begin(Given(SaveOptions, model, optimizer, options, extra_state, pending.cancel_event))
@@ -1002,7 +1004,7 @@ def _optimizer_memory(optimizers: Iterable[object]) -> set[int]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# State: a load collects it exactly as a save does, then matches it by name
+# State: a load collects what it fills as a save does, then matches it by name
 
 
 _OF_MODEL = ("model/", "model-values/")  # how the stored names of the model's entries begin
@@ -1075,7 +1077,8 @@ def _walk(
 ) -> Iterator[tuple[torch.nn.Module, str, str, str]]:
     """`module` and every module inside it, each with its canonical name, live name, and prefix of keys.
 
-    Each is "" or ends in a dot. Canonical names leave out the attributes of wrappers.
+    Each is "" or ends in a dot. Live names are paths in the module tree; canonical names leave out the
+    attributes of wrappers.
     """
     yield module, name, live, key
     attribute = _wrapped(module) if module._modules else None
@@ -1257,10 +1260,11 @@ class OptimizerState:
     """The state of one or several optimizers, keyed by the names of their parameters.
 
     So it survives another order of parameters, other groups and another parallelism. A parameter outside of
-    the model is keyed by its position. One in several optimizers has their names in its key too. All is
-    one value, "optimizer/state": `groups`, each with its `part`, its `params` by name and its `options`;
-    `states` by parameter; `plain`, state tensors of DTensors that are no DTensors; by part `defaults`, and
-    `others`: what belongs to no parameter, such as all of a Stateful that is not a torch optimizer.
+    the model is keyed by its position, one of several optimizers by `<optimizer>/<parameter>`. Tensors of the
+    state are entries of their own. The rest is one value, "optimizer/state": `groups`, each with its `part`,
+    its `params` by name and its `options`; `states` by parameter; `plain`, the names of plain tensors in the
+    state of DTensors; by part `defaults`, and `others`: what belongs to no parameter, such as all of a
+    Stateful that is not a torch optimizer.
     """
 
     def __init__(self, optimizer: Parts, names: Mapping[int, str]) -> None:
@@ -1327,7 +1331,7 @@ class OptimizerState:
     def fill(self, restore: Restore) -> None:
         """L3: state tensors are filled in place where they exist, else made, sharded as their parameter.
 
-        An optimizer of another kind than the saved one is a problem. It stays as it is in loose mode.
+        An optimizer of another kind than the saved one is a problem. If not strict, it stays as it is.
         """
         with st.well_formed("optimizer/state"):
             saved = SavedOptimizer(restore)
@@ -1500,7 +1504,7 @@ class Restore:
         self.lent: dict[int, set[str]] = {}  # saved rank -> names of its copies that this rank gets
         self._taken: set[int] = set()  # indices of the copies that this rank takes, of tensors kept per rank
         self.unexpected: set[str] = set()  # stored names to which nothing of this rank has been matched
-        self.plain: set[str] = set()  # tensors of the state of a DTensor that are none themselves
+        self.plain: set[str] = set()  # plain tensors in the state of a DTensor
         self._made: dict[tuple[object, ...], torch.Tensor] = {}  # for a live tensor with two stored ones
         self._collected, self._model, self._optimizer = Collecting(), ModelState({}), OptimizerState({}, {})
         self._extra: dict[str, object] = {}
@@ -1581,7 +1585,7 @@ class Restore:
         return list(self.targets.values())
 
     def copies(self, name: str) -> Iterator[tuple[int, object]]:
-        """Every rank's value of a name, encoded, with the rank: the lowest rank's late, this rank's last."""
+        """Every rank's value of a name, with the rank, encoded: from the highest rank on, this one last."""
         own = self.op.rank
         for rank in sorted(self.reader.ranks(name) or [own], key=lambda rank: (rank == own, -rank)):
             if (index := self.reader.find(name, rank)) is not None:
@@ -1711,7 +1715,7 @@ class Restore:
         return st.decode_value(node, tensor)
 
     def _decide(self) -> None:
-        """Raise for misfits, or warn of them in loose mode. A name that no rank has is unexpected."""
+        """Raise for misfits, or warn of them if not strict. A name that no rank has is unexpected."""
         taken = np.array(sorted(self._taken), np.int64)  # consecutive ones, where ranks have the same layout
         rows = self.op.gather_at_0((sorted(self.unexpected), len(taken), st.pack_ints(taken)))
         agreed = None
@@ -1924,7 +1928,8 @@ class CheckpointValidator:
             for _ in range(2):  # a second time if a save replaces the checkpoint meanwhile
                 with _open_checkpoint(self.storage, checkpoint_prefix) as reader:
                     result = self.validate_metadata(reader.metadata)
-                    reader.meter = coord.Meter("verify", reader.metadata.size_bytes(), progress)
+                    total = sum(shard.length - shard.header_bytes for shard in reader.metadata.shards)
+                    reader.meter = coord.Meter("verify", total, progress)
                     result.add(self.validate_shards(reader, extra=[ChecksumIntegrityChecker()]))
                     if result.is_valid or not reader.is_superseded():
                         break
@@ -2011,10 +2016,10 @@ def export_checkpoint(
 ) -> list[str]:
     """Write a checkpoint of any layout as safetensors files. Local. Returns the paths of the files.
 
-    `out` ends in ".safetensors". More than `max_shard_bytes` become `<out>-00001-of-0000N` and an index, as
-    Hugging Face's libraries expect. The model's tensors have the names of `model.state_dict()`; each tied
-    name gets a copy. Without `model_only` the other tensors follow, named as stored. `dtype` casts the
-    model's floats of 16 bits and more. An older export to `out` is replaced.
+    `out` ends in ".safetensors". More than `max_shard_bytes` become `<stem>-00001-of-0000N.safetensors`
+    and an index, as Hugging Face's libraries expect. The model's tensors have the names of
+    `model.state_dict()`; each tied name gets a copy. Without `model_only` the other tensors follow, named as
+    stored. `dtype` casts the model's floats of 16 bits and more. An older export to `out` is replaced.
 
     ValueError for a misuse; CheckpointException for no checkpoint, damage or a failing disk. Then no file is
     left, unless the disk failed while files got their final names or while an older export was removed.

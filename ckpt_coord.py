@@ -3,8 +3,8 @@
     ckpt.py  ->  ckpt_coord.py  ->  ckpt_storage.py        (this file does not import ckpt)
 
 One idea carries everything: **a checkpoint is a table of pieces**, (tensor, file, begin, length, box). Rank
-0 makes the table in S3, every rank writes its rows in S4, the lengths are filled in in S5, and the table is
-sealed and renamed in S6: the plan has become the record. A load receives the same table and inverts it.
+0 makes the table in S3, every rank writes its rows in S4, S5 fills in what only writers know, and the table
+is sealed and renamed in S6: the plan has become the record. A load receives the same table and inverts it.
 
 Words: see the head of ckpt_storage.py (tensor, box, piece, unit, block, record, fence), and
 
@@ -234,7 +234,7 @@ class CheckpointCoordinator:
             with nullcontext() if other == prefix else st.skipping(other, self.warnings.append):
                 try:
                     head = st.record_head(self.storage, other)
-                except OSError:  # perhaps it passes. A record that cannot be read may count as newer later.
+                except OSError:  # once more: what is left out here may later count as newer than this save
                     head = st.record_head(self.storage, other)
                 sequence = max(sequence, head.sequence if head else 0)
         if prefix is None:
@@ -587,7 +587,7 @@ class Operation:
     progress: Callable[[Progress], None] | None = None
     begun: set[str] = field(default_factory=set)  # the steps that this attempt, or one before it, has begun
 
-    committed = False  # on rank 0: what follows may not fail
+    committed = False  # on rank 0: the save has succeeded, whatever follows
     step_name = ""
     _doubt = 0  # does an error of this rank follow from another's? 0: no, 1: perhaps, 2: yes; the least wins
 
@@ -836,8 +836,8 @@ class FaultToleranceHandler:
 
         No delay lasts beyond `deadline`, of `time.monotonic`.
 
-        `OperationFailed` is the same on all ranks: they all retry, or none does. A cancelled operation is
-        retried too, so that all ranks fail alike.
+        `OperationFailed` is the same on all ranks: they all retry, or none does. If `cancel` is set by then,
+        the next attempt begins at once, and fails on all ranks alike.
         """
         policy, cancel = self.retry_policy, cancel or threading.Event()
         for attempt in range(policy.max_retries - 1):
@@ -894,7 +894,8 @@ class DistributedCoordinator(Protocol):
     """How ranks exchange values, which are those that `encode_value` takes.
 
     All methods are collective: every rank calls them, in the same order. Each ends at `timeout` (seconds)
-    with TIMEOUT. A class that derives from this one needs `rank`, `world_size` and `all_gather` only.
+    with TIMEOUT. A class that derives from this one needs `rank`, `world_size` and `all_gather` only; for a
+    part of a job's ranks also `own_rank`, a mapping from global ranks to its own.
     """
 
     @property
@@ -1116,7 +1117,7 @@ class LocalTensor(NamedTuple):
     dtype: str
     shape: Shape  # global
     pieces: list[tuple[Box, torch.Tensor]]  # none where this rank has no elements
-    mesh: Shape = ()  # a DTensor: the global ranks of its mesh, sorted
+    mesh: Shape = ()  # a DTensor: the ranks of its mesh, sorted: global ones; after S2 the operation's
     replicated: bool = True  # whether a placement declares equal copies, or nothing tells
     alias_of: str | None = None  # the tensor that it is tied to; its own name: this rank cannot tell
     per_rank: bool = False  # every rank has its own
@@ -1585,9 +1586,9 @@ def check_complete(tensors: Sequence[TensorMetadata], rows: Pieces) -> None:
 
 
 def share_out(rows: Pieces, itemsizes: Ints, world_size: int) -> Pieces:
-    """Give every byte one writer, as `file` (I1): its only holder, or an equal part to each of its holders.
+    """Give every byte one writer, as `file` (I1): its only holder, or of replicas one of their holders.
 
-    Replicas of less than two parts go whole to the holder with the least to write.
+    Replicas are cut into equal parts of at least `SPLIT_BYTES`, for the holders with the least to write.
     """
     start = np.flatnonzero(starts(rows.tensor, *box_columns(rows.box)))
     count, nbytes = np.diff(start, append=len(rows.tensor)), rows.nbytes(itemsizes)
@@ -1611,7 +1612,7 @@ def share_out(rows: Pieces, itemsizes: Ints, world_size: int) -> Pieces:
 def lay_out(
     holdings: Holdings, ticket: CheckpointMetadata, form: CheckpointFormat
 ) -> tuple[CheckpointMetadata, Pieces]:
-    """The plan, which is the record without lengths and CRCs; and who gives which boxes to a whole file.
+    """The plan, the record without what only writers know; and who gives which boxes to a whole file.
 
     In the latter `file` is the rank, and `tensor` counts the tensors of the whole file.
     """
@@ -1724,9 +1725,9 @@ def unpack_share(text: str, ticket: CheckpointMetadata) -> CheckpointMetadata:
 
 
 class Progress(NamedTuple):
-    """How far a save or load has come on this rank.
+    """How far a call has come on this rank.
 
-    `step` is "S4 write" or "L4 read". At its end `bytes_done` equals `bytes_total`.
+    `step` is "S4 write", "L4 read", "verify" or "export". At its end `bytes_done` equals `bytes_total`.
     """
 
     step: str
@@ -1898,7 +1899,7 @@ def write_packed(
     """Write views compressed, each frame directly behind the one before it, from byte `start` of the file.
 
     Returns the CRC32 of each unit and the length of each frame. A few threads compress; each holds one frame
-    until all frames before it are in the file.
+    until all frames before it are in line.
     """
     lengths, crcs, pending, written = list[int](), list[int](), bytearray(), threading.Condition()
 
@@ -1924,8 +1925,8 @@ def write_packed(
     return crcs, np.array(lengths, np.int64)
 
 
-# A part of a whole file's block: the rank that gives it, its bytes, tensor and box. Then where it goes: the
-# box of the tensor whose row-major bytes lie in the block, and the byte of the block at which they begin.
+# A part of a whole file's block: the rank that gives it, how many bytes, tensor and box. Then where it goes:
+# the box of the tensor whose row-major bytes lie in the block, and the byte of the block where they begin.
 Segment = tuple[int, int, int, Box, Box, int]
 Part = tuple[torch.Tensor, Box, Box, int]  # the elements of a segment, and its last three fields
 
@@ -2319,7 +2320,8 @@ class CheckpointReader:
         info = self.metadata.shards[index]
         data = buffer[: min(st.BLOCK_BYTES, info.length - info.header_bytes - low)]
         with self.file(index) as file:
-            getattr(file, "read_directly", file.read)(info.header_bytes + low, data.data)
+            fetch = file.read_directly if isinstance(file, st.LocalFile) else file.read
+            fetch(info.header_bytes + low, data.data)
         return self.damage(index, low, data)
 
     def damage(self, index: int, low: int, data: Bytes) -> list[str]:
@@ -2339,7 +2341,8 @@ def read_once(op: Operation, reader: CheckpointReader, reads: Sequence[Read], me
     """L4 where each unit is read by one of the ranks that need it, and sent to the others. Collective.
 
     The reads of all ranks are cut where another read begins or ends. The ranks that need a part read it in
-    rotation. A round moves a few blocks, each to all ranks that need it: the sender has two copies for each.
+    rotation. A round moves a few blocks, each to all ranks that need it; for each of them the sender has two
+    copies.
     """
     spans = np.array([read[:3] for read in reads], np.int64).reshape(-1, 3).T
     wanted = [list(unpack_columns(packed)) for packed in op.gather(pack_columns(*spans))]

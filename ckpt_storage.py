@@ -9,7 +9,7 @@ Words, in this file and in the other two:
     file     a tensor file, or shard: of one rank; a *whole file* holds whole tensors, from all ranks
     piece    a box with its place in a file: one row of the record; compressed, it is one *frame*
     unit     256 KiB of a file's data, under one CRC32: the least that is read
-    block    up to 4 MiB of a file's data: what one write moves, and one read at most
+    block    up to 4 MiB of a file's data: what one write moves; a read may have parts of two
     record   the metadata file; the checkpoint exists if and only if its record does
     fence    the record before its rename: the mark of a save under way
 
@@ -19,7 +19,7 @@ Layout below the base path, for the prefix `run/step_100` saved as `4f2a9c1e` by
     run/step_100.metadata.json.4f2a9c1e.tmp            the fence
     run/step_100/4f2a9c1e-00000-of-00002.safetensors   a tensor file, one for each rank
 
-A checkpoint is **committed** if all of this holds; `read_committed` is the one place that decides:
+A checkpoint is **committed** if all of this holds; `decode_record`, given the storage, decides alone:
     C1  the record is a regular file whose last field is the CRC32 of every byte before it;
     C2  its format version is one that this code reads;
     C3  it is well formed, and every file name in it passes the name rules;
@@ -41,8 +41,8 @@ directory make both durable. Not assumed: clocks, the order of unsynced operatio
 be tried again. Not defended: a race against a process that swaps files for links meanwhile, since such a
 process can also edit the files.
 
-All file access goes through this module's `os`: tests replace it by a stand-in that records, fails or
-stops.
+All access to a checkpoint's files goes through this module's `os`: tests replace it by a stand-in that
+records, fails or stops.
 
 Read next: `LocalStorage`, "The tensor file", "The record", "Committed", then ckpt_coord.py.
 """
@@ -709,7 +709,7 @@ _LEAVES: dict[str, tuple[type, Callable[..., object], Callable[..., object]]] = 
 def encode_value(
     value: object, path: str, on_tensor: Callable[[str, torch.Tensor], str] | None = None
 ) -> object:
-    """`value` as plain JSON; what JSON lacks becomes {"$type": ...}.
+    """`value` as plain JSON; what JSON lacks becomes {"$<kind>": ...}.
 
     A tensor becomes {"$tensor": on_tensor(path, tensor)}. ValueError, naming `path` and the type, for
     anything that could not be restored exactly.
@@ -778,7 +778,7 @@ def decode_value(node: object, tensor: Callable[[str], object]) -> object:
 # ----------------------------------------------------------------------------------------------------------
 # Dtypes and boxes
 
-_CODES = {
+_CODES = {  # a new one also goes into ckpt.py's `_SERIALIZED`
     "BOOL": "bool",
     "U8": "uint8",
     "U16": "uint16",
@@ -927,7 +927,7 @@ def _mixed(values: Ints, seed: int) -> npt.NDArray[np.uint64]:
 
 
 def byte_view(tensor: torch.Tensor) -> Bytes | None:
-    """The memory of a contiguous CPU tensor as bytes; None where it is elsewhere, strided or lazily negated.
+    """The memory of a contiguous CPU tensor as bytes; None if elsewhere, strided, empty or lazily conjugated.
 
     Made from the address, in a fourth of the time of torch's views: it is valid while the caller keeps the
     tensor.
@@ -1007,7 +1007,7 @@ _WAYS = {
 def _deflate(data: bytes, level: CompressionLevel) -> bytes:
     """`data` compressed in the best way of the level, or as it is where it does not shrink.
 
-    Below MAXIMUM, data of which a sample does not shrink by 2 % stay as they are.
+    Below MAXIMUM, data over 64 KiB of which a sample does not shrink by 2 % stay as they are.
     """
 
     def packed(part: bytes, module: types.ModuleType, depth: int, strategy: int) -> bytes:

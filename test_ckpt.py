@@ -1,7 +1,7 @@
 """The specification of ckpt, as tests: every promise of the README, tried on real files and real processes.
 
     python -m pytest -q test_ckpt.py                 all of it
-    python -m pytest -q test_ckpt.py -k reshard      one section
+    python -m pytest -q test_ckpt.py -k reshard      those with this word in their names
 
 Nothing is mocked. Ranks are real processes that speak gloo (`run` below). Files are reopened with a reader
 that shares no code with the library (`Shard` below, and the `safetensors` package where it is installed). The
@@ -537,7 +537,7 @@ def state_of(model, optimizer=None):
 class Op(NamedTuple):
     """One file operation: what, on which path; the second path; what is written where; bytes asked for."""
 
-    call: str  # a function of `os`, or "create" for an open that makes the file
+    call: str  # a function of `os`, or a word of `Seam` such as "create", "is_cold", "fsync_dir"
     path: str
     target: str = ""
     offset: int = 0
@@ -703,7 +703,7 @@ def test_every_file_call_of_the_library_goes_through_the_seam(tmp_path):
 
 
 class Strike:
-    """A hook: calls `act(op)` at number k, or numbers k up to `until`, of the operations `when` accepts."""
+    """A hook: calls `act(op)` at number k, or numbers k to `until` - 1, of the operations `when` accepts."""
 
     def __init__(self, k, act, when=lambda op: True, until=None):
         self.numbers, self.act, self.when = range(k, k + 1 if until is None else until), act, when
