@@ -1871,6 +1871,7 @@ class ChecksumIntegrityChecker:
             reader.meter.add(min(st.BLOCK_BYTES, blocks.stop - low))
 
         st.in_parallel(blocks, check, reader.meter.tick, len(blocks))
+        reader.meter.tick()
         return found
 
 

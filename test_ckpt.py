@@ -1019,9 +1019,11 @@ def test_the_fault_tolerance_handler_retries_times_out_and_rolls_back(tmp_path):
 def test_the_validator_reports_errors_and_warnings_for_record_and_shards(tmp_path, checkpoint):
     checkpoint.save(*small(), to())
     storage, metadata = checkpoint.storage, loaded(checkpoint, at())[1].metadata
-    validator = ckpt.CheckpointValidator(storage, [ckpt.ChecksumIntegrityChecker()])
-    for result in (validator.validate_checkpoint("p"), validator.validate_metadata(metadata)):
+    validator, told = ckpt.CheckpointValidator(storage), []
+    for result in (validator.validate_checkpoint("p", told.append), validator.validate_metadata(metadata)):
         assert result.is_valid and not result.errors and not result.has_warnings
+    validator.integrity_checkers.append(ckpt.ChecksumIntegrityChecker())
+    assert told[-1].bytes_done == told[-1].bytes_total > 0 and told[-1].step == "verify"
     (path,) = shards(tmp_path)
     for data in (path.read_bytes(), path.read_bytes()[:-1]):
         path.write_bytes(data)
