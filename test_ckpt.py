@@ -7090,10 +7090,13 @@ def check_outcomes(steps, number, outcomes, state):
     kinds = right_kinds(step, kept, state["dirty"])
     if hit:
         kinds |= {"TIMEOUT" if deadly else "STORAGE_ERROR" if fault["kind"] == "error" else "CANCELLED"}
-    if hit and step["verb"] == "load" and prefix in kept and kept[prefix]["damage"]:
+    is_damaged = step["verb"] == "load" and prefix in kept and bool(kept[prefix]["damage"])
+    if hit and is_damaged:
         kinds |= {"CORRUPTED_CHECKPOINT"}  # it may find nothing to fall back to
     ends = {outcome[:2] for outcome in outcomes}
-    assert len(ends) <= 1 and {kind for kind, _ in ends} <= kinds, f"not {kinds}, the same on all: {outcomes}"
+    # Who finds damage while another rank is dead says so, or falls back alone until the deadline.
+    alike = len(ends) <= 1 or (deadly and is_damaged)
+    assert alike and {kind for kind, _ in ends} <= kinds, f"not {kinds}, the same on all: {outcomes}"
     kind, message = (outcomes[0][0], outcomes[0][2]) if outcomes else ("died", "")
     if step["verb"] == "damage" and message:
         state["damage"][model[prefix]] = message
