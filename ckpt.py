@@ -621,7 +621,11 @@ class DistributedCheckpoint:
                 result.warnings[:0] = warnings  # which are logged already
                 return result
             except CheckpointException as error:
-                if not given.options.fallback or error.type is not ExceptionType.CORRUPTED_CHECKPOINT:
+                is_corrupt = error.type is ExceptionType.CORRUPTED_CHECKPOINT
+                in_time = (
+                    time.monotonic() <= given.started + given.limit_s
+                )  # else a rank may be alone with it
+                if not (given.options.fallback and is_corrupt and in_time):
                     raise
                 tried.append(error.checkpoint_path)
                 warnings.append(f"{tried[-1]} is corrupt, falling back: {error}")
