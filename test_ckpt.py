@@ -7102,14 +7102,11 @@ def check_outcomes(steps, number, outcomes, state):
     kinds = right_kinds(step, kept, state["dirty"])
     if hit:
         kinds |= {"TIMEOUT" if deadly else "STORAGE_ERROR" if fault["kind"] == "error" else "CANCELLED"}
-    is_damaged = step["verb"] == "load" and prefix in kept and bool(kept[prefix]["damage"])
-    if hit and is_damaged:
+    if hit and step["verb"] == "load" and prefix in kept and kept[prefix]["damage"]:
         kinds |= {"CORRUPTED_CHECKPOINT"}  # it may find nothing to fall back to
     ends = {outcome[:2] for outcome in outcomes}
-    if deadly and is_damaged:  # at the deadline who has found the damage says so, others who is dead
-        ends -= (
-            {("TIMEOUT", fault["rank"])} if ("CORRUPTED_CHECKPOINT" in {kind for kind, _ in ends}) else set()
-        )
+    if deadly and "CORRUPTED_CHECKPOINT" in dict(ends):  # who found damage says so, others who is dead
+        ends.discard(("TIMEOUT", fault["rank"]))
     assert len(ends) <= 1 and {kind for kind, _ in ends} <= kinds, f"not {kinds}, the same on all: {outcomes}"
     kind, message = (outcomes[0][0], outcomes[0][2]) if outcomes else ("died", "")
     if step["verb"] == "damage" and message:
